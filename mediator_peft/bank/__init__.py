@@ -1,0 +1,1 @@
+"""Sparse deltas as objects, in memory and on disk."""

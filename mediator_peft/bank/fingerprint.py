@@ -1,0 +1,70 @@
+"""Knowing a backbone again: shapes and a few values of a few tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BackboneMismatchError
+
+_NUM_TENSORS = 24
+_NUM_VALUES = 16
+
+
+def sampled_names(names: Iterable[str]) -> list[str]:
+    """The tensors that are sampled: evenly spaced among the sorted names."""
+    ordered = sorted(names)
+    step = max(1, len(ordered) // _NUM_TENSORS)
+    return ordered[::step]
+
+
+def sample(tensor: Tensor) -> dict[str, Any]:
+    """Shape of a tensor and values evenly spaced over it."""
+    flat = tensor.detach().reshape(-1)
+    step = max(1, flat.numel() // _NUM_VALUES)
+    # An odd stride does not run down one column.
+    values = flat[:: step | 1][:_NUM_VALUES]
+    return {"shape": list(tensor.shape), "values": values.float().cpu().tolist()}
+
+
+def check_fingerprint(expected: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> int:
+    """Compare a backbone with the one an adapter was built on.
+
+    A backbone may be loaded in another dtype: the expected values are rounded to it before they are compared.
+    Quantised tensors and those that hold no data are passed over; embeddings and norms are never quantised.
+
+    Args:
+        expected: tensor name → what :func:`sample` gave.
+        state: tensor name → tensor of the backbone at hand.
+        where: what the message calls the backbone.
+
+    Returns:
+        How many tensors were compared.
+
+    Raises:
+        BackboneMismatchError: a tensor is missing or differs.
+    """
+    num_compared = 0
+    for name, known in expected.items():
+        tensor = state.get(name)
+        if tensor is None:
+            raise BackboneMismatchError(
+                f"this adapter belongs to a backbone with a tensor {name!r}, which {where} has not. Load the backbone "
+                "that the adapter was built with (base_model_name_or_path in adapter_config.json)."
+            )
+        if not tensor.is_floating_point() or tensor.device.type == "meta" or tensor.dtype.itemsize < 2:
+            continue
+        found = sample(tensor)
+        rounded = torch.tensor(known["values"]).to(tensor.dtype).float().tolist()
+        if found["shape"] != known["shape"] or found["values"] != rounded:
+            raise BackboneMismatchError(
+                f"{where} is not the backbone this adapter was built on: {name!r} has shape {found['shape']} and values "
+                f"{found['values'][:3]}..., the adapter expects {known['shape']} and {rounded[:3]}.... Load the "
+                "backbone that the adapter was built with (base_model_name_or_path in adapter_config.json); the base "
+                "and the experts themselves are not it, unless merge_method is 'base'."
+            )
+        num_compared += 1
+    return num_compared

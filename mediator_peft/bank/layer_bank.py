@@ -1,0 +1,127 @@
+"""All experts' deltas of one layer, as buffers, so that they move, save and copy with the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdapterError
+from .packing import compress, decompress
+from .sparse_delta import SparseDelta
+from .values import VALUES
+
+# Parts of a delta become buffers "expert:part". A colon cannot stand in an expert's name, and unlike a dot it can stand
+# in a buffer's.
+_SEPARATOR = ":"
+_MASK, _BIAS = "mask", "bias"
+
+
+class LayerBank(nn.Module):
+    """Deltas of one linear layer, by expert name. Buffers, never parameters: nothing here is trained."""
+
+    def __init__(self, shape: tuple[int, int], coding: str, has_bias: bool) -> None:
+        super().__init__()
+        self.shape = shape
+        self.coding = coding
+        self.has_bias = has_bias
+
+    @property
+    def names(self) -> list[str]:
+        """Experts that have a delta here."""
+        suffix = _SEPARATOR + _MASK
+        return [key.removesuffix(suffix) for key in self._buffers if key.endswith(suffix)]
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Names of the tensors that make up one expert's delta."""
+        return (_MASK, *VALUES[self.coding].part_names, *((_BIAS,) if self.has_bias else ()))
+
+    def get(self, name: str) -> SparseDelta | None:
+        """One expert's delta; None where it has none (it is the backbone here)."""
+        parts = {part: self._buffers.get(f"{name}{_SEPARATOR}{part}") for part in self.part_names}
+        mask = parts.pop(_MASK)
+        if mask is None:
+            return None
+        bias = parts.pop(_BIAS, None)
+        return SparseDelta(self.shape, self.coding, mask, {k: v for k, v in parts.items() if v is not None}, bias)
+
+    def put(self, name: str, delta: SparseDelta) -> None:
+        """Set one expert's delta."""
+        bias = {} if delta.bias is None else {_BIAS: delta.bias}
+        for part, tensor in {_MASK: delta.mask, **delta.parts, **bias}.items():
+            self._put_part(f"{name}{_SEPARATOR}{part}", tensor)
+
+    def _put_part(self, key: str, tensor: Tensor) -> None:
+        if key in self._buffers:
+            self._buffers[key] = tensor
+        else:
+            self.register_buffer(key, tensor)
+
+    def remove(self, name: str) -> None:
+        """Drop one expert's delta."""
+        for part in self.part_names:
+            self._buffers.pop(f"{name}{_SEPARATOR}{part}", None)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> LayerBank:
+        # Deltas never change in place, so copies of a model share them.
+        copy = LayerBank(self.shape, self.coding, self.has_bias)
+        for key, buffer in self._buffers.items():
+            copy.register_buffer(key, buffer)
+        memo[id(self)] = copy
+        return copy
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        # Moves between devices are wanted, changes of dtype (model.half()) are not: scales and values keep theirs.
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).device)
+
+        for key, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[key] = fn(buffer) if buffer.device.type == "meta" else move(buffer)
+        return self
+
+
+def to_disk(key: str, tensor: Tensor) -> Tensor:
+    """The form in which a buffer of a bank is written: 1-D, bitmaps entropy-coded."""
+    return compress(tensor) if key.endswith(_SEPARATOR + _MASK) else tensor.detach().flatten()
+
+
+def from_disk(key: str, stored: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The reverse of :func:`to_disk` for a layer of ``shape`` (O, I).
+
+    Raises:
+        AdapterError: the tensor is damaged or belongs to other shapes.
+    """
+    if stored.ndim != 1:
+        raise AdapterError(f"tensor {key!r} of the adapter file has {stored.ndim} dimensions, 1 was expected.")
+    if key.endswith(_SEPARATOR + _MASK):
+        row_bytes = (shape[1] + 7) // 8
+        return decompress(stored, shape[0] * row_bytes, key).reshape(shape[0], row_bytes)
+    if key.endswith((_SEPARATOR + "scales", _SEPARATOR + _BIAS)) and len(stored) != shape[0]:
+        raise AdapterError(f"tensor {key!r} of the adapter file has {len(stored)} entries, {shape[0]} were expected.")
+    return stored
+
+
+def check_parts(bank: LayerBank, layer: str, sizes: Mapping[str, int]) -> None:
+    """Refuse a bank whose values do not fit its masks.
+
+    Args:
+        bank: as loaded.
+        layer: the layer's name, for the message.
+        sizes: expert name → number of kept entries.
+
+    Raises:
+        AdapterError: numbers of entries and of values differ.
+    """
+    for name, num_kept in sizes.items():
+        delta = bank.get(name)
+        if delta is None:
+            continue
+        for part, expected in (("signs", (num_kept + 7) // 8), ("values", num_kept)):
+            if part in delta.parts and len(delta.parts[part]) != expected:
+                raise AdapterError(
+                    f"layer {layer!r}, expert {name!r}: {len(delta.parts[part])} {part} for {expected} expected. The "
+                    "adapter file is damaged; copy or build it again."
+                )

@@ -1,0 +1,1 @@
+"""Checkpoints in, backbone and bank out; one tensor at a time."""

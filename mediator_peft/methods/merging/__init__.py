@@ -1,0 +1,18 @@
+"""Merge methods: how task vectors become the one that is added to the base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .average import average
+from .base import keep_base
+
+MergeMethod = Callable[[Tensor], Tensor]
+"""Task vectors (K, *shape), float32 → merged task vector (*shape)."""
+
+MERGE_METHODS: dict[str, MergeMethod] = {
+    "average": average,
+    "base": keep_base,
+}

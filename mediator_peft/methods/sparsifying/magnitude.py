@@ -1,0 +1,43 @@
+"""Keep the entries of largest magnitude, by exact selection."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def keep_largest(delta: Tensor, density: float, generator: torch.Generator | None = None) -> Tensor:
+    """Keep the ``round(density * numel)`` entries of largest magnitude, per tensor.
+
+    Among entries of equal magnitude at the edge, those that come first are kept, so that the count is exact and the
+    choice repeatable (the papers leave ties open). An exact zero is never counted as kept.
+
+    Args:
+        delta: (*shape)
+        density: share kept, in (0, 1].
+        generator: not used; part of the signature that all sparsifiers share.
+
+    Returns:
+        (*shape), a new tensor.
+    """
+    kept = largest_mask(delta, density)
+    return torch.where(kept, delta, 0)
+
+
+def largest_mask(delta: Tensor, density: float) -> Tensor:
+    """Where :func:`keep_largest` keeps: (*shape) bool."""
+    num_kept = round(density * delta.numel())
+    # The bit pattern of a non-negative float32 grows with its value, so integers select for floats, and faster.
+    magnitude = delta.detach().to("cpu", torch.float32).abs().contiguous().numpy().reshape(-1).view(np.int32)
+    if num_kept >= magnitude.size:
+        kept = magnitude > 0
+    elif num_kept == 0:
+        kept = np.zeros(magnitude.size, dtype=bool)
+    else:
+        edge = np.partition(magnitude, magnitude.size - num_kept)[magnitude.size - num_kept]
+        kept = magnitude > edge
+        if edge > 0:
+            at_edge = np.flatnonzero(magnitude == edge)
+            kept[at_edge[: num_kept - np.count_nonzero(kept)]] = True
+    return torch.from_numpy(kept).reshape(delta.shape).to(delta.device)

@@ -1,0 +1,1 @@
+"""The PEFT tuner: a backbone whose routed layers add each prompt's mix of deltas."""

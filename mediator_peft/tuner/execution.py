@@ -1,0 +1,117 @@
+"""Three ways to compute ``(D + sum_k w_k(x) S_k) x``. Each equals the plain dense formula."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..bank.layer_bank import LayerBank
+from ..errors import ConfigError, UnsupportedError
+from .folding import Fold, mixed_bias, mixed_weight, plain_weight
+from .weights import LayerRoute
+
+EXECUTIONS = ("fold", "sparse", "densify")
+
+
+def check_execution(execution: str | None) -> str | None:
+    """Refuse an unknown way of applying deltas.
+
+    Raises:
+        ConfigError: it is none of ``EXECUTIONS``.
+    """
+    if execution is not None and execution not in EXECUTIONS:
+        raise ConfigError(f"unknown execution {execution!r}; choose one of {list(EXECUTIONS)}, or None to let us pick.")
+    return execution
+
+
+def is_plain(base_layer: nn.Module) -> bool:
+    """Whether the weight is an ordinary matrix that can be read and written."""
+    weight = base_layer.weight
+    return weight.is_floating_point() and weight.ndim == 2 and weight.dtype.itemsize >= 2
+
+
+def choose(route: LayerRoute, base_layer: nn.Module) -> str:
+    """Which way to go for one forward pass of one layer."""
+    if route.is_differentiable or not is_plain(base_layer):
+        return "sparse"
+    uniform = len(route.groups) == 1
+    if route.execution == "fold" and not (uniform and route.may_fold):
+        return "densify"
+    if route.execution is not None:
+        return route.execution
+    return "fold" if uniform and route.may_fold else "densify"
+
+
+def apply(x: Tensor, base_layer: nn.Module, bank: LayerBank, route: LayerRoute, fold: Fold) -> Tensor:
+    """Output of a routed layer.
+
+    Args:
+        x: (B, ..., I), or (B * T, I) where a model flattens its batch.
+        base_layer: the backbone's layer.
+        bank: deltas of this layer.
+        route: the rows' mixes.
+        fold: state of the layer's weight.
+
+    Returns:
+        (B, ..., O) or (B * T, O)
+    """
+    way = choose(route, base_layer)
+    if way == "fold":
+        fold.switch(bank, route.groups[0].mix)
+        return base_layer(x)
+    fold.switch(None, ())
+    if all(not group.mix for group in route.groups):
+        return base_layer(x)
+    by_row = _split_rows(x, len(route.expert_weights))
+    result = _densify(by_row, base_layer, bank, route) if way == "densify" else _sparse(by_row, base_layer, bank, route)
+    return result.reshape(*x.shape[:-1], result.shape[-1])
+
+
+def _split_rows(x: Tensor, batch_size: int) -> Tensor:
+    """(B, T, I), whatever the model made of the batch."""
+    if x.shape[0] == batch_size and x.ndim >= 2:
+        return x.reshape(batch_size, -1, x.shape[-1])
+    if x.ndim == 2 and x.shape[0] % batch_size == 0:
+        return x.reshape(batch_size, -1, x.shape[-1])
+    raise UnsupportedError(
+        f"a routed layer got an input of shape {tuple(x.shape)} for {batch_size} rows; it cannot tell which row an "
+        "entry belongs to. Leave this layer out with target_modules."
+    )
+
+
+def _densify(x: Tensor, base_layer: nn.Module, bank: LayerBank, route: LayerRoute) -> Tensor:
+    """Each group's weight in a scratch matrix, and one dense product."""
+    weight, bias = plain_weight(base_layer), base_layer.bias
+    result: Tensor | None = None
+    for rows, mix in route.groups:
+        inputs = x if rows is None else x[rows.to(x.device)]
+        shift = mixed_bias(bank, mix)
+        group_bias = bias if shift is None else (bias.float() + shift).to(bias.dtype)
+        output = F.linear(inputs, mixed_weight(weight, bank, mix), group_bias)
+        if rows is None:
+            return output
+        if result is None:
+            result = output.new_empty(x.shape[0], x.shape[1], output.shape[-1])
+        result[rows.to(x.device)] = output
+    if result is None:
+        raise RuntimeError("a route without rows")
+    return result
+
+
+def _sparse(x: Tensor, base_layer: nn.Module, bank: LayerBank, route: LayerRoute) -> Tensor:
+    """One dense product for the whole batch, plus each active expert's delta on its rows."""
+    result = base_layer(x)
+    total = torch.zeros(result.shape, dtype=torch.float32, device=result.device)
+    for column, name in enumerate(route.columns):
+        weights = route.expert_weights[:, column].to(result.device)
+        delta = bank.get(name)
+        rows = torch.nonzero(weights.detach()).flatten()
+        if route.is_differentiable:
+            # A weight of zero has a gradient too.
+            rows = torch.arange(len(weights), device=weights.device)
+        if delta is None or not len(rows):
+            continue
+        part = F.linear(x[rows].float(), delta.dense(), delta.bias)
+        total = total.index_add(0, rows, weights[rows, None, None] * part)
+    return result + total.to(result.dtype)

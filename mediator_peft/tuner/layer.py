@@ -1,0 +1,126 @@
+"""One routed linear layer."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..bank.layer_bank import LayerBank
+from ..errors import UnsupportedError
+from . import execution
+from .folding import Fold, mixed_bias, mixed_delta, plain_weight
+from .requests import RouteBoard
+
+
+class MediatorLayer(nn.Module, BaseTunerLayer):
+    r"""A linear layer whose output is :math:`(D + \sum_k w_k(x) S_k)\, x`.
+
+    The expert weights come down from the model on the board; the layer never looks up.
+    """
+
+    adapter_layer_names = ("mediator_bank",)
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module, board: RouteBoard) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.mediator_bank = nn.ModuleDict()
+        self._board = board
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._start()
+
+    def _start(self) -> None:
+        # One lock a layer: nobody computes with a weight while somebody else writes to it.
+        self._lock = threading.RLock()
+        self._fold = Fold(self.get_base_layer())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)"""
+        base = self.get_base_layer()
+        if isinstance(base, Conv1D):
+            return (base.weight.shape[1], base.weight.shape[0])
+        return (base.out_features, base.in_features)
+
+    def add_bank(self, adapter_name: str, coding: str) -> LayerBank:
+        """An empty bank for one adapter."""
+        bank = LayerBank(self.shape, coding, self.get_base_layer().bias is not None)
+        self.mediator_bank[adapter_name] = bank
+        return bank
+
+    def _active_bank(self) -> LayerBank | None:
+        for name in self.active_adapters:
+            if name in self.mediator_bank:
+                return self.mediator_bank[name]  # type: ignore[return-value]
+        return None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        route = None if self.disable_adapters or self.merged else self._board.route
+        bank = self._active_bank()
+        with self._lock:
+            if route is None or bank is None:
+                if not self.merged:
+                    self._fold.switch(None, ())
+                return self.base_layer(x, *args, **kwargs)
+            return execution.apply(x, self.base_layer, bank, route, self._fold)
+
+    def unfold(self) -> None:
+        """Bring the weight back to the backbone's, bit for bit."""
+        with self._lock:
+            self._fold.switch(None, ())
+
+    def get_delta_weight(self, mix: tuple[tuple[str, float], ...]) -> Tensor | None:
+        """``sum_k w_k S_k`` (O, I) float32; None where no column of the mix has a delta here."""
+        bank = self._active_bank()
+        return None if bank is None else mixed_delta(bank, mix)
+
+    def merge_mix(self, mix: tuple[tuple[str, float], ...], safe_merge: bool = False) -> None:
+        """Write a mix into the backbone's weight for good.
+
+        Raises:
+            UnsupportedError: the weight is quantised.
+        """
+        bank = self._active_bank()
+        base = self.get_base_layer()
+        if not execution.is_plain(base):
+            raise UnsupportedError(
+                "a quantised weight cannot take a mix: rounding it again would lose the delta. Load the backbone "
+                "unquantised to merge."
+            )
+        self.unfold()
+        delta = None if bank is None else mixed_delta(bank, mix)
+        if bank is None or delta is None:
+            return
+        weight = plain_weight(base)
+        merged = delta.add_(weight).to(weight.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise UnsupportedError("the merged weight has infinite values; its dtype cannot hold this mix.")
+        weight.copy_(merged)
+        shift = mixed_bias(bank, mix)
+        if shift is not None:
+            base.bias.data.copy_((base.bias.data.float() + shift).to(base.bias.dtype))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.unfold()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MediatorLayer:
+        self.unfold()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.unfold()
+        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_fold")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._start()
+
+    def __repr__(self) -> str:
+        return "mediator." + super().__repr__()

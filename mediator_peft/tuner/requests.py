@@ -1,0 +1,87 @@
+"""Which route applies where: one per thread and request, never global."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from .weights import LayerRoute
+
+Mix = tuple[tuple[float, ...], ...]
+
+
+class RouteBoard:
+    """What a model hands down to its layers. One board belongs to one model; each thread sees its own entries.
+
+    A *request* is a generation or a ``use_experts`` block: its expert weights hold for all its forward passes. The
+    *route* is that of the forward pass at hand.
+    """
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._open: list[Mix] = []
+        self._training_route: LayerRoute | None = None
+
+    def __reduce__(self) -> tuple[type[RouteBoard], tuple[()]]:
+        # Copies and pickles of a model start with an empty board of their own.
+        return (RouteBoard, ())
+
+    @property
+    def route(self) -> LayerRoute | None:
+        """The route of this thread's forward pass.
+
+        Recomputation under gradient checkpointing may run in a thread of autograd's own, which has no entry: it gets
+        the route of the last forward pass that was recorded for gradients.
+        """
+        return getattr(self._local, "route", self._training_route)
+
+    @route.setter
+    def route(self, route: LayerRoute | None) -> None:
+        self._local.route = route
+
+    def keep_for_backward(self, route: LayerRoute | None) -> None:
+        """Remember the route of a pass that gradients will flow through."""
+        self._training_route = route
+
+    @property
+    def request(self) -> Tensor | None:
+        """Expert weights (1 or B, C) of this thread's innermost request."""
+        stack = getattr(self._local, "requests", None)
+        return stack[-1] if stack else None
+
+    @property
+    def has_one_mix(self) -> bool:
+        """Whether all open requests, of all threads, want one and the same mix for all their rows."""
+        with self._lock:
+            return len(set(self._open)) == 1 and len(set(self._open[0])) == 1
+
+    @contextmanager
+    def open_request(self, expert_weights: Tensor) -> Iterator[None]:
+        """Hold expert weights for the forward passes inside the block."""
+        if not hasattr(self._local, "requests"):
+            self._local.requests = []
+        stack: list[Tensor] = self._local.requests
+        mix = tuple(tuple(row) for row in expert_weights.detach().cpu().unique(dim=0).tolist())
+        stack.append(expert_weights)
+        with self._lock:
+            self._open.append(mix)
+        try:
+            yield
+        finally:
+            stack.pop()
+            with self._lock:
+                self._open.remove(mix)
+
+    @contextmanager
+    def no_route(self) -> Iterator[None]:
+        """The backbone alone, for the forward passes inside the block."""
+        before = getattr(self._local, "route", None)
+        self._local.route = None
+        try:
+            yield
+        finally:
+            self._local.route = before

@@ -1,0 +1,135 @@
+"""The forms in which a caller may give expert weights, and the one form the layers get."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..errors import RoutingError
+from ..tables import unknown_name
+
+RowSpec: TypeAlias = "str | Mapping[str, float] | None"
+ExpertWeights: TypeAlias = "Tensor | str | Mapping[str, float] | Sequence[RowSpec] | None"
+"""A (C,) or (B, C) tensor; a name or a dict name → weight for all rows; or one of these, or None, per row."""
+
+
+class Group(NamedTuple):
+    """Rows of a batch that share one mix."""
+
+    rows: Tensor | None
+    """(n,) row numbers; None for all rows of the batch."""
+
+    mix: tuple[tuple[str, float], ...]
+    """(column, weight) of each column that takes part; empty for the backbone alone."""
+
+
+class LayerRoute(NamedTuple):
+    """What a layer needs to know of one forward pass."""
+
+    expert_weights: Tensor
+    """(B, C) float32"""
+
+    columns: tuple[str, ...]
+    groups: tuple[Group, ...]
+    may_fold: bool
+    """Whether the mix may be written into the weights for the time being."""
+
+    execution: str | None
+    """``"fold"``, ``"sparse"`` or ``"densify"`` where the caller forces one."""
+
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether gradients flow to the expert weights."""
+        return torch.is_grad_enabled() and self.expert_weights.requires_grad
+
+
+def expert_weight_rows(spec: ExpertWeights, columns: Sequence[str], num_experts: int) -> Tensor:
+    """Expert weights as a table.
+
+    Args:
+        spec: as the caller gave them; None is the backbone alone.
+        columns: names of the columns, C of them.
+        num_experts: how many of these are experts; a tensor may leave out the fallback's column.
+
+    Returns:
+        (1, C) where all rows share one mix, else (B, C); float32.
+
+    Raises:
+        RoutingError: a name is unknown, a shape does not fit, or a number is not finite.
+    """
+    if isinstance(spec, Tensor):
+        table = spec if spec.ndim == 2 else spec.unsqueeze(0)
+        if table.ndim != 2 or table.shape[1] not in (len(columns), num_experts):
+            raise RoutingError(
+                f"expert weights have shape {tuple(spec.shape)}; give (C,) or (B, C) with C = {len(columns)}, the "
+                f"columns {list(columns)}."
+            )
+        table = torch.nn.functional.pad(table.float(), (0, len(columns) - table.shape[1]))
+    elif spec is None or isinstance(spec, (str, Mapping)):
+        table = torch.tensor([_row(spec, columns)])
+    else:
+        rows = list(spec)
+        if not rows:
+            raise RoutingError("expert weights are an empty list; give one entry for each prompt.")
+        table = torch.tensor([_row(row, columns) for row in rows])
+    if not torch.isfinite(table).all():
+        raise RoutingError("expert weights must be finite numbers.")
+    return table
+
+
+def _row(spec: RowSpec, columns: Sequence[str]) -> list[float]:
+    if spec is None:
+        return [0.0] * len(columns)
+    mix = {spec: 1.0} if isinstance(spec, str) else spec
+    if not isinstance(mix, Mapping):
+        raise RoutingError(f"a row of expert weights must be a name, a dict name -> weight or None, got {spec!r}.")
+    for name in mix:
+        if name not in columns:
+            raise RoutingError(unknown_name(name, columns, "expert"))
+    return [float(mix.get(name, 0.0)) for name in columns]
+
+
+def expand_rows(table: Tensor, batch_size: int) -> Tensor:
+    """Expert weights for a batch that may hold several sequences a prompt (beams, ``num_return_sequences``).
+
+    Args:
+        table: (1, C) or (B, C)
+        batch_size: rows of the batch, a multiple of B; the sequences of a prompt stand together.
+
+    Returns:
+        (batch_size, C)
+
+    Raises:
+        RoutingError: the numbers do not fit.
+    """
+    if len(table) == 1:
+        return table.expand(batch_size, -1)
+    if batch_size % len(table):
+        raise RoutingError(f"expert weights have {len(table)} rows, the batch has {batch_size}.")
+    return table.repeat_interleave(batch_size // len(table), dim=0)
+
+
+def make_route(table: Tensor, columns: Sequence[str], may_fold: bool, execution: str | None) -> LayerRoute:
+    """Group the rows of a batch by their mix.
+
+    Args:
+        table: (B, C)
+        columns: names of the columns.
+        may_fold: whether the mix may be written into the weights.
+        execution: forced way of applying it, or None.
+    """
+    values = table.detach().cpu().tolist()
+    rows_of: dict[tuple[float, ...], list[int]] = {}
+    for row, weights in enumerate(values):
+        rows_of.setdefault(tuple(weights), []).append(row)
+    groups = tuple(
+        Group(
+            None if len(rows_of) == 1 else torch.tensor(rows, device=table.device),
+            tuple((name, weight) for name, weight in zip(columns, weights, strict=True) if weight != 0),
+        )
+        for weights, rows in rows_of.items()
+    )
+    return LayerRoute(table, tuple(columns), groups, may_fold, execution)
