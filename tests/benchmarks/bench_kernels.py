@@ -1,7 +1,7 @@
 """How long products straight from packed deltas take beside the dense product of the same layer.
 
-Dense and packed work alternate as they do in a decode step, over as many layers as no cache holds, and only ratios of medians
-are reported. ``share`` is the speed that is left, dense / (dense + packed): 1.0 means that the experts cost nothing.
+Dense and packed work alternate as they do in a decode step, over as many layers as no cache holds; what is reported are
+ratios of medians. ``share`` is the speed that is left, dense / (dense + packed): 1.0 means that experts cost nothing.
 
     python tests/benchmarks/bench_kernels.py [--json out.json] [--threads N] [--batch B] [--experts E] [--density D]
 """
@@ -11,9 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,20 +42,31 @@ def random_delta(shape: tuple[int, int], density: float, form: str, rng: np.rand
     return PackedDelta(mask, shape[1], values=array)
 
 
-def alternate(first: list[Callable[[], Any]], second: list[Callable[[], Any]], seconds: float) -> tuple[float, float]:
-    """Medians over passes of the seconds that each list of calls takes, called in turns."""
-    times: list[tuple[float, float]] = []
+class Times(NamedTuple):
+    """Seconds of two lists of calls that were made in turns."""
+
+    median: tuple[float, float]
+    """Medians over passes through the lists."""
+
+    best: tuple[float, float]
+    """Each call's best time, summed: what is left of the noise of a busy machine is small."""
+
+
+def alternate(first: list[Callable[[], Any]], second: list[Callable[[], Any]], seconds: float) -> Times:
+    passes: list[list[tuple[float, float]]] = []
     end = perf_counter() + seconds
-    while perf_counter() < end or len(times) < 7:
-        spent = [0.0, 0.0]
-        for calls in zip(first, second, strict=True):
-            for index, call in enumerate(calls):
-                start = perf_counter()
-                call()
-                spent[index] += perf_counter() - start
-        times.append((spent[0], spent[1]))
-    kept = times[2:]  # the first passes warm up
-    return median(time[0] for time in kept), median(time[1] for time in kept)
+    while perf_counter() < end or len(passes) < 7:
+        spent = []
+        for first_call, second_call in zip(first, second, strict=True):
+            start = perf_counter()
+            first_call()
+            middle = perf_counter()
+            second_call()
+            spent.append((middle - start, perf_counter() - middle))
+        passes.append(spent)
+    times = np.array(passes[2:])  # (passes, calls, 2); the first two warm up
+    middle_of, best = np.median(times.sum(axis=1), axis=0), times.min(axis=0).sum(axis=0)
+    return Times((float(middle_of[0]), float(middle_of[1])), (float(best[0]), float(best[1])))
 
 
 def bench_product(shape: tuple[int, int], args: argparse.Namespace, rng: np.random.Generator) -> dict[str, Any]:
@@ -67,20 +77,26 @@ def bench_product(shape: tuple[int, int], args: argparse.Namespace, rng: np.rand
     weights = [torch.randn(shape) for _ in range(num_layers)]
     # Banks are smaller than weights: some experts' deltas may repeat without fitting the cache.
     bank = [random_delta(shape, args.density, args.form, rng) for _ in range(min(num_layers, 64) * args.experts)]
-    products = [
-        GroupedProduct([bank[(layer * args.experts + e) % len(bank)] for e in range(args.experts)], groups, coefficients)
-        for layer in range(num_layers)
-    ]
+    starts = [(layer * args.experts) % len(bank) for layer in range(num_layers)]
+    products = [GroupedProduct(bank[start : start + args.experts], groups, coefficients) for start in starts]
     out = torch.zeros(args.batch, shape[0])
     dense = [lambda weight=weight: F.linear(x, weight) for weight in weights]
     packed = [lambda product=product: product(x.numpy(), out.numpy()) for product in products]
-    dense_time, packed_time = alternate(dense, packed, args.seconds)
+    times = alternate(dense, packed, args.seconds)
     return {
         "shape": shape,
-        "ratio": packed_time / dense_time,
-        "share": dense_time / (dense_time + packed_time),
-        "dense_us": 1e6 * dense_time / num_layers,
-        "packed_us": 1e6 * packed_time / num_layers,
+        **{name: [1e6 * time / num_layers for time in pair] for name, pair in times._asdict().items()},
+    }
+
+
+def with_ratios(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of (dense, packed) microseconds, and what they say."""
+    dense, packed = row["median"]
+    return {
+        **row,
+        "ratio": packed / dense,
+        "share": dense / (dense + packed),
+        "best_ratio": row["best"][1] / row["best"][0],
     }
 
 
@@ -98,7 +114,7 @@ def bench_fold(shape: tuple[int, int], args: argparse.Namespace, rng: np.random.
         def packed(array: np.ndarray = array) -> None:
             add_to(array, delta, 0.5)
 
-        dense_time, packed_time = alternate([dense], [packed], args.seconds / 4)
+        dense_time, packed_time = alternate([dense], [packed], args.seconds / 4).median
         result[str(dtype).removeprefix("torch.")] = packed_time / dense_time
     start = perf_counter()
     row_offsets(delta.mask)
@@ -116,22 +132,29 @@ def main() -> None:
     parser.add_argument("--form", default="sign", choices=["sign", "float32", "float16", "bfloat16"])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each shape")
+    parser.add_argument("--helpers", action="store_true", help="use Python threads, not torch's own")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.helpers:
+        setattr(kernels._compiled(), "_torch_team", lambda: None)  # noqa: B010
     rng = np.random.default_rng(0)
     results: dict[str, Any] = {"settings": {**vars(args), "compiled": kernels.has_compiled()}}
     print(f"{args.form}, density {args.density}, batch {args.batch}, {args.experts} experts, {args.threads} threads")
     for model in args.models:
         rows = [bench_product(shape, args, rng) for shape in MODELS[model]]
-        counts = MODELS[model].values()
-        dense_time = sum(n * row["dense_us"] for n, row in zip(counts, rows, strict=True))
-        packed_time = sum(n * row["packed_us"] for n, row in zip(counts, rows, strict=True))
-        rows.append({"shape": "block", "ratio": packed_time / dense_time, "share": dense_time / (dense_time + packed_time)})
+        block: dict[str, Any] = {"shape": "block"}
+        for name in Times._fields:
+            counted = [(n, row[name]) for n, row in zip(MODELS[model].values(), rows, strict=True)]
+            block[name] = [sum(n * pair[side] for n, pair in counted) for side in (0, 1)]
+        products = [with_ratios(row) for row in [*rows, block]]
         folds = [bench_fold(shape, args, rng) for shape in MODELS[model]]
-        results[model] = {"products": rows, "folds": folds}
-        for row in rows:
-            times = f"   ({row['packed_us']:.0f} / {row['dense_us']:.0f} us)" if "dense_us" in row else ""
-            print(f"{model} product {row['shape']!s:>12}: ratio {row['ratio']:.2f}, share {row['share']:.2f}{times}")
+        results[model] = {"products": products, "folds": folds}
+        for row in products:
+            dense, packed = row["median"]
+            print(
+                f"{model} product {row['shape']!s:>12}: ratio {row['ratio']:.2f} (of best times "
+                f"{row['best_ratio']:.2f}), share {row['share']:.2f}; {packed:.0f} / {dense:.0f} us"
+            )
         for row in folds:
             print(
                 f"{model} fold    {row['shape']!s:>12}: ratio to dense add_ float32 {row['float32']:.2f}, bfloat16 "
