@@ -56,6 +56,11 @@ def write_adapter(
     partial = folder / f".{WEIGHTS_FILE}.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
     os.replace(partial, folder / WEIGHTS_FILE)
+    write_config(folder, config)
+
+
+def write_config(folder: Path, config: MediatorConfig) -> None:
+    """Write the configuration of an adapter that is ready for use."""
     inference_mode, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))
     config.inference_mode = inference_mode

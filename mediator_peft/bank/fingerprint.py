@@ -61,8 +61,8 @@ def check_fingerprint(expected: Mapping[str, Any], state: Mapping[str, Tensor], 
         rounded = torch.tensor(known["values"]).to(tensor.dtype).float().tolist()
         if found["shape"] != known["shape"] or found["values"] != rounded:
             raise BackboneMismatchError(
-                f"{where} is not the backbone this adapter was built on: {name!r} has shape {found['shape']} and values "
-                f"{found['values'][:3]}..., the adapter expects {known['shape']} and {rounded[:3]}.... Load the "
+                f"{where} is not the backbone this adapter was built on: {name!r} has shape {found['shape']} and "
+                f"values {found['values'][:3]}..., the adapter expects {known['shape']} and {rounded[:3]}.... Load the "
                 "backbone that the adapter was built with (base_model_name_or_path in adapter_config.json); the base "
                 "and the experts themselves are not it, unless merge_method is 'base'."
             )

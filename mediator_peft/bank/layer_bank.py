@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import AdapterError
+from .kernels import GroupedProduct, PackedDelta
 from .packing import compress, decompress
 from .sparse_delta import SparseDelta
 from .values import VALUES
@@ -26,6 +30,8 @@ class LayerBank(nn.Module):
         self.shape = shape
         self.coding = coding
         self.has_bias = has_bias
+        self._packed: dict[str, PackedDelta] = {}
+        self._product: tuple[GroupedProduct | None, Any] = (None, None)
 
     @property
     def names(self) -> list[str]:
@@ -47,6 +53,44 @@ class LayerBank(nn.Module):
         bias = parts.pop(_BIAS, None)
         return SparseDelta(self.shape, self.coding, mask, {k: v for k, v in parts.items() if v is not None}, bias)
 
+    def packed(self, name: str) -> PackedDelta | None:
+        """One expert's delta as the CPU kernels take it, without a copy; None where it has none or lies elsewhere."""
+        if name not in self._packed:
+            delta = self.get(name)
+            if delta is None or delta.mask.device.type != "cpu":
+                return None
+            arrays = {part: _as_array(tensor) for part, tensor in delta.parts.items()}
+            self._packed[name] = PackedDelta(delta.mask.numpy(), self.shape[1], **arrays)
+        return self._packed[name]
+
+    def product(
+        self, table: tuple[tuple[float, ...], ...], columns: tuple[str, ...], num_tokens: int
+    ) -> GroupedProduct:
+        """The kernels' product for one table of expert weights; kept for the next step of the same generation.
+
+        Args:
+            table: (B, C) expert weights as plain numbers.
+            columns: names of the columns.
+            num_tokens: tokens of each row.
+        """
+        key = (table, columns, num_tokens)
+        product, made_for = self._product
+        if made_for != key or product is None:
+            weights = np.array(table, np.float32)
+            active = [
+                (packed, np.flatnonzero(weights[:, column]), weights[:, column])
+                for column, name in enumerate(columns)
+                if weights[:, column].any() and (packed := self.packed(name)) is not None
+            ]
+            tokens = np.arange(num_tokens)
+            product = GroupedProduct(
+                [packed for packed, _, _ in active],
+                [(rows[:, None] * num_tokens + tokens).ravel() for _, rows, _ in active],
+                [np.repeat(column[rows], num_tokens) for _, rows, column in active],
+            )
+            self._product = (product, key)
+        return product
+
     def put(self, name: str, delta: SparseDelta) -> None:
         """Set one expert's delta."""
         bias = {} if delta.bias is None else {_BIAS: delta.bias}
@@ -54,6 +98,7 @@ class LayerBank(nn.Module):
             self._put_part(f"{name}{_SEPARATOR}{part}", tensor)
 
     def _put_part(self, key: str, tensor: Tensor) -> None:
+        self._forget()
         if key in self._buffers:
             self._buffers[key] = tensor
         else:
@@ -61,6 +106,7 @@ class LayerBank(nn.Module):
 
     def remove(self, name: str) -> None:
         """Drop one expert's delta."""
+        self._forget()
         for part in self.part_names:
             self._buffers.pop(f"{name}{_SEPARATOR}{part}", None)
 
@@ -72,15 +118,30 @@ class LayerBank(nn.Module):
         memo[id(self)] = copy
         return copy
 
+    def _forget(self) -> None:
+        """Drop what was derived from the buffers."""
+        self._packed.clear()
+        self._product = (None, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": {}, "_product": (None, None)}
+
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         # Moves between devices are wanted, changes of dtype (model.half()) are not: scales and values keep theirs.
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).device)
 
+        self._forget()
         for key, buffer in self._buffers.items():
             if buffer is not None:
                 self._buffers[key] = fn(buffer) if buffer.device.type == "meta" else move(buffer)
         return self
+
+
+def _as_array(tensor: Tensor) -> NDArray[Any]:
+    """A tensor's memory as the kernels read it: bfloat16, which numpy does not know, as its bits."""
+    plain = tensor.detach()
+    return (plain.view(torch.uint16) if plain.dtype == torch.bfloat16 else plain).numpy()
 
 
 def to_disk(key: str, tensor: Tensor) -> Tensor:

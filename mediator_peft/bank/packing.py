@@ -37,8 +37,8 @@ def unpack_bits(packed: Tensor, num_bits: int) -> Tensor:
         (..., num_bits) bool
     """
     if packed.device.type == "cpu":
-        bits = np.unpackbits(packed.numpy(), axis=-1, count=num_bits, bitorder="little")
-        return torch.from_numpy(bits).view(torch.bool)
+        unpacked = np.unpackbits(packed.numpy(), axis=-1, count=num_bits, bitorder="little")
+        return torch.from_numpy(unpacked).view(torch.bool)
     weights = torch.arange(8, device=packed.device, dtype=torch.uint8)
     bits = (packed.unsqueeze(-1) >> weights) & 1
     return bits.flatten(-2)[..., :num_bits].bool()

@@ -16,7 +16,7 @@ Parts = dict[str, Tensor]
 class ValueCoding(NamedTuple):
     """One way to store kept entries."""
 
-    encode: Callable[[Tensor, Tensor, "torch.dtype | None"], Parts]
+    encode: Callable[[Tensor, Tensor, torch.dtype | None], Parts]
     """(delta (O, I) float32, kept (O, I) bool, storage dtype or None for exact) → named parts, each 1-D."""
 
     decode: Callable[[Parts, Tensor], Tensor]

@@ -6,12 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..bank import kernels
 from ..bank.layer_bank import LayerBank
 from ..errors import ConfigError, UnsupportedError
+from .differentiable import mixed_output
 from .folding import Fold, mixed_bias, mixed_weight, plain_weight
 from .weights import LayerRoute
 
 EXECUTIONS = ("fold", "sparse", "densify")
+
+DENSIFY_TOKENS = 16
+"""From this many tokens a group on, a scratch weight and a dense product beat the packed kernels on a CPU."""
 
 
 def check_execution(execution: str | None) -> str | None:
@@ -25,25 +30,28 @@ def check_execution(execution: str | None) -> str | None:
     return execution
 
 
-def is_plain(base_layer: nn.Module) -> bool:
+def is_plain(base_layer: nn.Linear) -> bool:
     """Whether the weight is an ordinary matrix that can be read and written."""
     weight = base_layer.weight
     return weight.is_floating_point() and weight.ndim == 2 and weight.dtype.itemsize >= 2
 
 
-def choose(route: LayerRoute, base_layer: nn.Module) -> str:
+def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear) -> str:
     """Which way to go for one forward pass of one layer."""
     if route.is_differentiable or not is_plain(base_layer):
         return "sparse"
     uniform = len(route.groups) == 1
-    if route.execution == "fold" and not (uniform and route.may_fold):
-        return "densify"
-    if route.execution is not None:
+    if uniform and route.may_fold and route.execution in (None, "fold"):
+        return "fold"
+    if route.execution in ("sparse", "densify"):
         return route.execution
-    return "fold" if uniform and route.may_fold else "densify"
+    # A dense product costs the same for one token as for a few; building its weight is what must pay off.
+    tokens_a_group = x.numel() // x.shape[-1] / len(route.groups)
+    compiled = x.device.type == "cpu" and kernels.has_compiled()
+    return "sparse" if compiled and tokens_a_group < DENSIFY_TOKENS else "densify"
 
 
-def apply(x: Tensor, base_layer: nn.Module, bank: LayerBank, route: LayerRoute, fold: Fold) -> Tensor:
+def apply(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, fold: Fold) -> Tensor:
     """Output of a routed layer.
 
     Args:
@@ -56,15 +64,20 @@ def apply(x: Tensor, base_layer: nn.Module, bank: LayerBank, route: LayerRoute, 
     Returns:
         (B, ..., O) or (B * T, O)
     """
-    way = choose(route, base_layer)
+    way = choose(x, route, base_layer)
     if way == "fold":
         fold.switch(bank, route.groups[0].mix)
         return base_layer(x)
     fold.switch(None, ())
-    if all(not group.mix for group in route.groups):
+    if not route.is_differentiable and all(not group.mix for group in route.groups):
         return base_layer(x)
     by_row = _split_rows(x, len(route.expert_weights))
-    result = _densify(by_row, base_layer, bank, route) if way == "densify" else _sparse(by_row, base_layer, bank, route)
+    if way == "densify":
+        result = _densify(by_row, base_layer, bank, route)
+    elif _can_use_kernels(by_row, bank, route):
+        result = _sparse_by_kernels(by_row, base_layer, bank, route)
+    else:
+        result = _sparse(by_row, base_layer, bank, route)
     return result.reshape(*x.shape[:-1], result.shape[-1])
 
 
@@ -80,7 +93,7 @@ def _split_rows(x: Tensor, batch_size: int) -> Tensor:
     )
 
 
-def _densify(x: Tensor, base_layer: nn.Module, bank: LayerBank, route: LayerRoute) -> Tensor:
+def _densify(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute) -> Tensor:
     """Each group's weight in a scratch matrix, and one dense product."""
     weight, bias = plain_weight(base_layer), base_layer.bias
     result: Tensor | None = None
@@ -99,19 +112,51 @@ def _densify(x: Tensor, base_layer: nn.Module, bank: LayerBank, route: LayerRout
     return result
 
 
-def _sparse(x: Tensor, base_layer: nn.Module, bank: LayerBank, route: LayerRoute) -> Tensor:
+def _sparse(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute) -> Tensor:
     """One dense product for the whole batch, plus each active expert's delta on its rows."""
     result = base_layer(x)
+    if route.is_differentiable:
+        return result + mixed_output(x, route.expert_weights, bank, route.columns).to(result.dtype)
     total = torch.zeros(result.shape, dtype=torch.float32, device=result.device)
     for column, name in enumerate(route.columns):
         weights = route.expert_weights[:, column].to(result.device)
         delta = bank.get(name)
         rows = torch.nonzero(weights.detach()).flatten()
-        if route.is_differentiable:
-            # A weight of zero has a gradient too.
-            rows = torch.arange(len(weights), device=weights.device)
         if delta is None or not len(rows):
             continue
         part = F.linear(x[rows].float(), delta.dense(), delta.bias)
         total = total.index_add(0, rows, weights[rows, None, None] * part)
     return result + total.to(result.dtype)
+
+
+def _can_use_kernels(x: Tensor, bank: LayerBank, route: LayerRoute) -> bool:
+    if x.device.type != "cpu" or (torch.is_grad_enabled() and (x.requires_grad or route.is_differentiable)):
+        return False
+    return kernels.has_compiled()
+
+
+def _sparse_by_kernels(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute) -> Tensor:
+    """As :func:`_sparse`, straight from the packed bank: no delta is unpacked."""
+    result = base_layer(x)
+    num_tokens = x.shape[1]
+    product = bank.product(route.key, route.columns, num_tokens)
+    inputs = x.detach().reshape(-1, x.shape[-1]).float().contiguous().numpy()
+    if result.dtype == torch.float32 and result.is_contiguous():
+        product(inputs, result.detach().view(len(inputs), -1).numpy())
+    else:
+        total = torch.zeros(len(inputs), result.shape[-1])
+        product(inputs, total.numpy())
+        result = result + total.view(result.shape).to(result.dtype)
+    return _add_biases(result, bank, route)
+
+
+def _add_biases(result: Tensor, bank: LayerBank, route: LayerRoute) -> Tensor:
+    """Add each row's mix of bias deltas to (B, T, O)."""
+    if not bank.has_bias:
+        return result
+    for rows, mix in route.groups:
+        shift = mixed_bias(bank, mix)
+        if shift is not None:
+            chosen = slice(None) if rows is None else rows
+            result[chosen] = (result[chosen].float() + shift).to(result.dtype)
+    return result

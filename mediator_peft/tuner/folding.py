@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..bank import kernels
 from ..bank.layer_bank import LayerBank
 
 Mix = tuple[tuple[str, float], ...]
@@ -26,7 +27,7 @@ class _Saved(NamedTuple):
     bias: Tensor | None
 
 
-def plain_weight(base_layer: nn.Module) -> Tensor:
+def plain_weight(base_layer: nn.Linear) -> Tensor:
     """The layer's weight as (O, I); a view, also of ``Conv1D``."""
     weight = base_layer.weight.data
     return weight.T if isinstance(base_layer, Conv1D) else weight
@@ -36,8 +37,11 @@ def mixed_delta(bank: LayerBank, mix: Mix) -> Tensor | None:
     """``sum_k w_k S_k`` as a plain matrix (O, I) float32; None where no column of the mix has a delta."""
     total: Tensor | None = None
     for name, weight in mix:
-        delta = bank.get(name)
-        if delta is not None:
+        packed = bank.packed(name) if kernels.has_compiled() else None
+        if packed is not None:
+            total = torch.zeros(bank.shape) if total is None else total
+            kernels.add_to(total.numpy(), packed, weight)
+        elif (delta := bank.get(name)) is not None:
             dense = delta.dense().mul_(weight)
             total = dense if total is None else total.add_(dense)
     return total
@@ -62,7 +66,7 @@ def mixed_weight(weight: Tensor, bank: LayerBank, mix: Mix) -> Tensor:
 class Fold:
     """The state of one layer's weight: plain, or with one mix written into it."""
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Linear) -> None:
         self._base_layer = base_layer
         self._saved: _Saved | None = None
 

@@ -25,8 +25,10 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("mediator_bank",)
     other_param_names = ()
+    base_layer: nn.Linear
+    """``nn.Linear``, its quantised kin, or ``Conv1D``, which differs in the orientation of its weight alone."""
 
-    def __init__(self, base_layer: nn.Module, board: RouteBoard) -> None:
+    def __init__(self, base_layer: nn.Linear, board: RouteBoard) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.mediator_bank = nn.ModuleDict()
@@ -38,26 +40,33 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
     def _start(self) -> None:
         # One lock a layer: nobody computes with a weight while somebody else writes to it.
         self._lock = threading.RLock()
-        self._fold = Fold(self.get_base_layer())
+        self._fold = Fold(self.base_layer)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(O, I)"""
-        base = self.get_base_layer()
+        base = self.base_layer
         if isinstance(base, Conv1D):
             return (base.weight.shape[1], base.weight.shape[0])
         return (base.out_features, base.in_features)
 
     def add_bank(self, adapter_name: str, coding: str) -> LayerBank:
         """An empty bank for one adapter."""
-        bank = LayerBank(self.shape, coding, self.get_base_layer().bias is not None)
+        bank = LayerBank(self.shape, coding, self.base_layer.bias is not None)
         self.mediator_bank[adapter_name] = bank
+        return bank
+
+    def bank(self, adapter_name: str) -> LayerBank:
+        """One adapter's deltas."""
+        bank = self.mediator_bank[adapter_name]
+        if not isinstance(bank, LayerBank):
+            raise TypeError(f"{adapter_name!r} is no bank")
         return bank
 
     def _active_bank(self) -> LayerBank | None:
         for name in self.active_adapters:
             if name in self.mediator_bank:
-                return self.mediator_bank[name]  # type: ignore[return-value]
+                return self.bank(name)
         return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -87,7 +96,7 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
             UnsupportedError: the weight is quantised.
         """
         bank = self._active_bank()
-        base = self.get_base_layer()
+        base = self.base_layer
         if not execution.is_plain(base):
             raise UnsupportedError(
                 "a quantised weight cannot take a mix: rounding it again would lose the delta. Load the backbone "

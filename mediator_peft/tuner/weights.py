@@ -40,6 +40,9 @@ class LayerRoute(NamedTuple):
     execution: str | None
     """``"fold"``, ``"sparse"`` or ``"densify"`` where the caller forces one."""
 
+    key: tuple[tuple[float, ...], ...]
+    """The table as plain numbers: equal keys, equal routes."""
+
     @property
     def is_differentiable(self) -> bool:
         """Whether gradients flow to the expert weights."""
@@ -132,4 +135,4 @@ def make_route(table: Tensor, columns: Sequence[str], may_fold: bool, execution:
         )
         for weights, rows in rows_of.items()
     )
-    return LayerRoute(table, tuple(columns), groups, may_fold, execution)
+    return LayerRoute(table, tuple(columns), groups, may_fold, execution, tuple(map(tuple, values)))

@@ -1,0 +1,75 @@
+"""The rules that carry the layout: which folder may import which, and how long a file may be."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "mediator_peft"
+
+# Part → parts it may import, besides itself. Data go one way.
+ALLOWED = {
+    "errors": set(),
+    "tables": {"errors"},
+    "progress": set(),
+    "structure": {"errors"},
+    "registration": set(),
+    "methods": {"errors"},
+    "bank": {"errors", "config"},
+    "routing": {"errors", "tables", "progress"},
+    "config": {"errors", "tables", "registration", "methods", "bank", "routing"},
+    "build": {"errors", "tables", "progress", "structure", "config", "methods", "bank"},
+    "tuner": {"errors", "tables", "progress", "structure", "registration", "config", "methods", "bank", "build"}
+    | {"routing"},
+    "api": {"errors", "config", "bank", "build", "routing", "tuner"},
+}
+USER_SIDE = {"cli", "commands", "demo", "evaluation", "__init__", "__main__"}
+
+
+def part_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_parts(path):
+    """Parts of the package that a file imports, whatever the level of the relative import."""
+    here = ("mediator_peft", *path.relative_to(PACKAGE).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            stem = here[: len(here) - node.level + 1] if node.level else ()
+            full = [*stem, *(node.module.split(".") if node.module else [])]
+            if full[:1] == ["mediator_peft"]:
+                names = [full[1]] if len(full) > 1 else [alias.name for alias in node.names]
+                yield from names
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("mediator_peft."))
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_follow_the_data(path):
+    part = part_of(path)
+    if part in USER_SIDE:
+        return
+    allowed = ALLOWED[part] | {part}
+    wrong = set(imported_parts(path)) - allowed
+    assert not wrong, f"{part} must not import {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_stay_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 360
+
+
+def test_importing_needs_no_extra():
+    code = (
+        "import sys\n"
+        "for name in ('bitsandbytes', 'matplotlib', 'numba', 'gguf', 'sklearn', 'yaml'):\n"
+        "    sys.modules[name] = None\n"
+        "import mediator_peft\n"
+        "assert 'mediator_peft.cli' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,0 +1,71 @@
+"""Settings are checked when made, all at once."""
+
+import pytest
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from mediator_peft import MediatorConfig
+from mediator_peft.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(density=0), "density must be in"),
+        (dict(density=1.5), "density must be in"),
+        (dict(density=float("nan")), "density must be in"),
+        (dict(density=True), "density must be in"),
+        (dict(conflict_density=-1), "conflict_density"),
+        (dict(conflict_threshold=float("nan")), "conflict_threshold"),
+        (dict(top_p=0), "top_p"),
+        (dict(ood_alpha=1), "ood_alpha"),
+        (dict(merge_method="averge"), "Did you mean 'average'"),
+        (dict(conflict_score="sing"), "Did you mean 'sign'"),
+        (dict(sparsifier="magnitud"), "Did you mean 'magnitude'"),
+        (dict(values="floats"), "Did you mean 'float'"),
+        (dict(router="gausian"), "Did you mean 'gaussian'"),
+        (dict(fallback="bsae"), "Did you mean 'base'"),
+        (dict(router_layer=-1), "router_layer"),
+        (dict(router_layer=True), "router_layer"),
+        (dict(routed_layers="al"), "Did you mean 'all'"),
+        (dict(routed_layers=0.0), "routed_layers"),
+        (dict(routed_layers=[]), "routed_layers"),
+        (dict(routed_layers=[1, 1]), "routed_layers"),
+        (dict(experts={"a.b": "x"}), "no dots or slashes"),
+        (dict(experts={"a/b": "x"}), "no dots or slashes"),
+        (dict(experts={"..": "x"}), "no dots or slashes"),
+        (dict(experts={"base": "x"}), "taken by the fallback"),
+        (dict(experts={"": "x"}), "cannot be used"),
+        (dict(denssity=0.1), "Did you mean 'density'"),
+    ],
+)
+def test_a_wrong_setting_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        MediatorConfig(**settings)
+
+
+def test_all_faults_are_listed_at_once():
+    with pytest.raises(ConfigError) as caught:
+        MediatorConfig(density=2, values="flot", experts={"a.b": "x"})
+    assert all(part in str(caught.value) for part in ("density", "flot", "a.b"))
+
+
+def test_saving_and_reading_is_a_round_trip(tmp_path):
+    config = MediatorConfig(experts={"math": "a", "code": "b"}, density=0.3, routed_layers=[1, 2], router_layer=0)
+    config.save_pretrained(str(tmp_path))
+    again = PeftConfig.from_pretrained(str(tmp_path))
+    assert isinstance(again, MediatorConfig)
+    assert again.to_dict() == config.to_dict()
+
+
+def test_peft_knows_the_method():
+    """PEFT's enumeration has a member of ours; this fails loudly when PEFT changes how that works."""
+    assert PeftType("MEDIATOR") is PeftType.MEDIATOR
+    assert MediatorConfig().peft_type is PeftType.MEDIATOR
+    assert PeftType.MEDIATOR.value == "MEDIATOR"
+    assert list(PeftType).count(PeftType.MEDIATOR) == 1
+
+
+def test_columns_end_with_the_fallback():
+    assert MediatorConfig(experts={"b": "x", "a": "y"}).columns == ["b", "a", "base"]
+    assert MediatorConfig(experts={"b": "x", "a": "y"}, fallback="backbone").columns == ["b", "a"]
