@@ -2,7 +2,9 @@
 
 from .api import get_mediator_model, load_mediator
 from .build.offline import build_mediator
+from .build.preflight import BuildPlan, plan_mediator
 from .build.report import BuildReport
+from .build.verify import Verification, verify_mediator
 from .config import MediatorConfig
 from .registration import register
 from .routing.gate import RouteOutput
@@ -14,12 +16,16 @@ register(MediatorConfig, MediatorModel)
 __version__ = "0.1.0"
 
 __all__ = [
+    "BuildPlan",
     "BuildReport",
     "MediatorConfig",
     "MediatorLayer",
     "MediatorModel",
     "RouteOutput",
+    "Verification",
     "build_mediator",
     "get_mediator_model",
     "load_mediator",
+    "plan_mediator",
+    "verify_mediator",
 ]

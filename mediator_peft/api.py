@@ -62,6 +62,7 @@ def load_mediator(path: str | os.PathLike[str], is_trainable: bool = False, **kw
     except (OSError, SafetensorError) as fault:
         raise AdapterError(f"the backbone {backbone_path!r} cannot be loaded: {fault}") from fault
     model = PeftModel.from_pretrained(backbone, str(folder), is_trainable=is_trainable)
+    model.peft_config["default"].base_model_name_or_path = backbone_path
     model.set_backbone(backbone_path)
     return model.eval(), _tokenizer(backbone_path)
 

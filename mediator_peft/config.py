@@ -24,6 +24,7 @@ FORMAT_VERSION = 1
 """Version of the adapter's files. A newer one is refused, an older one is migrated."""
 
 FALLBACKS = ("base", "backbone")
+ROUTE_ON = ("last", "first", "all")
 FALLBACK_EXPERT = "base"
 """Name of the expert-weight column that stands for the base model."""
 
@@ -79,6 +80,10 @@ class MediatorConfig(PeftConfig):
     """The router reads the backbone's hidden state after this many blocks; 0 is the embedding. ``None`` takes a tenth
     of the depth."""
 
+    route_on: str = "last"
+    """What of a chat decides its route, where its turns can be told apart: the ``"last"`` user turn (each turn is
+    routed anew), the ``"first"`` (one route a chat), or ``"all"`` tokens so far."""
+
     ood_alpha: float = 0.01
     """Share of known prompts that may be taken for unknown, in (0, 1)."""
 
@@ -102,6 +107,9 @@ class MediatorConfig(PeftConfig):
 
     num_blocks: int | None = None
     """How many repeated blocks the model has. Written by the build."""
+
+    turn_markers: list[list[int]] | None = None
+    """Token ids that open and close a user turn. Written when the router is fitted."""
 
     backbone_fingerprint: dict[str, Any] | None = None
     """Shapes and sampled values of the backbone the deltas belong to. Written by the build."""
@@ -139,6 +147,7 @@ class MediatorConfig(PeftConfig):
             ("values", VALUES, "values"),
             ("router", ROUTERS, "router"),
             ("fallback", FALLBACKS, "fallback"),
+            ("route_on", ROUTE_ON, "route_on"),
         ):
             if getattr(self, name) not in table:
                 yield unknown_name(getattr(self, name), table, kind)
@@ -150,7 +159,9 @@ class MediatorConfig(PeftConfig):
             if not _is_share(getattr(self, name)):
                 yield f"{name} must be in (0, 1], got {getattr(self, name)!r}. Use a share: {hint}."
         if not (_is_share(self.ood_alpha) and self.ood_alpha < 1):
-            yield f"ood_alpha must be in (0, 1), got {self.ood_alpha!r}. 0.01 lets one known prompt in a hundred fall back."
+            yield (
+                f"ood_alpha must be in (0, 1), got {self.ood_alpha!r}. 0.01 lets one known prompt in a hundred fall back."
+            )
         if not (isinstance(self.conflict_threshold, (int, float)) and isfinite(self.conflict_threshold)):
             yield f"conflict_threshold must be a finite number, got {self.conflict_threshold!r}."
         if self.router_layer is not None and (isinstance(self.router_layer, bool) or not _is_count(self.router_layer)):

@@ -29,6 +29,14 @@ class OutputExistsError(MediatorError, ValueError):
     """The output folder is already there."""
 
 
+class OutputError(MediatorError, RuntimeError):
+    """The output cannot be written: the disk is full, or the folder is read-only."""
+
+
+class OutOfMemoryError(MediatorError, RuntimeError):
+    """The work does not fit into the memory it may use."""
+
+
 class RoutingError(MediatorError, ValueError):
     """Expert weights, names or calibration data cannot be used."""
 

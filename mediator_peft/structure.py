@@ -54,9 +54,7 @@ def find_structure(model: nn.Module) -> Structure:
             experts), which would be left out of the deltas.
     """
     blocks, module_list = _blocks_of(model)
-    fused = [
-        f"{blocks}.{name}" for name, parameter in module_list.named_parameters() if parameter.ndim >= 3
-    ]
+    fused = [f"{blocks}.{name}" for name, parameter in module_list.named_parameters() if parameter.ndim >= 3]
     if fused:
         raise UnsupportedError(
             f"{type(model).__name__} fuses its mixture-of-experts weights into {len(fused)} tensors with three "

@@ -59,7 +59,7 @@ class LayerBank(nn.Module):
             delta = self.get(name)
             if delta is None or delta.mask.device.type != "cpu":
                 return None
-            arrays = {part: _as_array(tensor) for part, tensor in delta.parts.items()}
+            arrays = {part: as_array(tensor) for part, tensor in delta.parts.items()}
             self._packed[name] = PackedDelta(delta.mask.numpy(), self.shape[1], **arrays)
         return self._packed[name]
 
@@ -138,7 +138,7 @@ class LayerBank(nn.Module):
         return self
 
 
-def _as_array(tensor: Tensor) -> NDArray[Any]:
+def as_array(tensor: Tensor) -> NDArray[Any]:
     """A tensor's memory as the kernels read it: bfloat16, which numpy does not know, as its bits."""
     plain = tensor.detach()
     return (plain.view(torch.uint16) if plain.dtype == torch.bfloat16 else plain).numpy()

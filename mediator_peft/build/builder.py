@@ -1,15 +1,17 @@
-"""build_mediator(): from checkpoints to a backbone and a bank of sparse deltas, the steps in order."""
+"""From checkpoints to a backbone and a bank of sparse deltas: which tensors, in which order, what they add up to."""
 
 from __future__ import annotations
 
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..bank.fingerprint import sample, sampled_names
@@ -18,159 +20,202 @@ from ..config import MediatorConfig
 from ..errors import ConfigError
 from ..methods.conflict import CONFLICT_SCORES
 from ..progress import Progress, no_progress
-from ..structure import LinearLayer, select_layers
-from .checkpoints import Checkpoint
+from ..structure import select_layers
+from .checkpoints import Checkpoint, MeanCheckpoint
 from .compatibility import Job
-from .merging import MergedTensor, deltas_needed, deltas_to_backbone, merge_tensor, sparsify
-from .plan import check_block_numbers, choose_blocks
-from .report import BuildReport, DeltaError
+from .pieces import Finished, finished
+from .plan import BlockPlan, check_block_numbers, choose_blocks
+from .report import BuildReport, summarize_errors
+from .tensor_work import Task, TensorWork
 
 
 @dataclass
 class Bank:
-    """Deltas by layer and expert, and what was learnt on the way."""
+    """Deltas by layer and column."""
 
     deltas: dict[str, dict[str, SparseDelta]] = field(default_factory=dict)
     """Layer name → column → delta."""
 
-    errors: dict[str, DeltaError] = field(default_factory=dict)
-    counts: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    """Block → conflict score name → summed counts."""
 
-    samples: dict[str, dict[str, object]] = field(default_factory=dict)
-    """Fingerprint of the backbone."""
+@dataclass
+class Merge:
+    """Everything that is to be done, known before any weight is read."""
+
+    job: Job
+    config: MediatorConfig
+    tasks: list[Task]
+    blocks: dict[str, int]
+    """Layer name → block, for every linear layer of the blocks."""
+
+    plan: Sequence[BlockPlan] | None
+    sampled: frozenset[str]
+    """Tensors whose values go into the fingerprint."""
 
 
-def merge_checkpoints(
-    job: Job, config: MediatorConfig, emit: Callable[[str, Tensor], None], progress: Progress = no_progress
-) -> tuple[Bank, MediatorConfig, BuildReport]:
-    """Merge all tensors; the one piece of work behind offline and in-memory builds.
+def plan_merge(job: Job, config: MediatorConfig, plan: Sequence[BlockPlan] | None = None) -> Merge:
+    """List the work.
 
     Args:
         job: checkpoints that belong together.
         config: what to do.
-        emit: takes each tensor of the backbone as it is made, in the storage dtype.
-        progress: told of each tensor done.
+        plan: decisions block by block, which then take the place of ``routed_layers`` and ``density``.
 
-    Returns:
-        The bank; the configuration with what the build found out filled in; the report.
+    Raises:
+        ConfigError: a block or module of the configuration is not in the model.
     """
-    started = time.perf_counter()
+    require_experts(config)
     layers = {layer.name: layer for layer in select_layers(job.structure, config.target_modules)}
     if isinstance(config.routed_layers, (list, tuple)):
         check_block_numbers(config.routed_layers, job.structure.num_blocks)
-    bank = Bank(errors={name: DeltaError() for name in deltas_needed(config)})
-    names = set(sampled_names(job.names))
-    for name, merged in _merged_tensors(job, config, layers, bank, progress):
-        emit(name, merged)
-        if name in names:
-            bank.samples[name] = sample(merged)
-    conflict = _conflict(bank, job.structure.num_blocks)
-    routed = choose_blocks(conflict[config.conflict_score], config.routed_layers, config.conflict_threshold)
-    bank.deltas = {name: deltas for name, deltas in bank.deltas.items() if layers[name].block in routed}
-    built = _built_config(config, job, layers, routed, bank)
-    report = _report(job, built, bank, conflict, routed)
-    report.seconds = time.perf_counter() - started
-    return bank, built, report
-
-
-def _merged_tensors(
-    job: Job, config: MediatorConfig, layers: Mapping[str, LinearLayer], bank: Bank, progress: Progress
-) -> Iterable[tuple[str, Tensor]]:
-    """Each backbone tensor in turn; deltas and counts go to the bank on the way."""
-    in_blocks = {layer.name: layer.block for layer in job.structure.layers}
-    certain = set(config.routed_layers) if isinstance(config.routed_layers, (list, tuple)) else None
+    densities = _block_densities(config, job.structure.num_blocks, plan)
+    blocks = {layer.name: layer.block for layer in job.structure.layers}
     biases = {f"{name}.bias" for name, layer in layers.items() if layer.has_bias}
-    todo = [name for name in job.names if name not in biases]
-    with progress("merging", len(todo)) as advance:
-        for name in todo:
-            owner = name.removesuffix(".weight")
-            measure = owner in in_blocks
-            merged = merge_tensor(name, job.base, job.experts, config, job.dtype, measure)
-            if measure:
-                _add_counts(bank.counts.setdefault(in_blocks[owner], {}), merged.counts)
-            layer = layers.get(owner)
-            if layer is not None:
-                bias = None
-                if layer.has_bias:
-                    bias = merge_tensor(f"{owner}.bias", job.base, job.experts, config, job.dtype, False)
-                    yield f"{owner}.bias", bias.backbone
-                if certain is None or layer.block in certain:
-                    bank.deltas[owner] = _layer_deltas(name, layer, merged, bias, config, job.dtype, bank.errors)
-            yield name, merged.backbone
+    tasks = []
+    for name in sorted(job.names):
+        if name in biases:
+            continue
+        owner = name.removesuffix(".weight")
+        layer = layers.get(owner) if name.endswith(".weight") else None
+        tasks.append(
+            Task(
+                name=name,
+                measure=owner in blocks and name.endswith(".weight"),
+                density=densities[layer.block] if layer is not None else None,
+                is_transposed=layer is not None and layer.is_transposed,
+                bias=f"{owner}.bias" if layer is not None and layer.has_bias else None,
+            )
+        )
+    return Merge(job, config, tasks, blocks, plan, frozenset(sampled_names(job.names)))
+
+
+def _block_densities(
+    config: MediatorConfig, num_blocks: int, plan: Sequence[BlockPlan] | None
+) -> dict[int, float | None]:
+    """Block → density of its deltas; None where it is certain to get none."""
+    if plan is not None:
+        return {block.block: block.density if block.routed else None for block in plan}
+    certain = set(config.routed_layers) if isinstance(config.routed_layers, (list, tuple)) else None
+    return {block: config.density if certain is None or block in certain else None for block in range(num_blocks)}
+
+
+def merge_in_memory(
+    job: Job, config: MediatorConfig, progress: Progress = no_progress
+) -> tuple[Bank, dict[str, Tensor], MediatorConfig, BuildReport]:
+    """Merge all tensors and keep everything in memory.
+
+    Returns:
+        The bank; the backbone, name → tensor in the storage dtype; the configuration with what the build found out
+        filled in; the report.
+    """
+    started = time.perf_counter()
+    merge = plan_merge(job, config)
+    backbone = {name: torch.empty(job.base.tensors[name].shape, dtype=job.dtype) for name in job.names}
+
+    def write(name: str, start: int, rows: Tensor) -> None:
+        target = backbone[name].reshape(-1, *rows.shape[1:])
+        target[start : start + len(rows)] = rows
+
+    work = TensorWork(job.base, job.experts, config, job.dtype, write)
+    bank, done = Bank(), []
+    with single_thread(), progress("merging", len(merge.tasks)) as advance:
+        for task in merge.tasks:
+            result = work(task)
+            if result.deltas:
+                bank.deltas[task.name.removesuffix(".weight")] = result.deltas
+            names = [name for name in (task.name, task.bias) if name in merge.sampled]
+            done.append(finished(result, {name: sample(backbone[name]) for name in names if name is not None}))
             advance()
+    built, report = conclude(merge, done)
+    bank.deltas = {name: bank.deltas[name] for name in built.routed_modules or []}
+    report.seconds = time.perf_counter() - started
+    return bank, backbone, built, report
 
 
-def _layer_deltas(
-    name: str,
-    layer: LinearLayer,
-    merged: MergedTensor,
-    bias: MergedTensor | None,
-    config: MediatorConfig,
-    storage: torch.dtype,
-    errors: Mapping[str, DeltaError],
-) -> dict[str, SparseDelta]:
-    """The packed deltas of one layer, by column."""
-    needed = deltas_needed(config)
-    with_base = config.columns[-1] in needed and len(config.columns) > len(config.experts)
-    experts = list(config.experts)
-    weights = deltas_to_backbone(merged, experts, with_base)
-    biases = deltas_to_backbone(bias, experts, with_base) if bias is not None else {}
-    packed = {}
-    for column in needed:
-        delta = weights[column].T.contiguous() if layer.is_transposed else weights[column]
-        packed[column] = sparsify(name, delta, biases.get(column), column, config, storage)
-        errors[column].add(delta, packed[column])
-    return packed
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Let torch work in this thread alone: results do not depend on the number of cores, and none spins idly."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-def _add_counts(total: dict[str, Tensor], counts: Mapping[str, Tensor]) -> None:
-    for key, value in counts.items():
-        total[key] = total[key] + value if key in total else value
+def conclude(merge: Merge, done: Sequence[Finished]) -> tuple[MediatorConfig, BuildReport]:
+    """Decide which blocks are routed and sum up, once every tensor is finished.
+
+    Args:
+        merge: the work.
+        done: what each of its tasks became, in their order.
+    """
+    job, config = merge.job, merge.config
+    num_blocks = job.structure.num_blocks
+    conflict = _conflict(merge, done)
+    if merge.plan is not None:
+        routed = [block.block for block in merge.plan if block.routed]
+    else:
+        routed = choose_blocks(conflict[config.conflict_score], config.routed_layers, config.conflict_threshold)
+    chosen = set(routed)
+    in_bank = [
+        (task.name.removesuffix(".weight"), info)
+        for task, info in zip(merge.tasks, done, strict=True)
+        if task.density is not None and merge.blocks[task.name.removesuffix(".weight")] in chosen
+    ]
+    carried = {name for name, _ in in_bank}
+    samples = {name: value for info in done for name, value in info.samples.items()}
+    settings = {item.name: getattr(config, item.name) for item in fields(config)}
+    settings.update(
+        expert_names=list(config.experts),
+        routed_modules=[layer.name for layer in job.structure.layers if layer.name in carried],
+        num_blocks=num_blocks,
+        backbone_fingerprint={name: samples[name] for name in sorted(samples)},
+        provenance=_provenance(job),
+    )
+    return MediatorConfig(**settings), _report(merge, conflict, routed, [info for _, info in in_bank])
 
 
-def _conflict(bank: Bank, num_blocks: int) -> dict[str, list[float]]:
+def _conflict(merge: Merge, done: Sequence[Finished]) -> dict[str, list[float]]:
+    totals: dict[int, dict[str, NDArray[np.float64]]] = {}
+    for task, info in zip(merge.tasks, done, strict=True):
+        if task.measure:
+            total = totals.setdefault(merge.blocks[task.name.removesuffix(".weight")], {})
+            for name, counts in info.counts.items():
+                total[name] = total[name] + counts if name in total else counts
     return {
-        name: [score.score(bank.counts[block][name]) for block in range(num_blocks)]
+        name: [score.score(totals[block][name]) for block in range(merge.job.structure.num_blocks)]
         for name, score in CONFLICT_SCORES.items()
     }
 
 
-def _built_config(
-    config: MediatorConfig, job: Job, layers: Mapping[str, LinearLayer], routed: list[int], bank: Bank
-) -> MediatorConfig:
-    from dataclasses import fields
-
-    settings = {item.name: getattr(config, item.name) for item in fields(config)}
-    settings.update(
-        expert_names=list(config.experts),
-        routed_modules=[name for name, layer in layers.items() if layer.block in routed],
-        num_blocks=job.structure.num_blocks,
-        backbone_fingerprint=bank.samples,
-        provenance={
-            "base": job.base.source,
-            "experts": {name: checkpoint.source for name, checkpoint in job.experts.items()},
-            "storage_dtype": str(job.dtype).removeprefix("torch."),
-        },
-    )
-    return MediatorConfig(**settings)
+def _provenance(job: Job) -> dict[str, object]:
+    return {
+        "base": job.base.source,
+        "experts": {name: checkpoint.source for name, checkpoint in job.experts.items()},
+        "storage_dtype": str(job.dtype).removeprefix("torch."),
+    }
 
 
 def _report(
-    job: Job, config: MediatorConfig, bank: Bank, conflict: dict[str, list[float]], routed: list[int]
+    merge: Merge, conflict: dict[str, list[float]], routed: list[int], in_bank: Sequence[Finished]
 ) -> BuildReport:
+    job, config = merge.job, merge.config
+    storage = str(job.dtype).removeprefix("torch.")
     dtypes = {info.dtype for info in job.base.tensors.values() if info.dtype}
     rounded = any(torch.finfo(dtype).eps < torch.finfo(job.dtype).eps for dtype in dtypes)
     notes = []
-    storage = str(job.dtype).removeprefix("torch.")
     if rounded:
         notes.append(f"the base was rounded to {storage}, the experts' dtype, before differences were taken")
+    if isinstance(job.base, MeanCheckpoint):
+        notes.append("no base was given: differences were taken to the mean of the experts")
     if not routed:
         notes.append("no block is routed: the experts agree everywhere, and every prompt gets the backbone")
     elif len(routed) < job.structure.num_blocks:
-        notes.append(f"{job.structure.num_blocks - len(routed)} blocks are not routed: every prompt gets the backbone there")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    packed = [delta for deltas in bank.deltas.values() for delta in deltas.values()]
+        num_averaged = job.structure.num_blocks - len(routed)
+        notes.append(f"{num_averaged} blocks are not routed: every prompt gets the backbone there")
+    if merge.plan is not None:
+        notes.append("which blocks are routed, and at which density, was read from a plan")
+    columns = list(in_bank[0].errors) if in_bank else []
     return BuildReport(
         output=None,
         experts=list(config.experts),
@@ -180,15 +225,17 @@ def _report(
         conflict_score=config.conflict_score,
         routed_blocks=routed,
         num_blocks=job.structure.num_blocks,
-        routed_parameters=sum(
-            next(iter(deltas.values())).shape[0] * next(iter(deltas.values())).shape[1]
-            for deltas in bank.deltas.values()
-        ),
-        bank_bytes=sum(delta.num_bytes for delta in packed),
-        delta_errors={name: error.summary() for name, error in bank.errors.items()},
-        peak_memory_bytes=peak,
+        routed_parameters=sum(info.num_parameters for info in in_bank),
+        bank_bytes=sum(info.num_bytes for info in in_bank),
+        delta_errors={column: summarize_errors([info.errors[column] for info in in_bank]) for column in columns},
+        peak_memory_bytes=peak_memory(),
         notes=notes,
     )
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def require_experts(config: MediatorConfig) -> None:

@@ -27,8 +27,8 @@ def model_card(config: MediatorConfig, report: BuildReport | None) -> str:
         f"{len(config.expert_names or experts)} fine-tuned models of one base, merged into a dense backbone "
         f"(`merge_method={config.merge_method}`) and sparse experts in "
         f"{len({name.split('.')[2] for name in config.routed_modules or []}) if config.routed_modules else 0} of "
-        f"{config.num_blocks} blocks, mixed per prompt. The idea is that of *Mediator* (arXiv 2502.04411); formulas and "
-        "figures are those of `mediator_peft`.",
+        f"{config.num_blocks} blocks, mixed per prompt. The idea is that of *Mediator* (arXiv 2502.04411); formulas "
+        "and figures are those of `mediator_peft`.",
         "",
         "```python",
         "from mediator_peft import load_mediator",

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from ..errors import CheckpointError
+from .headers import DTYPES, Stored, read_header, read_into
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+_WANTED = ["*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
 class TensorInfo(NamedTuple):
@@ -40,8 +44,18 @@ class Checkpoint(ABC):
     tensors: dict[str, TensorInfo]
 
     @abstractmethod
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of one tensor, on the CPU, in its own dtype: (stop - start, *rest). Not to be kept."""
+
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU, in its own dtype."""
+        """One whole tensor, on the CPU, in its own dtype."""
+        shape = self.tensors[name].shape
+        return self.read_rows(name, 0, shape[0] if shape else 1).reshape(shape).clone()
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of weights that it is read from; none for a model in memory."""
+        return []
 
     @property
     @abstractmethod
@@ -63,7 +77,9 @@ class FolderCheckpoint(Checkpoint):
         self.source = source or str(folder)
         faults: list[str] = []
         self._config = self._read_config(faults)
-        self._files: dict[str, Path] = {}
+        self._stored: dict[str, tuple[Path, Stored]] = {}
+        self._descriptors: dict[Path, int] = {}
+        self._buffer = np.empty(0, np.uint8)
         self.tensors = {}
         for path in self._weight_files(faults):
             self._read_header(path, faults)
@@ -81,41 +97,118 @@ class FolderCheckpoint(Checkpoint):
             faults.append(f"its config.json cannot be read: {str(fault).splitlines()[0]}")
             return PretrainedConfig()
 
+    _index_file, _single_file = INDEX_FILE, SINGLE_FILE
+
     def _weight_files(self, faults: list[str]) -> list[Path]:
-        index = self.folder / INDEX_FILE
+        index = self.folder / self._index_file
         if index.is_file():
             try:
                 names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (json.JSONDecodeError, KeyError, AttributeError) as fault:
-                faults.append(f"{INDEX_FILE} is damaged ({fault}). Download or save the checkpoint again.")
+                outside = [name for name in names if Path(name).name != name]
+            except (OSError, ValueError, KeyError, AttributeError, TypeError) as fault:
+                faults.append(f"{index.name} is damaged ({fault!r}). Download or save the checkpoint again.")
+                return []
+            if outside:
+                faults.append(f"{index.name} names files outside the folder: {', '.join(outside)}")
                 return []
             missing = [name for name in names if not (self.folder / name).is_file()]
             if missing:
-                faults.append(f"shards named in {INDEX_FILE} are missing: {', '.join(missing)}")
+                faults.append(f"shards named in {index.name} are missing: {', '.join(missing)}")
             return [self.folder / name for name in names if name not in missing]
-        if (self.folder / SINGLE_FILE).is_file():
-            return [self.folder / SINGLE_FILE]
+        if (self.folder / self._single_file).is_file():
+            return [self.folder / self._single_file]
         hint = ""
         if any(self.folder.glob("*.bin")):
-            hint = " It holds .bin files: load it once and save it again with save_pretrained()."
-        if (self.folder / "adapter_config.json").is_file():
-            hint = " It holds an adapter: merge it into its base first with merge_and_unload()."
-        faults.append(f"no {SINGLE_FILE} and no {INDEX_FILE}.{hint}")
+            hint = " It holds .bin files: allow them (allow_pickle=True), or save it again with save_pretrained()."
+        faults.append(f"no {self._single_file} and no {self._index_file}.{hint}")
         return []
 
     def _read_header(self, path: Path, faults: list[str]) -> None:
         try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - a file is not a mapping
-                    piece = file.get_slice(name)
-                    self.tensors[name] = TensorInfo(tuple(piece.get_shape()), _DTYPES.get(piece.get_dtype()))
-                    self._files[name] = path
-        except (SafetensorError, OSError) as fault:
+            found, _ = read_header(path)
+        except (ValueError, OSError) as fault:
             faults.append(f"{path.name} is damaged or cut short ({fault}). Download or save it again.")
+            return
+        for name, stored in found.items():
+            self.tensors[name] = TensorInfo(stored.shape, DTYPES.get(stored.dtype))
+            self._stored[name] = (path, stored)
 
-    def read(self, name: str) -> Tensor:
-        with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name)
+    @property
+    def files(self) -> list[Path]:
+        return sorted({path for path, _ in self._stored.values()})
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        path, stored = self._stored[name]
+        dtype = DTYPES[stored.dtype]
+        shape = (stop - start, *stored.shape[1:])
+        row_bytes = stored.num_bytes // max(1, stored.shape[0] if stored.shape else 1)
+        size = row_bytes * (stop - start)
+        if self._buffer.size < size:
+            self._buffer = np.empty(size, np.uint8)
+        buffer = self._buffer[:size]
+        if size:
+            read_into(self._open(path), buffer.data, stored.offset + start * row_bytes)
+        return torch.from_numpy(buffer).view(dtype).reshape(shape)
+
+    def _open(self, path: Path) -> int:
+        if path not in self._descriptors:
+            self._descriptors[path] = os.open(path, os.O_RDONLY)
+        return self._descriptors[path]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_descriptors": {}}
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_descriptors", {}).values():
+            os.close(descriptor)
+
+
+class PickleCheckpoint(FolderCheckpoint):
+    """A Hugging Face folder of ``.bin`` files, read with ``weights_only=True``: plain tensors and no code."""
+
+    _index_file, _single_file = "pytorch_model.bin.index.json", "pytorch_model.bin"
+
+    def _read_header(self, path: Path, faults: list[str]) -> None:
+        if not hasattr(self, "_state"):
+            self._state: dict[str, Tensor] = {}
+            self._paths: list[Path] = []
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            found = {str(name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+        except Exception as fault:  # whatever a damaged pickle may raise
+            reason = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
+            faults.append(f"{path.name} is damaged, or holds more than tensors ({reason}).")
+            return
+        self._paths.append(path)
+        self._state.update(found)
+        for name, tensor in found.items():
+            self.tensors[name] = TensorInfo(tuple(tensor.shape), tensor.dtype if tensor.is_floating_point() else None)
+
+    @property
+    def files(self) -> list[Path]:
+        return self._paths
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        tensor = self._state[name]
+        return (tensor.reshape(1) if tensor.ndim == 0 else tensor)[start:stop]
+
+
+class MeanCheckpoint(Checkpoint):
+    """The mean of some checkpoints, for want of a base."""
+
+    def __init__(self, members: Sequence[Checkpoint]) -> None:
+        self.label = "the mean of the experts"
+        self.source = "the mean of the experts"
+        self.members = members
+        self.tensors = dict(members[0].tensors)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.members[0].config
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        rows = [member.read_rows(name, start, stop) for member in self.members]
+        return torch.stack([row.float() for row in rows]).mean(dim=0).to(rows[0].dtype)
 
 
 class ModelCheckpoint(Checkpoint):
@@ -124,7 +217,7 @@ class ModelCheckpoint(Checkpoint):
     def __init__(self, model: nn.Module, label: str = "base") -> None:
         self.label = label
         self.source = str(getattr(model, "name_or_path", "") or "a loaded model")
-        self._model_config = model.config
+        self._model_config: PretrainedConfig = model.config  # type: ignore[assignment]
         self._state = model.state_dict()
         self.tensors = {
             name: TensorInfo(tuple(tensor.shape), tensor.dtype if tensor.is_floating_point() else None)
@@ -135,30 +228,56 @@ class ModelCheckpoint(Checkpoint):
     def config(self) -> PretrainedConfig:
         return self._model_config
 
-    def read(self, name: str) -> Tensor:
-        return self._state[name].detach().cpu()
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        tensor = self._state[name].detach()
+        return (tensor.reshape(1) if tensor.ndim == 0 else tensor)[start:stop].cpu()
 
 
-def open_checkpoints(paths: Mapping[str, str]) -> dict[str, FolderCheckpoint]:
+def open_checkpoints(paths: Mapping[str, str], allow_pickle: bool = False) -> dict[str, Checkpoint]:
     """Open several checkpoints.
 
     Args:
         paths: label → folder or hub id (``org/model`` or ``org/model@revision``).
+        allow_pickle: also read ``.bin`` files.
 
     Raises:
         CheckpointError: any of them cannot be opened; the faults of all are listed at once.
     """
-    opened: dict[str, FolderCheckpoint] = {}
+    opened: dict[str, Checkpoint] = {}
     faults = []
     for label, path in paths.items():
         try:
-            folder = resolve(str(path), label)
-            opened[label] = FolderCheckpoint(folder, label, source=str(path))
+            opened[label] = open_checkpoint(str(path), label, allow_pickle)
         except CheckpointError as fault:
             faults.append(str(fault))
     if faults:
         raise CheckpointError("\n".join(faults))
     return opened
+
+
+def open_checkpoint(path: str, label: str, allow_pickle: bool = False) -> Checkpoint:
+    """Open one checkpoint, of whatever kind it is.
+
+    Raises:
+        CheckpointError: it cannot be opened.
+    """
+    from .lora import ADAPTER_CONFIG, LoraCheckpoint
+
+    folder = resolve(path, label)
+    source = pinned_source(path, folder)
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        return LoraCheckpoint(folder, label, source)
+    has_safetensors = any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
+    if allow_pickle and not has_safetensors and any(folder.glob("*.bin")):
+        return PickleCheckpoint(folder, label, source)
+    return FolderCheckpoint(folder, label, source)
+
+
+def pinned_source(path: str, folder: Path) -> str:
+    """A hub id with the commit it was resolved to; a local path as it is."""
+    if Path(path).expanduser().is_dir():
+        return path
+    return f"{path.partition('@')[0]}@{folder.name}"
 
 
 def resolve(path: str, label: str) -> Path:
@@ -177,9 +296,7 @@ def resolve(path: str, label: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(repository, revision=revision or None, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"])
-        )
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_WANTED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as fault:
         raise CheckpointError(
             f"{label}: {path!r} is no folder, and the hub did not give it: {str(fault).splitlines()[0]}"

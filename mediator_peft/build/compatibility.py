@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ..errors import CheckpointMismatchError, UnsupportedError
 from ..structure import Structure, find_structure
-from .checkpoints import Checkpoint
+from .checkpoints import Checkpoint, TensorInfo
+from .lora import LoraCheckpoint
 
 # Settings that change what the same weights compute.
 _MEANINGFUL = (
@@ -66,29 +67,7 @@ def check_job(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Job:
         CheckpointMismatchError: tensors, shapes, dtypes or settings differ; every fault is listed.
         UnsupportedError: the architecture is not supported.
     """
-    model = skeleton(base.config)
-    structure = find_structure(model)
-    tied = _tied_names(model, base.config)
-    needed = {name for name in model.state_dict() if name not in tied}
-    faults = _config_faults(base, experts.values())
-    names = [name for name in base.tensors if name not in tied]
-    faults += _listed(f"{base.label} lacks tensors that {type(model).__name__} has", sorted(needed - set(names)))
-    reference = {name: base.tensors[name] for name in names}
-    for expert in experts.values():
-        have = {name: info for name, info in expert.tensors.items() if name not in tied}
-        faults += _listed(f"{expert.label} lacks tensors of the base", sorted(set(reference) - set(have)))
-        faults += _listed(f"{expert.label} has tensors the base has not", sorted(set(have) - set(reference)))
-        faults += _listed(
-            f"{expert.label} has tensors of other shapes than the base",
-            [
-                f"{name}: {list(info.shape)}, base {list(reference[name].shape)}"
-                for name, info in have.items()
-                if name in reference and info.shape != reference[name].shape
-            ],
-        )
-    for checkpoint in (base, *experts.values()):
-        odd = [name for name in reference if name in checkpoint.tensors and checkpoint.tensors[name].dtype is None]
-        faults += _listed(f"{checkpoint.label} has tensors that are no plain floating point (quantised?)", odd)
+    job, faults = examine_job(base, experts)
     if faults:
         raise CheckpointMismatchError(
             "base and experts do not belong together:\n- "
@@ -96,8 +75,50 @@ def check_job(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Job:
             + "\nFine-tune all experts from one base; where tokens were added, resize the embeddings of base and "
             "experts to one vocabulary."
         )
+    return job
+
+
+def examine_job(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> tuple[Job, list[str]]:
+    """As :func:`check_job`, but the faults are given back.
+
+    Raises:
+        UnsupportedError: the architecture is not supported.
+    """
+    model = skeleton(base.config)
+    structure = find_structure(model)
+    tied = _tied_names(model, base.config)
+    needed = {name for name in model.state_dict() if name not in tied}
+    faults = []
+    for expert in experts.values():
+        if isinstance(expert, LoraCheckpoint):
+            faults += expert.bind(base, tied)
+    faults += _config_faults(base, experts.values())
+    names = [name for name in base.tensors if name not in tied]
+    faults += _listed(f"{base.label} lacks tensors that {type(model).__name__} has", sorted(needed - set(names)))
+    reference = {name: base.tensors[name] for name in names}
+    for expert in experts.values():
+        faults += _tensor_faults(expert, reference, base.label, tied)
+    for checkpoint in (base, *experts.values()):
+        odd = [name for name in reference if name in checkpoint.tensors and checkpoint.tensors[name].dtype is None]
+        faults += _listed(f"{checkpoint.label} has tensors that are no plain floating point (quantised?)", odd)
     dtypes = {info.dtype for expert in experts.values() for info in expert.tensors.values() if info.dtype}
-    return Job(base, dict(experts), structure, names, coarsest(sorted(dtypes, key=str)))
+    return Job(base, dict(experts), structure, names, coarsest(sorted(dtypes, key=str) or [torch.float32])), faults
+
+
+def _tensor_faults(
+    expert: Checkpoint, reference: Mapping[str, TensorInfo], base_label: str, tied: set[str]
+) -> list[str]:
+    have = {name: info for name, info in expert.tensors.items() if name not in tied}
+    faults = _listed(f"{expert.label} lacks tensors of {base_label}", sorted(set(reference) - set(have)))
+    faults += _listed(f"{expert.label} has tensors that {base_label} has not", sorted(set(have) - set(reference)))
+    return faults + _listed(
+        f"{expert.label} has tensors of other shapes than {base_label}",
+        [
+            f"{name}: {list(info.shape)}, not {list(reference[name].shape)}"
+            for name, info in have.items()
+            if name in reference and info.shape != reference[name].shape
+        ],
+    )
 
 
 def coarsest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
@@ -112,9 +133,9 @@ def _tied_names(model: nn.Module, config: PretrainedConfig) -> set[str]:
     return set(getattr(model, "_tied_weights_keys", None) or ())
 
 
-def _config_faults(base: Checkpoint, experts: Sequence[Checkpoint] | object) -> list[str]:
+def _config_faults(base: Checkpoint, experts: Iterable[Checkpoint]) -> list[str]:
     faults = []
-    for expert in experts:  # type: ignore[attr-defined]
+    for expert in experts:
         for key in _MEANINGFUL:
             ours, theirs = getattr(base.config, key, None), getattr(expert.config, key, None)
             if ours != theirs:

@@ -1,16 +1,30 @@
-"""Conflict scores → which blocks are routed."""
+"""Conflict scores → which blocks are routed; and plans in files, for a person to edit."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from math import ceil
+from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import ConfigError
+from ..tables import unknown_name
+
+PLAN_VERSION = 1
+_BLOCK_KEYS = ("block", "routed", "density", "score", "bytes")
+_PLAN_KEYS = ("plan_version", "blocks", "about")
 
 
-def choose_blocks(
-    scores: Sequence[float], routed_layers: str | float | Sequence[int], threshold: float
-) -> list[int]:
+class BlockPlan(NamedTuple):
+    """What is to be done with one block."""
+
+    block: int
+    routed: bool
+    density: float
+
+
+def choose_blocks(scores: Sequence[float], routed_layers: str | float | Sequence[int], threshold: float) -> list[int]:
     """Numbers of the blocks that get sparse experts, ascending.
 
     Args:
@@ -44,3 +58,52 @@ def check_block_numbers(numbers: Sequence[int], num_blocks: int) -> None:
     beyond = [number for number in numbers if number >= num_blocks]
     if beyond:
         raise ConfigError(f"routed_layers {beyond} are beyond this model, whose blocks are 0 to {num_blocks - 1}.")
+
+
+def read_plan(path: Path, num_blocks: int) -> list[BlockPlan]:
+    """Read a plan file.
+
+    Args:
+        path: JSON, as ``plan_mediator`` writes it.
+        num_blocks: of the model.
+
+    Raises:
+        ConfigError: it cannot be read or does not fit the model; all faults are listed.
+    """
+    try:
+        plan = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as fault:
+        raise ConfigError(f"plan {str(path)!r} cannot be read: {fault}") from fault
+    faults = _plan_faults(plan, num_blocks)
+    if faults:
+        raise ConfigError(f"plan {str(path)!r}:\n- " + "\n- ".join(faults))
+    blocks = sorted(plan["blocks"], key=lambda entry: entry["block"])
+    return [BlockPlan(entry["block"], entry["routed"], float(entry["density"])) for entry in blocks]
+
+
+def _plan_faults(plan: object, num_blocks: int) -> list[str]:
+    if not isinstance(plan, dict) or not isinstance(plan.get("blocks"), list):
+        return ["it is no JSON object with a list 'blocks'. Make one with plan_mediator()."]
+    faults = [unknown_name(key, _PLAN_KEYS, "key of a plan") for key in plan if key not in _PLAN_KEYS]
+    if plan.get("plan_version") != PLAN_VERSION:
+        faults.append(f"plan_version is {plan.get('plan_version')!r}, this mediator_peft reads {PLAN_VERSION}")
+    seen: list[int] = []
+    for place, entry in enumerate(plan["blocks"]):
+        if not isinstance(entry, dict):
+            faults.append(f"entry {place} of 'blocks' is no object")
+            continue
+        faults += [
+            unknown_name(key, _BLOCK_KEYS, f"key of block entry {place}") for key in entry if key not in _BLOCK_KEYS
+        ]
+        number, routed, density = (entry.get(key) for key in ("block", "routed", "density"))
+        if not isinstance(number, int) or isinstance(number, bool):
+            faults.append(f"entry {place}: block must be a whole number, got {number!r}")
+            continue
+        seen.append(number)
+        if not isinstance(routed, bool):
+            faults.append(f"block {number}: routed must be true or false, got {routed!r}")
+        if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
+            faults.append(f"block {number}: density must be in (0, 1], got {density!r}")
+    if sorted(seen) != list(range(num_blocks)):
+        faults.append(f"it must name each of the blocks 0 to {num_blocks - 1} once, it names {sorted(seen)}")
+    return faults

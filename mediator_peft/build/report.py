@@ -4,53 +4,32 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..bank.sparse_delta import SparseDelta
-from ..bank.values import VALUES
+from .drawing import draw_conflict
+from .signed import Errors
 
 
-@dataclass
-class DeltaError:
-    """How well packed deltas stand for the whole ones, summed over matrices."""
+def summarize_errors(errors: Sequence[Errors]) -> dict[str, float]:
+    """How well one column's packed deltas stand for the whole ones, over all matrices.
 
-    norm: float = 0.0
-    """Squared norm of the whole deltas."""
-
-    packed: float = 0.0
-    """Squared norm of the packed ones."""
-
-    inner: float = 0.0
-    """Their inner product."""
-
-    kept: float = 0.0
-    """Squared norm of the whole deltas where entries are kept."""
-
-    def add(self, delta: Tensor, packed: SparseDelta) -> None:
-        """Count one matrix: the whole delta (O, I) and its packed form."""
-        kept = packed.kept
-        whole, values = delta[kept], VALUES[packed.coding].decode(packed.parts, kept)
-        self.norm += float(delta.square().sum(dtype=torch.float64))
-        self.kept += float(whole.square().sum(dtype=torch.float64))
-        self.packed += float(values.square().sum(dtype=torch.float64))
-        self.inner += float((whole * values).sum(dtype=torch.float64))
-
-    def summary(self) -> dict[str, float]:
-        """Norm, share of squared norm at kept entries, cosine and relative distance of packed and whole deltas."""
-        if not self.norm:
-            return {"norm": 0.0, "kept_energy": 1.0, "cosine": 1.0, "relative_error": 0.0}
-        distance = max(0.0, self.norm - 2 * self.inner + self.packed)
-        return {
-            "norm": self.norm**0.5,
-            "kept_energy": self.kept / self.norm,
-            "cosine": self.inner / (self.norm * self.packed) ** 0.5 if self.packed else 0.0,
-            "relative_error": (distance / self.norm) ** 0.5,
-        }
+    Returns:
+        ``norm`` of the whole deltas, share of their squared norm at kept entries (``kept_energy``), ``cosine`` and
+        ``relative_error`` (distance by norm) of packed and whole deltas.
+    """
+    norm, packed, inner, kept = (sum(column) for column in zip(*errors, strict=True)) if errors else (0.0,) * 4
+    if not norm:
+        return {"norm": 0.0, "kept_energy": 1.0, "cosine": 1.0, "relative_error": 0.0}
+    distance = max(0.0, norm - 2 * inner + packed)
+    return {
+        "norm": norm**0.5,
+        "kept_energy": kept / norm,
+        "cosine": inner / (norm * packed) ** 0.5 if packed else 0.0,
+        "relative_error": (distance / norm) ** 0.5,
+    }
 
 
 @dataclass
@@ -104,7 +83,7 @@ class BuildReport:
 
 
 def write_report(report: BuildReport, folder: Path) -> None:
-    """Write ``report.json``, ``conflict.csv`` and, where matplotlib is installed, ``conflict.png``."""
+    """Write ``report.json``, ``conflict.csv`` and ``conflict.svg``."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "conflict.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -112,24 +91,6 @@ def write_report(report: BuildReport, folder: Path) -> None:
         for block in range(report.num_blocks):
             scores = [f"{column[block]:.6f}" for column in report.conflict.values()]
             writer.writerow([block, *scores, int(block in report.routed_blocks)])
-    try:
-        _draw_conflict(report, folder / "conflict.png")
-    except ImportError:
-        report.notes.append("conflict.png was left out: pip install 'mediator_peft[plot]'")
+    figure = draw_conflict(report.conflict, report.routed_blocks, report.num_blocks)
+    (folder / "conflict.svg").write_text(figure, encoding="utf-8")
     (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
-
-
-def _draw_conflict(report: BuildReport, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for (name, scores), marker in zip(report.conflict.items(), "osD^", strict=False):
-        axes.plot(range(report.num_blocks), scores, marker=marker, markersize=3, label=name)
-    axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":", label="independent signs")
-    for block in range(report.num_blocks):
-        if block not in report.routed_blocks:
-            axes.axvspan(block - 0.5, block + 0.5, color="lightgrey", alpha=0.5, linewidth=0)
-    axes.set(xlabel="block (grey: averaged, not routed)", ylabel="conflict score", ylim=(0, 1))
-    axes.legend(fontsize=8, ncols=4)
-    figure.savefig(path, dpi=150)

@@ -1,22 +1,20 @@
-"""Writing a backbone in shards, under a temporary name that becomes the final one at the end."""
+"""Writing a folder under a temporary name that becomes the final one at the end."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from errno import ENOSPC
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
-from ..errors import OutputExistsError
-from .checkpoints import INDEX_FILE, SINGLE_FILE
+from ..errors import OutputError, OutputExistsError
 
-SHARD_BYTES = 1 << 30
+JOURNAL = ".journal"
+"""Folder of what is needed only until an output is whole."""
 
 # What makes a checkpoint folder complete besides weights and config.json.
 _SIDE_FILES = (
@@ -63,45 +61,111 @@ def check_free(path: Path) -> None:
         raise OutputExistsError(f"output {str(path)!r} exists. Choose another folder, or delete this one first.")
 
 
-class BackboneWriter:
-    """Takes tensors in any order and writes each shard as soon as it is complete."""
+@contextmanager
+def resumable_folder(path: Path, key: str) -> Iterator[Path]:
+    """A folder to fill, which outlives a kill: the same work finds it again and goes on.
 
-    def __init__(self, folder: Path, sizes: Mapping[str, int], shard_bytes: int = SHARD_BYTES) -> None:
-        """``sizes``: tensor name → bytes; fixes which shard a tensor goes to."""
-        self.folder = folder
-        self.total = sum(sizes.values())
-        self._shard_of: dict[str, int] = {}
-        shard, filled = 0, 0
-        for name in sorted(sizes):
-            if filled and filled + sizes[name] > shard_bytes:
-                shard, filled = shard + 1, 0
-            self._shard_of[name] = shard
-            filled += sizes[name]
-        self._num_shards = shard + 1
-        self._pending: dict[int, dict[str, Tensor]] = {}
-        self._missing = {
-            number: sum(1 for other in self._shard_of.values() if other == number) for number in range(shard + 1)
-        }
+    It gets its final name when the block ends well. It vanishes when the block raises an error, and stays for a later
+    run when the process is interrupted or killed.
 
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Hand over one tensor."""
-        shard = self._shard_of[name]
-        self._pending.setdefault(shard, {})[name] = tensor.contiguous()
-        self._missing[shard] -= 1
-        if not self._missing[shard]:
-            save_file(self._pending.pop(shard), self.folder / self._file(shard), metadata={"format": "pt"})
+    Args:
+        path: final name.
+        key: says which work this is; what other work left behind is cleared away.
 
-    def close(self) -> None:
-        """Write the index, where there is more than one shard."""
-        if self._num_shards > 1:
-            weight_map = {name: self._file(shard) for name, shard in self._shard_of.items()}
-            index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
-            (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    Raises:
+        OutputExistsError: there is something under the final name, or another process is at work on it.
+        OutputError: it cannot be written.
+    """
+    check_free(path)
+    partial = partial_name(path)
+    with _as_output_error(path):
+        created = _make_parents(partial)
+        lock = _lock(partial)
+    try:
+        with _as_output_error(path):
+            _clear_unless(partial, key)
+            yield partial
+            shutil.rmtree(partial / JOURNAL)
+            check_free(path)
+            partial.rename(path)
+    except Exception:
+        shutil.rmtree(partial, ignore_errors=True)
+        for folder in created:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+    finally:
+        os.close(lock)
 
-    def _file(self, shard: int) -> str:
-        if self._num_shards == 1:
-            return SINGLE_FILE
-        return f"model-{shard + 1:05}-of-{self._num_shards:05}.safetensors"
+
+def partial_name(path: Path) -> Path:
+    """What an output is called until it is whole."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def _make_parents(partial: Path) -> list[Path]:
+    """Make a folder and those above it; gives back the new ones, innermost first."""
+    missing = [folder for folder in (partial, *partial.parents) if not folder.exists()]
+    partial.mkdir(parents=True, exist_ok=True)
+    return [folder for folder in missing if folder != partial]
+
+
+def _lock(partial: Path) -> int:
+    """Hold a folder for this process; a killed process lets go of it by itself."""
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # no such locks on this system
+        pass
+    except OSError as fault:
+        os.close(descriptor)
+        raise OutputExistsError(
+            f"another process is building into {str(partial)!r}. Wait for it, or choose another output."
+        ) from fault
+    return descriptor
+
+
+def _clear_unless(partial: Path, key: str) -> None:
+    journal = partial / JOURNAL
+    known = journal / "key"
+    if known.is_file() and known.read_text(encoding="utf-8") == key:
+        return
+    for leftover in partial.iterdir():
+        shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+    journal.mkdir()
+    known.with_suffix(".new").write_text(key, encoding="utf-8")
+    known.with_suffix(".new").rename(known)
+
+
+@contextmanager
+def _as_output_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as fault:
+        hint = "Choose another folder." if fault.errno != ENOSPC else "Make room, or choose another disk."
+        raise OutputError(f"output {str(path)!r} cannot be written: {fault.strerror or fault}. {hint}") from fault
+
+
+def check_space(path: Path, num_bytes: int) -> None:
+    """Refuse an output for which the disk has no room.
+
+    Raises:
+        OutputError: it has not.
+    """
+    free = free_space(path)
+    if free < num_bytes:
+        raise OutputError(
+            f"output {str(path)!r} needs {num_bytes / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB left. Make room, "
+            "or choose another disk."
+        ) from OSError(ENOSPC, os.strerror(ENOSPC))
+
+
+def free_space(path: Path) -> int:
+    """Bytes left on the disk where a path lies or will lie."""
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free
 
 
 def copy_side_files(source: Path, target: Path) -> None:
@@ -109,6 +173,11 @@ def copy_side_files(source: Path, target: Path) -> None:
     for name in _SIDE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def side_files_size(source: Path) -> int:
+    """Bytes that :func:`copy_side_files` copies."""
+    return sum((source / name).stat().st_size for name in _SIDE_FILES if (source / name).is_file())
 
 
 def write_model_config(folder: Path, config: object, dtype: torch.dtype) -> None:

@@ -32,6 +32,8 @@ def find_package(name: str, folder: Path) -> Path:
     Raises:
         MissingPackageError: it is not installed and pip could not fetch it.
     """
+    if name in sys.modules:  # entered before, see gsm_templates
+        return Path(sys.modules[name].__path__[0])
     spec = importlib.util.find_spec(name)
     if spec is not None and spec.origin is not None:
         return Path(spec.origin).parent
@@ -113,5 +115,5 @@ def capitals() -> list[tuple[str, str]]:
     return [
         (record["name"], record["capital"])
         for record in records
-        if record.get("name") and record.get("capital") and record["capital"].isascii()
+        if isinstance(record.get("capital"), str) and record["capital"].isascii() and record.get("name")
     ]

@@ -1,17 +1,19 @@
-"""Fitting a router on texts with known experts, and its yardstick of novelty on held-out ones."""
+"""Fitting a router on texts with known experts, and its yardsticks on texts it was not fitted on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import RoutingError
+from .data import hash_folds
+from .metrics import brier_score, expected_calibration_error, fit_temperature
+from .novelty import Known, excess_distance, trust_of
 from .routers import Router
 
-_NUM_FOLDS = 5
+NUM_FOLDS = 5
 
 
 class CalibrationReport(NamedTuple):
@@ -26,85 +28,177 @@ class CalibrationReport(NamedTuple):
     confusion: list[list[int]]
     """Row: true expert, column: best-scored expert; counts of held-out texts."""
 
+    per_expert: dict[str, dict[str, float]]
+    """Expert → ``precision``, ``recall`` and ``false_fallback`` (share of its held-out texts taken for unknown)."""
 
-def labelled_texts(
-    dataset: Any, experts: Sequence[str], text_column: str, label_column: str
-) -> tuple[list[str], list[int]]:
-    """Texts and expert numbers of a ``datasets.Dataset``, or of a dict expert → texts.
+    temperature: float
+    """By which scores are divided before they are probabilities."""
 
-    Raises:
-        RoutingError: a column or an expert is unknown, a text is no string, or an expert has fewer than two texts.
+    ece: float
+    """Expected calibration error of the held-out probabilities, in [0, 1]."""
+
+    brier: float
+    """Brier score of the held-out probabilities, in [0, 2]."""
+
+    false_fallback: float
+    """Share of held-out texts flagged as unknown by the yardstick of the other folds; ``ood_alpha`` was asked for."""
+
+
+class HeldOut(NamedTuple):
+    """What routers said of texts they were not fitted on."""
+
+    scores: Tensor
+    """(N, K), before the temperature."""
+
+    novelty: Tensor
+    """(N,)"""
+
+    distance: Tensor
+    """(N,)"""
+
+    folds: Tensor
+    """(N,)"""
+
+
+def cross_fit(
+    make_router: Callable[[], Router],
+    features: Tensor,
+    labels: Tensor,
+    folds: Tensor,
+    background: Tensor | None = None,
+    background_folds: Tensor | None = None,
+) -> tuple[HeldOut, HeldOut | None]:
+    """Scores, novelty and distance of every text, by a router fitted on the other folds.
+
+    Args:
+        make_router: an unfitted router, one per fold.
+        features: (N, H)
+        labels: (N,)
+        folds: (N,) number of the fold that holds each text out.
+        background: (M, H) features of ordinary prompts, or None.
+        background_folds: (M,)
+
+    Returns:
+        What was said of the texts, and of the ordinary prompts.
     """
-    if isinstance(dataset, Mapping) and not hasattr(dataset, "column_names"):
-        pairs = [(text, name) for name, texts in dataset.items() for text in texts]
-    else:
-        columns = list(getattr(dataset, "column_names", None) or [])
-        missing = [name for name in (text_column, label_column) if columns and name not in columns]
-        if missing:
-            raise RoutingError(f"the dataset has no column {missing}; it has {columns}. Set text_column, label_column.")
-        feature = (getattr(dataset, "features", None) or {}).get(label_column)
-        to_name = feature.int2str if hasattr(feature, "int2str") else str
-        pairs = [(row[text_column], to_name(row[label_column])) for row in dataset]
-    unknown = sorted({name for _, name in pairs} - set(experts))
-    if unknown:
-        raise RoutingError(f"calibration labels {unknown} are no experts of this model; it has {list(experts)}.")
-    if not all(isinstance(text, str) for text, _ in pairs):
-        raise RoutingError(f"column {text_column!r} must hold strings.")
-    counts = {name: sum(1 for _, label in pairs if label == name) for name in experts}
-    few = {name: count for name, count in counts.items() if count < 2}
-    if few:
-        raise RoutingError(f"each expert needs at least 2 calibration texts, better 50; too few: {few}.")
-    return [text for text, _ in pairs], [list(experts).index(name) for _, name in pairs]
+    rows: list[list[Tensor]] = [[], []]
+    places: list[list[Tensor]] = [[], []]
+    for fold in folds.unique().tolist():
+        held_out = folds == fold
+        rest = None
+        judged = [(features, held_out)]
+        if background is not None and background_folds is not None:
+            rest = background[background_folds != fold]
+            judged.append((background, background_folds == fold))
+        router = make_router()
+        router.fit(features[~held_out], labels[~held_out], rest)
+        for kind, (some, chosen) in enumerate(judged):
+            rows[kind].append(_judged(router, some[chosen]))
+            places[kind].append(chosen.nonzero().flatten())
+    texts, ordinary = (
+        torch.cat(parts)[torch.cat(order).argsort()] if parts else None
+        for parts, order in zip(rows, places, strict=True)
+    )
+    assert texts is not None
+    if ordinary is None or background_folds is None:
+        return HeldOut(texts[:, 2:], texts[:, 0], texts[:, 1], folds), None
+    return (
+        HeldOut(texts[:, 2:], texts[:, 0], texts[:, 1], folds),
+        HeldOut(ordinary[:, 2:], ordinary[:, 0], ordinary[:, 1], background_folds),
+    )
+
+
+@torch.no_grad()
+def _judged(router: Router, features: Tensor) -> Tensor:
+    """(B, 2 + K): novelty, distance, scores."""
+    columns = [router.novelty(features).unsqueeze(1), router.distance(features).unsqueeze(1), router.scores(features)]
+    return torch.cat(columns, dim=1).cpu()
 
 
 def calibrate(
-    make_router: Callable[[], Router], router: Router, features: Tensor, labels: Tensor, texts: Sequence[str], seed: int
+    make_router: Callable[[], Router],
+    router: Router,
+    features: Tensor,
+    labels: Tensor,
+    keys: Sequence[str],
+    names: Sequence[str],
+    seed: int,
+    ood_alpha: float,
+    background: Tensor | None = None,
 ) -> CalibrationReport:
-    """Fit ``router`` on everything, and take its novelty yardstick from folds it was not fitted on.
-
-    Equal texts share a fold, so that a duplicate is never held out from itself.
+    """Fit ``router`` on everything; take temperature and yardsticks of novelty from folds it was not fitted on.
 
     Args:
         make_router: an unfitted router of the same kind, one per fold.
         router: fitted in place.
         features: (N, H)
         labels: (N,)
-        texts: N texts, to find duplicates.
-        seed: shuffles the folds.
+        keys: N texts, or groups of texts; rows of equal key share a fold, so that a duplicate is never held out from
+            itself. The fold follows from the key's hash, not from the order of the data.
+        names: of the experts.
+        seed: gives other folds.
+        ood_alpha: share of known prompts that may be flagged as unknown.
+        background: (M, H) features of ordinary prompts that belong to no expert, or None.
     """
-    folds = _folds(texts, labels, seed)
-    novelty = torch.zeros(len(labels))
-    guess = torch.zeros(len(labels), dtype=torch.long)
-    for fold in range(int(folds.max()) + 1):
-        held_out = folds == fold
-        trial = make_router()
-        trial.fit(features[~held_out], labels[~held_out])
-        with torch.no_grad():
-            novelty[held_out] = trial.novelty(features[held_out]).cpu()
-            guess[held_out] = trial.scores(features[held_out]).argmax(dim=1).cpu()
-    router.fit(features, labels)
-    router.set_known_novelty(novelty)
-    num_experts = router.num_experts
+    labels = labels.cpu()
+    folds = torch.tensor(hash_folds(keys, labels.tolist(), NUM_FOLDS, seed))
+    if background is not None and len(background) < NUM_FOLDS:
+        background = None
+    spread = None if background is None else torch.arange(len(background)) % int(folds.max() + 1)
+    held_out, ordinary = cross_fit(make_router, features, labels, folds, background, spread)
+    temperature = fit_temperature(held_out.scores, labels)
+    router.fit(features, labels.to(features.device), background)
+    known = known_of(held_out, labels, ordinary)
+    router.set_known(known, temperature)
+    return _report(held_out, known, names, temperature, ood_alpha)
+
+
+def known_of(held_out: HeldOut, labels: Tensor, ordinary: HeldOut | None) -> Known:
+    """The yardsticks of the gate, from what routers said of prompts they were not fitted on."""
+    none = torch.zeros(0)
+    known = Known(held_out.novelty, labels, held_out.distance, none, none)
+    if ordinary is None:
+        return known
+    excess = excess_distance(ordinary.distance, ordinary.scores.argmax(dim=1), known)
+    return known._replace(background_novelty=ordinary.novelty, background_excess=excess)
+
+
+def _report(
+    held_out: HeldOut, known: Known, names: Sequence[str], temperature: float, ood_alpha: float
+) -> CalibrationReport:
+    labels = known.labels
+    guess = held_out.scores.argmax(dim=1)
+    num_experts = len(names)
     confusion = torch.zeros(num_experts, num_experts, dtype=torch.long)
-    confusion.index_put_((labels.cpu(), guess), torch.tensor(1), accumulate=True)
+    confusion.index_put_((labels, guess), torch.tensor(1), accumulate=True)
+    fell_back = _flagged(held_out.folds, known, guess, ood_alpha)
+    right = confusion.diagonal()
+    per_expert = {
+        name: {
+            "precision": float(right[row] / confusion[:, row].sum().clamp(min=1)),
+            "recall": float(right[row] / confusion[row].sum().clamp(min=1)),
+            "false_fallback": float(fell_back[labels == row].double().mean()),
+        }
+        for row, name in enumerate(names)
+    }
+    probabilities = (held_out.scores.double() / temperature).softmax(dim=1)
     return CalibrationReport(
-        num_texts={str(label): int((labels == label).sum()) for label in range(num_experts)},
-        accuracy=float(confusion.diagonal().sum() / len(labels)),
+        num_texts={name: int((labels == row).sum()) for row, name in enumerate(names)},
+        accuracy=float(right.sum() / len(labels)),
         confusion=confusion.tolist(),
+        per_expert=per_expert,
+        temperature=temperature,
+        ece=expected_calibration_error(probabilities, labels),
+        brier=brier_score(probabilities, labels),
+        false_fallback=float(fell_back.double().mean()),
     )
 
 
-def _folds(texts: Sequence[str], labels: Tensor, seed: int) -> Tensor:
-    """(N,) number of the fold that holds each text out; every class stays in every fit."""
-    generator = torch.Generator().manual_seed(seed)
-    folds = torch.zeros(len(texts), dtype=torch.long)
-    for label in labels.unique().tolist():
-        rows = (labels == label).nonzero().flatten().tolist()
-        distinct = sorted({texts[row] for row in rows})
-        if len(distinct) < 2:
-            raise RoutingError("each expert needs at least 2 different calibration texts.")
-        order = torch.randperm(len(distinct), generator=generator).tolist()
-        fold_of = {text: place % _NUM_FOLDS for text, place in zip(distinct, order, strict=True)}
-        for row in rows:
-            folds[row] = fold_of[texts[row]]
-    return folds
+def _flagged(folds: Tensor, known: Known, guess: Tensor, ood_alpha: float) -> Tensor:
+    """(N,) bool, which held-out texts the yardstick of the other folds takes for unknown."""
+    result = torch.zeros(len(folds), dtype=torch.bool)
+    for fold in folds.unique():
+        own = folds == fold
+        others = known._replace(novelty=known.novelty[~own], labels=known.labels[~own], distance=known.distance[~own])
+        result[own] = trust_of(known.novelty[own], known.distance[own], guess[own], others, ood_alpha).is_ood
+    return result

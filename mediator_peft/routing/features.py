@@ -16,7 +16,9 @@ class _Reached(Exception):
         self.hidden = hidden
 
 
-def hidden_state(model: nn.Module, blocks: nn.ModuleList, layer: int, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def hidden_state(
+    model: nn.Module, blocks: nn.ModuleList, layer: int, input_ids: Tensor, attention_mask: Tensor
+) -> Tensor:
     """Hidden state of ``model`` after its first ``layer`` blocks; the others are not run.
 
     Args:

@@ -7,7 +7,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .uncertainty import normalised_entropy, tail_share
+from .novelty import Known, trust_of
+from .uncertainty import normalised_entropy
+
+
+class GateSettings(NamedTuple):
+    """How scores and novelty become weights."""
+
+    ood_alpha: float
+    """Share of known prompts that may be flagged as unknown, in (0, 1)."""
+
+    top_p: float
+    """Probability mass kept, in (0, 1]."""
+
+    fallback_column: bool
+    """Whether the base is a column of its own, the last."""
 
 
 class RouteOutput(NamedTuple):
@@ -24,7 +38,8 @@ class RouteOutput(NamedTuple):
     """(B,) in [0, 1]: ``1 - trust * (1 - ambiguity)``; 0 for a clear and known prompt, 1 for an unknown one."""
 
     is_ood: Tensor
-    """(B,) bool, True where the prompt is more novel than all but a share ``ood_alpha`` of known prompts."""
+    """(B,) bool, True where the prompt is more novel than all but a share ``ood_alpha`` of its nearest expert's known
+    prompts. It may be trusted for all that: see :func:`~mediator_peft.routing.novelty.trust_of`."""
 
 
 def smallest_sufficient_set(probabilities: Tensor, top_p: float) -> Tensor:
@@ -48,23 +63,7 @@ def smallest_sufficient_set(probabilities: Tensor, top_p: float) -> Tensor:
     return selected / selected.sum(dim=1, keepdim=True)
 
 
-def trust_of(novelty: Tensor, known_novelty: Tensor, ood_alpha: float) -> Tensor:
-    r"""Trust :math:`t = \min(1, \pi / \alpha)`, in [0, 1].
-
-    Args:
-        novelty: (B,)
-        known_novelty: (N,) ascending
-        ood_alpha: share of known prompts that may be taken for unknown.
-
-    Returns:
-        (B,)
-    """
-    return (tail_share(novelty, known_novelty) / ood_alpha).clamp(max=1.0)
-
-
-def gate(
-    scores: Tensor, novelty: Tensor, known_novelty: Tensor, *, ood_alpha: float, top_p: float, fallback_column: bool
-) -> RouteOutput:
+def gate(scores: Tensor, novelty: Tensor, distance: Tensor, known: Known, settings: GateSettings) -> RouteOutput:
     r"""Mix experts by how sure the router is.
 
     .. math:: w(x) = t(x)\, p_\mathrm{sel}(x) \text{ on the experts}, \quad 1 - t(x) \text{ on the fallback}
@@ -75,16 +74,15 @@ def gate(
     Args:
         scores: (B, K), unnormalised log-probabilities.
         novelty: (B,)
-        known_novelty: (N,) ascending, of held-out calibration prompts.
-        ood_alpha: share of known prompts that may be taken for unknown, in (0, 1).
-        top_p: probability mass kept, in (0, 1].
-        fallback_column: whether the base is a column of its own, the last.
+        distance: (B,)
+        known: the yardsticks of both.
+        settings: rates and shares.
     """
     log_probabilities = scores.float().log_softmax(dim=1)
     probabilities = log_probabilities.exp()
-    trust = trust_of(novelty, known_novelty, ood_alpha)
-    weights = trust.unsqueeze(1) * smallest_sufficient_set(probabilities, top_p)
-    if fallback_column:
+    _, is_ood, trust = trust_of(novelty, distance, scores.argmax(dim=1), known, settings.ood_alpha)
+    weights = trust.unsqueeze(1) * smallest_sufficient_set(probabilities, settings.top_p)
+    if settings.fallback_column:
         weights = torch.cat([weights, (1 - trust).unsqueeze(1)], dim=1)
     ambiguity = normalised_entropy(probabilities)
-    return RouteOutput(weights, log_probabilities, 1 - trust * (1 - ambiguity), trust < 1)
+    return RouteOutput(weights, log_probabilities, 1 - trust * (1 - ambiguity), is_ood)

@@ -23,28 +23,29 @@ def normalised_entropy(probabilities: Tensor) -> Tensor:
     return torch.special.entr(probabilities).sum(dim=1) / log(num_experts)
 
 
+def free_energy(scores: Tensor) -> Tensor:
+    r"""Energy :math:`-\log \sum_k e^{s_k}` of unnormalised scores; larger is less like anything known.
+
+    Liu et al. 2020, Energy-based Out-of-distribution Detection, eq. (4) at temperature 1
+    (https://arxiv.org/abs/2010.03759).
+
+    Args:
+        scores: (B, K)
+
+    Returns:
+        (B,)
+    """
+    return -scores.float().logsumexp(dim=1)
+
+
 def squared_mahalanobis(whitened: Tensor, whitened_means: Tensor) -> Tensor:
-    r"""Squared Mahalanobis distance to the nearest class mean, :math:`\min_k (z-\mu_k)^\top \Sigma^{-1} (z-\mu_k)`.
+    r"""Squared Mahalanobis distances to class means, :math:`(z-\mu_k)^\top \Sigma^{-1} (z-\mu_k)`.
 
     Args:
         whitened: (B, H), features times a root of the inverse covariance.
         whitened_means: (K, H), class means likewise.
 
     Returns:
-        (B,)
+        (B, K)
     """
-    return torch.cdist(whitened, whitened_means, compute_mode="donot_use_mm_for_euclid_dist").square().amin(dim=1)
-
-
-def tail_share(novelty: Tensor, known: Tensor) -> Tensor:
-    r"""Share :math:`\pi` of known prompts at least as novel as each prompt.
-
-    Args:
-        novelty: (B,)
-        known: (N,) ascending, of held-out calibration prompts.
-
-    Returns:
-        (B,) in [0, 1]
-    """
-    below = torch.searchsorted(known, novelty.contiguous())
-    return 1 - below / max(1, len(known))
+    return torch.cdist(whitened, whitened_means, compute_mode="donot_use_mm_for_euclid_dist").square()

@@ -2,71 +2,167 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..progress import bar_progress, no_progress
-from ..routing.calibration import CalibrationReport, calibrate, labelled_texts
+from ..routing.background import BACKGROUND_PROMPTS
+from ..routing.calibration import CalibrationReport, calibrate
+from ..routing.data import Columns, LabelledTexts, labelled_texts
+from ..routing.feature_cache import FeatureCache
+from ..routing.routers import Router
+from .turns import user_turns
 
 if TYPE_CHECKING:
     from .model import MediatorModel
+
+_MOST_UNKNOWN = 0.2
 
 
 def fit_router(
     model: MediatorModel,
     dataset: Any,
     tokenizer: Any,
-    text_column: str,
-    label_column: str,
+    columns: Columns,
+    *,
     batch_size: int,
     max_length: int,
+    max_samples: int | None,
+    split: str,
+    cache_folder: str | os.PathLike[str] | None,
+    background: Sequence[str] | None,
     show_progress: bool,
 ) -> CalibrationReport:
     """See :meth:`MediatorModel.fit_router`."""
     config = model._config
-    experts = list(config.expert_names or ())
-    texts, numbers = labelled_texts(dataset, experts, text_column, label_column)
-    features = text_features(model, tokenizer, texts, batch_size, max_length, show_progress)
+    names = list(config.expert_names or ())
+    data = read_texts(dataset, names, tokenizer, columns, max_samples, config.seed, split)
+    model.learn_turns(tokenizer)
+    ordinary = background_texts(model, tokenizer, data.texts, background)
+    texts = data.texts + ordinary
+    features = text_features(model, tokenizer, texts, batch_size, max_length, cache_folder, show_progress)
     router = model.router
     report = calibrate(
-        lambda: type(router)(router.num_experts, router.num_features),
+        lambda: type(router)(router.num_experts, router.num_features, config.seed),
         router,
-        features,
-        torch.tensor(numbers),
-        texts,
+        features[: len(data.texts)],
+        torch.tensor(data.labels),
+        data.groups or data.texts,
+        names,
         config.seed,
+        config.ood_alpha,
+        features[len(data.texts) :] if ordinary else None,
     )
+    settle(router, model)
+    return report
+
+
+def read_texts(
+    dataset: Any,
+    names: list[str],
+    tokenizer: Any,
+    columns: Columns,
+    max_samples: int | None,
+    seed: int,
+    split: str,
+) -> LabelledTexts:
+    """Calibration texts of a model's experts; chats are rendered with the tokenizer's template."""
+    template: Any = getattr(getattr(tokenizer, "func", tokenizer), "apply_chat_template", None)
+
+    def render(chat: list[dict[str, str]]) -> str:
+        text: str = template(chat, tokenize=False, add_generation_prompt=True)
+        return text
+
+    return labelled_texts(
+        dataset,
+        names,
+        columns,
+        max_samples=max_samples,
+        seed=seed,
+        split=split,
+        render=render if template is not None else None,
+    )
+
+
+def background_texts(
+    model: MediatorModel, tokenizer: Any, texts: list[str], background: Sequence[str] | None
+) -> list[str]:
+    """Ordinary prompts in the form of the calibration texts: as chats if those are chats.
+
+    Ours are left out where the tokenizer does not know their words: they would all look alike.
+    """
+    plain = getattr(tokenizer, "func", tokenizer)
+    prompts = list(BACKGROUND_PROMPTS if background is None else background)
+    if background is None:
+        unknown = getattr(plain, "unk_token_id", None)
+        ids = [token for row in tokenizer(prompts)["input_ids"] for token in row]
+        if unknown is not None and ids.count(unknown) > _MOST_UNKNOWN * len(ids):
+            return []
+    markers = model._config.turn_markers
+    if markers is None or not prompts or not user_turns(tokenizer(texts[:1])["input_ids"][0], markers):
+        return prompts
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return [plain.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+
+
+def settle(router: Router, model: MediatorModel) -> None:
+    """Put a fitted router where its model lies, trainable if the model is."""
     for parameter in router.parameters():
-        parameter.requires_grad_(not config.inference_mode)
-    router.to(features.device)
-    named = {experts[int(number)]: count for number, count in report.num_texts.items()}
-    return report._replace(num_texts=named)
+        parameter.requires_grad_(not model._config.inference_mode)
+    router.to(next(model.model.parameters()).device)
 
 
 def text_features(
-    model: MediatorModel, tokenizer: Any, texts: list[str], batch_size: int, max_length: int, show_progress: bool
+    model: MediatorModel,
+    tokenizer: Any,
+    texts: list[str],
+    batch_size: int,
+    max_length: int,
+    cache_folder: str | os.PathLike[str] | None,
+    show_progress: bool,
 ) -> Tensor:
-    """Pooled features of many texts, in their order: (N, H) float32 on the CPU."""
+    """Pooled features of many texts, in their order: (N, H) float32 on the CPU. Each different text is read once."""
+    cache = _cache(model, cache_folder)
+    rows = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    keys = [cache.key(row) for row in rows]
+    new = {key: row for key, row in zip(keys, rows, strict=True) if cache.get(key) is None}
     # Texts of like length share a batch, so that little is padded.
-    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    order = sorted(new, key=lambda key: len(new[key]))
     device = next(model.model.parameters()).device
-    features = torch.zeros(len(texts), model.router.num_features)
     progress = bar_progress if show_progress else no_progress
     starts = range(0, len(order), batch_size)
+    computed: dict[str, Tensor] = {}
     with progress("reading prompts", len(starts)) as advance:
         for start in starts:
-            rows = order[start : start + batch_size]
-            encoded = _encode(tokenizer, [texts[row] for row in rows], max_length)
-            features[rows] = model.prompt_features(*(tensor.to(device) for tensor in encoded)).cpu()
+            some = order[start : start + batch_size]
+            ids, mask = padded([new[key] for key in some])
+            computed.update(zip(some, model.prompt_features(ids.to(device), mask.to(device)).cpu(), strict=True))
             advance()
-    return features
+    cache.put(computed)
+    return torch.stack([cache.get(key) for key in keys])  # type: ignore[misc]
 
 
-def _encode(tokenizer: Any, texts: list[str], max_length: int) -> tuple[Tensor, Tensor]:
+def _cache(model: MediatorModel, folder: str | os.PathLike[str] | None) -> FeatureCache:
+    """The model's cache for its backbone, layer and way of routing; a folder's entries are read in."""
+    config = model._config
+    weight = next(model.model.parameters())
+    settings = [config.backbone_fingerprint, model.router_layer, config.route_on, str(weight.dtype), str(weight.device)]
+    origin = json.dumps(settings, sort_keys=True)
+    caches: dict[tuple[str, str], FeatureCache] = model.__dict__.setdefault("_feature_caches", {})
+    place = (origin, str(folder))
+    if place not in caches:
+        caches[place] = FeatureCache(origin, None if folder is None else Path(folder).expanduser())
+    return caches[place]
+
+
+def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Token ids and mask, (B, T) each; padded by hand, for a tokenizer may have no padding token."""
-    rows = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     width = max(1, max(len(row) for row in rows))
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.long)

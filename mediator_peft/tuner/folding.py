@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..bank import kernels
-from ..bank.layer_bank import LayerBank
+from ..bank.layer_bank import LayerBank, as_array
+from ..bank.packing import unpack_bits
 
 Mix = tuple[tuple[str, float], ...]
 
@@ -18,11 +20,11 @@ class _Saved(NamedTuple):
     """What a fold overwrote."""
 
     mix: Mix
-    changed: Tensor
-    """(O, I) bool"""
+    mask: Tensor
+    """(O, ceil(I / 8)) uint8, the union of the mixed deltas' masks."""
 
     weight: Tensor
-    """(num_changed,)"""
+    """(num_changed,) what stood there."""
 
     bias: Tensor | None
 
@@ -84,24 +86,37 @@ class Fold:
             self._write(bank, mix)
 
     def _write(self, bank: LayerBank, mix: Mix) -> None:
-        delta = mixed_delta(bank, mix)
-        if delta is None:
+        masks = [delta.mask for name, _ in mix if (delta := bank.get(name)) is not None]
+        if not masks:
             return
         weight = plain_weight(self._base_layer)
-        changed = delta != 0
-        before = weight[changed]
+        mask = reduce(torch.bitwise_or, masks)
+        changed = unpack_bits(mask, bank.shape[1])
         bias_delta = mixed_bias(bank, mix)
         bias = None if bias_delta is None else self._base_layer.bias.data.clone()
         # Kept before the first write: an exception in the middle still restores everything.
-        self._saved = _Saved(mix, changed, before, bias)
-        weight[changed] = (before.float() + delta[changed]).to(weight.dtype)
+        self._saved = _Saved(mix, mask, weight[changed], bias)
+        if not self._add_in_place(bank, mix, weight):
+            delta = mixed_delta(bank, mix)
+            if delta is not None:
+                weight[changed] = (self._saved.weight.float() + delta[changed]).to(weight.dtype)
         if bias is not None and bias_delta is not None:
             self._base_layer.bias.data.copy_((bias.float() + bias_delta).to(bias.dtype))
+
+    @staticmethod
+    def _add_in_place(bank: LayerBank, mix: Mix, weight: Tensor) -> bool:
+        """Fold a single delta by the kernel, which writes to kept entries alone; False where that cannot be done."""
+        packed = bank.packed(mix[0][0]) if len(mix) == 1 and weight.device.type == "cpu" else None
+        if packed is None or not weight.is_contiguous() or not kernels.has_compiled():
+            return False
+        kernels.add_to(as_array(weight), packed, mix[0][1])
+        return True
 
     def _restore(self) -> None:
         if self._saved is None:
             return
-        plain_weight(self._base_layer)[self._saved.changed] = self._saved.weight
+        weight = plain_weight(self._base_layer)
+        weight[unpack_bits(self._saved.mask, weight.shape[1])] = self._saved.weight
         if self._saved.bias is not None:
             self._base_layer.bias.data.copy_(self._saved.bias)
         self._saved = None

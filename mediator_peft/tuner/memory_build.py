@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..build.builder import Bank, checkpoints_by_name, label_checkpoints, merge_checkpoints, require_experts
+from ..build.builder import Bank, checkpoints_by_name, label_checkpoints, merge_in_memory, require_experts
 from ..build.checkpoints import ModelCheckpoint, open_checkpoints
 from ..build.compatibility import check_job
 from ..config import MediatorConfig
@@ -21,8 +21,7 @@ def build_in_memory(model: nn.Module, config: MediatorConfig) -> Bank:
     require_experts(config)
     experts = open_checkpoints(label_checkpoints(None, config.experts))
     job = check_job(ModelCheckpoint(model), checkpoints_by_name(experts, config.experts))
-    backbone: dict[str, Tensor] = {}
-    bank, built, _ = merge_checkpoints(job, config, backbone.__setitem__)
+    bank, backbone, built, _ = merge_in_memory(job, config)
     state = model.state_dict()
     for name, tensor in backbone.items():
         state[name].copy_(tensor)

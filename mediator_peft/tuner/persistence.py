@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from ..bank.fingerprint import check_fingerprint
 from ..bank.layer_bank import check_parts, from_disk, to_disk
 from ..bank.packing import count_bits
 from ..build.card import model_card
-from ..build.merging import deltas_needed
-from ..build.writing import BackboneWriter, write_model_config
+from ..build.shards import BackboneFiles
+from ..build.tensor_work import deltas_needed
+from ..build.writing import write_model_config
 from ..config import MediatorConfig
 from ..errors import AdapterError
 from .layer import MediatorLayer
@@ -28,7 +30,7 @@ _LISTED = 5
 class AdapterFiles:
     """The part of the tuner that PEFT calls to save and load."""
 
-    model: nn.Module
+    model: Any
     peft_config: dict[str, Any]
 
     @classmethod
@@ -59,14 +61,18 @@ class AdapterFiles:
             AdapterError: tensors are missing, unknown or damaged.
             BackboneMismatchError: the model is not the backbone the adapter was built on.
         """
-        tuner = model.base_model
+        if not isinstance(config, MediatorConfig):
+            raise AdapterError(f"a Mediator adapter needs a MediatorConfig, got {type(config).__name__}.")
+        tuner: Any = model.base_model
         check_fingerprint(config.backbone_fingerprint or {}, backbone_state(tuner.model), "the model at hand")
         _check_keys(config, tuner, adapter_name, set(state_dict))
         loaded: dict[str, Tensor] = {}
         for name, layer in tuner.routed_layers().items():
             if adapter_name in layer.mediator_bank:
                 loaded.update(_load_layer(name, layer, adapter_name, deltas_needed(config), state_dict))
-        stored = {key.removeprefix(ROUTER_PREFIX): value for key, value in state_dict.items() if key.startswith(ROUTER_PREFIX)}
+        stored = {
+            key.removeprefix(ROUTER_PREFIX): value for key, value in state_dict.items() if key.startswith(ROUTER_PREFIX)
+        }
         if stored:
             router = tuner.mediator_router[adapter_name]
             for key, tensor in router.load_flat(stored).items():
@@ -91,7 +97,8 @@ class AdapterFiles:
         if known is not None and not Path(known).is_dir():
             return known
         if known is None:
-            target = folder / BACKBONE_FOLDER
+            # Checkpoints of a training run come and go, and share one backbone that stands beside them.
+            target = (folder.parent if folder.name.startswith("checkpoint-") else folder) / BACKBONE_FOLDER
             save_backbone(self.model, target, config)
             self._backbone_path = known = str(target.resolve())
         return portable_reference(Path(known), folder)
@@ -114,29 +121,28 @@ def backbone_state(model: nn.Module) -> dict[str, Tensor]:
     return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
 
 
-def save_backbone(model: nn.Module, folder: Path, config: MediatorConfig) -> None:
+def save_backbone(model: Any, folder: Path, config: MediatorConfig) -> None:
     """Write the backbone as an ordinary checkpoint, in the dtype it was rounded to."""
     stored = getattr(torch, (config.provenance or {}).get("storage_dtype", "float32"))
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
-    state = {
-        name: tensor.to(stored) for name, tensor in backbone_state(model).items() if name not in tied
-    }
+    state = {name: tensor.to(stored) for name, tensor in backbone_state(model).items() if name not in tied}
     folder.mkdir(parents=True, exist_ok=True)
-    writer = BackboneWriter(folder, {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()})
+    files = BackboneFiles(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, stored)
+    files.create()
     for name, tensor in state.items():
-        writer.put(name, tensor.cpu())
-    writer.close()
+        files.put(name, tensor.cpu())
+    files.close()
     write_model_config(folder, model.config, stored)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
 
 
-def _check_keys(config: PeftConfig, tuner: Any, adapter_name: str, present: set[str]) -> None:
+def _check_keys(config: MediatorConfig, tuner: Any, adapter_name: str, present: set[str]) -> None:
     expected = set()
     layers = tuner.routed_layers()
-    for name in config.routed_modules:
+    for name in config.routed_modules or ():
         for column in deltas_needed(config):
-            for part in layers[name].mediator_bank[adapter_name].part_names:
+            for part in layers[name].bank(adapter_name).part_names:
                 expected.add(f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}.{column}:{part}")
     present = {key for key in present if not key.startswith(ROUTER_PREFIX) and key != "empty"}
     missing, extra = sorted(expected - present), sorted(present - expected)
@@ -150,10 +156,10 @@ def _check_keys(config: PeftConfig, tuner: Any, adapter_name: str, present: set[
 
 
 def _load_layer(
-    name: str, layer: MediatorLayer, adapter_name: str, columns: list[str], state_dict: dict[str, Tensor]
+    name: str, layer: MediatorLayer, adapter_name: str, columns: Sequence[str], state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    bank = layer.mediator_bank[adapter_name]
-    device = layer.get_base_layer().weight.device
+    bank = layer.bank(adapter_name)
+    device = layer.base_layer.weight.device
     prefix = f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}."
     loaded = {}
     for column in columns:
@@ -163,5 +169,6 @@ def _load_layer(
             tensor = tensor if device.type == "meta" else tensor.to(device)
             bank._put_part(key, tensor)
             loaded[f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}.{adapter_name}.{key}"] = tensor
-    check_parts(bank, name, {column: count_bits(bank.get(column).mask) for column in columns})
+    deltas = {column: bank.get(column) for column in columns}
+    check_parts(bank, name, {column: count_bits(delta.mask) for column, delta in deltas.items() if delta is not None})
     return loaded

@@ -9,20 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from .energy import energy_counts, energy_score
 from .sign import sign_counts, sign_score
 from .sign_any import sign_any_counts, sign_any_score
+from .statistics import Statistics
 
 
 class ConflictScore(NamedTuple):
     """How one conflict score is computed."""
 
-    counts: Callable[[Tensor, Tensor], Tensor]
-    """(task vectors (K, n) float32, trimmed signs (K, n) in {-1, 0, 1}) → float64 counts that add up over tensors."""
+    counts: Callable[[Statistics], NDArray[np.float64]]
+    """Statistics of one tensor → counts that add up over tensors."""
 
-    score: Callable[[Tensor], float]
+    score: Callable[[NDArray[np.float64]], float]
     """Summed counts → one number for the block."""
 
 

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
+
+from .statistics import Statistics
 
 
-def energy_counts(task_vectors: Tensor, signs: Tensor) -> Tensor:
-    """Energy of the experts around their mean, and around the base.
-
-    Args:
-        task_vectors: (K, n)
-        signs: (K, n), not used by this score.
-
-    Returns:
-        (2,) float64
-    """
-    total = task_vectors.square().sum(dtype=torch.float64)
-    mean = task_vectors.mean(dim=0).square().sum(dtype=torch.float64)
-    # sum_k |tau_k - mean|^2 = sum_k |tau_k|^2 - K |mean|^2
-    return torch.stack([(total - len(task_vectors) * mean).clamp(min=0), total])
+def energy_counts(statistics: Statistics) -> NDArray[np.float64]:
+    """Energy of the experts around their mean, and around the base: (2,)."""
+    # sum_k |tau_k - mean|^2 = sum_k |tau_k|^2 - |sum_k tau_k|^2 / K
+    total = float(statistics.energies.sum())
+    return np.array([max(0.0, total - statistics.energy_of_sum / len(statistics.energies)), total])
 
 
-def energy_score(counts: Tensor) -> float:
+def energy_score(counts: NDArray[np.float64]) -> float:
     r""":math:`\sum_k \|\theta_k - \bar\theta\|^2 / \sum_k \|\tau_k\|^2`, in [0, 1]; 1 - 1/K for orthogonal experts.
 
     Our choice. 0 where no expert differs from the base.

@@ -16,3 +16,6 @@ MERGE_METHODS: dict[str, MergeMethod] = {
     "average": average,
     "base": keep_base,
 }
+
+ENTRYWISE = frozenset({"average", "base"})
+"""Methods whose result for an entry depends on that entry alone: large tensors can be merged a few rows at a time."""

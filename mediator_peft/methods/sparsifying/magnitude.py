@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .selection import smallest_kept
+
 
 def keep_largest(delta: Tensor, density: float, generator: torch.Generator | None = None) -> Tensor:
     """Keep the ``round(density * numel)`` entries of largest magnitude, per tensor.
@@ -28,14 +30,13 @@ def keep_largest(delta: Tensor, density: float, generator: torch.Generator | Non
 def largest_mask(delta: Tensor, density: float) -> Tensor:
     """Where :func:`keep_largest` keeps: (*shape) bool."""
     num_kept = round(density * delta.numel())
-    # The bit pattern of a non-negative float32 grows with its value, so integers select for floats, and faster.
-    magnitude = delta.detach().to("cpu", torch.float32).abs().contiguous().numpy().reshape(-1).view(np.int32)
+    magnitude = delta.detach().to("cpu", torch.float32).abs().contiguous().numpy().reshape(-1)
     if num_kept >= magnitude.size:
         kept = magnitude > 0
     elif num_kept == 0:
         kept = np.zeros(magnitude.size, dtype=bool)
     else:
-        edge = np.partition(magnitude, magnitude.size - num_kept)[magnitude.size - num_kept]
+        edge = np.float32(smallest_kept(magnitude, num_kept))
         kept = magnitude > edge
         if edge > 0:
             at_edge = np.flatnonzero(magnitude == edge)

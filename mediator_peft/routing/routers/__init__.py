@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from .base import Router
 from .gaussian import GaussianRouter
+from .mlp import MlpRouter
+from .prototype import PrototypeRouter
 
 ROUTERS: dict[str, type[Router]] = {
     "gaussian": GaussianRouter,
+    "mlp": MlpRouter,
+    "prototype": PrototypeRouter,
 }
 
 __all__ = ["ROUTERS", "Router"]

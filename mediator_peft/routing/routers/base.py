@@ -8,7 +8,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...errors import AdapterError
+from ...errors import AdapterError, UnsupportedError
+from ..novelty import Known
+
+_YARDSTICKS = {
+    "known_novelty": (-1,),
+    "known_labels": (-1,),
+    "known_distance": (-1,),
+    "background_novelty": (-1,),
+    "background_excess": (-1,),
+    "temperature": (1,),
+}
 
 
 class Router(nn.Module, ABC):
@@ -17,10 +27,21 @@ class Router(nn.Module, ABC):
     A router has no tensors before it is fitted; their shapes follow from the number of experts and of features.
     """
 
-    def __init__(self, num_experts: int, num_features: int) -> None:
+    known_novelty: Tensor
+    known_labels: Tensor
+    known_distance: Tensor
+    background_novelty: Tensor
+    background_excess: Tensor
+    temperature: Tensor
+
+    trainable: tuple[str, ...] = ()
+    """Names of the tensors that training may change."""
+
+    def __init__(self, num_experts: int, num_features: int, seed: int = 0) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.num_features = num_features
+        self.seed = seed
 
     @property
     def is_fitted(self) -> bool:
@@ -28,24 +49,78 @@ class Router(nn.Module, ABC):
         return getattr(self, "known_novelty", None) is not None
 
     @abstractmethod
-    def fit(self, features: Tensor, labels: Tensor) -> None:
-        """Fit to (N, H) float features and (N,) integer labels, each expert at least once."""
+    def fit(self, features: Tensor, labels: Tensor, background: Tensor | None = None) -> None:
+        """Fit to (N, H) float features and (N,) integer labels, each expert at least once.
+
+        Args:
+            features: (N, H)
+            labels: (N,)
+            background: (M, H) features of ordinary prompts that belong to no expert, one class more; None for none.
+        """
 
     @abstractmethod
     def scores(self, features: Tensor) -> Tensor:
-        """(B, H) → (B, K) unnormalised log-probabilities; larger is a better match."""
+        """(B, H) → (B, K) unnormalised log-probabilities before the temperature; larger is a better match."""
 
     @abstractmethod
     def novelty(self, features: Tensor) -> Tensor:
-        """(B, H) → (B,), how far a prompt is from all known ones; larger is farther."""
+        """(B, H) → (B,), log-odds of an ordinary prompt against the best-scored expert; larger is more novel.
+
+        Without a background it is the distance.
+        """
+
+    @abstractmethod
+    def distance(self, features: Tensor) -> Tensor:
+        """(B, H) → (B,), how far a prompt is from the nearest expert, on a scale where differences count."""
 
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape of each tensor of a fitted router, ``known_novelty`` (of any length) apart."""
+        """Name → shape of each tensor of a fitted router, the yardstick apart."""
 
-    def set_known_novelty(self, novelty: Tensor) -> None:
-        """Keep the novelty of held-out known prompts, (N,), as the yardstick of the gate."""
-        self._set("known_novelty", novelty.float().sort().values, trainable=False)
+    def add_class(self, features: Tensor) -> None:
+        """Take in one more expert from its (N, H) features, the others' tensors left as they are, bit for bit.
+
+        Raises:
+            UnsupportedError: this router cannot; it has to be fitted again.
+        """
+        raise UnsupportedError(
+            f"a {type(self).__name__} cannot take in an expert without being fitted again. Use router='gaussian' or "
+            "'prototype', or call fit_router with texts of all experts."
+        )
+
+    def remove_class(self, number: int) -> None:
+        """Forget one expert; the others' tensors stay as they are.
+
+        Raises:
+            UnsupportedError: this router cannot; it has to be fitted again.
+        """
+        raise UnsupportedError(
+            f"a {type(self).__name__} cannot forget an expert without being fitted again. Use router='gaussian' or "
+            "'prototype', or call fit_router with texts of the experts that stay."
+        )
+
+    def calibrated(self, features: Tensor) -> Tensor:
+        """(B, H) → (B, K), scores over the temperature: log-probabilities that can be believed, unnormalised."""
+        scores = self.scores(features)
+        temperature = getattr(self, "temperature", None)
+        return scores if temperature is None else scores / temperature
+
+    @property
+    def known(self) -> Known:
+        """The yardsticks of the gate."""
+        return Known(
+            self.known_novelty, self.known_labels.long(), self.known_distance, self.background_novelty,
+            self.background_excess,
+        )  # fmt: skip
+
+    def set_known(self, known: Known, temperature: float = 1.0) -> None:
+        """Keep what prompts said that the router was not fitted on, and by what its scores are divided."""
+        self._set("known_novelty", known.novelty.float())
+        self._set("known_labels", known.labels.float())
+        self._set("known_distance", known.distance.float())
+        self._set("background_novelty", known.background_novelty.float())
+        self._set("background_excess", known.background_excess.float())
+        self._set("temperature", torch.tensor([temperature]))
 
     def load_flat(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Take over a fitted state whose tensors were flattened for the file.
@@ -56,7 +131,7 @@ class Router(nn.Module, ABC):
         Raises:
             AdapterError: a tensor is missing, unknown or has a wrong size.
         """
-        shapes = {**self.shapes(), "known_novelty": (-1,)}
+        shapes = {**self.shapes(), **_YARDSTICKS}
         if set(stored) != set(shapes):
             odd = sorted(set(stored) ^ set(shapes))
             raise AdapterError(f"the router in the adapter file lacks or has too many tensors: {odd}. Fit it again.")
@@ -69,36 +144,29 @@ class Router(nn.Module, ABC):
                     f"router tensor {name!r} has {stored[name].numel()} values, shape {shape} was expected. The "
                     "adapter belongs to another backbone or is damaged."
                 ) from None
-            self._set(name, shaped[name], trainable=name in ("weight", "bias"))
+            self._set(name, shaped[name])
+        self.check_known()
         return shaped
 
-    def _set(self, name: str, value: Tensor, trainable: bool) -> None:
+    def check_known(self) -> None:
+        """Refuse a yardstick whose parts do not fit together.
+
+        Raises:
+            AdapterError: they do not.
+        """
+        labels, values = self.known_labels, (self.known_novelty, self.known_distance)
+        same = all(len(labels) == len(value) for value in values)
+        same = same and len(self.background_novelty) == len(self.background_excess)
+        if not same or set(labels.tolist()) != set(range(self.num_experts)):
+            raise AdapterError("the router's calibration values do not fit together: the adapter is damaged.")
+
+    def _set(self, name: str, value: Tensor) -> None:
         """Set or replace a parameter or buffer, on the device the router already has."""
         old = getattr(self, name, None)
         value = value.detach().to(old.device if isinstance(old, Tensor) else value.device)
-        if trainable:
+        if name in self.trainable:
             setattr(self, name, nn.Parameter(value.clone(), requires_grad=old is None or old.requires_grad))
         elif name in self._buffers:
             self._buffers[name] = value
         else:
             self.register_buffer(name, value)
-
-
-def pooled_moments(features: Tensor, labels: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Class means, and the mean over classes of their covariances, so that large classes weigh no more than small.
-
-    Args:
-        features: (N, H)
-        labels: (N,)
-        num_experts: K
-
-    Returns:
-        (K, H) and (H, H), float64.
-    """
-    features = features.double()
-    means = torch.stack([features[labels == label].mean(dim=0) for label in range(num_experts)])
-    covariance = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64, device=features.device)
-    for label in range(num_experts):
-        centred = features[labels == label] - means[label]
-        covariance += centred.T @ centred / (len(centred) * num_experts)
-    return means, covariance

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from ..uncertainty import squared_mahalanobis
-from .base import Router, pooled_moments
+from .base import Router
+from .moments import Moments
 
 
 class GaussianRouter(Router):
@@ -14,30 +17,101 @@ class GaussianRouter(Router):
 
     .. math:: s_k(z) = \mu_k^\top \Sigma^{-1} z - \tfrac12 \mu_k^\top \Sigma^{-1} \mu_k
 
-    ``weight`` and ``bias`` hold these linear scores and are trainable; the distances behind the novelty are not.
+    ``weight`` and ``bias`` hold these linear scores and are trainable; what is behind the novelty is not. Ordinary
+    prompts are one Gaussian more, with a covariance that takes them in; it tells known from unknown, while the experts'
+    own covariance tells experts apart better.
     """
+
+    trainable = ("weight", "bias")
+    weight: Tensor
+    bias: Tensor
+    means: Tensor
+    whitening: Tensor
+    background_mean: Tensor
+    background_whitening: Tensor
+    has_background: Tensor
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         k, h = self.num_experts, self.num_features
-        return {"weight": (k, h), "bias": (k,), "means": (k, h), "whitening": (h, h)}
+        shapes: dict[str, tuple[int, ...]] = {"weight": (k, h), "bias": (k,), "means": (k, h), "whitening": (h, h)}
+        return {**shapes, "background_mean": (h,), "background_whitening": (h, h), "has_background": (1,)}
 
-    def fit(self, features: Tensor, labels: Tensor) -> None:
-        means, covariance = pooled_moments(features, labels, self.num_experts)
-        whitening = inverse_root(covariance, len(features) - self.num_experts)
-        precision = whitening @ whitening.T
-        weight = means @ precision
-        self._set("weight", weight.float(), trainable=True)
-        self._set("bias", (-0.5 * (weight * means).sum(dim=1)).float(), trainable=True)
-        self._set("means", means.float(), trainable=False)
-        self._set("whitening", whitening.float(), trainable=False)
+    def fit(self, features: Tensor, labels: Tensor, background: Tensor | None = None) -> None:
+        self.fit_batches([(features, labels)], background)
+
+    def fit_batches(self, batches: Iterable[tuple[Tensor, Tensor]], background: Tensor | None = None) -> None:
+        """As :meth:`fit`, from (features, labels) batches that are seen once and not kept."""
+        moments = Moments(self.num_experts, self.num_features)
+        for features, labels in batches:
+            moments.update(features, labels)
+        covariance = moments.pooled_covariance()
+        num_samples = int(moments.counts.sum()) - self.num_experts
+        whitening = inverse_root(covariance, num_samples)
+        weight, bias = linear_scores(moments.means, whitening)
+        self._set("weight", weight)
+        self._set("bias", bias)
+        self._set("means", moments.means.float())
+        self._set("whitening", whitening.float())
+        self._fit_background(background, covariance, num_samples)
+
+    def _fit_background(self, background: Tensor | None, covariance: Tensor, num_samples: int) -> None:
+        mean, root = torch.zeros(self.num_features), torch.zeros(self.num_features, self.num_features)
+        if background is not None:
+            ordinary = Moments(1, self.num_features)
+            ordinary.update(background, torch.zeros(len(background), dtype=torch.long))
+            total = self.num_experts * covariance + ordinary.pooled_covariance()
+            root = inverse_root(total / (self.num_experts + 1), num_samples + len(background) - 1)
+            mean = ordinary.means[0]
+        self._set("background_mean", mean.float())
+        self._set("background_whitening", root.float())
+        self._set("has_background", torch.tensor([float(background is not None)]))
+
+    def add_class(self, features: Tensor) -> None:
+        # The covariances stay as they were: they are what the other experts' yardsticks were taken with.
+        mean = features.double().mean(dim=0, keepdim=True).to(self.means.device)
+        weight, bias = linear_scores(mean, self.whitening.double())
+        self.num_experts += 1
+        self._set("weight", torch.cat([self.weight, weight]))
+        self._set("bias", torch.cat([self.bias, bias]))
+        self._set("means", torch.cat([self.means, mean.float()]))
+
+    def remove_class(self, number: int) -> None:
+        stay = [row for row in range(self.num_experts) if row != number]
+        self.num_experts -= 1
+        for name in ("weight", "bias", "means"):
+            self._set(name, getattr(self, name)[stay])
 
     def scores(self, features: Tensor) -> Tensor:
         return torch.nn.functional.linear(features.float(), self.weight, self.bias)
 
+    def distance(self, features: Tensor) -> Tensor:
+        """Logarithm of the squared Mahalanobis distance to the nearest expert's mean."""
+        return self._squared(features, self.means, self.whitening).amin(dim=1).clamp(min=1e-12).log()
+
     def novelty(self, features: Tensor) -> Tensor:
+        if not self.has_background:
+            return self.distance(features)
+        nearest = self.scores(features).argmax(dim=1, keepdim=True)
+        centres = torch.cat([self.means, self.background_mean.unsqueeze(0)])
+        squared = self._squared(features, centres, self.background_whitening)
+        # Half the difference of two squared distances is the log-odds of two Gaussians of one covariance.
+        return 0.5 * (squared.gather(1, nearest).squeeze(1) - squared[:, -1])
+
+    def _squared(self, features: Tensor, centres: Tensor, whitening: Tensor) -> Tensor:
         # Centred before whitening: the common offset of hidden states is large and would cost digits.
-        centre = self.means.mean(dim=0)
-        return squared_mahalanobis((features.float() - centre) @ self.whitening, (self.means - centre) @ self.whitening)
+        offset = self.means[0]
+        return squared_mahalanobis((features.float() - offset) @ whitening, (centres - offset) @ whitening)
+
+
+def linear_scores(means: Tensor, whitening: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (K, H) and biases (K,) of the classes' linear scores, float32.
+
+    Args:
+        means: (K, H) float64
+        whitening: (H, H) float64, a root of the precision.
+    """
+    weight = means @ whitening @ whitening.T
+    return weight.float(), (-0.5 * (weight * means).sum(dim=1)).float()
 
 
 def oas_shrinkage(covariance: Tensor, num_samples: int) -> float:

@@ -1,0 +1,66 @@
+"""Checksums of what a build wrote, and comparing it with what it was built from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..bank.adapter_file import ROUTER_PREFIX, WEIGHTS_FILE
+from .compatibility import Job
+from .headers import read_header
+
+CHECKSUM_FILE = "checksums.json"
+_CHUNK = 1 << 22
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def bank_sha256(path: Path) -> str:
+    """SHA-256 of an adapter file's deltas: their names and bytes. It outlasts the fitting of a router.
+
+    Raises:
+        ValueError: the file is damaged.
+        OSError: it cannot be read.
+    """
+    tensors, _ = read_header(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for name in sorted(tensors):
+            if name.startswith(ROUTER_PREFIX):
+                continue
+            stored = tensors[name]
+            digest.update(f"{name}\0{stored.dtype}\0{stored.shape}\0".encode())
+            file.seek(stored.offset)
+            left = stored.num_bytes
+            while left:
+                chunk = file.read(min(_CHUNK, left))
+                digest.update(chunk)
+                left -= len(chunk)
+    return digest.hexdigest()
+
+
+def write_checksums(folder: Path, adapter: Path, backbone: Mapping[str, Path], job: Job) -> None:
+    """Write ``checksums.json`` beside the adapter.
+
+    Args:
+        folder: of the output.
+        adapter: folder of the adapter.
+        backbone: name → file of weights.
+        job: its input files are named with size.
+    """
+    others = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in backbone]
+    known = {
+        "backbone": {name: file_sha256(path) for name, path in sorted(backbone.items())},
+        "other": {path.name: file_sha256(path) for path in others},
+        "bank": bank_sha256(adapter / WEIGHTS_FILE),
+    }
+    (adapter / CHECKSUM_FILE).write_text(json.dumps(known, indent=2), encoding="utf-8")

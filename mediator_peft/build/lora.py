@@ -1,0 +1,201 @@
+"""LoRA adapters as experts: folded into the base, some rows at a time."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from ..errors import CheckpointError
+from .checkpoints import Checkpoint, TensorInfo
+from .headers import DTYPES, Stored, read_header
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+# Settings that change what the factors mean, and that are not folded here.
+_REFUSED = {
+    "use_dora": "DoRA scales columns by their norm",
+    "use_qalora": "QALoRA pools its inputs",
+    "layer_replication": "layers are replicated",
+    "target_parameters": "it changes bare parameters",
+    "trainable_token_indices": "it changes single tokens",
+    "alora_invocation_tokens": "it is active for a part of the prompt only",
+    "arrow_config": "it routes by itself",
+    "use_bdlora": "its factors are block-diagonal",
+}
+# These start from factors that are not zero, and change the base's own weights to make up for it.
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq")
+_MERGE_HINT = "Merge it into its base with merge_and_unload() and give the merged model."
+
+
+class _Factors(NamedTuple):
+    """One tensor's low-rank change: ``scale * left @ right``, in the layout in which the tensor is stored."""
+
+    left: Tensor
+    """(rows, r) float32"""
+
+    right: Tensor
+    """(r, columns) float32"""
+
+
+class LoraCheckpoint(Checkpoint):
+    """A folder with a LoRA adapter, seen as the model that merging it into the base gives.
+
+    It knows its tensors once it is bound to a base.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the adapter is of a kind that cannot be folded.
+    """
+
+    def __init__(self, folder: Path, label: str, source: str) -> None:
+        self.folder = folder
+        self.label = label
+        self.source = source
+        self.tensors = {}
+        self._base: Checkpoint | None = None
+        self._factors: dict[str, _Factors] = {}
+        self._replaced: dict[str, Tensor] = {}
+        self._added: dict[str, Tensor] = {}
+        self._settings = self._read_settings()
+        try:
+            self._stored, _ = read_header(folder / ADAPTER_FILE)
+        except (OSError, ValueError) as fault:
+            raise CheckpointError(
+                f"{label} ({source}): {ADAPTER_FILE} is missing or damaged ({fault}). Save the adapter again, as "
+                "safetensors."
+            ) from fault
+
+    def _read_settings(self) -> dict[str, Any]:
+        where = f"{self.label} ({self.source})"
+        try:
+            settings = json.loads((self.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as fault:
+            raise CheckpointError(f"{where}: {ADAPTER_CONFIG} cannot be read: {fault}") from fault
+        if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
+            kind = settings.get("peft_type") if isinstance(settings, dict) else None
+            raise CheckpointError(f"{where}: an adapter of type {kind!r} cannot be folded, only LORA. {_MERGE_HINT}")
+        reasons = [f"{key}: {why}" for key, why in _REFUSED.items() if settings.get(key)]
+        start = str(settings.get("init_lora_weights", "")).lower()
+        if start.startswith(_CHANGED_BASE):
+            reasons.append(f"init_lora_weights={start!r} changed the base's own weights")
+        if reasons:
+            raise CheckpointError(f"{where}: this LoRA cannot be folded ({'; '.join(reasons)}). {_MERGE_HINT}")
+        return settings
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self._bound().config
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.folder / ADAPTER_FILE]
+
+    def bind(self, base: Checkpoint, tied: set[str]) -> list[str]:
+        """Fit the adapter to its base.
+
+        Args:
+            base: the model it was trained on.
+            tied: names of tensors that only repeat another.
+
+        Returns:
+            What does not fit, one message each.
+        """
+        self._base, self.tensors = base, dict(base.tensors)
+        faults: list[str] = []
+        read = {name.removeprefix(_PREFIX): self._read(name, stored) for name, stored in self._stored.items()}
+        for name, tensor in read.items():
+            module, _, part = name.rpartition(".lora_")
+            if not module:
+                faults += self._replace(name, tensor)
+            elif part in ("A.weight", "embedding_A"):
+                other = read.get(f"{module}.lora_{part.replace('A', 'B', 1)}")
+                faults += self._fold(module, tensor, other, is_embedding=part == "embedding_A")
+            elif part == "B.bias":
+                faults += self._add_bias(module, tensor)
+            elif part not in ("B.weight", "embedding_B"):
+                faults.append(f"tensor {name!r} is not known of LoRA")
+        if tied:
+            changed = {*self._factors, *self._replaced}
+            shared = sorted(name for name in changed if "embed" in name or "lm_head" in name or "wte" in name)
+            if shared:
+                faults.append(f"it changes {shared}, which the base ties together. {_MERGE_HINT}")
+        return [f"{self.label} ({self.source}): {fault}" for fault in faults]
+
+    def _read(self, name: str, stored: Stored) -> Tensor:
+        with open(self.folder / ADAPTER_FILE, "rb") as file:
+            file.seek(stored.offset)
+            raw = bytearray(file.read(stored.num_bytes))
+        dtype = DTYPES.get(stored.dtype)
+        if dtype is None:
+            raise CheckpointError(f"{self.label} ({self.source}): {name!r} is {stored.dtype}, no plain floating point.")
+        return (
+            torch.frombuffer(raw, dtype=dtype).reshape(stored.shape) if raw else torch.empty(stored.shape, dtype=dtype)
+        )
+
+    def _replace(self, name: str, tensor: Tensor) -> list[str]:
+        """A tensor of ``modules_to_save``, or a trained bias: it takes the place of the base's."""
+        name = name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")
+        info = self._bound().tensors.get(name)
+        if info is None or info.shape != tuple(tensor.shape):
+            return [f"tensor {name!r} with shape {list(tensor.shape)} has no counterpart in the base"]
+        self._replaced[name] = tensor
+        self.tensors[name] = TensorInfo(info.shape, tensor.dtype)
+        return []
+
+    def _fold(self, module: str, a: Tensor, b: Tensor | None, is_embedding: bool) -> list[str]:
+        name = f"{module}.weight"
+        info = self._bound().tensors.get(name)
+        if info is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            return [f"the factors of {module!r} do not fit together, or the base has no such layer"]
+        left, right = b.float(), a.float()
+        if is_embedding or self._settings.get("fan_in_fan_out"):
+            left, right = right.T.contiguous(), left.T.contiguous()
+        if info.shape != (left.shape[0], right.shape[1]):
+            return [
+                f"the factors of {module!r} give {[left.shape[0], right.shape[1]]}, the base has {list(info.shape)}"
+            ]
+        self._factors[name] = _Factors(left * self._scale(module, a.shape[0]), right)
+        return []
+
+    def _add_bias(self, module: str, bias: Tensor) -> list[str]:
+        name = f"{module}.bias"
+        if name not in self._bound().tensors:
+            return [f"{module!r} gets a bias, which the base has not"]
+        self._added[name] = bias.float() * self._scale(module, None)
+        return []
+
+    def _scale(self, module: str, rank: int | None) -> float:
+        """What PEFT multiplies the product by: alpha / r, or alpha / sqrt(r) for rsLoRA; patterns go first."""
+        alpha = _by_pattern(self._settings.get("alpha_pattern"), module, self._settings.get("lora_alpha", 8))
+        if rank is None:
+            rank = _by_pattern(self._settings.get("rank_pattern"), module, self._settings.get("r", 8))
+        return float(alpha / (rank**0.5 if self._settings.get("use_rslora") else rank))
+
+    def _bound(self) -> Checkpoint:
+        assert self._base is not None, "a LoRA must be bound to its base before it is read"
+        return self._base
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        replaced = self._replaced.get(name)
+        rows = self._bound().read_rows(name, start, stop) if replaced is None else replaced[start:stop]
+        factors, bias = self._factors.get(name), self._added.get(name)
+        if factors is not None:
+            return (rows.float() + factors.left[start:stop] @ factors.right).to(rows.dtype)
+        if bias is not None:
+            return (rows.float() + bias[start:stop]).to(rows.dtype)
+        return rows
+
+
+def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """The first pattern that matches the end of a module's name decides, as in PEFT."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default

@@ -1,0 +1,54 @@
+"""Processes that torchrun started: they share the tensors out and write into one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+Result = TypeVar("Result")
+
+
+class Ranks:
+    """This process among its like; alone where torch.distributed was not started.
+
+    All ranks must see the same file system.
+    """
+
+    def __init__(self) -> None:
+        started = dist.is_available() and dist.is_initialized()
+        self.count = dist.get_world_size() if started else 1
+        self.number = dist.get_rank() if started else 0
+
+    def first(self, work: Callable[[], Result]) -> Result:
+        """Do something on the first rank only; every rank gets the result, or the error."""
+        outcome: list[Any] = [None, None]
+        if self.number == 0:
+            try:
+                outcome[0] = work()
+            except Exception as fault:
+                if self.count == 1:
+                    raise
+                outcome[1] = fault
+        if self.count > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def all(self, work: Callable[[], object]) -> None:
+        """Do something on every rank, and wait for the others; an error of one is raised on all."""
+        fault: Exception | None = None
+        try:
+            work()
+        except Exception as raised:
+            if self.count == 1:
+                raise
+            fault = raised
+        faults: list[Exception | None] = [None] * self.count
+        if self.count > 1:
+            dist.all_gather_object(faults, fault)
+        for other in faults:
+            if other is not None:
+                raise other

@@ -1,0 +1,128 @@
+"""The largest entries of one matrix with their signs: the packed form of a delta, and of a trimmed task vector."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..bank.sparse_delta import SparseDelta
+from ..methods.sparsifying.selection import (
+    Bitmap,
+    Bracket,
+    Settled,
+    TopSelection,
+    bracket_from_sample,
+    pack_rows,
+    row_products,
+    row_squares,
+    unpack_rows,
+)
+from .tiles import Workspace
+
+# The share of a sample by which its quantile may be off: at first, and when that missed.
+SLACK, WIDE_SLACK = 0.007, 0.05
+
+
+class Errors(NamedTuple):
+    """How well one packed delta stands for the whole one: four numbers that add up over matrices."""
+
+    norm: float
+    """Squared norm of the whole delta."""
+
+    packed: float
+    """Squared norm of the packed one."""
+
+    inner: float
+    """Their inner product."""
+
+    kept: float
+    """Squared norm of the whole delta where entries are kept."""
+
+
+class SignedSelection:
+    """The largest entries of one matrix, their signs, and sums over its rows."""
+
+    def __init__(self, shape: tuple[int, int], density: float, sample: Tensor) -> None:
+        self.shape = shape
+        self.num_kept = round(density * shape[0] * shape[1])
+        self.settled: Settled
+        self._density = density
+        self._sample = np.sort(sample.abs().numpy(), axis=None)
+        self.restart(self.bracket(SLACK))
+
+    def bracket(self, slack: float) -> Bracket:
+        """Where the sample expects the smallest kept entry."""
+        return bracket_from_sample(self._sample, self._density, slack)
+
+    def restart(self, bracket: Bracket) -> None:
+        """Begin anew with another bracket."""
+        self._selection = TopSelection(self.shape, self.num_kept, bracket)
+        self.negative = np.empty((self.shape[0], (self.shape[1] + 7) // 8), np.uint8)
+        self._square, self._above_sum, self._above_square = (np.zeros(self.shape[0]) for _ in range(3))
+
+    def add(self, start: int, minuend: Tensor, subtrahend: Tensor | None, space: Workspace) -> None:
+        """The next rows of ``minuend - subtrahend``. Sums over rows are kept for differences alone."""
+        shape = (minuend.shape[0], minuend.shape[1])
+        stop = start + shape[0]
+        bits, more_bits = (space.take(name, shape, torch.bool).numpy() for name in ("bits", "more bits"))
+        magnitudes = space.take("magnitudes", shape).numpy()
+        if subtrahend is None:
+            delta = minuend.numpy()
+        else:
+            delta = space.take("delta", shape).numpy()
+            np.subtract(minuend.numpy(), subtrahend.numpy(), out=delta)
+        np.less(delta, 0, out=bits)
+        self.negative[start:stop] = pack_rows(bits)
+        np.abs(delta, out=magnitudes)
+        self._selection.add(start, magnitudes, bits, more_bits)
+        if subtrahend is not None:
+            self._square[start:stop] = row_squares(delta)
+            torch.threshold_(space.take("magnitudes", shape), self._selection.bracket.high, 0.0)
+            self._above_sum[start:stop] = row_products(magnitudes, space.ones(shape[1]))
+            self._above_square[start:stop] = row_squares(magnitudes)
+
+    def settle(self) -> bool:
+        """Decide what is kept; False where the bracket missed."""
+        settled = self._selection.settle()
+        if settled is None:
+            return False
+        self.settled = settled
+        return True
+
+    def encode(self, bias: Tensor | None) -> tuple[SparseDelta, Errors]:
+        """Signs of the kept entries and one scale a row that keeps the row's norm."""
+        kept = self.settled.kept
+        num_kept = np.bitwise_count(kept).sum(axis=1, dtype=np.int64)
+        scales = np.sqrt(self._square / np.maximum(num_kept, 1)) * (num_kept > 0)
+        sums = self._above_sum + self.settled.extra_sum
+        squares = self._above_square + self.settled.extra_square
+        errors = Errors(
+            norm=float(self._square.sum()),
+            packed=float((scales * scales * num_kept).sum()),
+            inner=float((scales * sums).sum()),
+            kept=float(squares.sum()),
+        )
+        signs = kept_bits(self.negative, kept, self.shape[1])
+        parts = {"signs": torch.from_numpy(signs), "scales": torch.from_numpy(scales.astype(np.float32))}
+        return SparseDelta(self.shape, "sign", torch.from_numpy(kept), parts, bias), errors
+
+
+def kept_bits(bitmap: Bitmap, kept: Bitmap, num_columns: int) -> Bitmap:
+    """The bits of a bitmap that stand where another has ones, row by row and closed up: (ceil(num_kept / 8),)."""
+    pieces = []
+    step = max(1, (1 << 20) // max(1, num_columns))
+    for start in range(0, len(kept), step):
+        rows = slice(start, start + step)
+        where = unpack_rows(kept[rows], num_columns).reshape(-1)
+        pieces.append(np.compress(where, unpack_rows(bitmap[rows], num_columns).reshape(-1)))
+    return np.packbits(np.concatenate(pieces), bitorder="little") if pieces else np.empty(0, np.uint8)
+
+
+def errors_of(delta: Tensor, packed: SparseDelta) -> Errors:
+    """Compare a whole delta (O, I) with its packed form."""
+    whole, dense = delta.flatten(), packed.dense().flatten()
+    kept = whole[packed.kept.flatten()]
+    return Errors(float(whole @ whole), float(dense @ dense), float(whole @ dense), float(kept @ kept))

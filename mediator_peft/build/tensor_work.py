@@ -1,0 +1,282 @@
+"""What happens to one tensor: difference, conflict, merge, sparse deltas. No files of ours, no order, no state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+from zlib import crc32
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..bank.sparse_delta import SparseDelta
+from ..config import FALLBACK_EXPERT, MediatorConfig
+from ..errors import CheckpointError
+from ..methods.conflict import CONFLICT_SCORES
+from ..methods.conflict.statistics import Statistics
+from ..methods.sparsifying import SPARSIFIERS
+from ..methods.sparsifying.selection import TINY, Bracket, row_squares, smallest_kept_of_tiles
+from .checkpoints import Checkpoint
+from .signed import WIDE_SLACK, Errors, SignedSelection, errors_of
+from .tiles import TensorTiles, Tile, Workspace
+
+WriteRows = Callable[[str, int, Tensor], None]
+"""Takes rows of a backbone tensor: (tensor name, number of the first row, rows in the storage dtype)."""
+
+
+class Task(NamedTuple):
+    """One tensor to be merged, with the bias that goes with it."""
+
+    name: str
+    measure: bool
+    """Whether it counts for the conflict score of its block."""
+
+    density: float | None
+    """Share of its deltas that is kept; None where it gets none."""
+
+    is_transposed: bool
+    bias: str | None
+    """The bias of the same layer, merged with it."""
+
+
+@dataclass
+class TensorResult:
+    """What one tensor became, but for the backbone, which was written on the way."""
+
+    counts: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    """Conflict score name → counts; empty where conflict is not measured."""
+
+    deltas: dict[str, SparseDelta] = field(default_factory=dict)
+    """Column → delta."""
+
+    errors: dict[str, Errors] = field(default_factory=dict)
+    """Column → how good the delta is."""
+
+
+class TensorWork:
+    """Merges one tensor after the other; holds what they have in common.
+
+    Args:
+        base: the base.
+        experts: name → checkpoint. They are taken in the order of their names, so that their given order changes
+            nothing.
+        config: what to do.
+        dtype: storage dtype; differences are taken between weights rounded to it.
+        write: takes the backbone as it is made.
+    """
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        experts: Mapping[str, Checkpoint],
+        config: MediatorConfig,
+        dtype: torch.dtype,
+        write: WriteRows,
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.write = write
+        self.experts = sorted(experts)
+        self.checkpoints = [base, *(experts[name] for name in self.experts)]
+        self.columns = deltas_needed(config)
+        self._space = Workspace()
+
+    def __call__(self, task: Task) -> TensorResult:
+        """Merge one tensor.
+
+        Raises:
+            CheckpointError: it cannot be read, or holds NaN or infinity.
+        """
+        result = TensorResult()
+        biases: dict[str, Tensor] = {}
+        if task.bias is not None:
+            biases = self._bias_deltas(task.bias, want_deltas=task.density is not None)
+        tiles = self._tiles(task.name, task.is_transposed)
+        is_fast = is_one_pass(self.config)
+        one_pass = _OnePass(self, tiles, task, with_deltas=is_fast and task.density is not None)
+        one_pass.run()
+        if task.measure:
+            statistics = one_pass.statistics()
+            result.counts = {name: score.counts(statistics) for name, score in CONFLICT_SCORES.items()}
+        if task.density is not None:
+            for number, column in enumerate(self.columns):
+                if is_fast:
+                    delta, errors = one_pass.signs(number, biases.get(column))
+                else:
+                    delta, errors = self._any_delta(tiles, task, column, biases.get(column))
+                result.deltas[column], result.errors[column] = delta, errors
+        return result
+
+    def weight_number(self, column: str) -> int:
+        """Where a column's own weights stand among the checkpoints."""
+        return 0 if column == FALLBACK_EXPERT else 1 + self.experts.index(column)
+
+    def _tiles(self, name: str, is_transposed: bool) -> TensorTiles:
+        return TensorTiles(name, self.checkpoints, self.dtype, self.config.merge_method, self._space, is_transposed)
+
+    def _bias_deltas(self, name: str, want_deltas: bool) -> dict[str, Tensor]:
+        """Merge a bias; what each column adds to it, whole."""
+        deltas: dict[str, list[Tensor]] = {column: [] for column in self.columns}
+        for tile in self._tiles(name, is_transposed=False):
+            self.check_finite(name, tile)
+            self.write(name, tile.start, tile.backbone.flatten())
+            for column in self.columns if want_deltas else ():
+                deltas[column].append((tile.weights[self.weight_number(column)] - tile.rounded).flatten())
+        return {column: torch.cat(parts) for column, parts in deltas.items() if parts}
+
+    def _any_delta(
+        self, tiles: TensorTiles, task: Task, column: str, bias: Tensor | None
+    ) -> tuple[SparseDelta, Errors]:
+        """One column's delta by any sparsifier and coding, as a whole matrix: slow and clear."""
+        number = self.weight_number(column)
+        delta = torch.cat([tile.weights[number] - tile.rounded for tile in tiles])
+        seed = crc32(f"{self.config.seed}/{task.name}/{column}".encode())
+        generator = torch.Generator().manual_seed(seed)
+        assert task.density is not None
+        kept = SPARSIFIERS[self.config.sparsifier](delta, task.density, generator) != 0
+        # Values kept as numbers are stored in float32 at density 1, so that nothing is lost there.
+        storage = None if task.density == 1.0 else self.dtype
+        packed = SparseDelta.from_dense(delta, kept, self.config.values, storage, bias)
+        return packed, errors_of(delta, packed)
+
+    def check_finite(self, name: str, tile: Tile) -> None:
+        """Refuse NaN and infinity.
+
+        Raises:
+            CheckpointError: there is one; the checkpoint and their number are named.
+        """
+        for checkpoint, weight in zip(self.checkpoints, tile.weights, strict=True):
+            # A sum is finite only if every term is. It may overflow for all that: then each term is looked at.
+            if np.isfinite(np.add.reduce(weight.numpy().reshape(-1))):
+                continue
+            num_bad = int((~torch.isfinite(weight)).sum())
+            if num_bad:
+                raise CheckpointError(
+                    f"{checkpoint.label} ({checkpoint.source}): tensor {name!r} holds NaN or infinite values, "
+                    f"{num_bad} of them in rows {tile.start} to {tile.stop - 1}. Its fine-tuning diverged or the file "
+                    "is damaged; leave this expert out or save it again."
+                )
+
+
+class _OnePass:
+    """All that is learnt of one tensor in one pass over its tiles."""
+
+    def __init__(self, work: TensorWork, tiles: TensorTiles, task: Task, with_deltas: bool) -> None:
+        self.work = work
+        self.tiles = tiles
+        self.task = task
+        num_experts = len(work.experts)
+        self.energies = np.zeros(num_experts)
+        self.energy_of_sum = 0.0
+        self.trims: list[SignedSelection] = []
+        self.deltas: list[SignedSelection] = []
+        self._numbers = [work.weight_number(column) for column in work.columns] if with_deltas else []
+        if task.measure or with_deltas:
+            self._open(num_experts)
+
+    def _open(self, num_experts: int) -> None:
+        """Guess from a sample where the smallest kept entries lie."""
+        sample = self.tiles.sample()
+        if self.task.measure:
+            density = self.work.config.conflict_density
+            self.trims = [
+                SignedSelection(self.tiles.shape, density, sample.task_vectors[k]) for k in range(num_experts)
+            ]
+        if self.task.density is not None:
+            self.deltas = [
+                SignedSelection(self.tiles.shape, self.task.density, sample.weights[number] - sample.rounded)
+                for number in self._numbers
+            ]
+
+    def run(self) -> None:
+        """The pass; a second one for any selection whose bracket missed."""
+        task, work, space = self.task, self.work, self.work._space
+        held: list[Tensor] = []
+        for tile in self.tiles:
+            if task.measure:
+                self._measure(tile)
+            else:
+                work.check_finite(task.name, tile)
+            if task.is_transposed:
+                held.append(tile.backbone.clone())
+            else:
+                rest = self.tiles.stored_shape[1:]
+                work.write(task.name, tile.start, tile.backbone.reshape(-1, *rest))
+            for number, delta in zip(self._numbers, self.deltas, strict=True):
+                delta.add(tile.start, tile.weights[number], tile.rounded, space)
+        if held:
+            work.write(task.name, 0, torch.cat(held).T.contiguous())
+        self._mend()
+
+    def _measure(self, tile: Tile) -> None:
+        space = self.work._space
+        for number, trim in enumerate(self.trims):
+            vector = tile.task_vectors[number].numpy()
+            self.energies[number] += float(row_squares(vector).sum(dtype=np.float64))
+            trim.add(tile.start, tile.task_vectors[number], None, space)
+        total = torch.sum(tile.task_vectors, dim=0).numpy()
+        self.energy_of_sum += float(row_squares(total).sum(dtype=np.float64))
+        if not np.isfinite(self.energies).all():
+            self.work.check_finite(self.task.name, tile)
+
+    def _mend(self) -> None:
+        """Settle every selection; those whose bracket missed get an exact one and see the tensor again."""
+        pairs: list[tuple[SignedSelection, int | None]] = [(trim, None) for trim in self.trims]
+        pairs += list(zip(self.deltas, self._numbers, strict=True))
+        for place, (signed, number) in enumerate(pairs):
+            if signed.settle():
+                continue
+            parts = _parts_of(place, number)
+
+            for bracket in (signed.bracket(WIDE_SLACK), None):
+                signed.restart(bracket or self._exact_bracket(parts, signed.num_kept))
+                for tile in self.tiles:
+                    signed.add(tile.start, *parts(tile), self.work._space)
+                if signed.settle():
+                    break
+            else:
+                raise AssertionError("an exact bracket cannot miss")
+
+    def _exact_bracket(self, parts: Parts, num_kept: int) -> Bracket:
+        def magnitudes() -> Iterator[NDArray[np.float32]]:
+            for tile in self.tiles:
+                minuend, subtrahend = parts(tile)
+                delta = minuend if subtrahend is None else minuend - subtrahend
+                yield delta.abs().numpy().reshape(-1)
+
+        edge = max(smallest_kept_of_tiles(magnitudes, num_kept), TINY)
+        return Bracket(edge, edge)
+
+    def statistics(self) -> Statistics:
+        """For the conflict scores."""
+        kept = [trim.settled.kept for trim in self.trims]
+        return Statistics(kept, [trim.negative for trim in self.trims], self.energies, self.energy_of_sum)
+
+    def signs(self, number: int, bias: Tensor | None) -> tuple[SparseDelta, Errors]:
+        """One column's delta, coded as signs and scales; the twin of ``VALUES["sign"].encode``."""
+        return self.deltas[number].encode(bias)
+
+
+Parts = Callable[[Tile], "tuple[Tensor, Tensor | None]"]
+
+
+def _parts_of(expert: int, number: int | None) -> Parts:
+    """What a selection looks at: an expert's task vector, or the difference of a checkpoint and the backbone."""
+    if number is None:
+        return lambda tile: (tile.task_vectors[expert], None)
+    return lambda tile: (tile.weights[number], tile.rounded)
+
+
+def is_one_pass(config: MediatorConfig) -> bool:
+    """Whether the deltas can be made in the pass over the tiles; otherwise each is made as a whole matrix."""
+    return config.sparsifier == "magnitude" and config.values == "sign"
+
+
+def deltas_needed(config: MediatorConfig) -> Sequence[str]:
+    """Columns that have a delta: the base has none where the backbone is the base."""
+    if config.merge_method == "base":
+        return [name for name in config.columns if name != FALLBACK_EXPERT]
+    return config.columns

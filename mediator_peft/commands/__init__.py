@@ -1,0 +1,1 @@
+"""The commands of ``mediator-peft``, one a file."""

@@ -1,0 +1,115 @@
+"""``mediator-peft build``: checkpoints in, backbone and sparse experts out."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..config import MediatorConfig
+from .common import AsJson, console, parse_pairs, print_json, quiet_transformers, say
+
+_DEFAULTS: dict[str, Any] = {item.name: item.default for item in fields(MediatorConfig) if item.default is not MISSING}
+
+
+def _setting(name: str, text: str) -> Any:
+    return typer.Option(f"--{name.replace('_', '-')}", help=text, rich_help_panel="How to merge")
+
+
+def build(
+    base: Annotated[str, typer.Option(help="The base: a folder, or org/model[@revision].", show_default=False)],
+    expert: Annotated[
+        list[str], typer.Option(metavar="NAME=PATH", help="A fine-tuned expert; once for each.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option(help="A folder that does not exist yet.", show_default=False)],
+    merge_method: Annotated[str, _setting("merge_method", "How experts become the backbone: average or base.")] = (
+        _DEFAULTS["merge_method"]
+    ),
+    density: Annotated[float, _setting("density", "Share of a delta's entries that is kept, in (0, 1].")] = (
+        _DEFAULTS["density"]
+    ),
+    values: Annotated[str, _setting("values", "How kept entries are stored: sign or float.")] = _DEFAULTS["values"],
+    sparsifier: Annotated[str, _setting("sparsifier", "Which entries are kept.")] = _DEFAULTS["sparsifier"],
+    routed_layers: Annotated[
+        str, _setting("routed_layers", "auto, all, a share of blocks such as 0.5, or block numbers such as 0,1,2.")
+    ] = _DEFAULTS["routed_layers"],
+    target_module: Annotated[
+        list[str] | None,
+        _setting("target_module", "A linear layer that gets deltas, e.g. q_proj; once for each. All without it."),
+    ] = None,
+    conflict_score: Annotated[str, _setting("conflict_score", "What ranks blocks.")] = _DEFAULTS["conflict_score"],
+    conflict_density: Annotated[
+        float, _setting("conflict_density", "Share of entries that vote in the score, in (0, 1].")
+    ] = _DEFAULTS["conflict_density"],
+    conflict_threshold: Annotated[
+        float, _setting("conflict_threshold", "With auto: blocks are routed from this score on.")
+    ] = _DEFAULTS["conflict_threshold"],
+    router: Annotated[str, _setting("router", "Which router decides.")] = _DEFAULTS["router"],
+    router_layer: Annotated[
+        int | None, _setting("router_layer", "The router reads after this many blocks; a tenth of them without it.")
+    ] = None,
+    ood_alpha: Annotated[
+        float, _setting("ood_alpha", "Share of known prompts that may be taken for unknown.")
+    ] = _DEFAULTS["ood_alpha"],
+    top_p: Annotated[float, _setting("top_p", "The fewest experts that reach this probability are mixed.")] = (
+        _DEFAULTS["top_p"]
+    ),
+    fallback: Annotated[str, _setting("fallback", "Where unknown prompts go: base or backbone.")] = (
+        _DEFAULTS["fallback"]
+    ),
+    seed: Annotated[int, _setting("seed", "Seeds whatever is drawn.")] = _DEFAULTS["seed"],
+    as_json: AsJson = False,
+) -> None:
+    """Merge fine-tuned models of one base into a backbone and sparse experts.
+
+    Reads one tensor at a time; OUT appears when all is done, and not at all otherwise.
+
+    Example:
+      mediator-peft build --base base --expert math=math --expert cron=cron --output out
+    """
+    from ..build.offline import build_mediator
+
+    quiet_transformers()
+    experts = parse_pairs(expert, "--expert")
+    config = MediatorConfig(
+        merge_method=merge_method,
+        density=density,
+        values=values,
+        sparsifier=sparsifier,
+        routed_layers=parse_routed_layers(routed_layers),
+        target_modules=target_module or None,
+        conflict_score=conflict_score,
+        conflict_density=conflict_density,
+        conflict_threshold=conflict_threshold,
+        router=router,
+        router_layer=router_layer,
+        ood_alpha=ood_alpha,
+        top_p=top_p,
+        fallback=fallback,
+        seed=seed,
+    )
+    report = build_mediator(base, experts, output, config, show_progress=True)
+    if as_json:
+        print_json(report.to_dict())
+        return
+    from ..evaluation.sizes import read_adapter_info
+    from .inspect import print_info
+
+    print_info(read_adapter_info(output), console())
+    say(f"built in {report.seconds:.0f} s; largest resident memory {report.peak_memory_bytes / 1e9:.1f} GB")
+    for note in report.notes:
+        say(f"note: {note}")
+    data = " ".join(f"--data {name}={name}.jsonl" for name in experts)
+    say(f"next: mediator-peft calibrate {output} {data}")
+
+
+def parse_routed_layers(text: str) -> str | float | list[int]:
+    """``auto``, ``all``, a share (with a point) or block numbers; anything else is left for the config to refuse."""
+    try:
+        if "." in text:
+            return float(text)
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        return text

@@ -1,0 +1,104 @@
+"""``mediator-peft calibrate``: fit the router of a built model on prompts of each expert."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..bank.adapter_file import CONFIG_FILE, WEIGHTS_FILE, find_adapter, read_raw_config
+from .common import AsJson, BatchSize, Device, Dtype, OutputFolder, Raw, console, load, parse_pairs, print_json, say
+
+
+def calibrate(
+    out: OutputFolder,
+    data: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=FILE", help="An expert's JSONL file of prompts; once each.", show_default=False),
+    ],
+    text_column: Annotated[str, typer.Option(help="Which field of a line holds the prompt.")] = "prompt",
+    raw: Raw = False,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Fit the router of OUT on prompts of each expert, 50 or more of each, and save it there.
+
+    Example:
+      mediator-peft calibrate out --data math=math.jsonl --data cron=cron.jsonl
+    """
+    from ..evaluation.prompts import read_prompts
+
+    prompts = {name: read_prompts(path, text_column) for name, path in parse_pairs(data, "--data").items()}
+    model, tokenizer = load(out, dtype, device)
+    report = fit_and_save(model, tokenizer, prompts, find_adapter(out), use_template=not raw, batch_size=batch_size)
+    if as_json:
+        print_json(report)
+        return
+    from rich.table import Table
+
+    table = Table(title="Held-out calibration prompts", title_justify="left", pad_edge=False)
+    names = list(report["num_texts"])
+    table.add_column("prompts of")
+    for name in names:
+        table.add_column(f"best: {name}", justify="right")
+    for name, row in zip(names, report["confusion"], strict=True):
+        table.add_row(name, *map(str, row))
+    console().print(table)
+    say(f"router fitted and saved; {report['accuracy']:.1%} of held-out prompts went to their expert")
+    say(f"next: mediator-peft generate {out} 'your prompt'")
+
+
+def fit_and_save(
+    model: Any,
+    tokenizer: Any,
+    prompts: Mapping[str, Sequence[str]],
+    adapter: Path,
+    use_template: bool = True,
+    batch_size: int = 16,
+) -> dict[str, Any]:
+    """Fit a model's router on prompts rendered as in use, and put it into the adapter file it was loaded from.
+
+    Args:
+        model: as ``load_mediator`` gives it.
+        tokenizer: of its backbone.
+        prompts: expert → what users would write.
+        adapter: the adapter's folder.
+        use_template: whether prompts are rendered with the tokenizer's chat template, where it has one.
+        batch_size: prompts at once.
+
+    Returns:
+        The calibration report as plain data.
+    """
+    from ..evaluation.prompts import render
+
+    rendered = {name: [render(tokenizer, text, use_template) for text in texts] for name, texts in prompts.items()}
+    texts = {name: [prompt.text for prompt in some] for name, some in rendered.items()}
+    # A template writes the special tokens itself; they must not come twice.
+    has_own = any(not prompt.add_special_tokens for some in rendered.values() for prompt in some)
+    encode = partial(tokenizer, add_special_tokens=not has_own)
+    report = model.fit_router(texts, encode, batch_size=batch_size, show_progress=True)
+    save_router(model, adapter)
+    return dict(report._asdict())
+
+
+def save_router(model: Any, adapter: Path) -> None:
+    """Put a model's router into the adapter folder it was loaded from; card, report and checksums there stay."""
+    fresh = adapter.with_name(f".{adapter.name}.partial-{os.getpid()}")
+    try:
+        model.save_pretrained(str(fresh))
+        # Where the backbone lies was true for the folder; it need not be for the temporary one.
+        settings = read_raw_config(fresh)
+        settings["base_model_name_or_path"] = read_raw_config(adapter).get("base_model_name_or_path")
+        (fresh / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            os.replace(fresh / name, adapter / name)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)

@@ -1,0 +1,40 @@
+"""``mediator-peft demo``: the whole job on a real model, on the spot."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import AsJson, console, print_json, quiet_transformers, say
+
+
+def demo(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer steps and items: minutes instead of a quarter hour.")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="Folder for base, experts, model and results.")] = Path("mediator-demo"),
+    seed: Annotated[int, typer.Option(help="Seeds items and fine-tuning.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune three experts of a small model, merge, route and measure them.
+
+    Needs the extra `demo`; runs on a CPU. Trained experts stay in the output folder for the next run.
+
+    Example:
+      mediator-peft demo --quick --output demo
+    """
+    from ..demo.results import draw_results, print_results
+    from ..demo.runner import run_demo
+    from ..demo.settings import FULL, QUICK
+
+    quiet_transformers()
+    report = run_demo(output, replace(QUICK if quick else FULL, seed=seed), say)
+    draw_results(report, output / "results.png")
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        print_results(report, console())
+    say(f"results, answers and figure are in {output}; try: mediator-peft generate {output / 'model'} 'your prompt'")

@@ -1,0 +1,51 @@
+"""One fine-tuning as a process of its own: ``python -m mediator_peft.demo.train_expert JOB.json``.
+
+Writes one JSON object a line to the standard output: ``{"step": 3, "loss": 0.71}`` after each step.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from .tasks import Item
+
+
+def main(job_file: str) -> None:
+    """Train as the job says and save the expert, bfloat16, under its final name."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from ..build.writing import new_folder
+    from .finetune import finetune
+
+    logging.disable_progress_bar()
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    torch.set_num_threads(job["num_threads"])
+    torch.manual_seed(job["seed"])
+    tokenizer = AutoTokenizer.from_pretrained(job["base"])
+    model = AutoModelForCausalLM.from_pretrained(job["base"], dtype=torch.float32)
+
+    def tell(step: int, loss: float) -> None:
+        print(json.dumps({"step": step, "loss": loss}), flush=True)
+
+    losses = finetune(
+        model,
+        tokenizer,
+        [Item(*item) for item in job["items"]],
+        job["num_steps"],
+        batch_size=job["batch_size"],
+        learning_rate=job["learning_rate"],
+        seed=job["seed"],
+        on_step=tell,
+    )
+    with new_folder(Path(job["output"])) as folder:
+        model.bfloat16().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "losses.json").write_text(json.dumps(losses), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

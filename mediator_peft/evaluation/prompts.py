@@ -1,0 +1,174 @@
+"""Prompts from a file to token ids: read, render with the chat template, encode."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import MediatorError
+from ..tables import unknown_name
+from .scoring import MATCHERS, last_number
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_LISTED = 8
+
+
+class DataFileError(MediatorError, ValueError):
+    """A file of prompts or tasks cannot be used; the message names the lines."""
+
+
+class TaskItem(NamedTuple):
+    """One prompt with its reference answer."""
+
+    prompt: str
+    answer: str
+    match: str = "exact"
+    """A key of ``MATCHERS``."""
+
+
+class Rendered(NamedTuple):
+    """A prompt as the model reads it."""
+
+    text: str
+    add_special_tokens: bool
+    """False where the text already begins with them, as a chat template writes them itself."""
+
+
+def read_task(path: str | Path, match: str = "exact", prompt_column: str = "prompt") -> list[TaskItem]:
+    """The items of a JSONL file with ``prompt``, ``answer`` and, where it differs from ``match``, ``match``.
+
+    Raises:
+        DataFileError: the file is missing or empty, or lines are at fault; all faults are listed with their lines.
+    """
+    if match not in MATCHERS:
+        raise DataFileError(unknown_name(match, MATCHERS, "way to match"))
+    items: list[TaskItem] = []
+    faults: list[str] = []
+    for number, record in _records(Path(path), faults):
+        found = _field_faults(record, (prompt_column, "answer"))
+        how = record.get("match", match)
+        if how not in MATCHERS:
+            found.append(unknown_name(how, MATCHERS, "way to match"))
+        elif not found and how == "last_number" and last_number(record["answer"]) is None:
+            found.append("match is 'last_number', but the answer holds no number")
+        if found:
+            faults.extend(f"line {number}: {fault}" for fault in found)
+        else:
+            items.append(TaskItem(record[prompt_column], record["answer"], how))
+    _refuse(Path(path), faults, is_empty=not items)
+    return items
+
+
+def read_prompts(path: str | Path, column: str = "prompt") -> list[str]:
+    """One text column of a JSONL file.
+
+    Raises:
+        DataFileError: the file is missing or empty, or lines are at fault; all faults are listed with their lines.
+    """
+    prompts: list[str] = []
+    faults: list[str] = []
+    for number, record in _records(Path(path), faults):
+        found = _field_faults(record, (column,))
+        if found:
+            faults.extend(f"line {number}: {fault}" for fault in found)
+        else:
+            prompts.append(record[column])
+    _refuse(Path(path), faults, is_empty=not prompts)
+    return prompts
+
+
+def _records(path: Path, faults: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of every line that holds one; the others are added to ``faults``."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError:
+        raise DataFileError(f"no file {str(path)!r}. Give a JSONL file, one JSON object a line.") from None
+    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as fault:
+        raise DataFileError(f"{path} cannot be read as UTF-8 text: {fault}") from fault
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as fault:
+            faults.append(f"line {number}: not JSON ({fault.msg} at column {fault.colno})")
+            continue
+        if isinstance(record, dict):
+            yield number, record
+        else:
+            faults.append(f"line {number}: a JSON object was expected, not {type(record).__name__}")
+
+
+def _field_faults(record: dict[str, Any], columns: Sequence[str]) -> list[str]:
+    faults = []
+    for column in columns:
+        if column not in record:
+            faults.append(unknown_name(column, record, "column"))
+        elif not isinstance(record[column], str) or not record[column].strip():
+            faults.append(f"{column!r} must be a text that is not empty, got {record[column]!r:.60}")
+    return faults
+
+
+def _refuse(path: Path, faults: list[str], is_empty: bool) -> None:
+    if faults:
+        more = f"\n- and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
+        listed = "\n- ".join(faults[:_LISTED])
+        raise DataFileError(f"{path} cannot be used:\n- {listed}{more}")
+    if is_empty:
+        raise DataFileError(f"{path} holds no items. Write one JSON object a line.")
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompt: str, use_template: bool = True) -> Rendered:
+    """A prompt as one user message of the tokenizer's chat template, ready for the answer; raw where it has none.
+
+    Args:
+        tokenizer: of the model.
+        prompt: what the user wrote.
+        use_template: False leaves the prompt raw even where there is a template.
+    """
+    if not use_template or not getattr(tokenizer, "chat_template", None):
+        return Rendered(prompt, add_special_tokens=True)
+    message = {"role": "user", "content": prompt}
+    text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    return Rendered(str(text), add_special_tokens=False)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> list[int]:
+    """The ids of one rendered prompt."""
+    return tokenizer(rendered.text, add_special_tokens=rendered.add_special_tokens)["input_ids"]
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Tensor]:
+    """Rows of token ids as one batch that ends where generation begins.
+
+    The padding is done here and not by the tokenizer, whose own padding side is thus neither asked nor changed.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, both (B, T) int64.
+    """
+    width = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([[pad_token_id] * (width - len(row)) + list(row) for row in rows]),
+        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+    }
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with: the tokenizer's own, else its end of text, else 0. Padding is masked, so any will do."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], use_template: bool = True) -> dict[str, Tensor]:
+    """Prompts, rendered and padded on the left: ``input_ids`` and ``attention_mask``, both (B, T)."""
+    rows = [token_ids(tokenizer, render(tokenizer, prompt, use_template)) for prompt in prompts]
+    return pad_left(rows, pad_token_id(tokenizer))

@@ -1,0 +1,216 @@
+"""What an adapter holds and how many bytes each part takes, from JSON and the headers of safetensors files alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..bank.adapter_file import (
+    BANK_ATTRIBUTE,
+    ROUTER_PREFIX,
+    WEIGHTS_FILE,
+    backbone_of,
+    find_adapter,
+    read_raw_config,
+)
+from ..config import FALLBACK_EXPERT
+from ..errors import AdapterError
+
+_HEADER_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000
+
+
+class TensorHeader(NamedTuple):
+    """One tensor of a safetensors file, unread."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    num_bytes: int
+
+
+def read_header(path: Path) -> dict[str, TensorHeader]:
+    """Name → header of every tensor in a safetensors file.
+
+    Raises:
+        AdapterError: the file is missing, damaged or cut short.
+    """
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")
+            if length > min(_MAX_HEADER_BYTES, path.stat().st_size):
+                raise ValueError("its header is longer than the file")
+            entries: dict[str, Any] = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        headers = {
+            name: TensorHeader(
+                tuple(entry["shape"]), entry["dtype"], entry["data_offsets"][1] - entry["data_offsets"][0]
+            )
+            for name, entry in entries.items()
+        }
+    except FileNotFoundError:
+        raise AdapterError(f"no {path.name} in {path.parent}. Copy or build it again.") from None
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as fault:
+        raise AdapterError(f"{path} is damaged ({fault}). Copy or build it again.") from fault
+    expected = _HEADER_LENGTH_BYTES + length + sum(header.num_bytes for header in headers.values())
+    if path.stat().st_size != expected:
+        raise AdapterError(
+            f"{path} is cut short or damaged: it has {path.stat().st_size} bytes, {expected} were expected. Copy or "
+            "build it again."
+        )
+    return headers
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """An adapter as its files tell it."""
+
+    folder: Path
+    config: dict[str, Any]
+    columns: list[str]
+    """Names of the expert-weight columns."""
+
+    column_bytes: dict[str, dict[str, int]]
+    """Column → part (mask, signs, scales, …) → bytes in the adapter file."""
+
+    router_bytes: int
+    adapter_bytes: int
+    """The whole adapter file."""
+
+    backbone: str
+    """Folder or hub id."""
+
+    backbone_bytes: int | None
+    """Of the backbone's weight files; None where it does not lie on this machine."""
+
+    routed_parameters: int | None
+    """Entries of all matrices that carry deltas, counted once; None where neither backbone nor report is at hand."""
+
+    report: dict[str, Any]
+    """What the build wrote to ``report/report.json``; empty where that is not at hand."""
+
+    @property
+    def has_router(self) -> bool:
+        """Whether a fitted router is in the file."""
+        return self.router_bytes > 0
+
+    @property
+    def bytes_per_parameter(self) -> float | None:
+        """Bytes in the file for one routed parameter and one expert, the fallback's delta left out."""
+        experts = [sum(parts.values()) for name, parts in self.column_bytes.items() if name != FALLBACK_EXPERT]
+        if not experts or not self.routed_parameters:
+            return None
+        return sum(experts) / (self.routed_parameters * len(experts))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        routed_modules = self.config.get("routed_modules") or []
+        return {
+            "adapter": str(self.folder),
+            "backbone": self.backbone,
+            "columns": self.columns,
+            "settings": {
+                name: self.config.get(name)
+                for name in ("merge_method", "sparsifier", "density", "values", "router", "router_layer", "fallback")
+            },
+            "provenance": self.config.get("provenance"),
+            "num_blocks": self.config.get("num_blocks"),
+            "routed_blocks": self.report.get("routed_blocks"),
+            "num_routed_layers": len(routed_modules),
+            "routed_parameters": self.routed_parameters,
+            "has_router": self.has_router,
+            "bytes": {
+                "backbone": self.backbone_bytes,
+                "adapter": self.adapter_bytes,
+                "router": self.router_bytes,
+                "columns": self.column_bytes,
+            },
+            "bytes_per_routed_parameter_and_expert": self.bytes_per_parameter,
+            "conflict_score": self.report.get("conflict_score"),
+            "conflict": self.report.get("conflict"),
+        }
+
+
+def read_adapter_info(path: str | Path) -> AdapterInfo:
+    """What lies in an output folder of a build, or in an adapter folder.
+
+    Raises:
+        AdapterError: there is no adapter, or its files are damaged.
+    """
+    folder = find_adapter(Path(path).expanduser())
+    config = read_raw_config(folder)
+    headers = read_header(folder / WEIGHTS_FILE)
+    column_bytes: dict[str, dict[str, int]] = {}
+    router_bytes = 0
+    for key, header in headers.items():
+        _, is_bank, buffer = key.partition(f".{BANK_ATTRIBUTE}.")
+        if is_bank:
+            column, _, part = buffer.partition(":")
+            parts = column_bytes.setdefault(column, {})
+            parts[part] = parts.get(part, 0) + header.num_bytes
+        elif key.startswith(ROUTER_PREFIX):
+            router_bytes += header.num_bytes
+    experts = list(_strings(config.get("expert_names") or config.get("experts") or ()))
+    columns = [*experts, FALLBACK_EXPERT] if config.get("fallback") == FALLBACK_EXPERT else experts
+    reference = config.get("base_model_name_or_path")
+    backbone = backbone_of(folder, str(reference) if reference else None)
+    report = _read_report(folder)
+    shapes = _backbone_shapes(Path(backbone))
+    return AdapterInfo(
+        folder=folder,
+        config=config,
+        columns=columns,
+        column_bytes={name: column_bytes[name] for name in columns if name in column_bytes},
+        router_bytes=router_bytes,
+        adapter_bytes=(folder / WEIGHTS_FILE).stat().st_size,
+        backbone=backbone,
+        backbone_bytes=sum(header.num_bytes for header in shapes.values()) if shapes else None,
+        routed_parameters=_routed_parameters(_strings(config.get("routed_modules") or ()), shapes, report),
+        report=report,
+    )
+
+
+def _strings(names: object) -> Iterable[str]:
+    return [str(name) for name in names] if isinstance(names, Iterable) else []
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    path = folder / "report" / "report.json"
+    if not path.is_file():
+        return {}
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as fault:
+        raise AdapterError(f"{path} is damaged ({fault}). Delete it or copy it again.") from fault
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _backbone_shapes(folder: Path) -> dict[str, TensorHeader]:
+    if not folder.is_dir():
+        return {}
+    headers: dict[str, TensorHeader] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        headers.update(read_header(path))
+    return headers
+
+
+def _routed_parameters(modules: Iterable[str], shapes: dict[str, TensorHeader], report: dict[str, Any]) -> int | None:
+    names = [f"{module}.weight" for module in modules]
+    if shapes and all(name in shapes for name in names):
+        return sum(prod(shapes[name].shape) for name in names)
+    return report.get("routed_parameters")
+
+
+def format_bytes(size: int | None) -> str:
+    """``269.1 MB``; powers of a thousand."""
+    if size is None:
+        return "–"
+    amount = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000 or unit == "GB":
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{size} B"

@@ -1,0 +1,233 @@
+"""Exact selection of the largest entries, without sorting, for matrices that pass by in tiles.
+
+The entries to keep are well defined: the ``num_kept`` of largest magnitude, of equal magnitudes those that come first,
+and never a zero. So any way of finding them gives the same bits. Here a small sample first guesses a bracket around the
+smallest kept magnitude; one pass then marks what lies above and what lies in the bracket, and the few entries in the
+bracket are settled exactly. A bracket that misses is noticed and replaced by an exact one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bitmap = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+TINY = float(np.finfo(np.float32).smallest_subnormal)
+"""The smallest magnitude that can be kept."""
+
+# Longer inner products may be shared out over threads, and their rounding would depend on the number of these.
+_LONGEST_PRODUCT = 4096
+
+
+class Bracket(NamedTuple):
+    """Magnitudes between which the smallest kept one is expected."""
+
+    low: float
+    high: float
+
+
+def bracket_from_sample(ordered: Floats, density: float, slack: float) -> Bracket:
+    """Guess a bracket from some magnitudes of the matrix.
+
+    Args:
+        ordered: (s,) magnitudes, ascending.
+        density: share that is to be kept.
+        slack: share of the sample by which its quantile may be off; a miss costs another pass and nothing else.
+    """
+    if density >= 1:
+        return Bracket(TINY, TINY)
+    if not ordered.size:
+        return Bracket(TINY, float("inf"))
+    last = ordered.size - 1
+    rank, width = (1 - density) * ordered.size, max(2.0, slack * ordered.size)
+    low = float(ordered[min(last, max(0, int(rank - width)))]) if rank > width else TINY
+    high = float(ordered[min(last, int(rank + width))]) if rank + width <= last else float("inf")
+    return Bracket(max(low, TINY), max(high, TINY))
+
+
+def smallest_kept(magnitudes: Floats, num_kept: int) -> float:
+    """The ``num_kept``-th largest of some magnitudes, by counting the halves of their bit patterns.
+
+    Args:
+        magnitudes: (n,) non-negative, contiguous, n >= num_kept.
+        num_kept: 1 or more.
+    """
+    bits = magnitudes.view(np.uint32)
+    # The bit pattern of a non-negative float grows with its value.
+    upper, rest = _bin_of(np.bincount(bits >> np.uint32(16), minlength=1), num_kept)
+    inside = bits[(bits >> np.uint32(16)) == upper] & np.uint32(0xFFFF)
+    lower, _ = _bin_of(np.bincount(inside, minlength=1), rest)
+    return float(np.uint32((upper << 16) | lower).view(np.float32))
+
+
+def smallest_kept_of_tiles(read: Callable[[], Iterable[Floats]], num_kept: int) -> float:
+    """As :func:`smallest_kept`, for magnitudes that do not fit into memory at once.
+
+    Args:
+        read: gives the magnitudes in pieces, (n,) each; it is called twice.
+        num_kept: 1 or more, at most as many as there are.
+    """
+    counts = sum(np.bincount(piece.view(np.uint32) >> np.uint32(16), minlength=1 << 16) for piece in read())
+    upper, rest = _bin_of(np.asarray(counts), num_kept)
+    inside = np.zeros(1 << 16, np.intp)
+    for piece in read():
+        bits = piece.view(np.uint32)
+        found = bits[(bits >> np.uint32(16)) == upper] & np.uint32(0xFFFF)
+        inside += np.bincount(found, minlength=1 << 16)
+    lower, _ = _bin_of(inside, rest)
+    return float(np.uint32((upper << 16) | lower).view(np.float32))
+
+
+def _bin_of(counts: NDArray[np.intp], rank: int) -> tuple[int, int]:
+    """The bin in which the ``rank``-th largest lies, and its rank inside it."""
+    from_top = np.cumsum(counts[::-1])
+    place = int(np.searchsorted(from_top, rank))
+    before = int(from_top[place - 1]) if place else 0
+    return counts.size - 1 - place, rank - before
+
+
+def count_ones(bitmap: Bitmap) -> int:
+    """Number of ones in a bitmap."""
+    flat = bitmap.reshape(-1)
+    whole = flat.size // 8 * 8
+    ones = np.bitwise_count(flat[:whole].view(np.uint64)).sum(dtype=np.int64)
+    return int(ones) + int(np.bitwise_count(flat[whole:]).sum(dtype=np.int64))
+
+
+def pack_rows(bits: NDArray[np.bool_]) -> Bitmap:
+    """Booleans (r, n) to bits (r, ceil(n / 8)), the first in the lowest bit; each row padded to whole bytes."""
+    if bits.shape[1] % 8 == 0 and bits.flags.c_contiguous:
+        return np.packbits(bits.reshape(-1), bitorder="little").reshape(len(bits), -1)
+    return np.packbits(bits, axis=1, bitorder="little")
+
+
+def unpack_rows(bitmap: Bitmap, num_columns: int) -> NDArray[np.bool_]:
+    """The reverse of :func:`pack_rows`."""
+    if num_columns % 8 == 0 and bitmap.flags.c_contiguous:
+        flat = np.unpackbits(bitmap.reshape(-1), bitorder="little")
+        return flat.reshape(len(bitmap), num_columns).view(np.bool_)
+    return np.unpackbits(bitmap, axis=1, count=num_columns, bitorder="little").view(np.bool_)
+
+
+class Settled(NamedTuple):
+    """Which entries are kept, and what they add to the rows beyond those above the bracket."""
+
+    kept: Bitmap
+    """(O, ceil(I / 8)), a one where an entry is kept."""
+
+    extra_sum: NDArray[np.float64]
+    """(O,) sum of the magnitudes of kept entries that lay in the bracket."""
+
+    extra_square: NDArray[np.float64]
+    """(O,) sum of their squares."""
+
+
+class TopSelection:
+    """The ``num_kept`` largest entries of an (O, I) matrix whose rows come in order, some at a time."""
+
+    def __init__(self, shape: tuple[int, int], num_kept: int, bracket: Bracket) -> None:
+        self.shape = shape
+        self.num_kept = num_kept
+        self.bracket = bracket if num_kept else Bracket(float("inf"), float("inf"))
+        row_bytes = (shape[1] + 7) // 8
+        self._above = np.empty((shape[0], row_bytes), np.uint8)
+        self._reach = np.empty((shape[0], row_bytes), np.uint8)
+        self._values: list[Floats] = []
+
+    def add(self, start: int, magnitudes: Floats, bits: NDArray[np.bool_], more_bits: NDArray[np.bool_]) -> None:
+        """Take the next rows.
+
+        Args:
+            start: number of the first.
+            magnitudes: (r, I)
+            bits: (r, I) scratch.
+            more_bits: (r, I) scratch.
+        """
+        low, high = self.bracket
+        stop = start + len(magnitudes)
+        np.greater(magnitudes, np.float32(high), out=bits)
+        self._above[start:stop] = pack_rows(bits)
+        np.greater_equal(magnitudes, np.float32(low), out=more_bits)
+        self._reach[start:stop] = pack_rows(more_bits)
+        if low != high:
+            np.not_equal(bits, more_bits, out=bits)
+            self._values.append(np.compress(bits.reshape(-1), magnitudes.reshape(-1)))
+
+    def settle(self) -> Settled | None:
+        """The outcome after the last row; None where the bracket missed."""
+        low, high = self.bracket
+        num_above, num_reached = count_ones(self._above), count_ones(self._reach)
+        if num_above > self.num_kept or (num_reached < self.num_kept and low > TINY):
+            return None
+        nothing = np.zeros(self.shape[0])
+        num_left = min(self.num_kept, num_reached) - num_above
+        if num_left == 0:
+            return Settled(self._above, nothing, nothing)
+        np.bitwise_xor(self._reach, self._above, out=self._reach)
+        if low == high:
+            chosen = first_ones(self._reach, num_left)
+            num_chosen = np.bitwise_count(chosen).sum(axis=1, dtype=np.int64)
+            extra_sum, extra_square = num_chosen * low, num_chosen * (low * low)
+        else:
+            chosen, extra_sum, extra_square = self._largest_inside(num_left)
+        return Settled(np.bitwise_or(self._above, chosen, out=chosen), extra_sum, extra_square)
+
+    def _largest_inside(self, num_left: int) -> tuple[Bitmap, NDArray[np.float64], NDArray[np.float64]]:
+        values = np.concatenate(self._values)
+        edge = np.float32(smallest_kept(values, num_left))
+        keep = values > edge
+        at_edge = np.flatnonzero(values == edge)
+        keep[at_edge[: num_left - np.count_nonzero(keep)]] = True
+        kept_values = np.multiply(values, keep, dtype=np.float32)
+        # The values stand in the order of rows.
+        lengths = np.bitwise_count(self._reach).sum(axis=1, dtype=np.int64)
+        sums = _grouped_sums(kept_values, lengths)
+        squares = _grouped_sums(np.square(kept_values, out=kept_values), lengths)
+        bits = unpack_rows(self._reach, self.shape[1])
+        flat = bits.reshape(-1)
+        flat[np.flatnonzero(flat)] = keep
+        return pack_rows(bits), sums, squares
+
+
+def _grouped_sums(values: Floats, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Sums of consecutive groups of these lengths."""
+    sums = np.zeros(lengths.size)
+    starts, filled = np.cumsum(lengths) - lengths, lengths > 0
+    if values.size:
+        sums[filled] = np.add.reduceat(values, starts[filled])
+    return sums
+
+
+def row_squares(matrix: Floats) -> NDArray[np.float32]:
+    """Squared Euclidean norm of each row: (r, n) → (r,)."""
+    return row_products(matrix, matrix)
+
+
+def row_products(left: Floats, right: Floats) -> NDArray[np.float32]:
+    """Inner product of each row of (r, n) with that of another matrix or with one vector (n,): (r,)."""
+    width = left.shape[1]
+    if width <= _LONGEST_PRODUCT:
+        return np.vecdot(left, right)
+    steps = range(0, width, _LONGEST_PRODUCT)
+    parts = [np.vecdot(left[:, at : at + _LONGEST_PRODUCT], right[..., at : at + _LONGEST_PRODUCT]) for at in steps]
+    return np.sum(parts, axis=0, dtype=np.float32)
+
+
+def first_ones(bitmap: Bitmap, num_ones: int) -> Bitmap:
+    """A bitmap with the first ``num_ones`` ones of another, in the order of rows and columns."""
+    flat = bitmap.reshape(-1)
+    running = np.cumsum(np.bitwise_count(flat), dtype=np.int64)
+    place = int(np.searchsorted(running, num_ones))
+    first = np.zeros_like(flat)
+    first[:place] = flat[:place]
+    missing = num_ones - (int(running[place - 1]) if place else 0)
+    for bit in range(8):
+        if missing and flat[place] >> bit & 1:
+            first[place] |= np.uint8(1 << bit)
+            missing -= 1
+    return first.reshape(bitmap.shape)

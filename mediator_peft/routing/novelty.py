@@ -1,0 +1,143 @@
+"""How extreme a novelty is among known prompts and among ordinary ones, and how far an expert is trusted for it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_SHARE_IN_TAIL = 0.2
+_SMALLEST_TAIL = 5
+_BACKGROUND_SHARE = 0.2
+
+
+class Known(NamedTuple):
+    """Prompts the router was not fitted on, the yardsticks of the gate."""
+
+    novelty: Tensor
+    """(N,) of calibration prompts."""
+
+    labels: Tensor
+    """(N,) number of each prompt's expert."""
+
+    distance: Tensor
+    """(N,) of the same prompts."""
+
+    background_novelty: Tensor
+    """(M,) of ordinary prompts that belong to no expert; M is 0 where the router was fitted without."""
+
+    background_excess: Tensor
+    """(M,) by how much their distance exceeds the largest usual one of their nearest expert."""
+
+    @property
+    def num_experts(self) -> int:
+        """K"""
+        return int(self.labels.max()) + 1
+
+
+class Tail(NamedTuple):
+    r"""Upper tail of each expert's values: :math:`P(Y \ge y) = s\,e^{-(y - u)/\sigma}` for :math:`y \ge u`."""
+
+    start: Tensor
+    """(K,) u, where the tail begins."""
+
+    share: Tensor
+    """(K,) s, share of known prompts at or beyond ``start``."""
+
+    scale: Tensor
+    r"""(K,) :math:`\sigma`, larger is heavier."""
+
+
+def fit_tail(values: Tensor, labels: Tensor, num_experts: int) -> Tail:
+    r"""Each expert's own exponential tail, from the largest fifth of its known prompts.
+
+    Each expert has a yardstick of its own: one expert's prompts may be all alike and another's all different, and with
+    a common yardstick whatever is nearer than the most varied expert's prompts would pass for known. The scale is the
+    mean excess over the start (for log-distances this is Hill's estimator, 1975). With a fitted tail a rate smaller
+    than one in the number of known prompts has a threshold too, and the share falls off smoothly beyond the last.
+
+    Args:
+        values: (N,) of prompts the router was not fitted on.
+        labels: (N,) their experts' numbers; every expert at least once.
+        num_experts: K
+    """
+    starts, shares, scales = [], [], []
+    spread = values.std() if len(values) > 1 else values.new_tensor(1.0)
+    for expert in range(num_experts):
+        own = values[labels == expert].sort(descending=True).values
+        count = len(own)
+        size = min(max(_SMALLEST_TAIL, round(_SHARE_IN_TAIL * count)), count - 1)
+        starts.append(own[size])
+        shares.append(values.new_tensor((size + 0.5) / (count + 1)))
+        excess = (own[:size] - own[size]).mean() if size else spread
+        scales.append(excess.clamp(min=1e-6 + 1e-3 * float(spread)))
+    return Tail(torch.stack(starts), torch.stack(shares), torch.stack(scales))
+
+
+def tail_share(values: Tensor, nearest: Tensor, tail: Tail) -> Tensor:
+    r"""Share :math:`\pi` of the nearest expert's known prompts whose value is at least as large.
+
+    Args:
+        values: (B,)
+        nearest: (B,) number of the best-scored expert.
+        tail: of the known prompts.
+
+    Returns:
+        (B,) in [0, 1]; before the tail's start it is not resolved, and at least the tail's whole share.
+    """
+    return (tail.share[nearest] * ((tail.start[nearest] - values) / tail.scale[nearest]).exp()).clamp(max=1.0)
+
+
+def threshold(tail: Tail, ood_alpha: float) -> Tensor:
+    """(K,) the value that a share ``ood_alpha`` of each expert's known prompts exceeds."""
+    return tail.start + tail.scale * (tail.share / ood_alpha).log()
+
+
+class Trust(NamedTuple):
+    """How far a prompt is from what is known, and what follows."""
+
+    tail_share: Tensor
+    """(B,) share of the nearest expert's known prompts that are at least as novel."""
+
+    is_ood: Tensor
+    """(B,) bool, whether that share is below ``ood_alpha``, or the prompt is farther off than any ordinary one."""
+
+    trust: Tensor
+    """(B,) in [0, 1]"""
+
+
+def trust_of(novelty: Tensor, distance: Tensor, nearest: Tensor, known: Known, ood_alpha: float) -> Trust:
+    r"""Trust in the experts for each prompt.
+
+    .. math:: t = g \max\bigl(\min(1, \pi/\alpha),\; \max(0, 1 - \beta/0.2)\bigr)
+
+    :math:`\pi` is the share of the nearest expert's known prompts that are at least as novel, :math:`\beta` the share
+    of ordinary prompts that are at most as novel; so a new wording that is less ordinary than nearly all ordinary prompts
+    is trusted although no calibration prompt was like it. :math:`g` is 0 for what is farther from the nearest expert
+    than every ordinary prompt, 1 otherwise: there the comparison of novelties means nothing. Without ordinary prompts
+    only the first term is left. Our choice.
+
+    Args:
+        novelty: (B,)
+        distance: (B,)
+        nearest: (B,) number of the best-scored expert.
+        known: the yardsticks.
+        ood_alpha: share of known prompts that may be flagged as unknown.
+    """
+    tail = fit_tail(known.novelty, known.labels, known.num_experts)
+    share = tail_share(novelty, nearest, tail)
+    trust = (share / ood_alpha).clamp(max=1.0)
+    is_ood = share < ood_alpha
+    if len(known.background_novelty):
+        less_novel = (known.background_novelty.unsqueeze(0) <= novelty.unsqueeze(1)).float().mean(dim=1)
+        trust = torch.maximum(trust, (1 - less_novel / _BACKGROUND_SHARE).clamp(min=0.0))
+        beyond = excess_distance(distance, nearest, known) > known.background_excess.max()
+        trust = torch.where(beyond, 0.0, trust)
+        is_ood = is_ood | beyond
+    return Trust(share, is_ood, trust)
+
+
+def excess_distance(distance: Tensor, nearest: Tensor, known: Known) -> Tensor:
+    """(B,) by how much distances exceed the 99 % point of the nearest expert's known prompts; below 0 within it."""
+    return distance - threshold(fit_tail(known.distance, known.labels, known.num_experts), 0.01)[nearest]

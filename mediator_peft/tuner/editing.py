@@ -1,0 +1,246 @@
+"""Adding an expert to a built model and taking one out; the backbone and the other experts are not touched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from ..bank.layer_bank import LayerBank
+from ..bank.packing import count_bits
+from ..bank.sparse_delta import SparseDelta
+from ..build.checkpoints import Checkpoint, ModelCheckpoint, open_checkpoints
+from ..build.compatibility import check_job, coarsest
+from ..config import FALLBACK_EXPERT, MediatorConfig, expert_name_faults
+from ..errors import CheckpointError, ConfigError, RoutingError, UnsupportedError
+from ..methods.sparsifying import SPARSIFIERS
+from ..routing.calibration import NUM_FOLDS
+from ..routing.data import Columns, hash_folds
+from ..routing.routers import Router
+from .execution import is_plain
+from .fitting import read_texts, settle, text_features
+from .folding import plain_weight
+from .layer import MediatorLayer
+from .persistence import backbone_state
+
+if TYPE_CHECKING:
+    from .model import MediatorModel
+
+
+def add_expert(
+    model: MediatorModel,
+    name: str,
+    checkpoint: str,
+    texts: Any = None,
+    tokenizer: Any = None,
+    *,
+    text_column: str = "prompt",
+    batch_size: int = 16,
+    max_length: int = 2048,
+    reset_router: bool = False,
+) -> None:
+    """Add one expert to a built model.
+
+    Its deltas are taken against the backbone as it stands, which stays as it is: an averaged backbone does not take the
+    new expert in, and what the expert changed outside the routed layers is not used. A fitted router is extended in
+    closed form; the other experts' scores and yardsticks stay the same, bit for bit.
+
+    Args:
+        model: with one active adapter, on a backbone that is not quantised.
+        name: of the expert.
+        checkpoint: folder or hub id of a fine-tune of the same base.
+        texts: the expert's calibration prompts, in any form that ``fit_router`` takes for one expert. Needed where the
+            router is fitted.
+        tokenizer: the backbone's; needed with ``texts``.
+        text_column: column with the prompt, where ``texts`` has columns.
+        batch_size: texts per forward pass.
+        max_length: longer texts are cut after this many tokens.
+        reset_router: leave the router unfitted, to be fitted again with texts of all experts.
+
+    Raises:
+        ConfigError: the name cannot be used.
+        CheckpointError, CheckpointMismatchError: the checkpoint cannot be used. Nothing has been changed then.
+        RoutingError: texts are missing or cannot be used. Nothing has been changed then.
+        UnsupportedError: the backbone is quantised, or the router cannot be extended.
+    """
+    config = model._config
+    _check_name(name, config)
+    deltas = _deltas(model, name, checkpoint)
+    router = _extended(model, name, texts, tokenizer, text_column, batch_size, max_length, reset_router)
+    for layer, delta in deltas.items():
+        model.routed_layers()[layer].bank(model.active_adapters[0]).put(name, delta)
+    config.experts = {**config.experts, name: str(checkpoint)}
+    config.expert_names = [*(config.expert_names or ()), name]
+    if config.provenance is not None:
+        known = dict(config.provenance.get("experts", {}))
+        config.provenance = {**config.provenance, "experts": {**known, name: str(checkpoint)}}
+    model.mediator_router[model.active_adapters[0]] = router
+
+
+def remove_expert(model: MediatorModel, name: str) -> None:
+    """Take one expert out of a built model: its deltas, its column, and its place in the router.
+
+    Raises:
+        ConfigError: there is no such expert, or it is the last one.
+        UnsupportedError: the router cannot forget one expert alone; it is fitted again instead.
+    """
+    config = model._config
+    names = list(config.expert_names or ())
+    if name not in names or len(names) == 1:
+        what = "the only expert" if name in names else "no expert of this model"
+        raise ConfigError(f"{name!r} is {what}, so it cannot be removed; the model has {names}.")
+    router = model.router
+    if router.is_fitted:
+        number = names.index(name)
+        smaller = copy.deepcopy(router)
+        smaller.remove_class(number)
+        known = router.known
+        stay = known.labels != number
+        labels = known.labels[stay]
+        fewer = known._replace(
+            novelty=known.novelty[stay], labels=labels - (labels > number).long(), distance=known.distance[stay]
+        )
+        smaller.set_known(fewer, float(router.temperature))
+    else:
+        smaller = type(router)(router.num_experts - 1, router.num_features, router.seed)
+    for layer in model.routed_layers().values():
+        layer.unfold()
+        layer.bank(model.active_adapters[0]).remove(name)
+    config.expert_names = [other for other in names if other != name]
+    config.experts = {other: path for other, path in config.experts.items() if other != name}
+    if config.provenance is not None:
+        experts = {other: path for other, path in config.provenance.get("experts", {}).items() if other != name}
+        config.provenance = {**config.provenance, "experts": experts}
+    model.mediator_router[model.active_adapters[0]] = smaller
+
+
+def _check_name(name: str, config: MediatorConfig) -> None:
+    faults = list(expert_name_faults({name: ""}))
+    if name in (config.expert_names or ()):
+        faults.append(f"the model has an expert {name!r} already. Remove it first, or choose another name.")
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _deltas(model: MediatorModel, name: str, path: str) -> dict[str, SparseDelta]:
+    """The new expert's delta of every routed layer."""
+    config = model._config
+    label = f"expert {name!r}"
+    checkpoint = open_checkpoints({label: str(path)})[label]
+    layers = model.routed_layers()
+    for layer in layers.values():
+        if not is_plain(layer.base_layer):
+            raise UnsupportedError("deltas against a quantised backbone are not exact. Load it unquantised to add one.")
+    state = backbone_state(model.model)
+    backbone = SimpleNamespace(config=model.model.config, state_dict=lambda: state, name_or_path="the backbone")
+    job = check_job(ModelCheckpoint(backbone, "the backbone"), {name: checkpoint})  # type: ignore[arg-type]
+    stored = getattr(torch, (config.provenance or {}).get("storage_dtype", "float32"))
+    dtype = coarsest([stored, job.dtype])
+    return {layer: _delta(module, layer, checkpoint, name, config, dtype) for layer, module in layers.items()}
+
+
+def _delta(
+    layer: MediatorLayer, layer_name: str, checkpoint: Checkpoint, name: str, config: MediatorConfig, dtype: torch.dtype
+) -> SparseDelta:
+    base = layer.base_layer
+    weight = _read(checkpoint, f"{layer_name}.weight", dtype)
+    if isinstance(base, Conv1D):
+        weight = weight.T
+    delta = (weight - plain_weight(base).float().cpu()).contiguous()
+    bias = None
+    if base.bias is not None:
+        bias = _read(checkpoint, f"{layer_name}.bias", dtype) - base.bias.data.float().cpu()
+    generator = torch.Generator().manual_seed(crc32(f"{config.seed}/{layer_name}.weight/{name}".encode()))
+    density = _density(layer, config)
+    kept = SPARSIFIERS[config.sparsifier](delta, density, generator) != 0
+    packed = SparseDelta.from_dense(delta, kept, config.values, None if density == 1.0 else dtype, bias)
+    device = base.weight.device
+    parts = {part: tensor.to(device) for part, tensor in packed.parts.items()}
+    return SparseDelta(
+        packed.shape, packed.coding, packed.mask.to(device), parts, None if bias is None else bias.to(device)
+    )
+
+
+def _density(layer: MediatorLayer, config: MediatorConfig) -> float:
+    """The density that the layer's other experts have: a plan may give each block its own."""
+    bank: LayerBank = next(iter(layer.mediator_bank.values()))  # type: ignore[assignment]
+    for other in bank.names:
+        delta = bank.get(other)
+        if other != FALLBACK_EXPERT and delta is not None:
+            return count_bits(delta.mask) / (layer.shape[0] * layer.shape[1])
+    return config.density
+
+
+def _read(checkpoint: Checkpoint, tensor: str, dtype: torch.dtype) -> Tensor:
+    rows = checkpoint.tensors[tensor].shape[0]
+    # Rounded to the storage dtype first, like every checkpoint of the build.
+    weight = checkpoint.read_rows(tensor, 0, rows).to(dtype).float()
+    if not torch.isfinite(weight).all():
+        raise CheckpointError(f"{checkpoint.label} ({checkpoint.source}): tensor {tensor!r} holds NaN or infinity.")
+    return weight
+
+
+def _extended(
+    model: MediatorModel,
+    name: str,
+    texts: Any,
+    tokenizer: Any,
+    text_column: str,
+    batch_size: int,
+    max_length: int,
+    reset_router: bool,
+) -> Router:
+    """A copy of the router that knows the new expert."""
+    router = model.router
+    if reset_router or not router.is_fitted:
+        return type(router)(router.num_experts + 1, router.num_features, router.seed)
+    if texts is None or tokenizer is None:
+        raise RoutingError(
+            f"the router is fitted: give calibration texts of {name!r} and the tokenizer, or reset_router=True and fit "
+            "it again afterwards."
+        )
+    if isinstance(texts, Mapping):
+        raise RoutingError(f"give the texts of {name!r} alone, not a dict.")
+    seed = model._config.seed
+    data = read_texts({name: texts}, [name], tokenizer, Columns(text_column), None, seed, "train")
+    features = text_features(model, tokenizer, data.texts, batch_size, max_length, None, False)
+    folds = torch.tensor(hash_folds(data.texts, data.labels, NUM_FOLDS, seed))
+    larger = extend_router(router, features.to(router.known_novelty.device), folds)
+    settle(larger, model)
+    return larger
+
+
+def extend_router(router: Router, features: Tensor, folds: Tensor) -> Router:
+    """A copy of a fitted router with one more expert, whose yardstick is taken fold by fold.
+
+    Args:
+        router: left as it is.
+        features: (N, H) of the new expert's texts.
+        folds: (N,) number of the fold that holds each text out.
+    """
+    novelty, distance = (torch.zeros(len(features), device=features.device) for _ in range(2))
+    for fold in folds.unique().tolist():
+        held_out = folds == fold
+        trial = copy.deepcopy(router)
+        trial.add_class(features[~held_out])
+        with torch.no_grad():
+            novelty[held_out], distance[held_out] = (
+                trial.novelty(features[held_out]),
+                trial.distance(features[held_out]),
+            )
+    larger = copy.deepcopy(router)
+    larger.add_class(features)
+    known = router.known
+    more = known._replace(
+        novelty=torch.cat([known.novelty, novelty.to(known.novelty)]),
+        labels=torch.cat([known.labels, torch.full_like(known.labels[:1], router.num_experts).expand(len(features))]),
+        distance=torch.cat([known.distance, distance.to(known.distance)]),
+    )
+    larger.set_known(more, float(router.temperature))
+    return larger

@@ -1,0 +1,163 @@
+"""What happens at a forward pass and a generation: expert weights are found once and put on the board."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from ..config import MediatorConfig
+from ..errors import RoutingError
+from ..routing.gate import RouteOutput
+from .caches import cache_weights, empty_cache, tag_cache
+from .layer import MediatorLayer
+from .requests import RouteBoard
+from .weights import ExpertWeights, LayerRoute, expand_rows, expert_weight_rows, make_route
+
+
+class RoutedForward:
+    """The part of the tuner that runs the wrapped model under a route."""
+
+    model: Any
+    _board: RouteBoard
+    _adapters_off: bool
+    _execution: str | None
+
+    if TYPE_CHECKING:
+
+        @property
+        def _config(self) -> MediatorConfig: ...
+
+        def route(
+            self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+        ) -> RouteOutput: ...
+
+        def routed_layers(self) -> dict[str, MediatorLayer]: ...
+
+    def _parse(self, spec: ExpertWeights) -> Tensor:
+        config = self._config
+        return expert_weight_rows(spec, config.columns, len(config.expert_names or ()))
+
+    @contextmanager
+    def use_experts(self, expert_weights: ExpertWeights) -> Iterator[Self]:
+        """Use these expert weights for every forward pass and generation inside the block; None is the backbone."""
+        with self._request(self._parse(expert_weights)):
+            yield self
+
+    @contextmanager
+    def _request(self, table: Tensor) -> Iterator[None]:
+        try:
+            with self._board.open_request(table):
+                yield
+        finally:
+            for layer in self.routed_layers().values():
+                layer.unfold()
+
+    def generate(self, *args: Any, expert_weights: ExpertWeights = None, **kwargs: Any) -> Any:
+        """``transformers``' ``generate``, with each prompt routed once before its first token.
+
+        Args:
+            *args: as for the wrapped model.
+            expert_weights: use these instead of routing; None routes (or follows ``use_experts``).
+            **kwargs: as for the wrapped model.
+        """
+        if self._adapters_off:
+            return self.model.generate(*args, **kwargs)
+        if expert_weights is not None:
+            table = self._parse(expert_weights)
+        elif self._board.request is not None:
+            return self.model.generate(*args, **kwargs)
+        else:
+            table = self._route_request(args, kwargs)
+        with self._request(table):
+            return self.model.generate(*args, **kwargs)
+
+    def _route_request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Expert weights of one generation; a cache filled under others is emptied, so that it is filled anew."""
+        input_ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        cache: Any = kwargs.get("past_key_values")
+        known = cache_weights(cache)
+        # A later turn can be judged, and the cache be filled again, only with the whole chat at hand.
+        has_chat = input_ids is not None and known is not None and input_ids.shape[1] > cache.get_seq_length()
+        if known is not None and not (has_chat and self._config.route_on != "first"):
+            return known
+        if input_ids is None:
+            raise RoutingError("prompts are routed by their token ids; with inputs_embeds give expert_weights=.")
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            mask = self._mask_from_padding(input_ids, kwargs)
+        weights = self.route(input_ids, mask).expert_weights.detach()
+        if known is not None and not torch.equal(known.to(weights), expand_rows(weights, len(known))):
+            empty_cache(cache)
+        return weights
+
+    def _mask_from_padding(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        """What ``generate`` itself assumes when no mask is given: padding tokens, unless they also end texts."""
+        settings = kwargs.get("generation_config") or self.model.generation_config
+        pad, eos = kwargs.get("pad_token_id", settings.pad_token_id), settings.eos_token_id
+        if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
+            return None
+        return (input_ids != pad).long()
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        spec = kwargs.pop("expert_weights", None)
+        self._board.route = None if self._adapters_off else self._layer_route(spec, args, kwargs)
+        self._board.keep_for_backward(self._board.route if torch.is_grad_enabled() else None)
+        return args, kwargs
+
+    def _layer_route(self, spec: ExpertWeights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerRoute:
+        inputs = kwargs.get("input_ids", args[0] if args else None)
+        rows = inputs if inputs is not None else kwargs.get("inputs_embeds")
+        if rows is None:
+            raise RoutingError("a forward pass needs input_ids or inputs_embeds.")
+        request = self._board.request
+        if spec is not None:
+            table, may_fold = self._parse(spec), False
+        elif request is not None:
+            table, may_fold = request, self._board.has_one_mix and not torch.is_grad_enabled()
+        else:
+            table, may_fold = self._route_forward(inputs, kwargs), False
+        return make_route(expand_rows(table, len(rows)), self._config.columns, may_fold, self._execution)
+
+    def _route_forward(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+        known = cache_weights(kwargs.get("past_key_values"))
+        if known is not None:
+            return known
+        if input_ids is None:
+            raise RoutingError("prompts are routed by their token ids; with inputs_embeds give expert_weights=.")
+        mask = without_answers(input_ids, kwargs.get("attention_mask"), kwargs.get("labels"))
+        return self.route(input_ids, mask).expert_weights
+
+    def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        route = self._board.route
+        if route is not None:
+            cache = getattr(output, "past_key_values", None)
+            if cache is not None:
+                tag_cache(cache, route.expert_weights)
+        if not torch.is_grad_enabled():
+            self._board.route = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped model's forward pass; ``expert_weights=`` overrides routing."""
+        return self.model(*args, **kwargs)
+
+
+def without_answers(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Tensor | None:
+    """The mask without the tokens a loss is taken on: in use, the router will not have seen the answer.
+
+    A row whose every token is in the loss (plain language modelling) has no prompt to tell apart and stays whole.
+
+    Args:
+        input_ids: (B, T)
+        attention_mask: (B, T) or None.
+        labels: (B, T), -100 where no loss is taken; or None.
+    """
+    if labels is None:
+        return attention_mask
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    prompt = mask * (labels == -100).to(mask)
+    return torch.where(prompt.sum(dim=1, keepdim=True) > 0, prompt, mask)

@@ -1,0 +1,220 @@
+"""The part of the tuner that decides expert weights: features, router, gate, and what they say of a prompt."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import MediatorConfig
+from ..errors import RouterNotFittedError, RoutingError
+from ..routing.calibration import CalibrationReport
+from ..routing.data import Columns
+from ..routing.explanation import Explanation, explain_rows
+from ..routing.features import hidden_state, mean_over_tokens
+from ..routing.gate import GateSettings, RouteOutput, gate
+from ..routing.routers import ROUTERS, Router
+from ..structure import find_blocks
+from .editing import add_expert, remove_expert
+from .fitting import fit_router, padded
+from .requests import RouteBoard
+from .turns import routing_rows, turn_markers
+
+
+class PromptRouting:
+    """Methods of the tuner around its router."""
+
+    model: Any
+    training: bool
+    active_adapters: list[str]
+    mediator_router: nn.ModuleDict
+    _board: RouteBoard
+
+    if TYPE_CHECKING:
+
+        @property
+        def _config(self) -> MediatorConfig: ...
+
+    @property
+    def router(self) -> Router:
+        """The active adapter's router."""
+        return self.mediator_router[self.active_adapters[0]]  # type: ignore[return-value]
+
+    @property
+    def router_layer(self) -> int:
+        """After how many blocks the router reads the hidden state."""
+        num_blocks = self._config.num_blocks or len(self._blocks())
+        chosen = self._config.router_layer
+        return max(1, round(num_blocks / 10)) if chosen is None else min(chosen, num_blocks)
+
+    def _new_router(self, config: MediatorConfig) -> Router:
+        hidden_size = self.model.config.get_text_config().hidden_size
+        return ROUTERS[config.router](len(config.expert_names or config.experts), hidden_size, config.seed)
+
+    def _blocks(self) -> nn.ModuleList:
+        return find_blocks(self.model)
+
+    def learn_turns(self, tokenizer: Any) -> None:
+        """Note how the tokenizer's chat template marks user turns, for ``route_on``."""
+        self._config.turn_markers = turn_markers(tokenizer)
+
+    @torch.no_grad()
+    def prompt_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Pooled hidden state of the backbone over the turns that are routed on: (B, T) token ids → (B, H) float32."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        rows, mask = routing_rows(input_ids, mask, self._config.turn_markers, self._config.route_on)
+        with self._board.no_route():
+            hidden = hidden_state(self.model.base_model, self._blocks(), self.router_layer, rows, mask)
+        return mean_over_tokens(hidden, mask)
+
+    @property
+    def _gate_settings(self) -> GateSettings:
+        config = self._config
+        # In training every expert takes part: a selection of one has weight 1 whatever its score, and no gradient.
+        top_p = 1.0 if self.training and torch.is_grad_enabled() else config.top_p
+        return GateSettings(config.ood_alpha, top_p, config.fallback == "base")
+
+    def _fitted_router(self) -> Router:
+        if not self.router.is_fitted:
+            raise RouterNotFittedError(
+                "the router is not fitted, so prompts cannot be routed. Fit it with model.fit_router(dataset, "
+                "tokenizer) or `mediator-peft calibrate`, or say which expert to use: expert_weights='name' or "
+                "model.use_experts('name')."
+            )
+        return self.router
+
+    def route(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> RouteOutput:
+        """Decide the expert weights of each prompt.
+
+        Args:
+            input_ids: (B, T)
+            attention_mask: (B, T), 1 for real tokens; padding may be on either side.
+            token_type_ids: what some tokenizers return besides; not used.
+
+        Raises:
+            RouterNotFittedError: the router has not been fitted.
+        """
+        router = self._fitted_router()
+        features = self.prompt_features(input_ids, attention_mask).to(router.known_novelty.device)
+        with torch.no_grad():
+            novelty, distance = router.novelty(features), router.distance(features)
+        return gate(router.calibrated(features), novelty, distance, router.known, self._gate_settings)
+
+    def explain(
+        self, prompts: Any, tokenizer: Any = None, use_template: bool = True, max_length: int = 2048
+    ) -> list[Explanation]:
+        """Why prompts go where they go.
+
+        Args:
+            prompts: a text, a chat (list of messages), a list of these, or what a tokenizer returned.
+            tokenizer: the backbone's; not needed for tokenised prompts.
+            use_template: whether texts are rendered as a user's turn, where the tokenizer has a chat template.
+            max_length: longer texts are cut after this many tokens.
+
+        Returns:
+            One explanation a prompt; ``str()`` of it is a sentence.
+
+        Raises:
+            RouterNotFittedError: the router has not been fitted.
+            RoutingError: texts were given without a tokenizer.
+        """
+        router = self._fitted_router()
+        if isinstance(prompts, Mapping) and "input_ids" in prompts:
+            ids = torch.as_tensor(prompts["input_ids"])
+            mask = torch.as_tensor(prompts.get("attention_mask", torch.ones_like(ids)))
+        else:
+            ids, mask = _tokenised(prompts, tokenizer, use_template, max_length)
+        device = next(self.model.parameters()).device
+        with torch.no_grad():
+            features = self.prompt_features(ids.to(device), mask.to(device)).to(router.known_novelty.device)
+            scores, novelty, distance = router.calibrated(features), router.novelty(features), router.distance(features)
+        return explain_rows(scores, novelty, distance, router.known, self._gate_settings, self._config.columns)
+
+    def fit_router(
+        self,
+        dataset: Any,
+        tokenizer: Any,
+        text_column: str = "prompt",
+        label_column: str = "expert",
+        batch_size: int = 16,
+        max_length: int = 2048,
+        show_progress: bool = False,
+        *,
+        group_column: str | None = None,
+        max_samples: int | None = None,
+        split: str = "train",
+        cache_folder: str | os.PathLike[str] | None = None,
+        background: Sequence[str] | None = None,
+    ) -> CalibrationReport:
+        """Fit the router on texts with known experts.
+
+        Args:
+            dataset: a ``datasets.Dataset``, ``DatasetDict`` or streaming dataset; a JSONL, CSV or Parquet file; or a
+                dict expert name → texts, or any of these.
+            tokenizer: the backbone's.
+            text_column: column with the prompt, as it will be tokenised in use; or with a chat, a list of messages,
+                which is rendered with the tokenizer's template.
+            label_column: column with the expert's name.
+            batch_size: texts per forward pass.
+            max_length: longer texts are cut after this many tokens.
+            show_progress: a bar on the error stream.
+            group_column: column with what texts have in common (a template, a source). Whole groups are then held out
+                together, so that the yardstick of novelty allows for unseen ones.
+            max_samples: at most so many texts an expert, drawn by the configuration's seed; None takes all.
+            split: which one of a ``DatasetDict``.
+            cache_folder: keep features there, by content, for later fits on the same backbone.
+            background: ordinary prompts that belong to no expert, as a user would write them. None takes eighty of
+                ours, in English for the most part, unless the tokenizer cannot read them; an empty list takes none.
+
+        Returns:
+            What held-out texts say of the fit.
+
+        Raises:
+            RoutingError: the data cannot be used.
+        """
+        return fit_router(
+            self,  # type: ignore[arg-type]
+            dataset,
+            tokenizer,
+            Columns(text_column, label_column, group_column),
+            batch_size=batch_size,
+            max_length=max_length,
+            max_samples=max_samples,
+            split=split,
+            cache_folder=cache_folder,
+            background=background,
+            show_progress=show_progress,
+        )
+
+    def add_expert(self, name: str, checkpoint: Any, texts: Any = None, tokenizer: Any = None, **options: Any) -> None:
+        """Add one expert to the built model; see :func:`mediator_peft.tuner.editing.add_expert`."""
+        add_expert(self, name, checkpoint, texts, tokenizer, **options)  # type: ignore[arg-type]
+
+    def remove_expert(self, name: str) -> None:
+        """Take one expert out of the built model; see :func:`mediator_peft.tuner.editing.remove_expert`."""
+        remove_expert(self, name)  # type: ignore[arg-type]
+
+
+def _tokenised(prompts: Any, tokenizer: Any, use_template: bool, max_length: int) -> tuple[Tensor, Tensor]:
+    if tokenizer is None:
+        raise RoutingError("give the tokenizer too: model.explain(prompt, tokenizer).")
+    is_chat = isinstance(prompts, Sequence) and not isinstance(prompts, str) and len(prompts) > 0
+    one = isinstance(prompts, str) or (is_chat and isinstance(prompts[0], Mapping))
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    rows = []
+    for prompt in [prompts] if one else prompts:
+        if isinstance(prompt, str) and not (use_template and has_template):
+            rows.append(tokenizer(prompt, truncation=True, max_length=max_length)["input_ids"])
+            continue
+        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        encoded = tokenizer(text, truncation=True, max_length=max_length, add_special_tokens=False)
+        rows.append(encoded["input_ids"])
+    if not rows:
+        raise RoutingError("no prompts to explain.")
+    return padded(rows)

@@ -1,0 +1,100 @@
+"""Which tokens of a chat decide its route."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WORDS = ("A", "B")
+
+
+def turn_markers(tokenizer: Any) -> list[list[int]] | None:
+    """Token ids that open and close a user turn in a tokenizer's chat template; None where it has none.
+
+    They are what two chats of the same form and different words have in common around the words.
+    """
+    tokenizer = getattr(tokenizer, "func", tokenizer)
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    chats = [
+        [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}] * 2
+        for user, assistant in (_WORDS, _WORDS[::-1])
+    ]
+    try:
+        first, second = (
+            tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False)["input_ids"]
+            for chat in chats
+        )
+    except Exception:  # a template may refuse any chat, in any way
+        return None
+    return _common_frame(first, second)
+
+
+def _common_frame(first: Sequence[int], second: Sequence[int]) -> list[list[int]] | None:
+    """What stands before each user's word and between it and the assistant's."""
+    words = [place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b]
+    if len(first) != len(second) or len(words) != 4:
+        return None
+    user, assistant, next_user, _ = words
+    length = 0
+    while length < min(user, next_user - assistant - 1) and first[user - 1 - length] == first[next_user - 1 - length]:
+        length += 1
+    opening, closing = list(first[user - length : user]), list(first[user + 1 : assistant])
+    return [opening, closing] if opening and closing else None
+
+
+def routing_rows(
+    input_ids: Tensor, attention_mask: Tensor, markers: Sequence[Sequence[int]] | None, route_on: str
+) -> tuple[Tensor, Tensor]:
+    """The part of each chat that is routed on, as prompts of their own.
+
+    Args:
+        input_ids: (B, T)
+        attention_mask: (B, T)
+        markers: opening and close of a user turn; without them whole rows are taken.
+        route_on: ``"last"`` or ``"first"`` user turn, or ``"all"`` tokens.
+
+    Returns:
+        Token ids and mask, (B, T') each, padded on the right. A turn keeps its opening and its close, with which the
+        assistant's turn begins: it reads like a chat of this one turn.
+    """
+    if route_on == "all" or markers is None:
+        return input_ids, attention_mask
+    rows = []
+    for ids, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
+        real = [token for token, is_real in zip(ids, mask, strict=True) if is_real]
+        spans = user_turns(real, markers)
+        chosen = spans[-1 if route_on == "last" else 0] if spans else (0, len(real))
+        rows.append(real[slice(*chosen)])
+    width = max(1, max(len(row) for row in rows))
+    shape = (len(rows), width)
+    new_ids, new_mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    for number, row in enumerate(rows):
+        new_ids[number, : len(row)] = torch.tensor(row, dtype=torch.long)
+        new_mask[number, : len(row)] = 1
+    return new_ids.to(input_ids.device), new_mask.to(input_ids.device)
+
+
+def user_turns(ids: Sequence[int], markers: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """(start, stop) of each user turn in a chat's token ids, opening and close included."""
+    opening, end = list(markers[0]), list(markers[1])
+    spans = []
+    place = 0
+    while place <= len(ids) - len(opening):
+        if list(ids[place : place + len(opening)]) == opening:
+            stop = _find(ids, end, place + len(opening))
+            spans.append((place, stop))
+            place = stop
+        else:
+            place += 1
+    return spans
+
+
+def _find(ids: Sequence[int], wanted: list[int], start: int) -> int:
+    for place in range(start, len(ids) - len(wanted) + 1):
+        if list(ids[place : place + len(wanted)]) == wanted:
+            return place + len(wanted)
+    return len(ids)

@@ -1,0 +1,164 @@
+"""Answers and losses in batches: equal to those of one prompt at a time."""
+
+from collections import Counter
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from character_tokenizer import CHAT_TEMPLATE, character_tokenizer
+from tiny import tiny_model
+
+from mediator_peft.errors import RoutingError
+from mediator_peft.evaluation.generation import ROUTED, Memo, answer_losses, answer_prompts, route_prompts, weight_rows
+
+PROMPTS = ["a", "what is 12 + 7?", "spell it", "a", "the longest of these prompts, by far"]
+
+
+class FakeMediator(torch.nn.Module):
+    """A model with two experts and a fallback, which notes what it was asked under which weights."""
+
+    expert_names = ["math", "code", "base"]
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+        self.generation_config = model.generation_config
+        self.asked = Counter()
+        self.active = None
+
+    @contextmanager
+    def use_experts(self, weights):
+        self.active = tuple(weights.tolist())
+        yield
+        self.active = None
+
+    def route(self, input_ids, attention_mask):
+        length = attention_mask.sum(dim=1)
+        table = torch.tensor([[1.0, 0.0, 0.0], [0.25, 0.5, 0.25], [0.0, 0.0, 1.0]])
+        weights = table[length % 3]
+        return SimpleNamespace(expert_weights=weights, uncertainty=1 - weights.amax(dim=1), is_ood=weights[:, 2] > 0)
+
+    def generate(self, input_ids, **kwargs):
+        for row, mask in zip(input_ids, kwargs["attention_mask"], strict=True):
+            self.asked[tuple(row[mask.bool()].tolist()), self.active] += 1
+        return self.inner.generate(input_ids, **kwargs)
+
+    def forward(self, **kwargs):
+        return self.inner(**kwargs)
+
+
+@pytest.fixture
+def tokenizer():
+    return character_tokenizer(CHAT_TEMPLATE, adds_bos=True)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_answers_in_batches_equal_those_one_by_one(arch, tokenizer):
+    model = tiny_model(arch)
+    together = answer_prompts(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=3)
+    alone = [answer_prompts(model, tokenizer, [prompt], max_new_tokens=12)[0] for prompt in PROMPTS]
+    assert together == alone
+    assert len(set(together)) > 1
+
+
+def test_answers_equal_plain_greedy_generation(tokenizer):
+    model = tiny_model()
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hello"}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    for _ in range(10):
+        following = model(ids).logits[:, -1].argmax(dim=1, keepdim=True)
+        if following.item() == tokenizer.eos_token_id:
+            break
+        ids = torch.cat([ids, following], dim=1)
+    expected = tokenizer.decode(
+        ids[0, len(tokenizer(text, add_special_tokens=False)["input_ids"]) :], skip_special_tokens=True
+    )
+    assert answer_prompts(model, tokenizer, ["hello"], max_new_tokens=10) == [expected]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_losses_equal_those_of_whole_logits_one_by_one(arch, tokenizer):
+    model = tiny_model(arch)
+    answers = ["x", "19", "it", "yes, it is", "no"]
+    losses = answer_losses(model, tokenizer, PROMPTS, answers, batch_size=2)
+    for prompt, answer, loss in zip(PROMPTS, answers, losses, strict=True):
+        start = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        before = tokenizer(start, add_special_tokens=False)["input_ids"]
+        after = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        logits = model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1]
+        assert loss == pytest.approx(F.cross_entropy(logits, torch.tensor(after)).item(), abs=1e-5)
+
+
+def test_a_prompt_is_generated_once_per_expert_weights(tokenizer):
+    model, memo = FakeMediator(tiny_model()), Memo.empty()
+    answer_prompts(model, tokenizer, PROMPTS, expert_weights=ROUTED, max_new_tokens=4, memo=memo)
+    assert set(model.asked.values()) == {1}
+    assert len(model.asked) == len(set(PROMPTS))
+    answer_prompts(model, tokenizer, PROMPTS, expert_weights=ROUTED, max_new_tokens=4, memo=memo)
+    assert set(model.asked.values()) == {1}
+    answer_prompts(model, tokenizer, PROMPTS, expert_weights="math", max_new_tokens=4, memo=memo)
+    assert set(model.asked.values()) == {1}
+    answer_prompts(model, tokenizer, PROMPTS[:1], expert_weights="math", max_new_tokens=5, memo=memo)
+    assert max(model.asked.values()) == 2
+
+
+def test_each_prompt_runs_under_the_weights_of_its_route(tokenizer):
+    model = FakeMediator(tiny_model())
+    routes = route_prompts(model, tokenizer, PROMPTS, batch_size=2)
+    answer_prompts(model, tokenizer, PROMPTS, expert_weights=ROUTED, max_new_tokens=2)
+    asked = {tokenizer.decode(ids, skip_special_tokens=True): weights for ids, weights in model.asked}
+    for prompt, route in zip(PROMPTS, routes, strict=True):
+        assert asked[f"[user] {prompt}\n[assistant] "] == tuple(route.expert_weights.values())
+        assert route.expert == max(route.expert_weights, key=route.expert_weights.get)
+        assert route.weight == route.expert_weights[route.expert]
+
+
+def test_the_rest_of_a_row_that_does_not_sum_to_one_is_the_backbones(tokenizer):
+    model = FakeMediator(tiny_model())
+    model.route = lambda input_ids, attention_mask: SimpleNamespace(
+        expert_weights=torch.full((len(input_ids), 3), 0.1), uncertainty=torch.ones(len(input_ids)), is_ood=[True] * 9
+    )
+    route = route_prompts(model, tokenizer, ["a"])[0]
+    assert route.expert == "backbone"
+    assert route.weight == pytest.approx(0.7)
+
+
+def test_progress_reaches_the_number_of_prompts_with_and_without_memo(tokenizer):
+    model, memo = FakeMediator(tiny_model()), Memo.empty()
+    for _ in range(2):
+        count = Counter()
+        answer_prompts(
+            model,
+            tokenizer,
+            PROMPTS,
+            expert_weights="code",
+            max_new_tokens=2,
+            memo=memo,
+            advance=partial(count.update, "x"),
+        )
+        assert count["x"] == len(PROMPTS)
+
+
+def test_wrong_weights_and_names_are_refused(tokenizer):
+    model = FakeMediator(tiny_model())
+    with pytest.raises(RoutingError, match="Did you mean 'math'"):
+        weight_rows(model, "maths", 2)
+    with pytest.raises(RoutingError, match="shape"):
+        weight_rows(model, torch.ones(2), 2)
+    with pytest.raises(RoutingError, match="takes no expert weights"):
+        answer_prompts(tiny_model(), tokenizer, ["a"], expert_weights="math")
+
+
+def test_tensor_weights_are_taken_for_all_rows_or_row_by_row():
+    model = FakeMediator(tiny_model())
+    assert weight_rows(model, torch.tensor([0.0, 1.0, 0.0]), 2) == [(0.0, 1.0, 0.0)] * 2
+    assert weight_rows(model, torch.eye(3), 3) == [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)]
+    assert weight_rows(model, None, 1) == [(0.0, 0.0, 0.0)]
+    assert weight_rows(tiny_model(), None, 2) == [None, None]

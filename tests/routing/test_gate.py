@@ -1,0 +1,107 @@
+"""The gate's formulas, worked out by hand, and its stated rates."""
+
+import math
+
+import pytest
+import torch
+
+from mediator_peft.routing.explanation import explain_rows
+from mediator_peft.routing.gate import GateSettings, gate, smallest_sufficient_set
+from mediator_peft.routing.novelty import Known, fit_tail, tail_share, threshold, trust_of
+
+NONE = torch.zeros(0)
+
+
+def known_of(*classes, background=NONE, excess=NONE):
+    values = torch.cat(classes)
+    labels = torch.cat([torch.full((len(one),), number) for number, one in enumerate(classes)])
+    return Known(values, labels, values, background, excess)
+
+
+def test_top_p_keeps_the_fewest_experts():
+    probabilities = torch.tensor([[0.5, 0.3, 0.2], [0.95, 0.03, 0.02], [0.25, 0.25, 0.5]])
+    found = smallest_sufficient_set(probabilities, 0.7)
+    torch.testing.assert_close(found[0], torch.tensor([0.625, 0.375, 0.0]))
+    assert found[1].tolist() == [1.0, 0.0, 0.0]
+    torch.testing.assert_close(found[2], torch.tensor([1 / 3, 0.0, 2 / 3]))
+    torch.testing.assert_close(smallest_sufficient_set(probabilities, 1.0), probabilities)
+
+
+def test_a_tail_is_the_mean_excess_by_hand():
+    values = torch.arange(1.0, 26.0)  # the largest fifth: 21 to 25, above 20
+    tail = fit_tail(values, torch.zeros(25), 1)
+    assert tail.start.item() == 20.0
+    assert tail.scale.item() == pytest.approx(3.0)
+    assert tail.share.item() == pytest.approx(5.5 / 26)
+    share = tail_share(torch.tensor([26.0]), torch.tensor([0]), tail).item()
+    assert share == pytest.approx(5.5 / 26 * math.exp(-2.0))
+    limit = threshold(tail, 0.01)
+    assert tail_share(limit, torch.tensor([0]), tail).item() == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.05])
+@pytest.mark.parametrize("distribution", [torch.distributions.Normal(5.0, 2.0), torch.distributions.Exponential(0.3)])
+def test_the_stated_rate_is_kept_on_new_prompts(alpha, distribution):
+    torch.manual_seed(0)
+    rates = []
+    for _ in range(40):
+        known = known_of(distribution.sample((100,)), 100 + 50 * distribution.sample((100,)))
+        new = distribution.sample((500,))
+        rates.append(trust_of(new, new, torch.zeros(500, dtype=torch.long), known, alpha).is_ood.double().mean())
+    assert 0.5 * alpha < torch.stack(rates).mean() < 1.5 * alpha
+
+
+def test_each_expert_has_its_own_yardstick():
+    known = known_of(torch.linspace(0, 1, 50), torch.linspace(0, 100, 50))
+    novelty = torch.tensor([10.0, 10.0])
+    found = trust_of(novelty, novelty, torch.tensor([0, 1]), known, 0.01)
+    assert found.is_ood.tolist() == [True, False]
+    assert found.trust[0] < 1e-3
+    assert found.trust[1] == 1
+
+
+def test_new_prompts_that_are_unlike_ordinary_ones_are_trusted():
+    background = torch.linspace(10, 20, 101)
+    known = known_of(torch.linspace(-20, -10, 50), background=background, excess=torch.linspace(0, 5, 101))
+    novelty = torch.tensor([-15.0, 0.0, 9.9, 10.95, 12.0, 15.0])
+    near = torch.full((6,), -15.0)
+    found = trust_of(novelty, near, torch.zeros(6, dtype=torch.long), known, 0.01)
+    # A tenth of the ordinary prompts are at most as novel as 10.95: half the way to a fifth.
+    torch.testing.assert_close(found.trust, torch.tensor([1.0, 1.0, 1.0, 1 - 10 / 101 / 0.2, 0.0, 0.0]))
+    assert found.is_ood.tolist() == [False, True, True, True, True, True]
+    # What is farther off than every ordinary prompt is not trusted, however un-ordinary it is.
+    far = torch.full((6,), 1000.0)
+    found = trust_of(novelty, far, torch.zeros(6, dtype=torch.long), known, 0.01)
+    assert found.trust.tolist() == [0.0] * 6
+    assert found.is_ood.all()
+
+
+def test_weights_are_trust_times_selection_and_the_rest_is_the_fallback():
+    known = known_of(torch.linspace(0, 1, 50), torch.linspace(0, 1, 50))
+    scores = torch.tensor([[8.0, 0.0], [1.0, 1.0], [0.0, 9.0]])
+    novelty = torch.tensor([0.5, 0.5, 50.0])
+    found = gate(scores, novelty, novelty, known, GateSettings(0.01, 0.9, True))
+    torch.testing.assert_close(found.expert_weights, torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [0, 0, 1.0]]))
+    torch.testing.assert_close(found.uncertainty, torch.tensor([0.0, 1.0, 1.0]), atol=0.01, rtol=0)
+    torch.testing.assert_close(found.scores.exp().sum(dim=1), torch.ones(3))
+    without = gate(scores, novelty, novelty, known, GateSettings(0.01, 0.9, False))
+    torch.testing.assert_close(without.expert_weights, found.expert_weights[:, :2])
+
+
+def test_an_explanation_says_what_the_gate_did():
+    known = known_of(torch.linspace(0, 1, 50), torch.linspace(0, 1, 50))
+    scores = torch.tensor([[0.0, 2.0], [9.0, 0.0]])
+    novelty = torch.tensor([0.3, 30.0])
+    settings = GateSettings(0.01, 0.9, True)
+    decided = gate(scores, novelty, novelty, known, settings)
+    clear, unknown = explain_rows(scores, novelty, novelty, known, settings, ["a", "b", "base"])
+    assert clear.nearest == "b"
+    assert list(clear.probabilities) == ["b", "a"]
+    assert clear.probabilities["b"] == pytest.approx(1 / (1 + math.exp(-2)))
+    assert not clear.is_ood
+    assert unknown.is_ood
+    assert unknown.novelty > unknown.threshold
+    assert unknown.expert_weights["base"] == pytest.approx(decided.expert_weights[1, 2].item())
+    assert "base" in str(unknown)
+    assert "above" in str(unknown)
+    assert "within" in str(clear)
