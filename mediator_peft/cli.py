@@ -14,6 +14,8 @@ from .commands.demo import demo
 from .commands.evaluate import evaluate
 from .commands.generate import generate
 from .commands.inspect import inspect
+from .commands.plan import plan
+from .commands.verify import verify
 
 app = typer.Typer(
     name="mediator-peft",
@@ -26,11 +28,13 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 2 wrong command line, 3 bad input, 4 out of memory or disk.",
 )
 
+app.command()(plan)
 app.command()(build)
 app.command()(calibrate)
 app.command()(generate)
 app.command("eval")(evaluate)
 app.command()(inspect)
+app.command()(verify)
 app.command()(demo)
 
 

@@ -159,9 +159,7 @@ class MediatorConfig(PeftConfig):
             if not _is_share(getattr(self, name)):
                 yield f"{name} must be in (0, 1], got {getattr(self, name)!r}. Use a share: {hint}."
         if not (_is_share(self.ood_alpha) and self.ood_alpha < 1):
-            yield (
-                f"ood_alpha must be in (0, 1), got {self.ood_alpha!r}. 0.01 lets one known prompt in a hundred fall back."
-            )
+            yield (f"ood_alpha must be in (0, 1), got {self.ood_alpha!r}. 0.01 lets 1 known prompt in 100 fall back.")
         if not (isinstance(self.conflict_threshold, (int, float)) and isfinite(self.conflict_threshold)):
             yield f"conflict_threshold must be a finite number, got {self.conflict_threshold!r}."
         if self.router_layer is not None and (isinstance(self.router_layer, bool) or not _is_count(self.router_layer)):

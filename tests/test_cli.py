@@ -291,3 +291,35 @@ def test_a_full_disk_ends_with_code_four(folder, monkeypatch):
     shown = build(folder, "full")
     assert shown.exit_code == 4
     assert "Traceback" not in shown.stderr
+
+
+def test_plan_lists_every_problem_and_predicts_the_rest(tmp_path):
+    paths = write_tiny_checkpoints(tmp_path, names=["base", "math", "code"])
+    good = ["plan", "--base", str(paths["base"]), "--expert", f"math={paths['math']}", "--json"]
+    planned = CliRunner().invoke(app, good)
+    assert planned.exit_code == 0, planned.output
+    found = json.loads(planned.stdout)
+    assert found["problems"] == []
+    assert len(found["blocks"]) == 3
+    assert found["bytes"]["total"] > 0
+    bad = ["plan", "--base", str(paths["base"]), "--expert", f"a={tmp_path / 'x'}", "--expert", f"b={tmp_path / 'y'}"]
+    refused = CliRunner().invoke(app, bad)
+    assert refused.exit_code == 3
+    assert all(f"expert {name!r}" in refused.output for name in "ab")
+
+
+def test_verify_tells_a_sound_output_from_a_damaged_one(tmp_path):
+    paths = write_tiny_checkpoints(tmp_path, names=["base", "math", "code"])
+    build = ["build", "--base", str(paths["base"]), "--output", str(tmp_path / "out")]
+    for name in ("math", "code"):
+        build += ["--expert", f"{name}={paths[name]}"]
+    assert CliRunner().invoke(app, build).exit_code == 0
+    verify = ["verify", str(tmp_path / "out"), "--against", f"math={paths['math']}", "--json"]
+    sound = CliRunner().invoke(app, verify)
+    assert sound.exit_code == 0, sound.output
+    assert json.loads(sound.stdout)["differences"]["math"]["max_difference"] > 0
+    weights = tmp_path / "out" / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-5] ^= 1
+    weights.write_bytes(damaged)
+    assert CliRunner().invoke(app, verify).exit_code == 3

@@ -60,6 +60,10 @@ def build(
         _DEFAULTS["fallback"]
     ),
     seed: Annotated[int, _setting("seed", "Seeds whatever is drawn.")] = _DEFAULTS["seed"],
+    plan: Annotated[Path | None, typer.Option(help="Obey this plan file, which `plan --save` wrote.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the tensors; the bytes are the same.")] = 1,
+    max_memory: Annotated[str | None, typer.Option(help="Most memory to take, e.g. 4GiB.")] = None,
+    allow_pickle: Annotated[bool, typer.Option(help="Also read .bin files, with weights_only.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge fine-tuned models of one base into a backbone and sparse experts.
@@ -90,7 +94,17 @@ def build(
         fallback=fallback,
         seed=seed,
     )
-    report = build_mediator(base, experts, output, config, show_progress=True)
+    report = build_mediator(
+        base,
+        experts,
+        output,
+        config,
+        show_progress=True,
+        plan=plan,
+        workers=workers,
+        max_memory=max_memory,
+        allow_pickle=allow_pickle,
+    )
     if as_json:
         print_json(report.to_dict())
         return

@@ -66,6 +66,8 @@ def fit_and_save(
 ) -> dict[str, Any]:
     """Fit a model's router on prompts rendered as in use, and put it into the adapter file it was loaded from.
 
+    What held-out prompts say of it goes to ``report/routing.json``, with CSV files and a figure.
+
     Args:
         model: as ``load_mediator`` gives it.
         tokenizer: of its backbone.
@@ -78,6 +80,7 @@ def fit_and_save(
         The calibration report as plain data.
     """
     from ..evaluation.prompts import render
+    from ..evaluation.routing_report import write_routing_report
 
     rendered = {name: [render(tokenizer, text, use_template) for text in texts] for name, texts in prompts.items()}
     texts = {name: [prompt.text for prompt in some] for name, some in rendered.items()}
@@ -86,6 +89,7 @@ def fit_and_save(
     encode = partial(tokenizer, add_special_tokens=not has_own)
     report = model.fit_router(texts, encode, batch_size=batch_size, show_progress=True)
     save_router(model, adapter)
+    write_routing_report(adapter / "report", report, model.router.evidence)
     return dict(report._asdict())
 
 

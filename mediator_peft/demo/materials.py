@@ -78,9 +78,7 @@ def gsm_templates(folder: Path) -> dict[int, Callable[[Random], dict[str, Any]]]
         for node in ast.parse(source).body
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "tasks_ok"
     )
-    halves = [
-        import_module(f"reasoning_gym.arithmetic.gsm_symbolic.generators_{part}") for part in ("00_49", "50_99")
-    ]
+    halves = [import_module(f"reasoning_gym.arithmetic.gsm_symbolic.generators_{part}") for part in ("00_49", "50_99")]
 
     def template(number: int) -> Callable[[Random], dict[str, Any]]:
         maker = getattr(halves[number // 50], f"generate_{number}")

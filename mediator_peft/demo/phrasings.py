@@ -121,9 +121,10 @@ TOPICS = (
     "castles",
 )
 
-PLURALS = """city cities|box boxes|child children|mouse mice|leaf leaves|baby babies|wolf wolves|tooth teeth|church churches
-knife knives|woman women|man men|bus buses|dish dishes|party parties|hero heroes|potato potatoes|foot feet|wife wives|life lives
-story stories|glass glasses|country countries|fox foxes|lady ladies|half halves|watch watches|tomato tomatoes|goose geese
-person people|shelf shelves|family families|class classes|brush brushes|army armies|loaf loaves|berry berries|peach peaches
-thief thieves|fly flies|dress dresses|calf calves|factory factories|bench benches|echo echoes|ox oxen|puppy puppies|tax taxes"""
+PLURALS = """city cities|box boxes|child children|mouse mice|leaf leaves|baby babies|wolf wolves|tooth teeth
+church churches|knife knives|woman women|man men|bus buses|dish dishes|party parties|hero heroes|potato potatoes
+foot feet|wife wives|life lives|story stories|glass glasses|country countries|fox foxes|lady ladies|half halves
+watch watches|tomato tomatoes|goose geese|person people|shelf shelves|family families|class classes|brush brushes
+army armies|loaf loaves|berry berries|peach peaches|thief thieves|fly flies|dress dresses|calf calves
+factory factories|bench benches|echo echoes|ox oxen|puppy puppies|tax taxes"""
 """Singular and plural: a question about one word, near to spelling."""

@@ -94,17 +94,18 @@ def capitals(rng: Random, folder: Path) -> Iterator[Item]:
         yield Item(f"What is the capital of {country}?", capital, "capitals")
 
 
-OPPOSITES = """hot cold|big small|up down|fast slow|old young|happy sad|light dark|good bad|rich poor|early late|hard soft
-open closed|full empty|high low|long short|strong weak|wet dry|clean dirty|loud quiet|left right|day night|love hate
-start end|win lose|buy sell|push pull|true false|thick thin|wide narrow|deep shallow|inside outside|above below
-before after|always never|begin end|brave cowardly|cheap expensive|easy difficult|first last|friend enemy|give take
-heavy light|increase decrease|kind cruel|laugh cry|maximum minimum|modern ancient|near far|north south|east west
-polite rude|present absent|question answer|remember forget|rough smooth|safe dangerous|same different|sharp dull
-simple complex|success failure|sweet bitter|tall short|victory defeat|war peace|sunrise sunset|entrance exit
-accept reject|arrive depart|build destroy|create destroy|expand contract|float sink|freeze melt|import export
-include exclude|interior exterior|major minor|optimist pessimist|positive negative|private public|raise lower
-rise fall|summer winter|teacher student|visible invisible|arrival departure|ascend descend|attack defend|awake asleep
-birth death|borrow lend|captive free|cause effect|generous selfish|guilty innocent|humble proud|junior senior"""
+OPPOSITES = """hot cold|big small|up down|fast slow|old young|happy sad|light dark|good bad|rich poor|early late
+hard soft|open closed|full empty|high low|long short|strong weak|wet dry|clean dirty|loud quiet|left right|day night
+love hate|start end|win lose|buy sell|push pull|true false|thick thin|wide narrow|deep shallow|inside outside
+above below|before after|always never|begin end|brave cowardly|cheap expensive|easy difficult|first last
+friend enemy|give take|heavy light|increase decrease|kind cruel|laugh cry|maximum minimum|modern ancient|near far
+north south|east west|polite rude|present absent|question answer|remember forget|rough smooth|safe dangerous
+same different|sharp dull|simple complex|success failure|sweet bitter|tall short|victory defeat|war peace
+sunrise sunset|entrance exit|accept reject|arrive depart|build destroy|create destroy|expand contract|float sink
+freeze melt|import export|include exclude|interior exterior|major minor|optimist pessimist|positive negative
+private public|raise lower|rise fall|summer winter|teacher student|visible invisible|arrival departure
+ascend descend|attack defend|awake asleep|birth death|borrow lend|captive free|cause effect|generous selfish
+guilty innocent|humble proud|junior senior"""
 
 
 def opposites(rng: Random, folder: Path) -> Iterator[Item]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..bank.kernels import has_compiled
 from ..errors import RoutingError
 from ..progress import Advance
 from ..tables import unknown_name
@@ -28,6 +29,10 @@ ExpertChoice = str | Tensor | None
 """An expert's name, ``ROUTED``, weights of shape (K,) or (B, K), or None: the backbone alone."""
 
 WeightRow = tuple[float, ...]
+
+_DIGITS = 2
+_FEW = 4
+"""Groups of fewer rows are answered together, each row with weights of its own, where there are kernels for that."""
 
 
 class Route(NamedTuple):
@@ -123,7 +128,7 @@ def weight_rows(
         return [None] * num_prompts
     names: list[str] = list(model.expert_names)
     if isinstance(choice, str) and choice == ROUTED:
-        return [tuple(route.expert_weights[name] for name in names) for route in routes]
+        return [tuple(round(route.expert_weights[name], _DIGITS) for name in names) for route in routes]
     if isinstance(choice, Tensor):
         rows = choice.tolist() if choice.ndim == 2 else [choice.tolist()] * num_prompts
         if len(rows) != num_prompts or any(len(row) != len(names) for row in rows):
@@ -151,10 +156,10 @@ def answer_prompts(
 ) -> list[str]:
     """Greedy answers, in the order of the prompts.
 
-    Prompts are routed first, then grouped by equal expert weights and generated group by group. The answers are those
-    of one routed ``generate``, since a route is decided by the prompt alone; but rows of one kind run faster together
-    than mixed. Greedy decoding is deterministic, so with a ``memo`` a prompt whose weights were asked before is not
-    generated again: "expert named" and "routed" mostly ask the same.
+    Prompts are routed first, then grouped by equal expert weights, rounded to hundredths, and generated group by group.
+    The answers are those of one routed ``generate``, since a route is decided by the prompt alone; but rows of one kind
+    run faster together than mixed. Greedy decoding is deterministic, so with a ``memo`` a prompt whose weights were
+    asked before is not generated again: "expert named" and "routed" mostly ask the same.
 
     Args:
         model: a Mediator model, or any causal language model.
@@ -174,9 +179,9 @@ def answer_prompts(
     groups = _unasked(rows, [key in memo.answers for key in keys], keys)
     _repeat(advance, len(prompts) - sum(map(len, groups.values())))
     lengths = [len(ids) for ids in encoded]
-    for row, indices in groups.items():
-        with _using(model, row):
-            for batch in _batches(indices, lengths, batch_size):
+    for weights, batches in _by_weights(groups, lengths, batch_size):
+        with _using(model, weights):
+            for batch in batches:
                 inputs = _to(model, pad_left([encoded[index] for index in batch], pad_token_id(tokenizer)))
                 texts = _generate(model, tokenizer, inputs, max_new_tokens)
                 memo.answers.update((keys[index], text) for index, text in zip(batch, texts, strict=True))
@@ -208,9 +213,9 @@ def answer_losses(
     groups = _unasked(rows, [key in memo.losses for key in keys], keys)
     _repeat(advance, len(prompts) - sum(map(len, groups.values())))
     lengths = [len(ids) + len(target) for ids, target in zip(encoded, targets, strict=True)]
-    for row, indices in groups.items():
-        with _using(model, row):
-            for batch in _batches(indices, lengths, batch_size):
+    for weights, batches in _by_weights(groups, lengths, batch_size):
+        with _using(model, weights):
+            for batch in batches:
                 losses = _losses(model, [encoded[i] for i in batch], [targets[i] for i in batch])
                 memo.losses.update((keys[index], loss) for index, loss in zip(batch, losses, strict=True))
                 _repeat(advance, len(batch))
@@ -260,9 +265,25 @@ def _to(model: AnyModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def _using(model: AnyModel, row: WeightRow | None) -> AbstractContextManager[Any]:
+def _by_weights(
+    groups: Mapping[WeightRow | None, list[int]], lengths: Sequence[int], batch_size: int
+) -> Iterator[tuple[Tensor | None, list[list[int]]]]:
+    """Batches with the expert weights to set for them: (K,) for a group of one kind, (B, K) for a mixed batch."""
+    few = {row: indices for row, indices in groups.items() if row is not None and len(indices) < _FEW}
+    if len(few) < 2 or not has_compiled():
+        few = {}
+    for row, indices in groups.items():
+        if row not in few:
+            batches = list(_batches(indices, lengths, batch_size))
+            yield None if row is None else torch.tensor(row), batches
+    row_of = {index: row for row, indices in few.items() for index in indices}
+    for batch in _batches(list(row_of), lengths, batch_size):
+        yield torch.tensor([row_of[index] for index in batch]), [batch]
+
+
+def _using(model: AnyModel, weights: Tensor | None) -> AbstractContextManager[Any]:
     """All that is asked inside is answered with these expert weights; set once for all batches of a group."""
-    return nullcontext() if row is None else model.use_experts(torch.tensor(row))
+    return nullcontext() if weights is None else model.use_experts(weights)
 
 
 def _generate(

@@ -12,6 +12,7 @@ from .data import hash_folds
 from .metrics import brier_score, expected_calibration_error, fit_temperature
 from .novelty import Known, excess_distance, trust_of
 from .routers import Router
+from .uncertainty import normalised_entropy
 
 NUM_FOLDS = 5
 
@@ -58,6 +59,22 @@ class HeldOut(NamedTuple):
 
     folds: Tensor
     """(N,)"""
+
+
+class Evidence(NamedTuple):
+    """What the gate would have said of prompts it had not seen: calibration prompts, then ordinary ones."""
+
+    probabilities: Tensor
+    """(N + M, K), calibrated."""
+
+    labels: Tensor
+    """(N + M,) number of the expert; -1 for ordinary prompts, which have none."""
+
+    uncertainty: Tensor
+    """(N + M,)"""
+
+    is_ood: Tensor
+    """(N + M,) bool"""
 
 
 def cross_fit(
@@ -150,7 +167,8 @@ def calibrate(
     router.fit(features, labels.to(features.device), background)
     known = known_of(held_out, labels, ordinary)
     router.set_known(known, temperature)
-    return _report(held_out, known, names, temperature, ood_alpha)
+    router.evidence = _evidence(held_out, ordinary, known, temperature, ood_alpha)
+    return _report(held_out, known, names, temperature, router.evidence)
 
 
 def known_of(held_out: HeldOut, labels: Tensor, ordinary: HeldOut | None) -> Known:
@@ -164,14 +182,14 @@ def known_of(held_out: HeldOut, labels: Tensor, ordinary: HeldOut | None) -> Kno
 
 
 def _report(
-    held_out: HeldOut, known: Known, names: Sequence[str], temperature: float, ood_alpha: float
+    held_out: HeldOut, known: Known, names: Sequence[str], temperature: float, evidence: Evidence
 ) -> CalibrationReport:
     labels = known.labels
     guess = held_out.scores.argmax(dim=1)
     num_experts = len(names)
     confusion = torch.zeros(num_experts, num_experts, dtype=torch.long)
     confusion.index_put_((labels, guess), torch.tensor(1), accumulate=True)
-    fell_back = _flagged(held_out.folds, known, guess, ood_alpha)
+    fell_back = evidence.is_ood[: len(labels)]
     right = confusion.diagonal()
     per_expert = {
         name: {
@@ -184,7 +202,7 @@ def _report(
     probabilities = (held_out.scores.double() / temperature).softmax(dim=1)
     return CalibrationReport(
         num_texts={name: int((labels == row).sum()) for row, name in enumerate(names)},
-        accuracy=float(right.sum() / len(labels)),
+        accuracy=int(right.sum()) / len(labels),
         confusion=confusion.tolist(),
         per_expert=per_expert,
         temperature=temperature,
@@ -194,11 +212,29 @@ def _report(
     )
 
 
-def _flagged(folds: Tensor, known: Known, guess: Tensor, ood_alpha: float) -> Tensor:
-    """(N,) bool, which held-out texts the yardstick of the other folds takes for unknown."""
-    result = torch.zeros(len(folds), dtype=torch.bool)
-    for fold in folds.unique():
-        own = folds == fold
-        others = known._replace(novelty=known.novelty[~own], labels=known.labels[~own], distance=known.distance[~own])
-        result[own] = trust_of(known.novelty[own], known.distance[own], guess[own], others, ood_alpha).is_ood
-    return result
+def _evidence(
+    held_out: HeldOut, ordinary: HeldOut | None, known: Known, temperature: float, ood_alpha: float
+) -> Evidence:
+    """Each held-out prompt is judged by the yardsticks of the other folds."""
+    judged = [(held_out, known.labels, fold) for fold in held_out.folds.unique().tolist()]
+    if ordinary is not None:
+        none = torch.full((len(ordinary.novelty),), -1)
+        judged += [(ordinary, none, fold) for fold in ordinary.folds.unique().tolist()]
+    rows: list[list[Tensor]] = []
+    for prompts, labels, fold in judged:
+        own, rest = prompts.folds == fold, held_out.folds != fold
+        others = known._replace(novelty=known.novelty[rest], labels=known.labels[rest], distance=known.distance[rest])
+        if ordinary is not None:
+            kept = ordinary.folds != fold
+            others = others._replace(
+                background_novelty=known.background_novelty[kept], background_excess=known.background_excess[kept]
+            )
+        scores = prompts.scores[own]
+        probabilities = (scores.double() / temperature).softmax(dim=1)
+        found = trust_of(prompts.novelty[own], prompts.distance[own], scores.argmax(dim=1), others, ood_alpha)
+        uncertainty = 1 - found.trust * (1 - normalised_entropy(probabilities))
+        place = own.nonzero().flatten() + (0 if prompts is held_out else len(held_out.novelty))
+        rows.append([place, probabilities, labels[own], uncertainty, found.is_ood])
+    place, *columns = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    order = place.argsort()
+    return Evidence(*(column[order] for column in columns))

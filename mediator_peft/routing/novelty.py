@@ -9,7 +9,8 @@ from torch import Tensor
 
 _SHARE_IN_TAIL = 0.2
 _SMALLEST_TAIL = 5
-_BACKGROUND_SHARE = 0.2
+_TRUSTED_SHARE, _UNKNOWN_SHARE = 0.15, 0.3
+_DISTANCE_MARGIN = 1.4
 
 
 class Known(NamedTuple):
@@ -110,13 +111,14 @@ class Trust(NamedTuple):
 def trust_of(novelty: Tensor, distance: Tensor, nearest: Tensor, known: Known, ood_alpha: float) -> Trust:
     r"""Trust in the experts for each prompt.
 
-    .. math:: t = g \max\bigl(\min(1, \pi/\alpha),\; \max(0, 1 - \beta/0.2)\bigr)
+    .. math:: t = g \max\bigl(\min(1, \pi/\alpha),\; \min(1, \max(0, 2 - \beta / 0.15))\bigr)
 
     :math:`\pi` is the share of the nearest expert's known prompts that are at least as novel, :math:`\beta` the share
-    of ordinary prompts that are at most as novel; so a new wording that is less ordinary than nearly all ordinary prompts
-    is trusted although no calibration prompt was like it. :math:`g` is 0 for what is farther from the nearest expert
-    than every ordinary prompt, 1 otherwise: there the comparison of novelties means nothing. Without ordinary prompts
-    only the first term is left. Our choice.
+    of ordinary prompts that are at most as novel; so a new wording that is less ordinary than nearly all of these
+    is trusted although no calibration prompt was like it. :math:`g` is 0 for what is much farther from the nearest
+    expert than every ordinary prompt (for Mahalanobis distances, twice as far), 1 otherwise: there a comparison of
+    novelties means nothing. Without ordinary prompts only the first term is left. Our choice, from the measurements in
+    ``docs/routing.md``.
 
     Args:
         novelty: (B,)
@@ -131,8 +133,10 @@ def trust_of(novelty: Tensor, distance: Tensor, nearest: Tensor, known: Known, o
     is_ood = share < ood_alpha
     if len(known.background_novelty):
         less_novel = (known.background_novelty.unsqueeze(0) <= novelty.unsqueeze(1)).float().mean(dim=1)
-        trust = torch.maximum(trust, (1 - less_novel / _BACKGROUND_SHARE).clamp(min=0.0))
-        beyond = excess_distance(distance, nearest, known) > known.background_excess.max()
+        width = _UNKNOWN_SHARE - _TRUSTED_SHARE
+        trust = torch.maximum(trust, ((_UNKNOWN_SHARE - less_novel) / width).clamp(0.0, 1.0))
+        farthest = known.background_excess.max() + _DISTANCE_MARGIN
+        beyond = excess_distance(distance, nearest, known) > farthest
         trust = torch.where(beyond, 0.0, trust)
         is_ood = is_ood | beyond
     return Trust(share, is_ood, trust)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -29,10 +30,11 @@ def empty_cache(cache: Any) -> None:
     Raises:
         UnsupportedError: this kind of cache cannot be emptied.
     """
-    try:
-        cache.crop(0)
-    except (AttributeError, NotImplementedError, ValueError, TypeError):
-        cache.reset()
+    cache.reset()
+    length = cache.get_seq_length()
+    if length:  # some versions of transformers only fill a reset cache with zeros
+        with suppress(AttributeError, NotImplementedError, ValueError, TypeError):
+            cache.crop(-length)
     if cache.get_seq_length():
         raise UnsupportedError(
             f"this turn goes to other experts, and a {type(cache).__name__} filled under the old ones cannot be "

@@ -97,9 +97,9 @@ class Fold:
         # Kept before the first write: an exception in the middle still restores everything.
         self._saved = _Saved(mix, mask, weight[changed], bias)
         if not self._add_in_place(bank, mix, weight):
-            delta = mixed_delta(bank, mix)
-            if delta is not None:
-                weight[changed] = (self._saved.weight.float() + delta[changed]).to(weight.dtype)
+            total = mixed_delta(bank, mix)
+            if total is not None:
+                weight[changed] = (self._saved.weight.float() + total[changed]).to(weight.dtype)
         if bias is not None and bias_delta is not None:
             self._base_layer.bias.data.copy_((bias.float() + bias_delta).to(bias.dtype))
 

@@ -17,11 +17,12 @@ def turn_markers(tokenizer: Any) -> list[list[int]] | None:
     They are what two chats of the same form and different words have in common around the words.
     """
     tokenizer = getattr(tokenizer, "func", tokenizer)
-    if getattr(tokenizer, "chat_template", None) is None:
+    words = _two_words(tokenizer) if getattr(tokenizer, "chat_template", None) is not None else None
+    if words is None:
         return None
     chats = [
         [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}] * 2
-        for user, assistant in (_WORDS, _WORDS[::-1])
+        for user, assistant in (words, words[::-1])
     ]
     try:
         first, second = (
@@ -31,6 +32,19 @@ def turn_markers(tokenizer: Any) -> list[list[int]] | None:
     except Exception:  # a template may refuse any chat, in any way
         return None
     return _common_frame(first, second)
+
+
+def _two_words(tokenizer: Any) -> tuple[str, str] | None:
+    """Two texts of one known token each."""
+    found: list[str] = []
+    candidates = (*_WORDS, *(tokenizer.decode([number]).strip() for number in range(5, min(200, len(tokenizer)))))
+    for word in candidates:
+        ids = tokenizer(word, add_special_tokens=False)["input_ids"] if word and word not in found else []
+        if len(ids) == 1 and ids[0] != getattr(tokenizer, "unk_token_id", None):
+            found.append(word)
+        if len(found) == 2:
+            return found[0], found[1]
+    return None
 
 
 def _common_frame(first: Sequence[int], second: Sequence[int]) -> list[list[int]] | None:

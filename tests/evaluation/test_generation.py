@@ -28,10 +28,11 @@ class FakeMediator(torch.nn.Module):
         self.generation_config = model.generation_config
         self.asked = Counter()
         self.active = None
+        self.num_calls = 0
 
     @contextmanager
     def use_experts(self, weights):
-        self.active = tuple(weights.tolist())
+        self.active = weights
         yield
         self.active = None
 
@@ -42,8 +43,10 @@ class FakeMediator(torch.nn.Module):
         return SimpleNamespace(expert_weights=weights, uncertainty=1 - weights.amax(dim=1), is_ood=weights[:, 2] > 0)
 
     def generate(self, input_ids, **kwargs):
-        for row, mask in zip(input_ids, kwargs["attention_mask"], strict=True):
-            self.asked[tuple(row[mask.bool()].tolist()), self.active] += 1
+        table = self.active.expand(len(input_ids), -1).tolist()
+        for row, mask, weights in zip(input_ids, kwargs["attention_mask"], table, strict=True):
+            self.asked[tuple(row[mask.bool()].tolist()), tuple(weights)] += 1
+        self.num_calls += 1
         return self.inner.generate(input_ids, **kwargs)
 
     def forward(self, **kwargs):
@@ -118,6 +121,30 @@ def test_each_prompt_runs_under_the_weights_of_its_route(tokenizer):
         assert asked[f"[user] {prompt}\n[assistant] "] == tuple(route.expert_weights.values())
         assert route.expert == max(route.expert_weights, key=route.expert_weights.get)
         assert route.weight == route.expert_weights[route.expert]
+
+
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_groups_of_few_rows_share_a_batch_where_there_are_kernels(tokenizer, monkeypatch, has_kernels):
+    monkeypatch.setattr("mediator_peft.evaluation.generation.has_compiled", lambda: has_kernels)
+    model = FakeMediator(tiny_model())
+    weights = torch.tensor([[1.0, 0, 0]] * 5 + [[0.1 * number, 0.5, 0.0] for number in range(4)])
+    prompts = [f"prompt {number}" for number in range(9)]
+    answers = answer_prompts(model, tokenizer, prompts, expert_weights=weights, max_new_tokens=3, batch_size=3)
+    assert model.num_calls == (2 + 2 if has_kernels else 2 + 4)
+    assert len(model.asked) == 9
+    asked = {tokenizer.decode(ids, skip_special_tokens=True)[7:15]: row for ids, row in model.asked}
+    assert all(asked[prompt] == tuple(row) for prompt, row in zip(prompts, weights.tolist(), strict=True))
+    assert answers == [answer_prompts(model.inner, tokenizer, [prompt], max_new_tokens=3)[0] for prompt in prompts]
+
+
+def test_weights_of_routes_are_rounded_to_hundredths(tokenizer):
+    model = FakeMediator(tiny_model())
+    table = torch.tensor([[0.9996, 0.0001, 0.0003], [0.333, 0.333, 0.334]])
+    model.route = lambda input_ids, attention_mask: SimpleNamespace(
+        expert_weights=table[: len(input_ids)], uncertainty=torch.zeros(9), is_ood=[False] * 9
+    )
+    routes = route_prompts(model, tokenizer, ["aa", "bb"])
+    assert weight_rows(model, ROUTED, 2, routes) == [(1.0, 0.0, 0.0), (0.33, 0.33, 0.33)]
 
 
 def test_the_rest_of_a_row_that_does_not_sum_to_one_is_the_backbones(tokenizer):

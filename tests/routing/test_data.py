@@ -12,7 +12,9 @@ from mediator_peft.routing.data import Columns, content_hash, hash_folds, labell
 from mediator_peft.routing.feature_cache import FeatureCache
 from mediator_peft.routing.routers import ROUTERS
 
-ROWS = [{"prompt": f"{name} {number}", "expert": name, "kind": f"k{number % 3}"} for name in "ab" for number in range(6)]
+ROWS = [
+    {"prompt": f"{name} {number}", "expert": name, "kind": f"k{number % 3}"} for name in "ab" for number in range(6)
+]
 
 
 def as_file(folder, ending):

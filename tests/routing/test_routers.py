@@ -79,7 +79,7 @@ def test_background_log_odds_are_those_of_two_gaussians():
     other, _ = blobs(num_classes=1, seed=9)
     router = GaussianRouter(3, 12)
     router.fit(features, labels, background=other)
-    covariance = torch.linalg.inv((router.background_whitening @ router.background_whitening.T).double())
+    covariance = torch.linalg.inv((router.whitening @ router.whitening.T).double())
     best = router.scores(features).argmax(dim=1)
     ordinary = MultivariateNormal(router.background_mean.double(), covariance).log_prob(features.double())
     expert = MultivariateNormal(router.means.double()[best], covariance).log_prob(features.double())
@@ -165,7 +165,9 @@ def test_distances_are_those_of_the_plain_formula():
         expected.append(min(squared))
     found = router.distance(features[:10]).double().exp()
     torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-4, atol=1e-4)
-    assert squared_mahalanobis(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 0.0], [3.0, 2.0]])).tolist() == [[25.0, 4.0]]
+    assert squared_mahalanobis(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 0.0], [3.0, 2.0]])).tolist() == [
+        [25.0, 4.0]
+    ]
 
 
 def test_a_large_common_offset_costs_no_digits():

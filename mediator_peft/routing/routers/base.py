@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,8 @@ class Router(nn.Module, ABC):
         self.num_experts = num_experts
         self.num_features = num_features
         self.seed = seed
+        self.evidence: Any = None
+        """What held-out prompts said at the last fit (``calibration.Evidence``); not saved."""
 
     @property
     def is_fitted(self) -> bool:

@@ -18,8 +18,8 @@ class GaussianRouter(Router):
     .. math:: s_k(z) = \mu_k^\top \Sigma^{-1} z - \tfrac12 \mu_k^\top \Sigma^{-1} \mu_k
 
     ``weight`` and ``bias`` hold these linear scores and are trainable; what is behind the novelty is not. Ordinary
-    prompts are one Gaussian more, with a covariance that takes them in; it tells known from unknown, while the experts'
-    own covariance tells experts apart better.
+    prompts are one Gaussian more of the same covariance. That stays the experts' own: with the ordinary prompts' part
+    in it, known and unknown were told apart less well.
     """
 
     trainable = ("weight", "bias")
@@ -28,13 +28,12 @@ class GaussianRouter(Router):
     means: Tensor
     whitening: Tensor
     background_mean: Tensor
-    background_whitening: Tensor
     has_background: Tensor
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         k, h = self.num_experts, self.num_features
         shapes: dict[str, tuple[int, ...]] = {"weight": (k, h), "bias": (k,), "means": (k, h), "whitening": (h, h)}
-        return {**shapes, "background_mean": (h,), "background_whitening": (h, h), "has_background": (1,)}
+        return {**shapes, "background_mean": (h,), "has_background": (1,)}
 
     def fit(self, features: Tensor, labels: Tensor, background: Tensor | None = None) -> None:
         self.fit_batches([(features, labels)], background)
@@ -44,30 +43,19 @@ class GaussianRouter(Router):
         moments = Moments(self.num_experts, self.num_features)
         for features, labels in batches:
             moments.update(features, labels)
-        covariance = moments.pooled_covariance()
         num_samples = int(moments.counts.sum()) - self.num_experts
-        whitening = inverse_root(covariance, num_samples)
+        whitening = inverse_root(moments.pooled_covariance(), num_samples)
         weight, bias = linear_scores(moments.means, whitening)
         self._set("weight", weight)
         self._set("bias", bias)
         self._set("means", moments.means.float())
         self._set("whitening", whitening.float())
-        self._fit_background(background, covariance, num_samples)
-
-    def _fit_background(self, background: Tensor | None, covariance: Tensor, num_samples: int) -> None:
-        mean, root = torch.zeros(self.num_features), torch.zeros(self.num_features, self.num_features)
-        if background is not None:
-            ordinary = Moments(1, self.num_features)
-            ordinary.update(background, torch.zeros(len(background), dtype=torch.long))
-            total = self.num_experts * covariance + ordinary.pooled_covariance()
-            root = inverse_root(total / (self.num_experts + 1), num_samples + len(background) - 1)
-            mean = ordinary.means[0]
-        self._set("background_mean", mean.float())
-        self._set("background_whitening", root.float())
+        ordinary = torch.zeros(self.num_features) if background is None else background.double().mean(dim=0)
+        self._set("background_mean", ordinary.float())
         self._set("has_background", torch.tensor([float(background is not None)]))
 
     def add_class(self, features: Tensor) -> None:
-        # The covariances stay as they were: they are what the other experts' yardsticks were taken with.
+        # The covariance stays as it was: it is what the other experts' yardsticks were taken with.
         mean = features.double().mean(dim=0, keepdim=True).to(self.means.device)
         weight, bias = linear_scores(mean, self.whitening.double())
         self.num_experts += 1
@@ -86,21 +74,21 @@ class GaussianRouter(Router):
 
     def distance(self, features: Tensor) -> Tensor:
         """Logarithm of the squared Mahalanobis distance to the nearest expert's mean."""
-        return self._squared(features, self.means, self.whitening).amin(dim=1).clamp(min=1e-12).log()
+        return self._squared(features, self.means).amin(dim=1).clamp(min=1e-12).log()
 
     def novelty(self, features: Tensor) -> Tensor:
         if not self.has_background:
             return self.distance(features)
         nearest = self.scores(features).argmax(dim=1, keepdim=True)
         centres = torch.cat([self.means, self.background_mean.unsqueeze(0)])
-        squared = self._squared(features, centres, self.background_whitening)
+        squared = self._squared(features, centres)
         # Half the difference of two squared distances is the log-odds of two Gaussians of one covariance.
         return 0.5 * (squared.gather(1, nearest).squeeze(1) - squared[:, -1])
 
-    def _squared(self, features: Tensor, centres: Tensor, whitening: Tensor) -> Tensor:
+    def _squared(self, features: Tensor, centres: Tensor) -> Tensor:
         # Centred before whitening: the common offset of hidden states is large and would cost digits.
         offset = self.means[0]
-        return squared_mahalanobis((features.float() - offset) @ whitening, (centres - offset) @ whitening)
+        return squared_mahalanobis((features.float() - offset) @ self.whitening, (centres - offset) @ self.whitening)
 
 
 def linear_scores(means: Tensor, whitening: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,236 @@
+"""Tables of docs/routing.md: gate variants, depth, few texts, routers, baselines, and many experts.
+
+    python tests/benchmarks/bench_routing.py OUT FEATURES     # OUT: a model built from the demo's experts
+    python tests/benchmarks/bench_routing.py --experts        # 2 to 100 experts on a tiny model, no download
+
+FEATURES is a file; it is made by the first run (about ten minutes on one core) and read by later ones.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from mediator_peft.demo.hard_prompts import TASKS, calibration_prompts, hard_sets
+from mediator_peft.routing.background import BACKGROUND_PROMPTS
+from mediator_peft.routing.calibration import calibrate
+from mediator_peft.routing.gate import GateSettings, gate
+from mediator_peft.routing.metrics import auroc, false_positive_rate
+from mediator_peft.routing.routers import ROUTERS
+
+LAYERS = [0, 1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 25, 29]
+KINDS = ("seen", "unseen", "shifted", "near", "far")
+KNOWN = KINDS[:3]
+SETTINGS = GateSettings(ood_alpha=0.01, top_p=0.9, fallback_column=True)
+
+
+def make_features(out, path):
+    """Mean hidden states after each of ``LAYERS`` blocks of all prompts' last user turns."""
+    from mediator_peft import load_mediator
+    from mediator_peft.tuner.fitting import padded
+    from mediator_peft.tuner.turns import turn_markers, user_turns
+
+    model, tokenizer = load_mediator(out, dtype=torch.float32)
+    backbone = model.unload()
+    markers = turn_markers(tokenizer)
+
+    def render(messages):
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+
+    @torch.no_grad()
+    def features(texts):
+        rows = []
+        for ids in tokenizer(texts)["input_ids"]:
+            start, stop = user_turns(ids, markers)[-1]
+            rows.append(ids[start:stop])
+        found = torch.zeros(len(rows), len(LAYERS), backbone.config.hidden_size)
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+        for begin in range(0, len(order), 16):
+            some = order[begin : begin + 16]
+            ids, mask = padded([rows[row] for row in some])
+            states = backbone.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+            for place, layer in enumerate(LAYERS):
+                found[some, place] = (states[layer] * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        return found
+
+    folder = path.parent / "material"
+    prompts = calibration_prompts(200, 1, folder)
+    texts = [render(prompt.messages) for prompt in prompts]
+    data = {
+        "x": features(texts),
+        "texts": texts,
+        "labels": torch.tensor([TASKS.index(prompt.experts[0]) for prompt in prompts]),
+        "background": features([render([{"role": "user", "content": text}]) for text in BACKGROUND_PROMPTS]),
+        "sets": {},
+    }
+    for name, (kind, some) in hard_sets(100, 2, folder).items():
+        if "multi-turn" in name:  # routed on its last turn, it is the same prompt
+            continue
+        experts = [TASKS.index(prompt.experts[0]) if prompt.experts else -1 for prompt in some]
+        found = features([render(prompt.messages) for prompt in some])
+        data["sets"][name] = {"kind": kind, "x": found, "labels": torch.tensor(experts)}
+        print(name, flush=True)
+    torch.save(data, path)
+
+
+def fitted(data, layer=3, name="gaussian", per_expert=100, with_background=True):
+    place = LAYERS.index(layer)
+    rows = torch.cat([(data["labels"] == label).nonzero().flatten()[:per_expert] for label in range(3)])
+    x, labels = data["x"][rows, place], data["labels"][rows]
+    background = data["background"][:, place] if with_background else None
+    router = ROUTERS[name](3, x.shape[1])
+    texts = [data["texts"][row] for row in rows.tolist()]
+    report = calibrate(
+        lambda: ROUTERS[name](3, x.shape[1]), router, x, labels, texts, TASKS, 0, SETTINGS.ood_alpha, background
+    )
+    return router, report
+
+
+@torch.no_grad()
+def judged(data, router, layer=3):
+    """Set → labels, route, novelty, and whether the best-scored expert is the right one."""
+    found = {}
+    for name, one in data["sets"].items():
+        x = one["x"][:, LAYERS.index(layer)]
+        scores, novelty = router.calibrated(x), router.novelty(x)
+        route = gate(scores, novelty, router.distance(x), router.known, SETTINGS)
+        right = (scores.argmax(dim=1) == one["labels"]).float()
+        sent = (route.expert_weights.argmax(dim=1) == one["labels"]).float()
+        found[name] = {"kind": one["kind"], "right": right, "sent": sent, "route": route, "novelty": novelty}
+    return found
+
+
+def pooled(found, kind, value):
+    return torch.cat([value(one) for one in found.values() if one["kind"] == kind])
+
+
+def summary(data, router, layer=3):
+    """Right expert, sent there, and weight of the base by kind; AUROC and FPR of the novelty."""
+    found = judged(data, router, layer)
+    row = [pooled(found, kind, lambda one: one["right"]).mean() for kind in KNOWN]
+    row += [pooled(found, kind, lambda one: one["sent"]).mean() for kind in KNOWN]
+    row += [pooled(found, kind, lambda one: one["route"].expert_weights[:, -1]).mean() for kind in KINDS[3:]]
+    novelty = {kind: pooled(found, kind, lambda one: one["novelty"]) for kind in KINDS}
+    row += [auroc(novelty[kind], novelty["far"]) for kind in KNOWN]
+    row += [false_positive_rate(torch.cat([novelty["seen"], novelty["unseen"]]), novelty["far"])]
+    row += [pooled(found, "seen", lambda one: one["route"].is_ood.float()).mean()]
+    return [f"{100 * float(value):.1f}" for value in row]
+
+
+HEADER = [
+    "right: seen", "unseen", "shifted", "sent: seen", "unseen", "shifted", "base: near", "far",
+    "AUROC seen", "unseen", "shifted", "FPR95", "flagged: seen",
+]  # fmt: skip
+
+
+def print_table(first, header, rows):
+    print(f"\n| {first} | " + " | ".join(header) + " |\n|" + "---|" * (len(header) + 1))
+    for name, row in rows:
+        print(f"| {name} | " + " | ".join(row) + " |", flush=True)
+
+
+def tables(data):
+    routers = [(name, {"name": name}) for name in ROUTERS]
+    variants = [(f"{name}, no background", {"name": name, "with_background": False}) for name in ROUTERS]
+    rows = [(label, summary(data, fitted(data, **options)[0])) for label, options in routers + variants]
+    print_table("router", HEADER, rows)
+    rows = [(f"{layer}", summary(data, fitted(data, layer)[0], layer)) for layer in LAYERS]
+    print_table("blocks", HEADER, rows)
+    rows = [(f"{count}", summary(data, fitted(data, per_expert=count)[0])) for count in (5, 10, 20, 45, 100, 200)]
+    print_table("texts per expert", HEADER, rows)
+    router, report = fitted(data)
+    print({key: value for key, value in report._asdict().items() if key in ("ece", "brier", "temperature")})
+    rows = []
+    for name, one in judged(data, router).items():
+        known = one["kind"] in KNOWN
+        values = [float(one["right"].mean()) if known else None, float(one["sent"].mean()) if known else None]
+        values += [float(one["route"].expert_weights[:, -1].mean()), float(one["route"].is_ood.float().mean())]
+        rows.append((f"{name} ({one['kind']})", ["" if value is None else f"{100 * value:.0f}" for value in values]))
+    print_table("set", ["right", "sent", "base", "flagged"], rows)
+    print_table("baseline", ["right: seen", "unseen", "shifted", "base: near", "far"], baselines(data))
+
+
+@torch.no_grad()
+def baselines(data, layer=3):
+    """Weight that each way gives to the right expert on known tasks, and to the base on unknown ones."""
+    router, prototype = fitted(data, layer)[0], fitted(data, layer, "prototype")[0]
+    ways = {
+        "Mediator gate": lambda x, labels: (
+            gate(router.calibrated(x), router.novelty(x), router.distance(x), router.known, SETTINGS).expert_weights
+        ),
+        "softmax top-1": lambda x, labels: one_hot(router.scores(x).argmax(dim=1)),
+        "soft mixture (as Twin-Merging)": lambda x, labels: F.pad(router.calibrated(x).softmax(dim=1), (0, 1)),
+        "nearest prototype": lambda x, labels: one_hot(prototype.scores(x).argmax(dim=1)),
+        "uniform": lambda x, labels: F.pad(torch.full((len(x), 3), 1 / 3), (0, 1)),
+        "oracle": lambda x, labels: one_hot(torch.where(labels < 0, 3, labels)),
+    }
+    for name, way in ways.items():
+        row = []
+        for kind in KINDS:
+            shares = []
+            for one in data["sets"].values():
+                if one["kind"] == kind:
+                    weights = way(one["x"][:, LAYERS.index(layer)], one["labels"])
+                    shares.append(weights.gather(1, torch.where(one["labels"] < 0, 3, one["labels"]).unsqueeze(1)))
+            row.append(f"{100 * float(torch.cat(shares).mean()):.1f}")
+        yield name, row
+
+
+def one_hot(column):
+    return F.one_hot(column, 4).float()
+
+
+def many_experts():
+    """2 to 100 experts on a tiny random model: each a topic of twelve words, forty texts to fit, twenty to test."""
+    from random import Random
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tiny import tiny_model
+
+    from mediator_peft.structure import find_blocks
+
+    model = tiny_model()
+    rng, rows = Random(0), []
+
+    @torch.no_grad()
+    def features(words, count):
+        ids = torch.tensor([[rng.choice(words) for _ in range(24)] for _ in range(count)])
+        return model.model(input_ids=ids, output_hidden_states=True).hidden_states[1].mean(dim=1)
+
+    assert len(find_blocks(model)) == 3
+    for count in (2, 5, 10, 20, 50, 100):
+        topics = [rng.sample(range(5, 96), 12) for _ in range(count)]
+        x, test = (torch.cat([features(words, size) for words in topics]) for size in (40, 20))
+        labels = torch.arange(count).repeat_interleave(40)
+        keys = [str(number) for number in range(len(labels))]
+        row = []
+        for name in ROUTERS:
+            started = time.perf_counter()
+            router = ROUTERS[name](count, 32)
+            names = [str(number) for number in range(count)]
+            calibrate(lambda: ROUTERS[name](count, 32), router, x, labels, keys, names, 0, 0.01)  # noqa: B023
+            seconds = time.perf_counter() - started
+            with torch.no_grad():
+                right = (router.scores(test).argmax(dim=1) == torch.arange(count).repeat_interleave(20)).float().mean()
+            size = sum(value.numel() * 4 for value in router.state_dict().values())
+            row += [f"{100 * right:.1f}", f"{seconds:.2f}", f"{size / 1024:.0f}"]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        rows.append((str(count), [*row, f"{peak:.0f}"]))
+    header = [f"{name}: {what}" for name in ROUTERS for what in ("right %", "fit s", "KiB")]
+    print_table("experts", [*header, "peak MiB of the process"], rows)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1:] == ["--experts"]:
+        many_experts()
+    else:
+        out, path = Path(sys.argv[1]), Path(sys.argv[2])
+        if not path.is_file():
+            make_features(out, path)
+        tables(torch.load(path))
