@@ -38,7 +38,7 @@ class DemoSettings:
 
 
 FULL = DemoSettings(
-    recipes={"maths": ExpertRecipe(100), "cron": ExpertRecipe(150), "spelling": ExpertRecipe(90, batch_size=16)},
+    recipes={"maths": ExpertRecipe(100), "cron": ExpertRecipe(150), "spelling": ExpertRecipe(90)},
     num_test={"maths": 100, "cron": 200, "spelling": 200, "capitals": 100, "opposites": 100},
     num_elsewhere=50,
     num_calibration=100,
