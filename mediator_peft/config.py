@@ -11,6 +11,7 @@ from typing import Any
 
 from peft import PeftConfig
 
+from .bank.scales import SIGN_SCALES
 from .bank.values import VALUES
 from .errors import AdapterError, ConfigError
 from .methods.conflict import CONFLICT_SCORES
@@ -72,6 +73,10 @@ class MediatorConfig(PeftConfig):
     values: str = "sign"
     """A key of ``VALUES``: how kept entries are stored. ``"sign"`` is one bit each and one scale a row; ``"float"`` is
     exact at density 1."""
+
+    sign_scale: str = "projection"
+    """A key of ``SIGN_SCALES``: how large the signs are. ``"projection"`` keeps the delta's full effect, ``"norm"`` the
+    norm of each row, ``"mean"`` the mean of what is kept."""
 
     router: str = "gaussian"
     """A key of ``ROUTERS``."""
@@ -145,6 +150,7 @@ class MediatorConfig(PeftConfig):
             ("conflict_score", CONFLICT_SCORES, "conflict score"),
             ("sparsifier", SPARSIFIERS, "sparsifier"),
             ("values", VALUES, "values"),
+            ("sign_scale", SIGN_SCALES, "sign_scale"),
             ("router", ROUTERS, "router"),
             ("fallback", FALLBACKS, "fallback"),
             ("route_on", ROUTE_ON, "route_on"),

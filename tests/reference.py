@@ -32,7 +32,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def thin_out(delta: Tensor, density: float, values: str) -> Tensor:
+def thin_out(delta: Tensor, density: float, values: str, sign_scale: str = "projection") -> Tensor:
     """Largest entries by sorting; then either as they are, or as their signs with one scale a row."""
     order = delta.abs().flatten().argsort(descending=True, stable=True)[: round(density * delta.numel())]
     mask = torch.zeros(delta.numel())
@@ -44,8 +44,15 @@ def thin_out(delta: Tensor, density: float, values: str) -> Tensor:
     for row, kept in zip(delta, mask, strict=True):
         count = int(kept.sum())
         scale = float(row.norm()) / count**0.5 if count else 0.0
+        if sign_scale == "mean":
+            scale = float(row[kept.bool()].abs().mean()) if count else 0.0
         rows.append(row.sign() * kept * scale)
-    return torch.stack(rows)
+    signs = torch.stack(rows)
+    if sign_scale == "projection" and signs.any():
+        # What points along the delta shall be as long as the delta.
+        unit = delta / delta.norm()
+        signs *= delta.norm() / (signs * unit).sum()
+    return signs
 
 
 def mixed_model(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .packing import pack_bits, unpack_bits
-from .values import VALUES, Parts
+from .values import EXACT, VALUES, Parts, Precision
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,18 @@ class SparseDelta:
 
     @classmethod
     def from_dense(
-        cls, delta: Tensor, kept: Tensor, coding: str, storage: torch.dtype | None = None, bias: Tensor | None = None
+        cls, delta: Tensor, kept: Tensor, coding: str, precision: Precision = EXACT, bias: Tensor | None = None
     ) -> SparseDelta:
         """Pack a delta.
 
         Args:
-            delta: (O, I) float32, before thinning.
+            delta: (O, I) float32, before thinning, in main memory.
             kept: (O, I) bool, where entries are kept.
             coding: a key of ``VALUES``.
-            storage: dtype of values that are stored as numbers; None keeps float32.
+            precision: how finely the coding stores; by default, values in float32.
             bias: (O,) float32 or None.
         """
-        parts = VALUES[coding].encode(delta, kept, storage)
+        parts = VALUES[coding].encode(delta, kept, precision)
         return cls((delta.shape[0], delta.shape[1]), coding, pack_bits(kept), parts, bias)
 
     @property

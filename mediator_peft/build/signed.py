@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..bank.scales import SIGN_SCALES, RowSums
 from ..bank.sparse_delta import SparseDelta
 from ..methods.sparsifying.selection import (
     Bitmap,
@@ -92,12 +93,12 @@ class SignedSelection:
         self.settled = settled
         return True
 
-    def encode(self, bias: Tensor | None) -> tuple[SparseDelta, Errors]:
-        """Signs of the kept entries and one scale a row that keeps the row's norm."""
+    def encode(self, bias: Tensor | None, sign_scale: str) -> tuple[SparseDelta, Errors]:
+        """Signs of the kept entries, and one scale a row by a key of ``SIGN_SCALES``."""
         kept = self.settled.kept
         num_kept = np.bitwise_count(kept).sum(axis=1, dtype=np.int64)
-        scales = np.sqrt(self._square / np.maximum(num_kept, 1)) * (num_kept > 0)
         sums = self._above_sum + self.settled.extra_sum
+        scales = SIGN_SCALES[sign_scale](RowSums(self._square, sums, num_kept))
         squares = self._above_square + self.settled.extra_square
         errors = Errors(
             norm=float(self._square.sum()),

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..bank.sparse_delta import SparseDelta
+from ..bank.values import Precision
 from ..config import FALLBACK_EXPERT, MediatorConfig
 from ..errors import CheckpointError
 from ..methods.conflict import CONFLICT_SCORES
@@ -137,9 +138,8 @@ class TensorWork:
         generator = torch.Generator().manual_seed(seed)
         assert task.density is not None
         kept = SPARSIFIERS[self.config.sparsifier](delta, task.density, generator) != 0
-        # Values kept as numbers are stored in float32 at density 1, so that nothing is lost there.
-        storage = None if task.density == 1.0 else self.dtype
-        packed = SparseDelta.from_dense(delta, kept, self.config.values, storage, bias)
+        precision = precision_of(self.config, task.density, self.dtype)
+        packed = SparseDelta.from_dense(delta, kept, self.config.values, precision, bias)
         return packed, errors_of(delta, packed)
 
     def check_finite(self, name: str, tile: Tile) -> None:
@@ -257,7 +257,7 @@ class _OnePass:
 
     def signs(self, number: int, bias: Tensor | None) -> tuple[SparseDelta, Errors]:
         """One column's delta, coded as signs and scales; the twin of ``VALUES["sign"].encode``."""
-        return self.deltas[number].encode(bias)
+        return self.deltas[number].encode(bias, self.work.config.sign_scale)
 
 
 Parts = Callable[[Tile], "tuple[Tensor, Tensor | None]"]
@@ -273,6 +273,11 @@ def _parts_of(expert: int, number: int | None) -> Parts:
 def is_one_pass(config: MediatorConfig) -> bool:
     """Whether the deltas can be made in the pass over the tiles; otherwise each is made as a whole matrix."""
     return config.sparsifier == "magnitude" and config.values == "sign"
+
+
+def precision_of(config: MediatorConfig, density: float, dtype: torch.dtype) -> Precision:
+    """How finely deltas are stored: numbers in float32 at density 1, so that nothing is lost there."""
+    return Precision(None if density == 1.0 else dtype, config.sign_scale)
 
 
 def deltas_needed(config: MediatorConfig) -> Sequence[str]:

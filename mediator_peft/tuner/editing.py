@@ -17,6 +17,7 @@ from ..bank.packing import count_bits
 from ..bank.sparse_delta import SparseDelta
 from ..build.checkpoints import Checkpoint, ModelCheckpoint, open_checkpoints
 from ..build.compatibility import check_job, coarsest
+from ..build.tensor_work import precision_of
 from ..config import FALLBACK_EXPERT, MediatorConfig, expert_name_faults
 from ..errors import CheckpointError, ConfigError, RoutingError, UnsupportedError
 from ..methods.sparsifying import SPARSIFIERS
@@ -159,7 +160,7 @@ def _delta(
     generator = torch.Generator().manual_seed(crc32(f"{config.seed}/{layer_name}.weight/{name}".encode()))
     density = _density(layer, config)
     kept = SPARSIFIERS[config.sparsifier](delta, density, generator) != 0
-    packed = SparseDelta.from_dense(delta, kept, config.values, None if density == 1.0 else dtype, bias)
+    packed = SparseDelta.from_dense(delta, kept, config.values, precision_of(config, density, dtype), bias)
     device = base.weight.device
     parts = {part: tensor.to(device) for part, tensor in packed.parts.items()}
     return SparseDelta(

@@ -1,0 +1,67 @@
+"""Codings of kept entries against the formula, row by row."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mediator_peft.bank.scales import SIGN_SCALES, RowSums
+from mediator_peft.bank.sparse_delta import SparseDelta
+from mediator_peft.bank.values import Precision
+from mediator_peft.build.signed import SignedSelection
+from mediator_peft.build.tiles import Workspace
+from mediator_peft.methods.sparsifying.magnitude import largest_mask
+from tests.reference import thin_out
+
+SHAPES = [(1, 1), (7, 5), (33, 64), (40, 17)]
+
+
+def deltas(shape):
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0]))
+    uneven = noise * torch.logspace(-3, 1, shape[0])[:, None]
+    return {"noise": noise, "uneven": uneven, "ties": (uneven * 8).round() / 8, "none": torch.zeros(shape)}
+
+
+def by_the_build(delta, density, sign_scale):
+    """As the build makes it: from tiles, by selection."""
+    selection = SignedSelection(tuple(delta.shape), density, delta)
+    selection.restart(selection.bracket(1.0))
+    space = Workspace()
+    for start in range(0, len(delta), 4):
+        rows = delta[start : start + 4].contiguous()
+        selection.add(start, rows, torch.zeros_like(rows), space)
+    assert selection.settle()
+    return selection.encode(None, sign_scale)[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("density", [0.1, 0.2, 1.0])
+@pytest.mark.parametrize("sign_scale", sorted(SIGN_SCALES))
+def test_signs_are_the_formula_however_they_are_made(shape, density, sign_scale):
+    for name, delta in deltas(shape).items():
+        expected = thin_out(delta, density, "sign", sign_scale)
+        kept = largest_mask(delta, density)
+        plain = SparseDelta.from_dense(delta, kept, "sign", Precision(sign_scale=sign_scale))
+        torch.testing.assert_close(plain.dense(), expected, rtol=1e-5, atol=1e-9, msg=name)
+        if density < 1 and name != "none":
+            torch.testing.assert_close(
+                by_the_build(delta, density, sign_scale).dense(), expected, rtol=1e-5, atol=1e-9, msg=name
+            )
+
+
+def test_projection_scales_give_back_the_delta_along_itself():
+    delta = deltas((33, 64))["uneven"]
+    kept = largest_mask(delta, 0.2)
+    packed = SparseDelta.from_dense(delta, kept, "sign", Precision(sign_scale="projection")).dense()
+    assert float((packed * delta).sum()) == pytest.approx(float((delta * delta).sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("sign_scale", sorted(SIGN_SCALES))
+def test_rows_of_which_nothing_is_kept_get_no_scale(sign_scale):
+    rows = RowSums(np.array([4.0, 1.0, 0.0]), np.array([2.0, 0.0, 0.0]), np.array([1, 0, 0]))
+    scales = SIGN_SCALES[sign_scale](rows)
+    assert np.isfinite(scales).all()
+    assert scales[0] > 0
+    assert not scales[1:].any()
+    assert not SIGN_SCALES[sign_scale](RowSums(*(np.zeros(3), np.zeros(3), np.zeros(3, int)))).any()
