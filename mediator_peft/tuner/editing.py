@@ -24,11 +24,11 @@ from ..methods.sparsifying import SPARSIFIERS
 from ..routing.calibration import NUM_FOLDS
 from ..routing.data import Columns, hash_folds
 from ..routing.routers import Router
-from .execution import is_plain
 from .fitting import read_texts, settle, text_features
 from .folding import plain_weight
 from .layer import MediatorLayer
 from .persistence import backbone_state
+from .quantized import is_plain
 
 if TYPE_CHECKING:
     from .model import MediatorModel

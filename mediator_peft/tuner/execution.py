@@ -10,7 +10,8 @@ from ..bank import kernels
 from ..bank.layer_bank import LayerBank
 from ..errors import ConfigError, UnsupportedError
 from .differentiable import mixed_output
-from .folding import Fold, mixed_bias, mixed_weight, plain_weight
+from .folding import Fold, mixed_bias, mixed_weight
+from .quantized import is_plain, quantization_of, readable_weight
 from .weights import LayerRoute
 
 EXECUTIONS = ("fold", "sparse", "densify")
@@ -30,21 +31,19 @@ def check_execution(execution: str | None) -> str | None:
     return execution
 
 
-def is_plain(base_layer: nn.Linear) -> bool:
-    """Whether the weight is an ordinary matrix that can be read and written."""
-    weight = base_layer.weight
-    return weight.is_floating_point() and weight.ndim == 2 and weight.dtype.itemsize >= 2
-
-
 def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear) -> str:
     """Which way to go for one forward pass of one layer."""
-    if route.is_differentiable or not is_plain(base_layer):
+    if route.is_differentiable:
         return "sparse"
     uniform = len(route.groups) == 1
-    if uniform and route.may_fold and route.execution in (None, "fold"):
+    # Codes cannot take a delta: rounding the sum again would lose it.
+    if uniform and is_plain(base_layer) and route.may_fold and route.execution in (None, "fold"):
         return "fold"
     if route.execution in ("sparse", "densify"):
         return route.execution
+    if quantization_of(base_layer) == "int8":
+        # Its product rounds the inputs; with its numbers alone, an answer would depend on how long the batch is.
+        return "sparse"
     # A dense product costs the same for one token as for a few; building its weight is what must pay off.
     tokens_a_group = x.numel() // x.shape[-1] / len(route.groups)
     compiled = x.device.type == "cpu" and kernels.has_compiled()
@@ -95,7 +94,7 @@ def _split_rows(x: Tensor, batch_size: int) -> Tensor:
 
 def _densify(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute) -> Tensor:
     """Each group's weight in a scratch matrix, and one dense product."""
-    weight, bias = plain_weight(base_layer), base_layer.bias
+    weight, bias = readable_weight(base_layer).to(x.dtype), base_layer.bias
     result: Tensor | None = None
     for rows, mix in route.groups:
         inputs = x if rows is None else x[rows.to(x.device)]

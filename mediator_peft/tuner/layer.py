@@ -14,6 +14,7 @@ from ..bank.layer_bank import LayerBank
 from ..errors import UnsupportedError
 from . import execution
 from .folding import Fold, mixed_bias, mixed_delta, plain_weight
+from .quantized import is_plain
 from .requests import RouteBoard
 
 
@@ -97,7 +98,7 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         """
         bank = self._active_bank()
         base = self.base_layer
-        if not execution.is_plain(base):
+        if not is_plain(base):
             raise UnsupportedError(
                 "a quantised weight cannot take a mix: rounding it again would lose the delta. Load the backbone "
                 "unquantised to merge."

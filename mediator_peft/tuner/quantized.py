@@ -1,0 +1,88 @@
+"""Layers of bitsandbytes under a delta: which kind they are, what their weight stands for, how one is filled."""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any
+
+import torch
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+from .folding import plain_weight
+
+
+def is_plain(base_layer: nn.Module) -> bool:
+    """Whether the weight is an ordinary matrix that can be read and written."""
+    weight: Any = base_layer.weight
+    return weight.is_floating_point() and weight.ndim == 2 and weight.dtype.itemsize >= 2
+
+
+def quantization_of(base_layer: nn.Module) -> str | None:
+    """``"nf4"``, ``"fp4"`` or ``"int8"``; None for a plain weight, ``"other"`` for what we do not know."""
+    if is_plain(base_layer):
+        return None
+    weight: Any = base_layer.weight
+    kind = type(weight).__name__
+    if kind == "Params4bit":
+        return weight.quant_type
+    return "int8" if kind == "Int8Params" else "other"
+
+
+def readable_weight(base_layer: nn.Module) -> Tensor:
+    """The weight (O, I) as numbers: the weight itself, or what its codes stand for, in a new tensor.
+
+    bitsandbytes' 8-bit layers also round the inputs of a product; a product with this weight does not.
+    """
+    if is_plain(base_layer):
+        return plain_weight(base_layer)  # type: ignore[arg-type]
+    weight: Any = base_layer.weight
+    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+        return _unpacked_for_cpu(weight)
+    return dequantize_module_weight(base_layer).detach()
+
+
+def _unpacked_for_cpu(weight: Any) -> Tensor:
+    """As bitsandbytes dequantises, of codes that it has laid out anew for its CPU kernels (at the first inference)."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn.modules import _convert_weight_packed_for_cpu_inverse
+
+    state = copy(weight.quant_state)
+    # Its scales are rounded to bfloat16 for good, and plain; quantising them again would only add to that.
+    state.original_nested = False
+    codes, state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+    state.absmax = state.absmax.T.float().reshape(-1)
+    state.dtype = torch.float32
+    return dequantize_4bit(codes, state)
+
+
+def fill_quantized(base_layer: nn.Module, weight: Tensor) -> None:
+    """Quantise a full-precision weight (O, I) into a layer, in the layer's own manner and on its device.
+
+    Its compute dtype and outlier threshold stay.
+    """
+    import bitsandbytes as bnb
+
+    base: Any = base_layer
+    old: Any = base.weight
+    if isinstance(old, bnb.nn.Params4bit):
+        state = old.quant_state
+        # Through the storage dtype of the codes' state: what a checkpoint of that dtype gives.
+        fresh: Any = bnb.nn.Params4bit(
+            weight.to(getattr(state, "original_dtype", state.dtype)).cpu().contiguous(),
+            requires_grad=False,
+            blocksize=state.blocksize,
+            compress_statistics=getattr(state, "original_nested", state.nested),
+            quant_type=state.quant_type,
+            quant_storage=old.quant_storage,
+            module=base,
+        )
+        base.weight = fresh.to(old.device)
+        base.quant_state = base.weight.quant_state
+    else:
+        fresh = bnb.nn.Int8Params(
+            weight.to(torch.float16).cpu().contiguous(), requires_grad=False, has_fp16_weights=False
+        )
+        base.weight = fresh.to(old.device)
+        base.state.CB = base.weight.CB
+        base.state.SCB = base.weight.SCB

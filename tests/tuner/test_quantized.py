@@ -1,0 +1,183 @@
+"""Deltas on backbones of bitsandbytes: the codes' own numbers plus the deltas, and never a code rewritten."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import load, thin_out
+from tiny import ARCHITECTURES, random_prompts, write_tiny_checkpoints
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from mediator_peft import MediatorConfig, build_mediator, get_mediator_model, load_mediator
+from mediator_peft.errors import BackboneMismatchError, CheckpointError, UnsupportedError
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+FOUR_BIT = dict(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+KINDS = {
+    "nf4": dict(**FOUR_BIT, bnb_4bit_quant_type="nf4"),
+    "nf4, its scales in 8 bits": dict(**FOUR_BIT, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+    "fp4": dict(**FOUR_BIT, bnb_4bit_quant_type="fp4"),
+    "int8": dict(load_in_8bit=True),
+}
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
+]
+DENSITY = 0.3
+MIXES = [{"math": 1.0}, {"math": 0.3, "code": 0.6}, {"code": 0.5, "base": 0.5}, {}]
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    # bitsandbytes' CPU kernels take shapes of whole blocks only.
+    for name, size in (("hidden_size", 64), ("intermediate_size", 128), ("head_dim", 16), ("num_key_value_heads", 4)):
+        monkeypatch.setattr(ARCHITECTURES["llama"], name, size)
+    paths = write_tiny_checkpoints(tmp_path / "checkpoints")
+    experts = {name: path for name, path in paths.items() if name != "base"}
+    build_mediator(paths["base"], experts, tmp_path / "out", MediatorConfig(density=DENSITY))
+    return {**paths, "out": tmp_path / "out"}
+
+
+def quantized(folder, kind, device="cpu", in_bfloat16=False):
+    """``in_bfloat16``: let bitsandbytes use the kernels that some CPUs have, whose sums are rounded to bfloat16."""
+    settings = BitsAndBytesConfig(**KINDS[kind])
+    model, _ = load_mediator(folder, quantization_config=settings, dtype=torch.float32, device_map=device)
+    return model if in_bfloat16 else in_float32(model)
+
+
+def in_float32(model):
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def numbers_of(weight, kind):
+    """What the codes of a weight stand for, computed with nothing but bitsandbytes' functions."""
+    functional = bitsandbytes.functional
+    if kind == "int8":
+        codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
+        return codes.float() * scales[:, None] / 127
+    nested = KINDS[kind].get("bnb_4bit_use_double_quant", False)
+    codes, state = functional.quantize_4bit(
+        weight, quant_type=KINDS[kind]["bnb_4bit_quant_type"], compress_statistics=nested
+    )
+    return functional.dequantize_4bit(codes, state).float()
+
+
+def dense_model(folders, kind, mix):
+    """A plain model with ``Q(D) + sum_k w_k S_k`` in its weights."""
+    model = load(folders["out"])
+    state = model.state_dict()
+    experts = {name: load(folders[name]).state_dict() for name in mix}
+    for name, backbone in load(folders["out"]).state_dict().items():
+        if name.endswith("proj.weight"):
+            total = numbers_of(backbone, kind)
+            for expert, weight in mix.items():
+                total = total + weight * thin_out(experts[expert][name] - backbone, DENSITY, "sign")
+            state[name].copy_(total)
+    return model
+
+
+@pytest.mark.parametrize("in_bfloat16", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("execution", [None, "sparse", "densify"])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_each_row_is_the_codes_numbers_plus_its_deltas(folders, kind, execution, device, in_bfloat16):
+    model = quantized(folders["out"], kind, device, in_bfloat16)
+    model.set_execution(execution)
+    prompts = random_prompts(len(MIXES)).to(device)
+    logits = model(input_ids=prompts, expert_weights=MIXES).logits
+    with model.disable_adapter():
+        backbone = model(input_ids=prompts).logits
+    assert (logits[:-1] - backbone[:-1]).abs().amax(dim=(1, 2)).min() > 1e-2, "the adapter changes nothing"
+    for row, mix in enumerate(MIXES):
+        expected = dense_model(folders, kind, mix)(input_ids=prompts[row : row + 1].cpu()).logits[0]
+        # 8-bit layers round their inputs, too.
+        tolerance = 0.15 if kind == "int8" or in_bfloat16 else 2e-3
+        torch.testing.assert_close(logits[row].cpu(), expected, rtol=tolerance, atol=tolerance)
+    plain = AutoModelForCausalLM.from_pretrained(
+        folders["out"], quantization_config=BitsAndBytesConfig(**KINDS[kind]), dtype=torch.float32, device_map=device
+    )
+    plain = plain if in_bfloat16 else in_float32(plain)
+    assert torch.equal(plain(input_ids=prompts).logits, backbone)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_tokens_and_few_agree(folders, kind):
+    model = quantized(folders["out"], kind)
+    prompts = random_prompts(2, 40)
+    with torch.no_grad():
+        chosen = model(input_ids=prompts, expert_weights=["math", "code"]).logits
+        model.set_execution("sparse")
+        sparse = model(input_ids=prompts, expert_weights=["math", "code"]).logits
+    torch.testing.assert_close(chosen, sparse, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_save_load_route_and_generate(folders, tmp_path, topics, tokenizer, kind):
+    model = quantized(folders["out"], kind)
+    model.fit_router(topics, tokenizer)
+    inputs = tokenizer([topics["math"][0], topics["code"][0]], return_tensors="pt", padding=True)
+    route = model.route(**inputs)
+    assert route.expert_weights.argmax(dim=1).tolist() == [0, 1]
+    tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False, expert_weights=["math", "code"])
+    for row, expert in enumerate(["math", "code"]):
+        one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+        assert torch.equal(
+            model.generate(**one, max_new_tokens=6, do_sample=False, expert_weights=expert)[0], tokens[row]
+        )
+    model.save_pretrained(tmp_path / "adapter")
+    again = quantized(tmp_path / "adapter", kind)
+    ours, theirs = model.base_model.state_dict(), again.base_model.state_dict()
+    bank = [name for name in ours if "mediator_" in name]
+    assert bank
+    assert all(torch.equal(ours[name], theirs[name]) for name in bank)
+    routed = (each.generate(**inputs, max_new_tokens=6, do_sample=False) for each in (model, again))
+    assert torch.equal(*routed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_around_a_base_that_is_quantised_already(folders, kind):
+    settings = BitsAndBytesConfig(**KINDS[kind])
+    base = AutoModelForCausalLM.from_pretrained(folders["base"], quantization_config=settings, dtype=torch.float32)
+    experts = {name: str(folders[name]) for name in ("math", "code")}
+    wrapped = get_mediator_model(base, MediatorConfig(experts=experts, density=DENSITY)).eval()
+    loaded = quantized(folders["out"], kind)
+    prompts = random_prompts(len(MIXES))
+    ours, theirs = (in_float32(model)(input_ids=prompts, expert_weights=MIXES).logits for model in (wrapped, loaded))
+    assert torch.equal(ours, theirs)
+    with wrapped.disable_adapter(), loaded.disable_adapter():
+        assert torch.equal(wrapped(input_ids=prompts).logits, loaded(input_ids=prompts).logits)
+
+
+def test_what_cannot_be_done_is_refused(folders):
+    model = quantized(folders["out"], "nf4")
+    with pytest.raises(UnsupportedError, match="quantised weight cannot take a mix"):
+        model.merge_and_unload(expert_weights="math")
+    settings = BitsAndBytesConfig(**KINDS["nf4"])
+    other = AutoModelForCausalLM.from_pretrained(folders["base"], quantization_config=settings, dtype=torch.float32)
+    from peft import PeftModel
+
+    with pytest.raises(BackboneMismatchError):
+        PeftModel.from_pretrained(other, str(folders["out"] / "mediator"))
+    other = AutoModelForCausalLM.from_pretrained(folders["base"], quantization_config=settings, dtype=torch.float32)
+    other.name_or_path = other.config._name_or_path = ""
+    experts = {name: str(folders[name]) for name in ("math", "code")}
+    with pytest.raises(CheckpointError, match="full-precision weights"):
+        get_mediator_model(other, MediatorConfig(experts=experts))
+
+
+def test_the_router_trains_on_a_quantised_backbone(folders):
+    model = quantized(folders["out"], "nf4")
+    model.train()
+    for parameter in model.base_model.mediator_router.parameters():
+        parameter.requires_grad_(True)
+    weights = torch.full((2, 3), 1 / 3, requires_grad=True)
+    prompts = random_prompts(2)
+    model(input_ids=prompts, labels=prompts, expert_weights=weights).loss.backward()
+    assert weights.grad is not None
+    assert weights.grad.abs().min() > 0
