@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..bank.sparse_delta import SparseDelta
-from ..config import FALLBACK_EXPERT, MediatorConfig
 from ..errors import CheckpointError
 from ..methods.conflict import CONFLICT_SCORES
 from ..methods.conflict.statistics import Statistics
 from ..methods.sparsifying import SPARSIFIERS
 from ..methods.sparsifying.selection import TINY, Bracket, row_squares, smallest_kept_of_tiles
+from ..settings import FALLBACK_EXPERT, MediatorSettings
 from .checkpoints import Checkpoint
 from .signed import WIDE_SLACK, Errors, SignedSelection, errors_of
 from .tiles import TensorTiles, Tile, Workspace
@@ -72,7 +72,7 @@ class TensorWork:
         self,
         base: Checkpoint,
         experts: Mapping[str, Checkpoint],
-        config: MediatorConfig,
+        config: MediatorSettings,
         dtype: torch.dtype,
         write: WriteRows,
     ) -> None:
@@ -270,12 +270,12 @@ def _parts_of(expert: int, number: int | None) -> Parts:
     return lambda tile: (tile.weights[number], tile.rounded)
 
 
-def is_one_pass(config: MediatorConfig) -> bool:
+def is_one_pass(config: MediatorSettings) -> bool:
     """Whether the deltas can be made in the pass over the tiles; otherwise each is made as a whole matrix."""
     return config.sparsifier == "magnitude" and config.values == "sign"
 
 
-def deltas_needed(config: MediatorConfig) -> Sequence[str]:
+def deltas_needed(config: MediatorSettings) -> Sequence[str]:
     """Columns that have a delta: the base has none where the backbone is the base."""
     if config.merge_method == "base":
         return [name for name in config.columns if name != FALLBACK_EXPERT]
