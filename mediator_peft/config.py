@@ -1,201 +1,33 @@
-"""The settings of a Mediator model, checked when made."""
+"""The settings as PEFT takes them."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
-from math import isfinite
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 
-from .bank.scales import SIGN_SCALES
-from .bank.values import VALUES
-from .errors import AdapterError, ConfigError
-from .methods.conflict import CONFLICT_SCORES
-from .methods.merging import MERGE_METHODS
-from .methods.sparsifying import SPARSIFIERS
-from .registration import peft_type
-from .routing.routers import ROUTERS
-from .tables import unknown_name
+from .registration import peft_type, register
+from .settings import FALLBACK_EXPERT, FORMAT_VERSION, MediatorSettings, check_saved, expert_name_faults
 
-FORMAT_VERSION = 1
-"""Version of the adapter's files. A newer one is refused, an older one is migrated."""
-
-FALLBACKS = ("base", "backbone")
-ROUTE_ON = ("last", "first", "all")
-FALLBACK_EXPERT = "base"
-"""Name of the expert-weight column that stands for the base model."""
-
-_EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\- ]{0,63}")
+__all__ = ["FALLBACK_EXPERT", "FORMAT_VERSION", "MediatorConfig", "expert_name_faults"]
 
 
 @dataclass(init=False)
-class MediatorConfig(PeftConfig):
-    """What to merge, how to thin out the deltas, and how to route.
+class MediatorConfig(MediatorSettings, PeftConfig):
+    """What to merge, how to thin out the deltas, and how to route: :class:`MediatorSettings` as a ``PeftConfig``.
 
     Raises:
         ConfigError: a field is unknown, out of range or contradicts another; all such faults are listed at once.
     """
 
-    experts: dict[str, str] = field(default_factory=dict)
-    """Expert name → folder (or hub id) of its checkpoint. The names become the columns of the expert weights, in this
-    order. Letters, digits, ``_``, ``-`` and spaces; ``base`` is taken by the fallback."""
-
-    merge_method: str = "average"
-    """A key of ``MERGE_METHODS``: how the experts become the dense backbone. ``"base"`` keeps the base as it is."""
-
-    conflict_score: str = "sign"
-    """A key of ``CONFLICT_SCORES``: what ranks the blocks. Larger means more conflict."""
-
-    conflict_density: float = 0.2
-    """Share of a task vector's largest entries that vote in the conflict score, in (0, 1]."""
-
-    conflict_threshold: float = 0.1
-    """With ``routed_layers="auto"``: a block is routed when its conflict score reaches this."""
-
-    routed_layers: str | float | list[int] = "auto"
-    """Which blocks get sparse experts: ``"auto"`` (by threshold), ``"all"``, a share of blocks in (0, 1] (those with
-    the most conflict), or a list of block numbers. The others use the backbone alone."""
-
-    target_modules: list[str] | str | None = None
-    """Names, or last parts of names, of the linear layers that get deltas, e.g. ``["q_proj", "mlp.down_proj"]``.
-    ``None`` takes every linear layer of a routed block."""
-
-    sparsifier: str = "magnitude"
-    """A key of ``SPARSIFIERS``: which entries of a delta are kept."""
-
-    density: float = 0.2
-    """Share of a delta's entries that is kept, in (0, 1]; 0.2 keeps one weight in five."""
-
-    values: str = "sign"
-    """A key of ``VALUES``: how kept entries are stored. ``"sign"`` is one bit each and one scale a row; ``"float"`` is
-    exact at density 1."""
-
-    sign_scale: str = "projection"
-    """A key of ``SIGN_SCALES``: how large the signs are. ``"projection"`` keeps the delta's full effect, ``"norm"`` the
-    norm of each row, ``"mean"`` the mean of what is kept."""
-
-    router: str = "gaussian"
-    """A key of ``ROUTERS``."""
-
-    router_layer: int | None = None
-    """The router reads the backbone's hidden state after this many blocks; 0 is the embedding. ``None`` takes a tenth
-    of the depth."""
-
-    route_on: str = "last"
-    """What of a chat decides its route, where its turns can be told apart: the ``"last"`` user turn (each turn is
-    routed anew), the ``"first"`` (one route a chat), or ``"all"`` tokens so far."""
-
-    ood_alpha: float = 0.01
-    """Share of known prompts that may be taken for unknown, in (0, 1)."""
-
-    top_p: float = 0.9
-    """The gate keeps the fewest experts whose probability reaches this, in (0, 1]; 1.0 keeps all."""
-
-    fallback: str = "base"
-    """Where an unknown prompt goes: ``"base"`` (one more sparse delta, back to the base) or ``"backbone"``."""
-
-    seed: int = 0
-    """Seeds whatever is drawn: random sparsifiers, the router's splits."""
-
-    format_version: int = FORMAT_VERSION
-    """Version of the saved files."""
-
-    expert_names: list[str] | None = None
-    """Columns of the expert weights. Written by the build."""
-
-    routed_modules: list[str] | None = None
-    """Full names of the layers that carry deltas. Written by the build."""
-
-    num_blocks: int | None = None
-    """How many repeated blocks the model has. Written by the build."""
-
-    turn_markers: list[list[int]] | None = None
-    """Token ids that open and close a user turn. Written when the router is fitted."""
-
-    backbone_fingerprint: dict[str, Any] | None = None
-    """Shapes and sampled values of the backbone the deltas belong to. Written by the build."""
-
-    provenance: dict[str, Any] | None = None
-    """Where base and experts came from. Written by the build."""
-
-    def __init__(self, **settings: Any) -> None:
-        known = {item.name: item for item in fields(type(self))}
-        unknown = [name for name in settings if name not in known]
-        if unknown:
-            raise ConfigError("\n".join(unknown_name(name, known, "field of MediatorConfig") for name in unknown))
-        for name, item in known.items():
-            if name in settings:
-                setattr(self, name, settings[name])
-            else:
-                setattr(self, name, item.default_factory() if callable(item.default_factory) else item.default)
-        self.__post_init__()
-
     def __post_init__(self) -> None:
         self.task_type = self.task_type or "CAUSAL_LM"
-        super().__post_init__()
+        PeftConfig.__post_init__(self)
         self.peft_type = peft_type()
-        faults = list(self._faults())
-        if faults:
-            raise ConfigError("\n".join(faults))
-
-    def _faults(self) -> Iterator[str]:
-        """Every fault of the settings, one message each."""
-        yield from expert_name_faults(self.experts)
-        for name, table, kind in (
-            ("merge_method", MERGE_METHODS, "merge method"),
-            ("conflict_score", CONFLICT_SCORES, "conflict score"),
-            ("sparsifier", SPARSIFIERS, "sparsifier"),
-            ("values", VALUES, "values"),
-            ("sign_scale", SIGN_SCALES, "sign_scale"),
-            ("router", ROUTERS, "router"),
-            ("fallback", FALLBACKS, "fallback"),
-            ("route_on", ROUTE_ON, "route_on"),
-        ):
-            if getattr(self, name) not in table:
-                yield unknown_name(getattr(self, name), table, kind)
-        for name, hint in (
-            ("density", "1.0 keeps every weight"),
-            ("conflict_density", "1.0 lets every entry vote"),
-            ("top_p", "1.0 keeps every expert"),
-        ):
-            if not _is_share(getattr(self, name)):
-                yield f"{name} must be in (0, 1], got {getattr(self, name)!r}. Use a share: {hint}."
-        if not (_is_share(self.ood_alpha) and self.ood_alpha < 1):
-            yield (f"ood_alpha must be in (0, 1), got {self.ood_alpha!r}. 0.01 lets 1 known prompt in 100 fall back.")
-        if not (isinstance(self.conflict_threshold, (int, float)) and isfinite(self.conflict_threshold)):
-            yield f"conflict_threshold must be a finite number, got {self.conflict_threshold!r}."
-        if self.router_layer is not None and (isinstance(self.router_layer, bool) or not _is_count(self.router_layer)):
-            yield f"router_layer must be a whole number of blocks, 0 or more, got {self.router_layer!r}."
-        yield from self._routed_layers_faults()
-
-    def _routed_layers_faults(self) -> Iterator[str]:
-        choice = self.routed_layers
-        if isinstance(choice, str):
-            if choice not in ("auto", "all"):
-                yield unknown_name(choice, ("auto", "all"), "routed_layers")
-        elif isinstance(choice, (list, tuple)):
-            if not choice or not all(_is_count(number) for number in choice) or len(set(choice)) != len(choice):
-                yield f"routed_layers must list different block numbers, 0 or more, got {list(choice)!r}."
-        elif not _is_share(choice):
-            yield (
-                "routed_layers must be 'auto', 'all', a share of blocks in (0, 1] or a list of block numbers, "
-                f"got {choice!r}."
-            )
-
-    @property
-    def is_built(self) -> bool:
-        """Whether this describes a bank that exists, rather than one to be built."""
-        return self.routed_modules is not None
-
-    @property
-    def columns(self) -> list[str]:
-        """Names of the expert-weight columns: the experts, then ``"base"`` where that is the fallback."""
-        names = list(self.expert_names or self.experts)
-        return [*names, FALLBACK_EXPERT] if self.fallback == FALLBACK_EXPERT else names
+        MediatorSettings.__post_init__(self)
 
     def bind(self, on_save: Callable[[Path, MediatorConfig], None]) -> None:
         """Call ``on_save(folder, config)`` before this configuration is written: the model saves what else belongs."""
@@ -221,35 +53,14 @@ class MediatorConfig(PeftConfig):
         Raises:
             AdapterError: a newer format, or fields that are not known.
         """
-        version = kwargs.get("format_version", FORMAT_VERSION)
-        if not isinstance(version, int) or version > FORMAT_VERSION:
-            raise AdapterError(
-                f"this adapter has format version {version}, this mediator_peft reads up to {FORMAT_VERSION}. "
-                "Upgrade it: pip install -U mediator_peft"
-            )
-        known = {item.name for item in fields(cls)}
-        unknown = [name for name in kwargs if name not in known]
-        if unknown:
-            lines = [unknown_name(name, known, "field in adapter_config.json") for name in unknown]
-            raise AdapterError("\n".join(lines))
+        check_saved(kwargs, {item.name for item in fields(cls)})
         return kwargs
 
 
-def expert_name_faults(names: Mapping[str, object]) -> Iterator[str]:
-    """What is wrong with the names of experts, one message each."""
-    for name in names:
-        if not isinstance(name, str) or not _EXPERT_NAME.fullmatch(name):
-            yield (
-                f"expert name {name!r} cannot be used: take letters, digits, '_', '-' and spaces, at most 64, starting "
-                "with a letter or digit (no dots or slashes: names become parts of tensor names)."
-            )
-        elif name == FALLBACK_EXPERT:
-            yield f"expert name {name!r} is taken by the fallback column. Choose another name."
+def _register() -> None:
+    from .tuner.model import MediatorModel
+
+    register(MediatorConfig, MediatorModel)
 
 
-def _is_share(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+_register()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .errors import ConfigError, UnsupportedError
 
@@ -38,7 +38,14 @@ class Structure(NamedTuple):
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module multiplies by one weight matrix: ``nn.Linear``, its quantised kin, or ``Conv1D``."""
-    return isinstance(module, (nn.Linear, Conv1D))
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module is transformers' ``Conv1D``, which keeps its weight as (inputs, outputs)."""
+    # There can be one only where its home has been imported.
+    home = sys.modules.get("transformers.pytorch_utils")
+    return home is not None and isinstance(module, home.Conv1D)
 
 
 def find_structure(model: nn.Module) -> Structure:
@@ -64,7 +71,7 @@ def find_structure(model: nn.Module) -> Structure:
         LinearLayer(
             name=f"{blocks}.{name}",
             block=int(name.split(".")[0]),
-            is_transposed=isinstance(module, Conv1D),
+            is_transposed=is_transposed(module),
             has_bias=getattr(module, "bias", None) is not None,
         )
         for name, module in module_list.named_modules()

@@ -17,12 +17,14 @@ ALLOWED = {
     "structure": {"errors"},
     "registration": set(),
     "methods": {"errors"},
-    "bank": {"errors", "config"},
+    "bank": {"errors", "settings"},
     "routing": {"errors", "tables", "progress"},
-    "config": {"errors", "tables", "registration", "methods", "bank", "routing"},
-    "build": {"errors", "tables", "progress", "structure", "config", "methods", "bank"},
-    "tuner": {"errors", "tables", "progress", "structure", "registration", "config", "methods", "bank", "build"}
-    | {"routing"},
+    "settings": {"errors", "tables", "methods", "bank", "routing"},
+    # The one step back: a configuration is of use to PEFT only with its tuner, so it registers both.
+    "config": {"settings", "registration", "tuner"},
+    "build": {"errors", "tables", "progress", "structure", "settings", "methods", "bank"},
+    "tuner": {"errors", "tables", "progress", "structure", "registration", "config", "settings", "methods", "bank"}
+    | {"build", "routing"},
     "api": {"errors", "config", "bank", "build", "routing", "tuner"},
 }
 USER_SIDE = {"cli", "commands", "demo", "evaluation", "__init__", "__main__"}
@@ -73,3 +75,49 @@ def test_importing_needs_no_extra():
         "assert 'numba' not in sys.modules and 'mediator_peft.cli' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+SLOW_TO_IMPORT = ("peft", "transformers", "datasets", "accelerate", "bitsandbytes", "numba")
+
+
+@pytest.mark.parametrize(
+    "code", ["import mediator_peft.cli", "from mediator_peft import build_mediator, plan_mediator"]
+)
+def test_building_needs_neither_peft_nor_transformers(code):
+    code += (
+        f"\nimport sys\nloaded = [name for name in {SLOW_TO_IMPORT} if name in sys.modules]\nassert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import mediator_peft, peft",
+        "import peft, mediator_peft",
+        "import mediator_peft.cli, peft",
+        "from mediator_peft import MediatorConfig",
+        "import mediator_peft.config",
+        "import mediator_peft.tuner.layer",
+        "import mediator_peft.api",
+    ],
+)
+def test_peft_knows_the_method_whoever_is_imported_first(first):
+    code = (
+        f"{first}\n"
+        "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING\n"
+        "from mediator_peft import MediatorConfig, MediatorModel\n"
+        "assert PEFT_TYPE_TO_CONFIG_MAPPING['MEDIATOR'] is MediatorConfig\n"
+        "assert PEFT_TYPE_TO_TUNER_MAPPING['MEDIATOR'] is MediatorModel\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_every_public_name_is_there():
+    import mediator_peft
+
+    for name in mediator_peft.__all__:
+        assert getattr(mediator_peft, name).__name__ == name
+        assert name in dir(mediator_peft)
+    with pytest.raises(AttributeError, match="nonesuch"):
+        _ = mediator_peft.nonesuch

@@ -1,20 +1,14 @@
-"""The adapter's files: names of tensors, writing them without a model, finding the folder."""
+"""The adapter's files: names of tensors, the configuration, finding the folder."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+from dataclasses import asdict, fields
+from importlib.metadata import version
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
-
-from ..config import MediatorConfig
 from ..errors import AdapterError
-from .layer_bank import LayerBank, to_disk
-from .sparse_delta import SparseDelta
+from ..settings import MediatorSettings, check_saved
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -24,46 +18,33 @@ ROUTER_ATTRIBUTE = "mediator_router"
 MODEL_PREFIX = "base_model.model."
 ROUTER_PREFIX = f"base_model.{ROUTER_ATTRIBUTE}."
 
+# Fields of a configuration that are PEFT's own.
+_PEFT_FIELDS = {
+    "auto_mapping": None, "inference_mode": True, "peft_type": "MEDIATOR", "revision": None, "task_type": "CAUSAL_LM",
+}  # fmt: skip
+
 
 def bank_key(layer: str, buffer: str) -> str:
     """Name of one tensor of the bank in the file."""
     return f"{MODEL_PREFIX}{layer}.{BANK_ATTRIBUTE}.{buffer}"
 
 
-def write_adapter(
-    folder: Path, config: MediatorConfig, deltas: Mapping[str, Mapping[str, SparseDelta]], router: Mapping[str, Tensor]
-) -> None:
-    """Write configuration and weights of an adapter, exactly as ``save_pretrained`` does.
+def write_config(folder: Path, config: MediatorSettings) -> None:
+    """Write the configuration of an adapter that is ready for use: the bytes that PEFT's ``save_pretrained`` writes."""
+    known = {**_PEFT_FIELDS, "peft_version": version("peft"), **asdict(config), "inference_mode": True}
+    (folder / CONFIG_FILE).write_text(json.dumps(known, indent=2, sort_keys=True), encoding="utf-8")
 
-    Args:
-        folder: where to; it must exist.
-        config: a built configuration.
-        deltas: layer name → column → delta.
-        router: state of a fitted router; empty for one that is not.
+
+def read_settings(folder: Path) -> MediatorSettings:
+    """The settings of an adapter.
+
+    Raises:
+        AdapterError: they are missing, damaged or of another format.
     """
-    tensors: dict[str, Tensor] = {}
-    for layer, columns in deltas.items():
-        first = next(iter(columns.values()))
-        bank = LayerBank(first.shape, first.coding, first.bias is not None)
-        for column, delta in columns.items():
-            bank.put(column, delta)
-        for buffer, tensor in bank.state_dict().items():
-            tensors[bank_key(layer, buffer)] = to_disk(buffer, tensor).contiguous()
-    for name, tensor in router.items():
-        tensors[f"{ROUTER_PREFIX}{name}"] = tensor.flatten().contiguous()
-    if not tensors:  # nothing routed, no router yet; PEFT wants a file all the same
-        tensors["empty"] = torch.zeros(0)
-    partial = folder / f".{WEIGHTS_FILE}.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / WEIGHTS_FILE)
-    write_config(folder, config)
-
-
-def write_config(folder: Path, config: MediatorConfig) -> None:
-    """Write the configuration of an adapter that is ready for use."""
-    inference_mode, config.inference_mode = config.inference_mode, True
-    config.save_pretrained(str(folder))
-    config.inference_mode = inference_mode
+    raw = read_raw_config(folder)
+    own = [item.name for item in fields(MediatorSettings)]
+    check_saved(raw, {*own, *_PEFT_FIELDS, "peft_version"})
+    return MediatorSettings(**{name: raw[name] for name in own if name in raw})
 
 
 def find_adapter(path: Path) -> Path:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..bank.fingerprint import sample, sampled_names
 from ..bank.sparse_delta import SparseDelta
-from ..config import MediatorConfig
 from ..errors import ConfigError
 from ..methods.conflict import CONFLICT_SCORES
 from ..progress import Progress, no_progress
+from ..settings import MediatorSettings
 from ..structure import select_layers
 from .checkpoints import Checkpoint, MeanCheckpoint
 from .compatibility import Job
@@ -42,7 +42,7 @@ class Merge:
     """Everything that is to be done, known before any weight is read."""
 
     job: Job
-    config: MediatorConfig
+    config: MediatorSettings
     tasks: list[Task]
     blocks: dict[str, int]
     """Layer name → block, for every linear layer of the blocks."""
@@ -52,7 +52,7 @@ class Merge:
     """Tensors whose values go into the fingerprint."""
 
 
-def plan_merge(job: Job, config: MediatorConfig, plan: Sequence[BlockPlan] | None = None) -> Merge:
+def plan_merge(job: Job, config: MediatorSettings, plan: Sequence[BlockPlan] | None = None) -> Merge:
     """List the work.
 
     Args:
@@ -89,7 +89,7 @@ def plan_merge(job: Job, config: MediatorConfig, plan: Sequence[BlockPlan] | Non
 
 
 def _block_densities(
-    config: MediatorConfig, num_blocks: int, plan: Sequence[BlockPlan] | None
+    config: MediatorSettings, num_blocks: int, plan: Sequence[BlockPlan] | None
 ) -> dict[int, float | None]:
     """Block → density of its deltas; None where it is certain to get none."""
     if plan is not None:
@@ -99,8 +99,8 @@ def _block_densities(
 
 
 def merge_in_memory(
-    job: Job, config: MediatorConfig, progress: Progress = no_progress
-) -> tuple[Bank, dict[str, Tensor], MediatorConfig, BuildReport]:
+    job: Job, config: MediatorSettings, progress: Progress = no_progress
+) -> tuple[Bank, dict[str, Tensor], MediatorSettings, BuildReport]:
     """Merge all tensors and keep everything in memory.
 
     Returns:
@@ -142,7 +142,7 @@ def single_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def conclude(merge: Merge, done: Sequence[Finished]) -> tuple[MediatorConfig, BuildReport]:
+def conclude(merge: Merge, done: Sequence[Finished]) -> tuple[MediatorSettings, BuildReport]:
     """Decide which blocks are routed and sum up, once every tensor is finished.
 
     Args:
@@ -172,7 +172,7 @@ def conclude(merge: Merge, done: Sequence[Finished]) -> tuple[MediatorConfig, Bu
         backbone_fingerprint={name: samples[name] for name in sorted(samples)},
         provenance=_provenance(job),
     )
-    return MediatorConfig(**settings), _report(merge, conflict, routed, [info for _, info in in_bank])
+    return type(config)(**settings), _report(merge, conflict, routed, [info for _, info in in_bank])
 
 
 def _conflict(merge: Merge, done: Sequence[Finished]) -> dict[str, list[float]]:
@@ -238,7 +238,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def require_experts(config: MediatorConfig) -> None:
+def require_experts(config: MediatorSettings) -> None:
     """Refuse a build without experts.
 
     Raises:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ..config import MediatorConfig
+from ..settings import MediatorSettings
 from .report import BuildReport
 
 
-def model_card(config: MediatorConfig, report: BuildReport | None) -> str:
+def model_card(config: MediatorSettings, report: BuildReport | None) -> str:
     """Markdown with a YAML header, as the hub expects.
 
     Args:

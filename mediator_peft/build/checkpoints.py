@@ -7,15 +7,18 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig
 
 from ..errors import CheckpointError
 from .headers import DTYPES, Stored, read_header, read_into
+from .outline import is_known
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -42,6 +45,11 @@ class Checkpoint(ABC):
     """Where it lies."""
 
     tensors: dict[str, TensorInfo]
+
+    @property
+    def raw_config(self) -> Mapping[str, Any]:
+        """What its ``config.json`` says, word for word; empty for a model in memory."""
+        return {}
 
     @abstractmethod
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -76,7 +84,9 @@ class FolderCheckpoint(Checkpoint):
         self.label = label
         self.source = source or str(folder)
         faults: list[str] = []
-        self._config = self._read_config(faults)
+        self._raw_config = _read_json(folder / "config.json")
+        # transformers is asked at once where it may refuse, and else only where its answer is needed.
+        self._config = None if is_known(self._raw_config) else self._read_config(faults)
         self._stored: dict[str, tuple[Path, Stored]] = {}
         self._descriptors: dict[Path, int] = {}
         self._buffer = np.empty(0, np.uint8)
@@ -87,10 +97,21 @@ class FolderCheckpoint(Checkpoint):
             raise CheckpointError("\n".join(f"{label} ({self.source}): {fault}" for fault in faults))
 
     @property
+    def raw_config(self) -> Mapping[str, Any]:
+        return self._raw_config
+
+    @property
     def config(self) -> PretrainedConfig:
+        if self._config is None:
+            faults: list[str] = []
+            self._config = self._read_config(faults)
+            if faults:
+                raise CheckpointError(f"{self.label} ({self.source}): {faults[0]}")
         return self._config
 
     def _read_config(self, faults: list[str]) -> PretrainedConfig:
+        from transformers import AutoConfig, PretrainedConfig
+
         try:
             return AutoConfig.from_pretrained(self.folder)
         except (OSError, ValueError, KeyError) as fault:
@@ -203,6 +224,10 @@ class MeanCheckpoint(Checkpoint):
         self.tensors = dict(members[0].tensors)
 
     @property
+    def raw_config(self) -> Mapping[str, Any]:
+        return self.members[0].raw_config
+
+    @property
     def config(self) -> PretrainedConfig:
         return self.members[0].config
 
@@ -231,6 +256,15 @@ class ModelCheckpoint(Checkpoint):
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         tensor = self._state[name].detach()
         return (tensor.reshape(1) if tensor.ndim == 0 else tensor)[start:stop].cpu()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def open_checkpoints(paths: Mapping[str, str], allow_pickle: bool = False) -> dict[str, Checkpoint]:

@@ -6,13 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from ..errors import CheckpointMismatchError, UnsupportedError
-from ..structure import Structure, find_structure
+from ..errors import CheckpointMismatchError
+from ..structure import Structure
 from .checkpoints import Checkpoint, TensorInfo
 from .lora import LoraCheckpoint
+from .outline import is_known, outline_of
 
 # Settings that change what the same weights compute.
 _MEANINGFUL = (
@@ -29,6 +28,8 @@ _MEANINGFUL = (
     "sliding_window",
     "tie_word_embeddings",
 )
+# How files of former versions of transformers call some of them.
+_FORMER_NAMES = ("rope_theta", "rope_scaling", "partial_rotary_factor", "hidden_activation")
 _LISTED = 8
 
 
@@ -43,21 +44,6 @@ class Job(NamedTuple):
 
     dtype: torch.dtype
     """In which differences are taken and the backbone is stored: the coarsest of the experts'."""
-
-
-def skeleton(config: PretrainedConfig) -> nn.Module:
-    """The model without weights, on the meta device.
-
-    Raises:
-        UnsupportedError: transformers has no causal language model for this configuration.
-    """
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except ValueError as fault:
-        raise UnsupportedError(
-            f"no causal language model for model type {config.model_type!r}: {str(fault).splitlines()[0]}"
-        ) from fault
 
 
 def check_job(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Job:
@@ -84,17 +70,16 @@ def examine_job(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> tuple[Jo
     Raises:
         UnsupportedError: the architecture is not supported.
     """
-    model = skeleton(base.config)
-    structure = find_structure(model)
-    tied = _tied_names(model, base.config)
-    needed = {name for name in model.state_dict() if name not in tied}
+    outline = outline_of(base)
+    tied = set(outline.tied)
+    needed = outline.names - tied
     faults = []
     for expert in experts.values():
         if isinstance(expert, LoraCheckpoint):
             faults += expert.bind(base, tied)
     faults += _config_faults(base, experts.values())
     names = [name for name in base.tensors if name not in tied]
-    faults += _listed(f"{base.label} lacks tensors that {type(model).__name__} has", sorted(needed - set(names)))
+    faults += _listed(f"{base.label} lacks tensors that {outline.class_name} has", sorted(needed - set(names)))
     reference = {name: base.tensors[name] for name in names}
     for expert in experts.values():
         faults += _tensor_faults(expert, reference, base.label, tied)
@@ -102,7 +87,9 @@ def examine_job(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> tuple[Jo
         odd = [name for name in reference if name in checkpoint.tensors and checkpoint.tensors[name].dtype is None]
         faults += _listed(f"{checkpoint.label} has tensors that are no plain floating point (quantised?)", odd)
     dtypes = {info.dtype for expert in experts.values() for info in expert.tensors.values() if info.dtype}
-    return Job(base, dict(experts), structure, names, coarsest(sorted(dtypes, key=str) or [torch.float32])), faults
+    return Job(
+        base, dict(experts), outline.structure, names, coarsest(sorted(dtypes, key=str) or [torch.float32])
+    ), faults
 
 
 def _tensor_faults(
@@ -126,21 +113,22 @@ def coarsest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def _tied_names(model: nn.Module, config: PretrainedConfig) -> set[str]:
-    """Names that only repeat another tensor, e.g. ``lm_head.weight`` of tied embeddings."""
-    if not getattr(config, "tie_word_embeddings", False):
-        return set()
-    return set(getattr(model, "_tied_weights_keys", None) or ())
-
-
 def _config_faults(base: Checkpoint, experts: Iterable[Checkpoint]) -> list[str]:
     faults = []
     for expert in experts:
+        if _say_the_same(base.raw_config, expert.raw_config):
+            continue
         for key in _MEANINGFUL:
             ours, theirs = getattr(base.config, key, None), getattr(expert.config, key, None)
             if ours != theirs:
                 faults.append(f"{expert.label} has {key} = {theirs!r} in config.json, the base has {ours!r}")
     return faults
+
+
+def _say_the_same(ours: Mapping[str, object], theirs: Mapping[str, object]) -> bool:
+    """Whether two ``config.json`` of known models agree word for word; where not, they may still mean it."""
+    keys = (*_MEANINGFUL, *_FORMER_NAMES)
+    return is_known(ours) and is_known(theirs) and all(ours.get(key) == theirs.get(key) for key in keys)
 
 
 def _listed(what: str, items: list[str]) -> list[str]:

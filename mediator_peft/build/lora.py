@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from ..errors import CheckpointError
 from .checkpoints import Checkpoint, TensorInfo
 from .headers import DTYPES, Stored, read_header
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -88,6 +91,10 @@ class LoraCheckpoint(Checkpoint):
         if reasons:
             raise CheckpointError(f"{where}: this LoRA cannot be folded ({'; '.join(reasons)}). {_MERGE_HINT}")
         return settings
+
+    @property
+    def raw_config(self) -> Mapping[str, Any]:
+        return self._bound().raw_config
 
     @property
     def config(self) -> PretrainedConfig:

@@ -41,7 +41,7 @@ def task_memory(merge: Merge, task: Task) -> int:
     shape = merge.job.base.tensors[task.name].shape
     entries = prod(shape)
     row = entries // max(1, shape[0]) if shape else 1
-    tile = 4 * max(TILE_ENTRIES, row) * (2 * num_experts + 8)
+    tile = 4 * max(TILE_ENTRIES, row) * (2 * num_experts + 11)
     is_fast = is_one_pass(config)
     num_selections = num_experts * task.measure + (num_experts + 1) * (task.density is not None and is_fast)
     work = entries * (_SELECTION * num_selections + _SETTLING * (num_selections > 0))

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from ..bank.adapter_file import SUBFOLDER, WEIGHTS_FILE, write_config
 from ..bank.fingerprint import sample
-from ..config import FALLBACK_EXPERT, FORMAT_VERSION, MediatorConfig
 from ..errors import ConfigError
 from ..progress import bar_progress, no_progress
+from ..settings import FALLBACK_EXPERT, FORMAT_VERSION, MediatorSettings
 from .builder import Merge, checkpoints_by_name, conclude, label_checkpoints, plan_merge, require_experts, single_thread
 from .card import model_card
 from .checkpoints import Checkpoint, FolderCheckpoint, MeanCheckpoint, open_checkpoints
@@ -32,14 +32,14 @@ from .report import BuildReport, write_report
 from .shards import BackboneFiles
 from .tensor_work import TensorWork
 from .workers import check_workers, run_all
-from .writing import JOURNAL, check_free, check_space, copy_side_files, resumable_folder, write_model_config
+from .writing import JOURNAL, check_free, check_space, copy_model_config, copy_side_files, resumable_folder
 
 
 def build_mediator(
     base: str | os.PathLike[str] | None,
     experts: Mapping[str, str | os.PathLike[str]],
     output: str | os.PathLike[str],
-    config: MediatorConfig | None = None,
+    config: MediatorSettings | None = None,
     show_progress: bool = False,
     *,
     plan: str | os.PathLike[str] | None = None,
@@ -59,7 +59,8 @@ def build_mediator(
             the base (``fallback="backbone"``).
         experts: name → folder or hub id (``org/model@revision``) of a full fine-tune, or of a LoRA adapter.
         output: a folder that does not exist yet.
-        config: how to merge; its ``experts`` are replaced by the argument.
+        config: how to merge, a ``MediatorConfig`` or plain ``MediatorSettings``, which need no PEFT; its ``experts``
+            are replaced by the argument.
         show_progress: a bar on the error stream.
         plan: a file that :func:`plan_mediator` wrote, perhaps edited: which blocks are routed, and at which density.
         workers: how many processes share the tensors; the bytes are the same for any number. Under torchrun the ranks
@@ -80,7 +81,7 @@ def build_mediator(
     """
     started = time.perf_counter()
     workers = check_workers(workers)
-    config = with_experts(config or MediatorConfig(), {name: str(path) for name, path in experts.items()})
+    config = with_experts(config or MediatorSettings(), {name: str(path) for name, path in experts.items()})
     require_experts(config)
     target = Path(output).expanduser().absolute()
     check_free(target)
@@ -101,7 +102,7 @@ def build_mediator(
     return report
 
 
-def open_job(base: str | None, config: MediatorConfig, allow_pickle: bool = False) -> Job:
+def open_job(base: str | None, config: MediatorSettings, allow_pickle: bool = False) -> Job:
     """Open base and experts and check that they belong together.
 
     Raises:
@@ -113,7 +114,7 @@ def open_job(base: str | None, config: MediatorConfig, allow_pickle: bool = Fals
     return check_job(opened["base"] if base is not None else mean_base(experts, config), experts)
 
 
-def mean_base(experts: Mapping[str, Checkpoint], config: MediatorConfig) -> Checkpoint:
+def mean_base(experts: Mapping[str, Checkpoint], config: MediatorSettings) -> Checkpoint:
     """What stands in for a base that is not at hand.
 
     Raises:
@@ -175,7 +176,7 @@ class _Build:
         numbers = {f"{task.name}": number for number, task in enumerate(tasks)}
         routed = [numbers[f"{name}.weight"] for name in built.routed_modules or []]
         self.pieces.join(routed, adapter / WEIGHTS_FILE)
-        write_model_config(folder, base.config, self.merge.job.dtype)
+        copy_model_config(folder, base, self.merge.job.dtype)
         source = base.members[0] if isinstance(base, MeanCheckpoint) else base
         if isinstance(source, FolderCheckpoint):
             copy_side_files(source.folder, folder)
@@ -207,7 +208,7 @@ def job_key(merge: Merge) -> str:
         "version": FORMAT_VERSION,
         # After a restart of the machine, what was written last may be lost.
         "machine": _boot_id(),
-        "config": {item.name: repr(getattr(config, item.name)) for item in fields(config)},
+        "config": {item.name: repr(getattr(config, item.name)) for item in fields(MediatorSettings)},
         "tasks": [list(task) for task in merge.tasks],
         "dtype": str(job.dtype),
         "files": {
@@ -225,7 +226,7 @@ def _boot_id() -> str:
         return ""
 
 
-def with_experts(config: MediatorConfig, experts: dict[str, str]) -> MediatorConfig:
+def with_experts(config: MediatorSettings, experts: dict[str, str]) -> MediatorSettings:
     """A configuration with other experts."""
     settings = {item.name: getattr(config, item.name) for item in fields(config)}
-    return MediatorConfig(**{**settings, "experts": experts})
+    return type(config)(**{**settings, "experts": experts})

@@ -8,15 +8,24 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..config import MediatorConfig
 from ..errors import ConfigError
+from ..settings import MediatorSettings
 from ..tables import unknown_name
 from .memory import parse_bytes
 
 _SECTIONS = ("build", "calibrate", "eval")
 # Fields of a configuration that a build fills in, or that have their own place in the file.
 _NOT_SETTINGS = frozenset(
-    {"experts", "expert_names", "routed_modules", "num_blocks", "backbone_fingerprint", "provenance", "format_version"}
+    {
+        "base_model_name_or_path",
+        "experts",
+        "expert_names",
+        "routed_modules",
+        "num_blocks",
+        "backbone_fingerprint",
+        "provenance",
+        "format_version",
+    }
 )
 
 
@@ -55,9 +64,9 @@ class Pipeline:
     eval: DataSection | None = None
 
     @property
-    def config(self) -> MediatorConfig:
+    def config(self) -> MediatorSettings:
         """The configuration of the build."""
-        return MediatorConfig(**self.build.config)
+        return MediatorSettings(**self.build.config)
 
 
 def read_pipeline(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Pipeline:
@@ -133,11 +142,11 @@ def _faults(content: Mapping[str, Any]) -> list[str]:
             faults.append(f"build.{name} is missing")
     settings = build.get("config") or {}
     if isinstance(settings, dict):
-        known = {item.name for item in fields(MediatorConfig)} - _NOT_SETTINGS
+        known = {item.name for item in fields(MediatorSettings)} - _NOT_SETTINGS
         unknown = [key for key in settings if key not in known]
         faults += [unknown_name(key, known, "key of build.config") for key in unknown]
         try:
-            MediatorConfig(**{key: value for key, value in settings.items() if key in known})
+            MediatorSettings(**{key: value for key, value in settings.items() if key in known})
         except ConfigError as fault:
             faults += [f"build.config: {line}" for line in str(fault).splitlines()]
     try:

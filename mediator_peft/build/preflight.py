@@ -10,10 +10,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..config import MediatorConfig
 from ..errors import ConfigError, MediatorError
 from ..methods.conflict import CONFLICT_SCORES
 from ..methods.conflict.statistics import task_vector_statistics
+from ..settings import MediatorSettings
 from .builder import Merge, plan_merge, require_experts, single_thread
 from .checkpoints import Checkpoint, FolderCheckpoint, open_checkpoint
 from .compatibility import Job, examine_job
@@ -78,7 +78,7 @@ def plan_mediator(
     base: str | os.PathLike[str] | None,
     experts: Mapping[str, str | os.PathLike[str]],
     output: str | os.PathLike[str] | None = None,
-    config: MediatorConfig | None = None,
+    config: MediatorSettings | None = None,
     *,
     plan: str | os.PathLike[str] | None = None,
     workers: int = 1,
@@ -95,7 +95,7 @@ def plan_mediator(
     Raises:
         ConfigError: an argument itself is wrong.
     """
-    config = with_experts(config or MediatorConfig(), {name: str(path) for name, path in experts.items()})
+    config = with_experts(config or MediatorSettings(), {name: str(path) for name, path in experts.items()})
     require_experts(config)
     limit = parse_bytes(max_memory)
     found = BuildPlan(workers=workers)
@@ -119,7 +119,7 @@ def plan_mediator(
     return found
 
 
-def _open(base: str | None, config: MediatorConfig, allow_pickle: bool, found: BuildPlan) -> Job | None:
+def _open(base: str | None, config: MediatorSettings, allow_pickle: bool, found: BuildPlan) -> Job | None:
     """Open what can be opened and compare it; everything wrong goes into the plan."""
     paths = {f"expert {name!r}": path for name, path in config.experts.items()}
     opened: dict[str, Checkpoint] = {}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
-
-import torch.distributed as dist
 
 Result = TypeVar("Result")
 
@@ -17,9 +16,13 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        started = dist.is_available() and dist.is_initialized()
-        self.count = dist.get_world_size() if started else 1
-        self.number = dist.get_rank() if started else 0
+        # Whoever started it has imported it.
+        dist: Any = sys.modules.get("torch.distributed")
+        started = dist is not None and dist.is_available() and dist.is_initialized()
+        self._dist: Any = dist if started else None
+        self.count, self.number = 1, 0
+        if self._dist is not None:
+            self.count, self.number = self._dist.get_world_size(), self._dist.get_rank()
 
     def first(self, work: Callable[[], Result]) -> Result:
         """Do something on the first rank only; every rank gets the result, or the error."""
@@ -31,8 +34,8 @@ class Ranks:
                 if self.count == 1:
                     raise
                 outcome[1] = fault
-        if self.count > 1:
-            dist.broadcast_object_list(outcome, src=0)
+        if self._dist is not None:
+            self._dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
@@ -47,8 +50,8 @@ class Ranks:
                 raise
             fault = raised
         faults: list[Exception | None] = [None] * self.count
-        if self.count > 1:
-            dist.all_gather_object(faults, fault)
+        if self._dist is not None:
+            self._dist.all_gather_object(faults, fault)
         for other in faults:
             if other is not None:
                 raise other

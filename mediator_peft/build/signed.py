@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,14 +14,17 @@ from ..bank.sparse_delta import SparseDelta
 from ..methods.sparsifying.selection import (
     Bitmap,
     Bracket,
+    Floats,
     Settled,
     TopSelection,
     bracket_from_sample,
+    count_ones,
     pack_rows,
     row_products,
     row_squares,
     unpack_rows,
 )
+from .loops import compiled
 from .tiles import Workspace
 
 # The share of a sample by which its quantile may be off: at first, and when that missed.
@@ -68,6 +72,10 @@ class SignedSelection:
         """The next rows of ``minuend - subtrahend``. Sums over rows are kept for differences alone."""
         shape = (minuend.shape[0], minuend.shape[1])
         stop = start + shape[0]
+        loops = compiled()
+        if loops is not None:
+            self._mark(loops, start, stop, minuend, subtrahend, space)
+            return
         bits, more_bits = (space.take(name, shape, torch.bool).numpy() for name in ("bits", "more bits"))
         magnitudes = space.take("magnitudes", shape).numpy()
         if subtrahend is None:
@@ -80,10 +88,32 @@ class SignedSelection:
         np.abs(delta, out=magnitudes)
         self._selection.add(start, magnitudes, bits, more_bits)
         if subtrahend is not None:
-            self._square[start:stop] = row_squares(delta)
             torch.threshold_(space.take("magnitudes", shape), self._selection.bracket.high, 0.0)
-            self._above_sum[start:stop] = row_products(magnitudes, space.ones(shape[1]))
-            self._above_square[start:stop] = row_squares(magnitudes)
+            self._sum_rows(start, stop, delta, magnitudes, space)
+
+    def _mark(
+        self, loops: Any, start: int, stop: int, minuend: Tensor, subtrahend: Tensor | None, space: Workspace
+    ) -> None:
+        """As :meth:`add`, by the compiled loops."""
+        shape = (minuend.shape[0], minuend.shape[1])
+        low, high = (np.float32(edge) for edge in self._selection.bracket)
+        inside = space.array("inside", (shape[0] * shape[1],))
+        bitmaps = (self.negative[start:stop], *self._selection.rows(start, stop))
+        if subtrahend is None:
+            count = loops.mark_values(minuend.numpy(), low, high, *bitmaps, inside)
+        else:
+            delta, above = space.array("delta", shape), space.array("magnitudes", shape)
+            pair = (minuend.numpy(), subtrahend.numpy())
+            count = loops.mark_differences(*pair, low, high, *bitmaps, inside, delta, above)
+            self._sum_rows(start, stop, delta, above, space)
+        if low != high:
+            self._selection.take(inside[:count].copy())
+
+    def _sum_rows(self, start: int, stop: int, delta: Floats, above: Floats, space: Workspace) -> None:
+        """Sums over rows: of the whole delta, and of the magnitudes above the bracket."""
+        self._square[start:stop] = row_squares(delta)
+        self._above_sum[start:stop] = row_products(above, space.ones(delta.shape[1]))
+        self._above_square[start:stop] = row_squares(above)
 
     def settle(self) -> bool:
         """Decide what is kept; False where the bracket missed."""
@@ -113,6 +143,12 @@ class SignedSelection:
 
 def kept_bits(bitmap: Bitmap, kept: Bitmap, num_columns: int) -> Bitmap:
     """The bits of a bitmap that stand where another has ones, row by row and closed up: (ceil(num_kept / 8),)."""
+    loops = compiled()
+    if loops is not None:
+        num_ones = count_ones(kept)
+        target = np.empty((num_ones + 7) // 8, np.uint8)
+        loops.take_bits(bitmap.reshape(-1), kept.reshape(-1), _bit_table(), target)
+        return target
     pieces = []
     step = max(1, (1 << 20) // max(1, num_columns))
     for start in range(0, len(kept), step):
@@ -120,6 +156,13 @@ def kept_bits(bitmap: Bitmap, kept: Bitmap, num_columns: int) -> Bitmap:
         where = unpack_rows(kept[rows], num_columns).reshape(-1)
         pieces.append(np.compress(where, unpack_rows(bitmap[rows], num_columns).reshape(-1)))
     return np.packbits(np.concatenate(pieces), bitorder="little") if pieces else np.empty(0, np.uint8)
+
+
+@cache
+def _bit_table() -> Bitmap:
+    loops = compiled()
+    assert loops is not None
+    return loops.bit_table()
 
 
 def errors_of(delta: Tensor, packed: SparseDelta) -> Errors:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ..bank.sparse_delta import SparseDelta
 from ..bank.values import Precision
-from ..config import FALLBACK_EXPERT, MediatorConfig
 from ..errors import CheckpointError
 from ..methods.conflict import CONFLICT_SCORES
 from ..methods.conflict.statistics import Statistics
 from ..methods.sparsifying import SPARSIFIERS
 from ..methods.sparsifying.selection import TINY, Bracket, row_squares, smallest_kept_of_tiles
+from ..settings import FALLBACK_EXPERT, MediatorSettings
 from .checkpoints import Checkpoint
 from .signed import WIDE_SLACK, Errors, SignedSelection, errors_of
 from .tiles import TensorTiles, Tile, Workspace
@@ -73,7 +73,7 @@ class TensorWork:
         self,
         base: Checkpoint,
         experts: Mapping[str, Checkpoint],
-        config: MediatorConfig,
+        config: MediatorSettings,
         dtype: torch.dtype,
         write: WriteRows,
     ) -> None:
@@ -270,17 +270,17 @@ def _parts_of(expert: int, number: int | None) -> Parts:
     return lambda tile: (tile.weights[number], tile.rounded)
 
 
-def is_one_pass(config: MediatorConfig) -> bool:
+def is_one_pass(config: MediatorSettings) -> bool:
     """Whether the deltas can be made in the pass over the tiles; otherwise each is made as a whole matrix."""
     return config.sparsifier == "magnitude" and config.values == "sign"
 
 
-def precision_of(config: MediatorConfig, density: float, dtype: torch.dtype) -> Precision:
+def precision_of(config: MediatorSettings, density: float, dtype: torch.dtype) -> Precision:
     """How finely deltas are stored: numbers in float32 at density 1, so that nothing is lost there."""
     return Precision(None if density == 1.0 else dtype, config.sign_scale)
 
 
-def deltas_needed(config: MediatorConfig) -> Sequence[str]:
+def deltas_needed(config: MediatorSettings) -> Sequence[str]:
     """Columns that have a delta: the base has none where the backbone is the base."""
     if config.merge_method == "base":
         return [name for name in config.columns if name != FALLBACK_EXPERT]

@@ -17,7 +17,10 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..methods.merging import ENTRYWISE, MERGE_METHODS
+from ..methods.merging.average import average
+from ..methods.merging.base import keep_base
 from .checkpoints import Checkpoint
+from .loops import compiled
 
 TILE_ENTRIES = 1 << 17
 """Entries of a tile: small enough for a core's cache, large enough to make a call cheap."""
@@ -51,6 +54,7 @@ class Workspace:
     def __init__(self) -> None:
         self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
         self._views: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = {}
+        self._arrays: dict[tuple[str, tuple[int, ...]], tuple[Tensor, NDArray[np.float32]]] = {}
         self._ones = np.empty(0, np.float32)
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -64,6 +68,14 @@ class Workspace:
                 self._views = {key: old for key, old in self._views.items() if key[0] != name}
             view = self._views[name, shape, dtype] = flat[:size].view(shape)
         return view
+
+    def array(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """The same buffer as :meth:`take` gives, as numpy sees it."""
+        tensor = self.take(name, shape)
+        known = self._arrays.get((name, shape))
+        if known is None or known[0] is not tensor:
+            known = self._arrays[name, shape] = (tensor, tensor.numpy())
+        return known[1]
 
     def ones(self, length: int) -> NDArray[np.float32]:
         """A vector of ones, not to be changed."""
@@ -105,15 +117,51 @@ class TensorTiles:
         self._space = workspace
         self._transposed = self._whole_transposed() if is_transposed else None
         self._whole_backbone = None if merge_method in ENTRYWISE else self._merged_whole()
+        self._is_plain = (
+            not is_transposed
+            and self.merge in (average, keep_base)
+            and {torch.bfloat16} == {dtype, *(checkpoint.tensors[name].dtype for checkpoint in checkpoints)}
+            and compiled() is not None
+        )
 
     def __iter__(self) -> Iterator[Tile]:
         for start in range(0, self.shape[0], self.rows_per_tile):
             stop = min(start + self.rows_per_tile, self.shape[0])
+            if self._is_plain:
+                yield self._plain_tile(start, stop)
+                continue
             weights = self._space.take("weights", (len(self.checkpoints), stop - start, self.shape[1]))
             for number in range(len(self.checkpoints)):
                 self._load(weights[number], number, start, stop)
             backbone = None if self._whole_backbone is None else self._whole_backbone[start:stop]
             yield self._tile(start, stop, weights, backbone)
+
+    def _plain_tile(self, start: int, stop: int) -> Tile:
+        """As :meth:`_load` and :meth:`_tile`, by the compiled loops."""
+        loops, take = compiled(), self._space.take
+        assert loops is not None
+        shape = (stop - start, self.shape[1])
+        num_experts, size = len(self.checkpoints) - 1, prod(shape)
+        # They stay where they are until the next rows are read.
+        rows = [self._read(number, start, stop) for number in range(num_experts + 1)]
+        sources = np.array([some.data_ptr() for some in rows], np.int64)
+        loops.merge_means(
+            sources,
+            self.merge is average,
+            self._space.array("weights", (num_experts + 1, size)),
+            self._space.array("task vectors", (num_experts, size)),
+            self._space.array("total", (size,)),
+            take("backbone", (size,), torch.bfloat16).view(torch.uint16).numpy(),
+            self._space.array("rounded", (size,)),
+        )
+        return Tile(
+            start,
+            stop,
+            take("weights", (num_experts + 1, size)).view(num_experts + 1, *shape),
+            take("task vectors", (num_experts, size)).view(num_experts, *shape),
+            take("backbone", (size,), torch.bfloat16).view(shape),
+            take("rounded", (size,)).view(shape),
+        )
 
     def sample(self) -> Tile:
         """Some rows from all over the tensor, and some of their columns, as one tile."""
@@ -152,15 +200,17 @@ class TensorTiles:
         if self._transposed is not None:
             target.copy_(self._transposed[number][start:stop, ::stride])
             return
+        rows = self._read(number, start, stop).reshape(stop - start, self.shape[1])
+        target.copy_((rows if stride == 1 else rows[:, ::stride]).to(self.dtype))
+
+    def _read(self, number: int, start: int, stop: int) -> Tensor:
         checkpoint = self.checkpoints[number]
         try:
-            rows = checkpoint.read_rows(self.name, start, stop)
+            return checkpoint.read_rows(self.name, start, stop)
         except (OSError, RuntimeError) as fault:
             raise CheckpointError(
                 f"{checkpoint.label} ({checkpoint.source}): cannot read {self.name!r}: {fault}"
             ) from fault
-        rows = rows.reshape(stop - start, self.shape[1])
-        target.copy_((rows if stride == 1 else rows[:, ::stride]).to(self.dtype))
 
     def _whole(self, number: int) -> Tensor:
         """One checkpoint's whole tensor in the storage dtype, as (O, I)."""

@@ -13,16 +13,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..bank.adapter_file import WEIGHTS_FILE, backbone_of, bank_key, find_adapter, read_raw_config
+from ..bank.adapter_file import WEIGHTS_FILE, backbone_of, bank_key, find_adapter, read_settings
 from ..bank.fingerprint import check_fingerprint
 from ..bank.layer_bank import LayerBank, from_disk
-from ..config import MediatorConfig
 from ..errors import AdapterError, BackboneMismatchError, CheckpointError
+from ..settings import MediatorSettings
 from .builder import single_thread
 from .checkpoints import Checkpoint, open_checkpoint
-from .compatibility import skeleton
 from .integrity import CHECKSUM_FILE, bank_sha256, file_sha256
 from .lora import LoraCheckpoint
+from .outline import outline_of
 from .tensor_work import deltas_needed
 
 
@@ -71,8 +71,7 @@ def verify_mediator(
     """
     adapter = find_adapter(Path(path).expanduser())
     found = Verification()
-    read_raw_config(adapter)
-    config = MediatorConfig.from_pretrained(str(adapter))
+    config = read_settings(adapter)
     folder = Path(backbone_of(adapter, config.base_model_name_or_path))
     _check_files(folder, adapter, found)
     try:
@@ -122,7 +121,7 @@ def _check_files(folder: Path, adapter: Path, found: Verification) -> None:
         found.problems.append(f"{WEIGHTS_FILE}: its deltas are not those that were built")
 
 
-def _check_fingerprint(backbone: Checkpoint, config: MediatorConfig, found: Verification) -> None:
+def _check_fingerprint(backbone: Checkpoint, config: MediatorSettings, found: Verification) -> None:
     expected = config.backbone_fingerprint or {}
     try:
         state = {name: backbone.read(name) for name in expected if name in backbone.tensors}
@@ -133,7 +132,7 @@ def _check_fingerprint(backbone: Checkpoint, config: MediatorConfig, found: Veri
 
 
 def _compare(
-    backbone: Checkpoint, expert: Checkpoint, adapter: Path, config: MediatorConfig, column: str
+    backbone: Checkpoint, expert: Checkpoint, adapter: Path, config: MediatorSettings, column: str
 ) -> dict[str, Any]:
     """Backbone plus the whole delta, against the expert rounded to the backbone's dtype."""
     layers = set(config.routed_modules or ())
@@ -160,7 +159,7 @@ def _compare(
 
 
 def _delta(
-    file: Any, layer: str, part: str, column: str, config: MediatorConfig, like: Tensor, is_transposed: bool
+    file: Any, layer: str, part: str, column: str, config: MediatorSettings, like: Tensor, is_transposed: bool
 ) -> Tensor:
     if part == "bias":
         key = f"{column}:bias"
@@ -176,6 +175,4 @@ def _delta(
 
 
 def _transposed(backbone: Checkpoint) -> set[str]:
-    from ..structure import find_structure
-
-    return {layer.name for layer in find_structure(skeleton(backbone.config)).layers if layer.is_transposed}
+    return {layer.name for layer in outline_of(backbone).structure.layers if layer.is_transposed}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 import torch
 
 from ..errors import OutputError, OutputExistsError
+from .checkpoints import Checkpoint
+from .outline import is_known
 
 JOURNAL = ".journal"
 """Folder of what is needed only until an output is whole."""
@@ -180,8 +183,19 @@ def side_files_size(source: Path) -> int:
     return sum((source / name).stat().st_size for name in _SIDE_FILES if (source / name).is_file())
 
 
+def copy_model_config(folder: Path, base: Checkpoint, dtype: torch.dtype) -> None:
+    """Write ``config.json`` of the backbone: that of the base, with the dtype in which the backbone is stored."""
+    if not is_known(base.raw_config):
+        write_model_config(folder, base.config, dtype)
+        return
+    settings = {key: value for key, value in base.raw_config.items() if key not in ("dtype", "torch_dtype")}
+    settings["dtype"] = str(dtype).removeprefix("torch.")
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
 def write_model_config(folder: Path, config: object, dtype: torch.dtype) -> None:
-    """Write ``config.json`` of the backbone, with the dtype it is stored in."""
+    """Write ``config.json`` of a backbone as transformers does, with the dtype it is stored in."""
     from copy import deepcopy
 
     settings = deepcopy(config)

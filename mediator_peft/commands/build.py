@@ -8,10 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import MediatorConfig
+from ..settings import MediatorSettings
 from .common import AsJson, console, parse_pairs, print_json, quiet_transformers, say
 
-_DEFAULTS: dict[str, Any] = {item.name: item.default for item in fields(MediatorConfig) if item.default is not MISSING}
+_DEFAULTS: dict[str, Any] = {
+    item.name: item.default for item in fields(MediatorSettings) if item.default is not MISSING
+}
 
 
 def _setting(name: str, text: str) -> Any:
@@ -77,7 +79,7 @@ def build(
 
     quiet_transformers()
     experts = parse_pairs(expert, "--expert")
-    config = MediatorConfig(
+    config = MediatorSettings(
         merge_method=merge_method,
         density=density,
         values=values,

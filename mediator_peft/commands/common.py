@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -161,6 +162,9 @@ def _dtype(name: str, device_type: str) -> Any:
 
 def quiet_transformers() -> None:
     """Keep transformers' own bars and hints out of the way; errors still come through."""
+    if "transformers" not in sys.modules:  # not all commands need it, and importing it takes a second
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        return
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import MediatorConfig
+from ..settings import MediatorSettings
 from .build import parse_routed_layers
 from .common import BAD_INPUT, AsJson, console, parse_pairs, print_json, quiet_transformers, say
 
@@ -38,7 +38,7 @@ def plan(
     from ..build.preflight import plan_mediator
 
     quiet_transformers()
-    config = MediatorConfig(
+    config = MediatorSettings(
         density=density, values=values, merge_method=merge_method, routed_layers=parse_routed_layers(routed_layers)
     )
     found = plan_mediator(base, parse_pairs(expert, "--expert"), output, config, max_memory=max_memory)

@@ -17,8 +17,8 @@ from ..bank.adapter_file import (
     find_adapter,
     read_raw_config,
 )
-from ..config import FALLBACK_EXPERT
 from ..errors import AdapterError
+from ..settings import FALLBACK_EXPERT
 
 _HEADER_LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000

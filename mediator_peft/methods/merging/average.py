@@ -8,10 +8,15 @@ from torch import Tensor
 def average(task_vectors: Tensor) -> Tensor:
     r"""Mean of the task vectors, :math:`\frac1K \sum_k \tau_k`; added to the base it is the mean of the experts.
 
+    Summed in the order of the experts, so that an entry's rounding does not depend on how many stand beside it.
+
     Args:
         task_vectors: (K, *shape)
 
     Returns:
         (*shape)
     """
-    return task_vectors.mean(dim=0)
+    total = task_vectors[0].clone()
+    for vector in task_vectors[1:]:
+        total += vector
+    return total.div_(len(task_vectors))

@@ -158,6 +158,14 @@ class TopSelection:
             np.not_equal(bits, more_bits, out=bits)
             self._values.append(np.compress(bits.reshape(-1), magnitudes.reshape(-1)))
 
+    def rows(self, start: int, stop: int) -> tuple[Bitmap, Bitmap]:
+        """Bitmaps of some rows for a caller that marks them itself: above the bracket, and reaching it."""
+        return self._above[start:stop], self._reach[start:stop]
+
+    def take(self, values: Floats) -> None:
+        """The magnitudes inside the bracket of rows that a caller marked itself, in their order."""
+        self._values.append(values)
+
     def settle(self) -> Settled | None:
         """The outcome after the last row; None where the bracket missed."""
         low, high = self.bracket

@@ -1,0 +1,140 @@
+"""Which tensors a model has and what they are for: from its class, or from ``config.json`` alone for common decoders.
+
+A model's class gives the answer for every architecture, but importing transformers and the class takes seconds. The
+short way knows a few architectures by heart and must say the same as the long one; a test compares them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..errors import UnsupportedError
+from ..structure import LinearLayer, Structure, find_structure
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from .checkpoints import Checkpoint
+
+
+class Outline(NamedTuple):
+    """A model without its weights."""
+
+    class_name: str
+    structure: Structure
+    names: frozenset[str]
+    """Every tensor of its state, tied ones included."""
+
+    tied: frozenset[str]
+    """Names that only repeat another tensor, e.g. ``lm_head.weight`` of tied embeddings."""
+
+
+class _Decoder(NamedTuple):
+    """What is particular to one architecture among decoders of the Llama family."""
+
+    class_name: str
+    attention_bias: bool | None
+    """Whether q, k and v have a bias; None where the configuration says."""
+
+    output_bias: bool | None
+    mlp_bias: bool | None
+    has_head_norms: bool = False
+
+
+_DECODERS = {
+    "llama": _Decoder("LlamaForCausalLM", None, None, None),
+    "mistral": _Decoder("MistralForCausalLM", False, False, False),
+    "qwen2": _Decoder("Qwen2ForCausalLM", True, False, False),
+    "qwen3": _Decoder("Qwen3ForCausalLM", None, None, False, has_head_norms=True),
+}
+# Settings under which a class of another name, or of other layers, would be made.
+_NOT_PLAIN = ("auto_map", "quantization_config", "pruned_heads")
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def is_known(settings: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` describes a model that is known by heart."""
+    decoder = _DECODERS.get(str(settings.get("model_type")))
+    if decoder is None or any(settings.get(key) for key in _NOT_PLAIN):
+        return False
+    if settings.get("architectures") not in ([decoder.class_name], None):
+        return False
+    number = settings.get("num_hidden_layers")
+    flags = [settings.get(key, False) for key in ("attention_bias", "mlp_bias", "tie_word_embeddings")]
+    kinds = settings.get("layer_types") or []
+    return (
+        isinstance(number, int)
+        and number > 0
+        and all(isinstance(flag, bool) for flag in flags)
+        and all(kind in _LAYER_TYPES for kind in kinds)
+    )
+
+
+def outline_of(checkpoint: Checkpoint) -> Outline:
+    """The outline of a checkpoint's model.
+
+    Raises:
+        UnsupportedError: transformers has no causal language model for it, or it is of a kind that is not supported.
+    """
+    if is_known(checkpoint.raw_config):
+        return known_outline(checkpoint.raw_config)
+    return outline_of_model(skeleton(checkpoint.config), checkpoint.config)
+
+
+def known_outline(settings: Mapping[str, Any]) -> Outline:
+    """The outline of a model that is known by heart: see :func:`is_known`."""
+    decoder = _DECODERS[settings["model_type"]]
+    attention_bias, output_bias = (
+        settings.get("attention_bias", False) if flag is None else flag
+        for flag in (decoder.attention_bias, decoder.output_bias)
+    )
+    mlp_bias = settings.get("mlp_bias", False) if decoder.mlp_bias is None else decoder.mlp_bias
+    linear = [(f"self_attn.{part}_proj", attention_bias) for part in ("q", "k", "v")]
+    linear += [("self_attn.o_proj", output_bias)]
+    linear += [(f"mlp.{part}_proj", mlp_bias) for part in ("gate", "up", "down")]
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    norms += ["self_attn.q_norm", "self_attn.k_norm"] if decoder.has_head_norms else []
+    num_blocks = settings["num_hidden_layers"]
+    layers = [
+        LinearLayer(f"model.layers.{block}.{part}", block, is_transposed=False, has_bias=has_bias)
+        for block in range(num_blocks)
+        for part, has_bias in linear
+    ]
+    names = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    names |= {f"{layer.name}.weight" for layer in layers} | {f"{layer.name}.bias" for layer in layers if layer.has_bias}
+    names |= {f"model.layers.{block}.{norm}.weight" for block in range(num_blocks) for norm in norms}
+    tied = frozenset({"lm_head.weight"}) if settings.get("tie_word_embeddings", False) else frozenset[str]()
+    return Outline(decoder.class_name, Structure("model.layers", num_blocks, layers), frozenset(names), tied)
+
+
+def outline_of_model(model: nn.Module, config: PretrainedConfig) -> Outline:
+    """The outline of a model, which may lie on the meta device.
+
+    Raises:
+        UnsupportedError: it is of a kind that is not supported.
+    """
+    tied = (
+        set(getattr(model, "_tied_weights_keys", None) or ()) if getattr(config, "tie_word_embeddings", False) else ()
+    )
+    return Outline(type(model).__name__, find_structure(model), frozenset(model.state_dict()), frozenset(tied))
+
+
+def skeleton(config: PretrainedConfig) -> nn.Module:
+    """The model without weights, on the meta device.
+
+    Raises:
+        UnsupportedError: transformers has no causal language model for this configuration.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except ValueError as fault:
+        raise UnsupportedError(
+            f"no causal language model for model type {config.model_type!r}: {str(fault).splitlines()[0]}"
+        ) from fault
