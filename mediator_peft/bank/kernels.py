@@ -29,7 +29,16 @@ from .kernels_numpy import (
     widened,
 )
 
-__all__ = ["GroupedProduct", "PackedDelta", "add_to", "expand", "has_compiled", "row_offsets", "sparse_product"]
+__all__ = [
+    "GroupedProduct",
+    "PackedDelta",
+    "add_to",
+    "dense_product",
+    "expand",
+    "has_compiled",
+    "row_offsets",
+    "sparse_product",
+]
 
 _FLOAT32 = (np.dtype(np.float32),)
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.uint16))
@@ -230,6 +239,40 @@ def add_to(weight: Array, delta: PackedDelta, coefficient: float, num_threads: i
     for rows, kept, dense in delta.chunks():
         total = widened(weight[rows][kept]) + np.float32(coefficient) * dense[kept]
         weight[rows][kept] = narrowed(total, weight.dtype)
+
+
+def dense_product(
+    weight: Array,
+    bias: NDArray[np.float32] | None,
+    x: NDArray[np.float32],
+    out: NDArray[np.float32],
+    num_threads: int | None = None,
+) -> None:
+    """``out = x @ weight.T + bias`` for a few rows, summed in float32; a row's result does not depend on the others.
+
+    Args:
+        weight: (O, I) float32, float16 or uint16 (the bits of bfloat16), contiguous.
+        bias: (O,) float32 or None.
+        x: (B, I) float32, contiguous.
+        out: (B, O) float32, contiguous, overwritten.
+        num_threads: most threads to use; None takes as many as torch does.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    _checked("weight", weight, _FLOATS, (out.shape[1], x.shape[1]))
+    _checked("x", x, _FLOAT32, x.shape)
+    _writable("out", out, _FLOAT32, (len(x), len(weight)))
+    if bias is not None:
+        _checked("bias", bias, _FLOAT32, (len(weight),))
+    if _compiled() is not None and weight.shape[1] % 16 == 0:
+        from . import kernels_dense
+
+        kernels_dense.multiply(weight, bias, x, out, num_threads or torch.get_num_threads())
+        return
+    np.matmul(x, widened(weight).T, out=out)
+    if bias is not None:
+        out += bias
 
 
 def expand(delta: PackedDelta) -> NDArray[np.float32]:

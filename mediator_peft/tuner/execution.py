@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..bank import kernels
-from ..bank.layer_bank import LayerBank
+from ..bank.layer_bank import LayerBank, as_array
 from ..errors import ConfigError, UnsupportedError
 from .differentiable import mixed_output
 from .folding import Fold, mixed_bias, mixed_weight, plain_weight
@@ -17,6 +17,9 @@ EXECUTIONS = ("fold", "sparse", "densify")
 
 DENSIFY_TOKENS = 16
 """From this many tokens a group on, a scratch weight and a dense product beat the packed kernels on a CPU."""
+
+_FEW_ROWS = 16
+"""Up to this many rows a loop that reads each weight once beats a general matrix product, which repacks it first."""
 
 
 def check_execution(execution: str | None) -> str | None:
@@ -137,17 +140,37 @@ def _can_use_kernels(x: Tensor, bank: LayerBank, route: LayerRoute) -> bool:
 
 def _sparse_by_kernels(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute) -> Tensor:
     """As :func:`_sparse`, straight from the packed bank: no delta is unpacked."""
-    result = base_layer(x)
     num_tokens = x.shape[1]
     product = bank.product(route.key, route.columns, num_tokens)
-    inputs = x.detach().reshape(-1, x.shape[-1]).float().contiguous().numpy()
-    if result.dtype == torch.float32 and result.is_contiguous():
-        product(inputs, result.detach().view(len(inputs), -1).numpy())
+    inputs = x.detach().reshape(-1, x.shape[-1])
+    numbers = inputs.float().contiguous().numpy()
+    if len(numbers) <= _FEW_ROWS and _is_readable(base_layer):
+        result = torch.empty(len(numbers), base_layer.weight.shape[0])
+        bias = None if base_layer.bias is None else base_layer.bias.detach().float().numpy()
+        kernels.dense_product(as_array(base_layer.weight), bias, numbers, result.numpy())
+        product(numbers, result.numpy())
+        result = result.to(x.dtype)
     else:
-        total = torch.zeros(len(inputs), result.shape[-1])
-        product(inputs, total.numpy())
-        result = result + total.view(result.shape).to(result.dtype)
-    return _add_biases(result, bank, route)
+        result = base_layer(inputs)
+        if result.dtype == torch.float32 and result.is_contiguous():
+            product(numbers, result.detach().numpy())
+        else:
+            total = torch.zeros(len(numbers), result.shape[-1])
+            product(numbers, total.numpy())
+            result = result + total.to(result.dtype)
+    return _add_biases(result.view(*x.shape[:2], -1), bank, route)
+
+
+def _is_readable(base_layer: nn.Linear) -> bool:
+    """Whether the compiled dense product can stand in for the layer: a plain one, in whole vectors, without hooks."""
+    weight = base_layer.weight
+    return (
+        type(base_layer) is nn.Linear
+        and is_plain(base_layer)
+        and weight.is_contiguous()
+        and weight.shape[1] % 16 == 0
+        and not (base_layer._forward_hooks or base_layer._forward_pre_hooks or hasattr(base_layer, "_hf_hook"))
+    )
 
 
 def _add_biases(result: Tensor, bank: LayerBank, route: LayerRoute) -> Tensor:

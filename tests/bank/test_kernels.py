@@ -14,7 +14,15 @@ import pytest
 import torch
 
 from mediator_peft.bank import kernels
-from mediator_peft.bank.kernels import GroupedProduct, PackedDelta, add_to, expand, row_offsets, sparse_product
+from mediator_peft.bank.kernels import (
+    GroupedProduct,
+    PackedDelta,
+    add_to,
+    dense_product,
+    expand,
+    row_offsets,
+    sparse_product,
+)
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 needs_numba = pytest.mark.skipif(not HAS_NUMBA, reason="numba is not installed")
@@ -186,6 +194,25 @@ def test_bfloat16_ties_go_to_even(implementation, lower_half):
     weight = torch.zeros(values.shape, dtype=torch.bfloat16)
     add_to(as_array(weight), delta, 1.0)
     torch.testing.assert_close(weight, values.to(torch.bfloat16), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 16), (7, 33), (66, 64), (130, 576)])
+def test_dense_product_equals_torch_and_a_row_gives_the_same_alone(implementation, shape, dtype, with_bias):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    for size in (1, 2, 3, 4, 5, 8, 9):
+        x, _, out = random_batch(size, shape)
+        bias = torch.randn(shape[0]) if with_bias else None
+        expected = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        array = None if bias is None else bias.numpy()
+        dense_product(as_array(weight), array, x.numpy(), out.numpy())
+        torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+        if implementation == "compiled" and shape[1] % 16 == 0:
+            for threads in (1, 3):
+                alone = torch.empty(1, shape[0])
+                dense_product(as_array(weight), array, x[-1:].numpy(), alone.numpy(), threads)
+                assert torch.equal(alone[0], out[-1])
 
 
 @needs_numba
