@@ -1,4 +1,4 @@
-"""The dense product of a few rows with a stored weight, as a compiled loop: what a mixed batch needs beside the deltas.
+"""The dense product of a few rows with a stored weight, for the compiled loops: what goes with the deltas' products.
 
 A weight is read from memory once for up to ``TILE_INPUTS`` rows and as it is stored; sums are kept in float32. General
 matrix products repack the weight at every call, which for a handful of rows takes longer than the product.
@@ -13,9 +13,8 @@ import numpy as np
 from numba import njit
 from numba.core import cgutils, types
 from numba.extending import intrinsic
-from numpy.typing import NDArray
 
-from .kernels_intrinsics import local_numbers, pointer_to, take_next
+from .kernels_intrinsics import pointer_to
 from .kernels_ir import (
     DTYPES,
     FLOAT,
@@ -33,16 +32,6 @@ from .kernels_ir import (
     splat,
     to_float,
 )
-from .kernels_numba import FORMS, Array, Kernel, _compiled, _run, _source_stamp
-
-CHUNK_ROWS = 64
-"""Rows of the weight that a thread takes at a time."""
-
-# Numbers that describe one call; the first two as in ``kernels_numba``.
-COUNTER, NUM_CHUNKS, NUM_ROWS, NUM_COLUMNS, WEIGHT, WEIGHT_STRIDE, DTYPE = range(7)
-INPUT, NUM_INPUTS, OUTPUT, BIAS = range(7, 11)
-JOB_FIELDS = 11
-_TILE_SUMS = TILE_ROWS * TILE_INPUTS
 
 
 @intrinsic
@@ -95,54 +84,32 @@ def _dot(builder: Any, dtype: int, columns: int, num_vectors: Any, weights: Any,
 
 
 @njit
-def _multiply(job, stamp):  # type: ignore[no-untyped-def]
-    """``out = x @ weight.T + bias`` of one call, or one thread's share of it."""
-    num_rows, num_columns = job[NUM_ROWS], job[NUM_COLUMNS]
-    weights, inputs = local_numbers(TILE_ROWS, np.int64(0)), local_numbers(TILE_INPUTS, np.int64(0))
-    sums, output = local_numbers(_TILE_SUMS, np.float32(0)), pointer_to(job[OUTPUT], np.float32(0))
-    bias = pointer_to(job[BIAS], np.float32(0))
-    chunk = take_next(job)
-    while chunk < job[NUM_CHUNKS]:
-        for row in range(chunk * CHUNK_ROWS, min(num_rows, (chunk + 1) * CHUNK_ROWS), TILE_ROWS):
-            for r in range(TILE_ROWS):
-                # Past the end the last row is computed again and not stored.
-                weights[r] = job[WEIGHT] + min(row + r, num_rows - 1) * job[WEIGHT_STRIDE]
-            for first in range(0, job[NUM_INPUTS], TILE_INPUTS):
-                count = min(TILE_INPUTS, job[NUM_INPUTS] - first)
-                for b in range(count):
-                    inputs[b] = job[INPUT] + 4 * num_columns * (first + b)
-                _dot_weights(job[DTYPE], count, num_columns // LANES, weights, inputs, sums)
-                for r in range(min(TILE_ROWS, num_rows - row)):
-                    start = bias[row + r] if job[BIAS] != 0 else np.float32(0)
-                    for b in range(count):
-                        output[(first + b) * num_rows + row + r] = start + sums[r * TILE_INPUTS + b]
-        chunk = take_next(job)
-
-
-def _kernel(stamp: int) -> Kernel:
-    @_compiled
-    def dense(job):  # type: ignore[no-untyped-def]
-        _multiply(job, stamp)
-
-    return dense
-
-
-KERNEL = _kernel(_source_stamp())
-
-
-def multiply(weight: Array, bias: Array | None, x: NDArray[np.float32], output: Array, num_threads: int) -> None:
-    """``output = x @ weight.T + bias``.
+def multiply_rows(weight, stride, dtype, bias, rows, shape, x, x_stride, num_inputs, output, weights, inputs, sums):  # type: ignore[no-untyped-def]
+    """``output[:, rows] = x @ weight[rows].T + bias[rows]``.
 
     Args:
-        weight: (O, I) float32, float16 or uint16 (the bits of bfloat16); I a multiple of ``LANES``.
-        bias: (O,) float32 or None.
-        x: (B, I) float32
-        output: (B, O) float32
-        num_threads: most threads to use.
+        weight, stride, dtype: address, bytes from row to row, code of what it is stored as.
+        bias: address of (O,) float32; 0 for none.
+        rows: (first, last) of the weight.
+        shape: (O, I); I is a multiple of ``LANES``.
+        x, x_stride, num_inputs: address of float32 rows, bytes from row to row, number of them.
+        output: pointer to (num_inputs, O) float32.
+        weights, inputs: pointers to room for (TILE_ROWS,) and (TILE_INPUTS,) int64.
+        sums: pointer to room for (TILE_ROWS, TILE_INPUTS) float32.
     """
-    job = np.zeros(JOB_FIELDS, np.int64)
-    job[NUM_CHUNKS], (job[NUM_ROWS], job[NUM_COLUMNS]) = -(-len(weight) // CHUNK_ROWS), weight.shape
-    job[WEIGHT], job[WEIGHT_STRIDE], job[DTYPE] = weight.ctypes.data, weight.strides[0], FORMS[weight.dtype.name]
-    job[INPUT], job[NUM_INPUTS], job[OUTPUT] = x.ctypes.data, len(x), output.ctypes.data
-    job[BIAS] = 0 if bias is None else bias.ctypes.data
-    _run(KERNEL, job, weight.size, num_threads)
+    first, last = rows
+    num_rows, num_columns = shape
+    biases = pointer_to(bias, np.float32(0))
+    for row in range(first, last, TILE_ROWS):
+        for r in range(TILE_ROWS):
+            # Past the end the last row is computed again and not stored.
+            weights[r] = weight + min(row + r, last - 1) * stride
+        for b0 in range(0, num_inputs, TILE_INPUTS):
+            count = min(TILE_INPUTS, num_inputs - b0)
+            for b in range(count):
+                inputs[b] = x + x_stride * (b0 + b)
+            _dot_weights(dtype, count, num_columns // LANES, weights, inputs, sums)
+            for r in range(min(TILE_ROWS, last - row)):
+                start = biases[row + r] if bias != 0 else np.float32(0)
+                for b in range(count):
+                    output[(b0 + b) * num_rows + row + r] = start + sums[r * TILE_INPUTS + b]

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..bank import kernels
-from ..bank.layer_bank import LayerBank, as_array
+from ..bank.layer_bank import LayerBank
 from ..errors import ConfigError, UnsupportedError
 from .differentiable import mixed_output
+from .few_rows import FewRows
 from .folding import Fold, mixed_bias, mixed_weight, plain_weight
 from .weights import LayerRoute
 
@@ -17,9 +18,6 @@ EXECUTIONS = ("fold", "sparse", "densify")
 
 DENSIFY_TOKENS = 16
 """From this many tokens a group on, a scratch weight and a dense product beat the packed kernels on a CPU."""
-
-_FEW_ROWS = 16
-"""Up to this many rows a loop that reads each weight once beats a general matrix product, which repacks it first."""
 
 
 def check_execution(execution: str | None) -> str | None:
@@ -54,6 +52,14 @@ def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear) -> str:
     return "sparse" if compiled and tokens_a_group < DENSIFY_TOKENS else "densify"
 
 
+def few_rows(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute) -> FewRows | None:
+    """The short way of computing such batches under this route, to be kept for the next step; None where it is not open."""
+    if choose(x, route, base_layer) != "sparse" or not FewRows.fits(x, base_layer, bank):
+        return None
+    _split_rows(x, len(route.expert_weights))
+    return FewRows(x, base_layer, bank, route) if any(group.mix for group in route.groups) else None
+
+
 def apply(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, fold: Fold) -> Tensor:
     """Output of a routed layer.
 
@@ -70,6 +76,7 @@ def apply(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, 
     way = choose(x, route, base_layer)
     if way == "fold":
         fold.switch(bank, route.groups[0].mix)
+        fold.route = route
         return base_layer(x)
     fold.switch(None, ())
     if not route.is_differentiable and all(not group.mix for group in route.groups):
@@ -101,18 +108,28 @@ def _densify(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRout
     weight, bias = plain_weight(base_layer), base_layer.bias
     result: Tensor | None = None
     for rows, mix in route.groups:
-        inputs = x if rows is None else x[rows.to(x.device)]
+        # Rows side by side are seen as they lie; others are gathered and scattered.
+        place = slice(None) if rows is None else _as_slice(rows, x.device)
         shift = mixed_bias(bank, mix)
         group_bias = bias if shift is None else (bias.float() + shift).to(bias.dtype)
-        output = F.linear(inputs, mixed_weight(weight, bank, mix), group_bias)
+        group_weight = mixed_weight(weight, bank, mix)
         if rows is None:
-            return output
+            return F.linear(x, group_weight, group_bias)
         if result is None:
-            result = output.new_empty(x.shape[0], x.shape[1], output.shape[-1])
-        result[rows.to(x.device)] = output
+            result = x.new_empty(x.shape[0], x.shape[1], weight.shape[0])
+        if isinstance(place, slice) and group_bias is None and not torch.is_grad_enabled():
+            torch.mm(x[place].flatten(0, 1), group_weight.T, out=result[place].flatten(0, 1))
+        else:
+            result[place] = F.linear(x[place], group_weight, group_bias)
     if result is None:
         raise RuntimeError("a route without rows")
     return result
+
+
+def _as_slice(rows: Tensor, device: torch.device) -> slice | Tensor:
+    """Row numbers as a slice, where they follow each other."""
+    first, count = int(rows[0]), len(rows)
+    return slice(first, first + count) if int(rows[-1]) - first == count - 1 else rows.to(device)
 
 
 def _sparse(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute) -> Tensor:
@@ -144,33 +161,14 @@ def _sparse_by_kernels(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route:
     product = bank.product(route.key, route.columns, num_tokens)
     inputs = x.detach().reshape(-1, x.shape[-1])
     numbers = inputs.float().contiguous().numpy()
-    if len(numbers) <= _FEW_ROWS and _is_readable(base_layer):
-        result = torch.empty(len(numbers), base_layer.weight.shape[0])
-        bias = None if base_layer.bias is None else base_layer.bias.detach().float().numpy()
-        kernels.dense_product(as_array(base_layer.weight), bias, numbers, result.numpy())
-        product(numbers, result.numpy())
-        result = result.to(x.dtype)
+    result = base_layer(inputs)
+    if result.dtype == torch.float32 and result.is_contiguous():
+        product(numbers, result.detach().numpy())
     else:
-        result = base_layer(inputs)
-        if result.dtype == torch.float32 and result.is_contiguous():
-            product(numbers, result.detach().numpy())
-        else:
-            total = torch.zeros(len(numbers), result.shape[-1])
-            product(numbers, total.numpy())
-            result = result + total.to(result.dtype)
+        total = torch.zeros(len(numbers), result.shape[-1])
+        product(numbers, total.numpy())
+        result = result + total.to(result.dtype)
     return _add_biases(result.view(*x.shape[:2], -1), bank, route)
-
-
-def _is_readable(base_layer: nn.Linear) -> bool:
-    """Whether the compiled dense product can stand in for the layer: a plain one, in whole vectors, without hooks."""
-    weight = base_layer.weight
-    return (
-        type(base_layer) is nn.Linear
-        and is_plain(base_layer)
-        and weight.is_contiguous()
-        and weight.shape[1] % 16 == 0
-        and not (base_layer._forward_hooks or base_layer._forward_pre_hooks or hasattr(base_layer, "_hf_hook"))
-    )
 
 
 def _add_biases(result: Tensor, bank: LayerBank, route: LayerRoute) -> Tensor:
