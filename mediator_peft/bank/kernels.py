@@ -33,6 +33,7 @@ __all__ = [
     "GroupedProduct",
     "PackedDelta",
     "add_to",
+    "added",
     "as_array",
     "expand",
     "has_compiled",
@@ -285,6 +286,24 @@ def add_to(weight: Array, delta: PackedDelta, coefficient: float, num_threads: i
     for rows, kept, dense in delta.chunks():
         total = widened(weight[rows][kept]) + np.float32(coefficient) * dense[kept]
         weight[rows][kept] = narrowed(total, weight.dtype)
+
+
+def added(weight: torch.Tensor, delta: PackedDelta, coefficient: float) -> torch.Tensor:
+    """``weight + coefficient * S`` as a new matrix, rounded once, by the compiled loops; they read the weight once.
+
+    Args:
+        weight: (O, I) float32, float16 or bfloat16, contiguous, on the CPU.
+        delta: (O, I)
+        coefficient: one number.
+    """
+    compiled = _compiled()
+    assert compiled is not None
+    result = torch.empty_like(weight)
+    _checked("weight", as_array(weight), _FLOATS, delta.shape)
+    arrays = as_array(result), delta.fields, coefficient, torch.get_num_threads(), as_array(weight)
+    if result.numel():
+        compiled.add_to(*arrays)
+    return result
 
 
 def expand(delta: PackedDelta) -> NDArray[np.float32]:

@@ -66,6 +66,14 @@ def _copy_bytes(address, count, target, room):  # type: ignore[no-untyped-def]
 
 
 @njit
+def _copy_row(address, num_bytes, target):  # type: ignore[no-untyped-def]
+    """Copy one row of a weight."""
+    old, new = pointer_to(address, np.uint8(0)), pointer_to(target, np.uint8(0))
+    for index in range(num_bytes):
+        new[index] = old[index]
+
+
+@njit
 def _open_tile(job, delta, row, position, starts, scratch):  # type: ignore[no-untyped-def]
     """Where masks and entries of ``TILE_ROWS`` rows can be read in whole words.
 
@@ -176,7 +184,10 @@ def _addition(job, add_row, stamp):  # type: ignore[no-untyped-def]
             mask, source, end = _open_tile(job, delta, tile, position, starts, scratch.ctypes.data)
             for r in range(min(TILE_ROWS, num_rows - tile)):
                 factor = coefficient * scales[tile + r] if form == SIGN else coefficient
-                target, row_mask = job[OUTPUT] + (tile + r) * job[OUTPUT_STRIDE], mask + r * stride
+                place = (tile + r) * job[OUTPUT_STRIDE]
+                target, row_mask = job[OUTPUT] + place, mask + r * stride
+                if job[INPUT] != 0:
+                    _copy_row(job[INPUT] + place, job[INPUT_STRIDE], target)
                 add_row(form, job[DTYPE], row_mask, num_words, last_word, source, starts[r], factor, target)
             position = end
         chunk = take_next(job)
@@ -297,20 +308,25 @@ def run_product(
     run(KERNELS["product", is_sign], job, int(job[NUM_CHUNKS]), num_entries, num_threads)
 
 
-def add_to(weight: Array, fields: NDArray[np.int64], coefficient: float, num_threads: int) -> None:
-    """``weight += coefficient * S``, at the kept entries only.
+def add_to(
+    weight: Array, fields: NDArray[np.int64], coefficient: float, num_threads: int, source: Array | None = None
+) -> None:
+    """``weight += coefficient * S``, at the kept entries only; or ``weight = source + coefficient * S``.
 
     Args:
         weight: (O, I) float32, float16 or uint16 (the bits of bfloat16).
         fields: (DELTA_FIELDS,), from :func:`table`.
         coefficient: one number.
         num_threads: most threads to use.
+        source: contiguous, of the weight's shape and dtype.
     """
     factor = np.array([coefficient], np.float32)
     fields = fields.copy()
     fields[COEFFICIENTS] = factor.ctypes.data
     job = _job((weight.shape[0], weight.shape[1]), fields.reshape(1, -1))
     job[OUTPUT] = weight.ctypes.data
+    if source is not None:
+        job[INPUT], job[INPUT_STRIDE] = source.ctypes.data, weight.strides[0]
     job[OUTPUT_STRIDE], job[DTYPE] = weight.strides[0], FORMS[weight.dtype.name]
     kernel = KERNELS["addition", bool(fields[FORM] == SIGN)]
     run(kernel, job, int(job[NUM_CHUNKS]), weight.size, num_threads)

@@ -50,9 +50,7 @@ def mixed_weight(weight: Tensor, bank: LayerBank, mix: Mix) -> Tensor:
     """``D + sum_k w_k S_k``, summed in float32 and rounded once; (O, I) in the dtype of ``weight``."""
     packed = bank.packed(mix[0][0]) if len(mix) == 1 and has_loops_for(weight) else None
     if packed is not None:
-        scratch = weight.clone()
-        kernels.add_to(kernels.as_array(scratch), packed, mix[0][1])
-        return scratch
+        return kernels.added(weight, packed, mix[0][1])
     delta = mixed_delta(bank, mix)
     return weight if delta is None else delta.add_(weight).to(weight.dtype)
 

@@ -164,6 +164,8 @@ def test_addition_rounds_once_as_torch_does(implementation, shape, form, weight_
     delta, dense = random_delta(shape, 0.2, form)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(weight_dtype)
     expected = (weight.float() + 0.37 * dense).to(weight_dtype)
+    if implementation == "compiled":
+        torch.testing.assert_close(kernels.added(weight, delta, 0.37), expected, rtol=0, atol=0)
     add_to(as_array(weight), delta, 0.37)
     torch.testing.assert_close(weight, expected, rtol=0, atol=0)
 
