@@ -50,6 +50,7 @@ JOB_FIELDS = 16
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 _TILE_SUMS = TILE_ROWS * TILE_INPUTS
 
+
 @njit
 def _last_word(num_columns):  # type: ignore[no-untyped-def]
     """Bits of a row's last word that are columns."""
@@ -227,7 +228,13 @@ def _kernels(stamp: int) -> dict[tuple[str, bool], Kernel]:
 def _source_stamp() -> int:
     """A number that changes with the code of the other files."""
     digest = sha256()
-    for name in ("kernels_dense.py", "kernels_intrinsics.py", "kernels_ir.py", "kernels_numba.py"):
+    for name in (
+        "kernels_dense.py",
+        "kernels_fold_ir.py",
+        "kernels_intrinsics.py",
+        "kernels_ir.py",
+        "kernels_numba.py",
+    ):
         digest.update(Path(__file__).with_name(name).read_bytes())
     return int.from_bytes(digest.digest()[:6], "little")
 

@@ -48,7 +48,8 @@ def compiled(function: Callable[..., None]) -> Kernel:
             loop = cfunc(signature, cache=True, error_model="numpy")(function)
         except RuntimeError:  # no folder can be written to for the cache
             loop = cfunc(signature, error_model="numpy")(function)
-        return CompiledLoop(loop.address, _C_KERNEL(loop.address), loop)
+        address: Any = loop.address
+        return CompiledLoop(address, _C_KERNEL(address), loop)
 
     return kernel
 

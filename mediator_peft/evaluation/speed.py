@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..tuner.model import MediatorModel
 
 Scope = Callable[[], AbstractContextManager[Any]]
-DENSE, ONE, MIXED, APART, KEPT = "backbone alone", "one expert", "mixed batch", "one pass an expert", "mixed, kept folded"
+DENSE, ONE, MIXED, APART = "backbone alone", "one expert", "mixed batch", "one pass an expert"
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,6 @@ class SpeedSettings:
 
     steps: int = 4
     """Decode steps of a turn."""
-
-    keep_folded: bool = False
-    """Also time a mixed batch whose experts are kept folded beside the backbone."""
 
 
 class Pace(NamedTuple):
@@ -259,9 +256,7 @@ def _prefill_turns(
 
 def _paces(work: str, seconds: Mapping[str, float], batch_size: int, num_tokens: int) -> list[Pace]:
     dense = seconds[DENSE]
-    return [
-        Pace(work, name, batch_size, taken, num_tokens / taken, dense / taken) for name, taken in seconds.items()
-    ]
+    return [Pace(work, name, batch_size, taken, num_tokens / taken, dense / taken) for name, taken in seconds.items()]
 
 
 def _routing_seconds(tuner: MediatorModel, settings: SpeedSettings) -> float | None:

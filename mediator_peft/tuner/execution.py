@@ -53,7 +53,7 @@ def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear) -> str:
 
 
 def few_rows(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute) -> FewRows | None:
-    """The short way of computing such batches under this route, to be kept for the next step; None where it is not open."""
+    """The short way of computing such batches under this route, kept for the next step; None where it is not open."""
     if choose(x, route, base_layer) != "sparse" or not FewRows.fits(x, base_layer, bank):
         return None
     _split_rows(x, len(route.expert_weights))

@@ -57,4 +57,3 @@ class FewRows:
         out = torch.empty(self._out_shape)
         self._product.multiply(rows, out.view(len(rows), -1), parameters["weight"], parameters["bias"])
         return out.to(self._dtype)
-

@@ -108,7 +108,9 @@ def test_kept_entries_come_back_and_others_are_not_touched(monkeypatch, shape, d
     before, mask = weight.clone(), torch.from_numpy(delta.mask)
     for offsets in (None, delta.offsets):
         saved = KeptEntries(weight, mask, offsets)
-        assert saved.num_bytes == int((dense != 0).sum()) * weight.itemsize + (0 if offsets is not None else mask.nbytes)
+        assert saved.num_bytes == int((dense != 0).sum()) * weight.itemsize + (
+            0 if offsets is not None else mask.nbytes
+        )
         weight[dense != 0] = 5.0
         weight[dense == 0] = 7.0
         saved.restore(weight)
