@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .commands.bench import bench
 from .commands.build import build
 from .commands.calibrate import calibrate
 from .commands.common import GuardedGroup
@@ -35,6 +36,7 @@ app.command()(generate)
 app.command("eval")(evaluate)
 app.command()(inspect)
 app.command()(verify)
+app.command()(bench)
 app.command()(demo)
 
 

@@ -29,7 +29,17 @@ from .kernels_numpy import (
     widened,
 )
 
-__all__ = ["GroupedProduct", "PackedDelta", "add_to", "expand", "has_compiled", "row_offsets", "sparse_product"]
+__all__ = [
+    "GroupedProduct",
+    "PackedDelta",
+    "add_to",
+    "added",
+    "as_array",
+    "expand",
+    "has_compiled",
+    "row_offsets",
+    "sparse_product",
+]
 
 _FLOAT32 = (np.dtype(np.float32),)
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.uint16))
@@ -62,7 +72,7 @@ class _HoldsAddresses:
     """Copies and pickles leave out what only holds for these very arrays."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "fields"}
+        return {key: None if key == "_made" else value for key, value in self.__dict__.items() if key != "fields"}
 
 
 class PackedDelta(_HoldsAddresses):
@@ -153,6 +163,8 @@ class GroupedProduct(_HoldsAddresses):
             if len(np.unique(group_rows)) < len(group_rows) or (group_rows < 0).any():
                 raise ValueError(f"rows of one delta must differ and not be negative, got {group_rows.tolist()}.")
         self._min_batch = 1 + max((int(group.max()) for group in self.rows if len(group)), default=-1)
+        self._is_sign = not self.deltas or self.deltas[0].values is None
+        self._made: tuple[Any, NDArray[np.int64]] | None = None
 
     @cached_property
     def fields(self) -> NDArray[np.int64]:
@@ -174,17 +186,61 @@ class GroupedProduct(_HoldsAddresses):
         """
         if self._min_batch == 0 or not self.deltas[0].mask.size:
             return
+        self._check_batch(len(x))
         num_outputs, num_inputs = self.deltas[0].shape
-        if len(x) < self._min_batch:
-            raise ValueError(f"the batch has {len(x)} rows, row {self._min_batch - 1} is asked for.")
         _checked("x", x, _FLOAT32, (len(x), num_inputs))
         _writable("out", out, _FLOAT32, (len(x), num_outputs))
-        if (compiled := _compiled()) is not None:
-            compiled.add_products(self.fields, self.deltas[0].shape, x, out, num_threads or torch.get_num_threads())
+        if _compiled() is not None:
+            self.multiply(torch.from_numpy(x), torch.from_numpy(out), num_threads=num_threads)
             return
         for delta, rows, coefficients in zip(self.deltas, self.rows, self.coefficients, strict=True):
             for columns, _, dense in delta.chunks():
                 out[rows, columns] += coefficients[:, None] * (x[rows] @ dense.T)
+
+    def multiply(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        """As a call, by the compiled loops alone; with a weight, ``out`` is first set to ``x @ weight.T + bias``.
+
+        Args:
+            x: (B, I) float32, contiguous.
+            out: (B, O) float32, contiguous.
+            weight: (O, I) float32, float16 or bfloat16, contiguous; I a multiple of 16.
+            bias: (O,) float32, goes with the weight.
+            num_threads: most threads to use; None takes as many as torch does.
+        """
+        compiled = _compiled()
+        assert compiled is not None
+        self._check_batch(len(x))
+        width = x.shape[1]
+        if width % 64:
+            # Vectors are read in whole words.
+            x = torch.nn.functional.pad(x, (0, 64 - width % 64))
+        rows = (x.data_ptr(), 4 * x.shape[1])
+        threads = num_threads or torch.get_num_threads()
+        job = self._job(out.shape[1], width, weight, bias)
+        compiled.run_product(job, self._is_sign, rows, len(x), out.data_ptr(), threads)
+
+    def _job(self, num_outputs: int, num_inputs: int, weight: Any, bias: Any) -> NDArray[np.int64]:
+        """The job for one weight, kept for the next call."""
+        key = (None if weight is None else weight.data_ptr(), None if bias is None else bias.data_ptr())
+        made = self._made
+        if made is None or made[0] != key:
+            compiled = _compiled()
+            assert compiled is not None
+            arrays = (None if weight is None else as_array(weight), None if bias is None else as_array(bias))
+            fields = self.fields if self.deltas else np.zeros((0, compiled.DELTA_FIELDS), np.int64)
+            self._made = made = (key, compiled.product_job(fields, (num_outputs, num_inputs), *arrays))
+        return made[1]
+
+    def _check_batch(self, batch_size: int) -> None:
+        if batch_size < self._min_batch:
+            raise ValueError(f"the batch has {batch_size} rows, row {self._min_batch - 1} is asked for.")
 
 
 def sparse_product(
@@ -232,11 +288,35 @@ def add_to(weight: Array, delta: PackedDelta, coefficient: float, num_threads: i
         weight[rows][kept] = narrowed(total, weight.dtype)
 
 
+def added(weight: torch.Tensor, delta: PackedDelta, coefficient: float) -> torch.Tensor:
+    """``weight + coefficient * S`` as a new matrix, rounded once, by the compiled loops; they read the weight once.
+
+    Args:
+        weight: (O, I) float32, float16 or bfloat16, contiguous, on the CPU.
+        delta: (O, I)
+        coefficient: one number.
+    """
+    compiled = _compiled()
+    assert compiled is not None
+    result = torch.empty_like(weight)
+    _checked("weight", as_array(weight), _FLOATS, delta.shape)
+    arrays = as_array(result), delta.fields, coefficient, torch.get_num_threads(), as_array(weight)
+    if result.numel():
+        compiled.add_to(*arrays)
+    return result
+
+
 def expand(delta: PackedDelta) -> NDArray[np.float32]:
     """The delta as a plain matrix: (O, I) float32."""
     dense = np.zeros(delta.shape, np.float32)
     add_to(dense, delta, 1.0)
     return dense
+
+
+def as_array(tensor: torch.Tensor) -> NDArray[Any]:
+    """A tensor's memory as the kernels read it: bfloat16, which numpy does not know, as its bits."""
+    plain = tensor.detach()
+    return (plain.view(torch.uint16) if plain.dtype == torch.bfloat16 else plain).numpy()
 
 
 def _checked(name: str, array: Array, dtypes: tuple[Any, ...], shape: tuple[int, ...]) -> Array:

@@ -1,27 +1,20 @@
-"""Compiled twins of the numpy kernels: loops over packed deltas, run in torch's own threads.
+"""Compiled twins of the numpy kernels: loops over packed deltas, run in torch's own threads (``kernels_team``).
 
-Numba's threads are not used: a second pool beside torch's fights with it for the cores (idle threads spin), and numba's
-default pool must not be entered twice at once. The loops are plain C callbacks instead, which torch's OpenMP runtime
-runs as a team. Threads take chunks of rows from a counter; a chunk is computed by one thread in a fixed order, so the
+Threads take chunks of rows from a counter; a chunk is computed by one thread in a fixed order, so the
 result does not depend on their number.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from numba import cfunc, config, njit, types
+from numba import config, njit
 from numpy.typing import NDArray
 
+from .kernels_dense import multiply_rows
 from .kernels_intrinsics import (
     add_signs,
     add_values,
@@ -35,6 +28,7 @@ from .kernels_intrinsics import (
 )
 from .kernels_ir import BFLOAT16, FLOAT16, FLOAT32, SIGN, TILE_INPUTS, TILE_ROWS, is_processor_supported
 from .kernels_numpy import CHUNK_ROWS, Array
+from .kernels_team import Kernel, compiled, run
 
 if getattr(config, "DISABLE_JIT", False):
     raise ImportError("numba is switched off by NUMBA_DISABLE_JIT")
@@ -49,32 +43,12 @@ MASK, MASK_BYTES, SOURCE, SOURCE_BYTES, SCALES, OFFSETS, FORM, ROWS, COEFFICIENT
 DELTA_FIELDS = 10
 # Numbers that describe one call.
 COUNTER, NUM_CHUNKS, NUM_ROWS, NUM_COLUMNS, TABLE, NUM_DELTAS = range(6)
-INPUT, INPUT_STRIDE, OUTPUT, OUTPUT_STRIDE, DTYPE = range(6, 11)
-JOB_FIELDS = 11
-
-_C_KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-_TINY_JOB = 1 << 15
-"""Entries below which starting a second thread costs more than it saves."""
+INPUT, INPUT_STRIDE, BATCH_SIZE, OUTPUT, OUTPUT_STRIDE, DTYPE = range(6, 12)
+WEIGHT, WEIGHT_STRIDE, WEIGHT_DTYPE, BIAS = range(12, 16)
+JOB_FIELDS = 16
 
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 _TILE_SUMS = TILE_ROWS * TILE_INPUTS
-
-Kernel = Callable[[], Any]
-
-
-def _compiled(function: Callable[..., None]) -> Kernel:
-    """A C function, compiled (or read from the cache on disk) when it is first asked for."""
-
-    @cache
-    def kernel() -> Any:
-        signature = types.void(types.CPointer(types.int64))
-        try:
-            return cfunc(signature, cache=True, error_model="numpy")(function)
-        except RuntimeError:  # no folder can be written to for the cache
-            return cfunc(signature, error_model="numpy")(function)
-
-    return kernel
 
 
 @njit
@@ -90,6 +64,14 @@ def _copy_bytes(address, count, target, room):  # type: ignore[no-untyped-def]
     old, new = pointer_to(address, np.uint8(0)), pointer_to(target, np.uint8(0))
     for index in range(room):
         new[index] = old[index] if index < count else np.uint8(0)
+
+
+@njit
+def _copy_row(address, num_bytes, target):  # type: ignore[no-untyped-def]
+    """Copy one row of a weight."""
+    old, new = pointer_to(address, np.uint8(0)), pointer_to(target, np.uint8(0))
+    for index in range(num_bytes):
+        new[index] = old[index]
 
 
 @njit
@@ -152,13 +134,30 @@ def _add_tile(dot_rows, job, delta, row, mask, source, starts, inputs, sums):  #
 
 @njit
 def _product(job, dot_rows, stamp):  # type: ignore[no-untyped-def]
-    """Grouped product of one call, or one thread's share of it."""
+    """Dense and grouped product of one call, or one thread's share of it."""
+    weights, shape = local_numbers(TILE_ROWS, np.int64(0)), (job[NUM_ROWS], job[NUM_COLUMNS])
     scratch = np.empty(2 * _tile_bytes(job[NUM_COLUMNS]), np.uint8)
     starts, inputs = local_numbers(TILE_ROWS, np.int64(0)), local_numbers(TILE_INPUTS, np.int64(0))
     sums = local_numbers(_TILE_SUMS, np.float32(0))
     chunk = take_next(job)
     while chunk < job[NUM_CHUNKS]:
         first, last = chunk * CHUNK_ROWS, min(job[NUM_ROWS], (chunk + 1) * CHUNK_ROWS)
+        if job[WEIGHT] != 0:
+            multiply_rows(
+                job[WEIGHT],
+                job[WEIGHT_STRIDE],
+                job[WEIGHT_DTYPE],
+                job[BIAS],
+                (first, last),
+                shape,
+                job[INPUT],
+                job[INPUT_STRIDE],
+                job[BATCH_SIZE],
+                pointer_to(job[OUTPUT], np.float32(0)),
+                weights,
+                inputs,
+                sums,
+            )
         for index in range(job[NUM_DELTAS]):
             delta = pointer_to(job[TABLE] + 8 * DELTA_FIELDS * index, np.int64(0))
             position = np.int64(pointer_to(delta[OFFSETS], np.int32(0))[chunk])
@@ -186,7 +185,10 @@ def _addition(job, add_row, stamp):  # type: ignore[no-untyped-def]
             mask, source, end = _open_tile(job, delta, tile, position, starts, scratch.ctypes.data)
             for r in range(min(TILE_ROWS, num_rows - tile)):
                 factor = coefficient * scales[tile + r] if form == SIGN else coefficient
-                target, row_mask = job[OUTPUT] + (tile + r) * job[OUTPUT_STRIDE], mask + r * stride
+                place = (tile + r) * job[OUTPUT_STRIDE]
+                target, row_mask = job[OUTPUT] + place, mask + r * stride
+                if job[INPUT] != 0:
+                    _copy_row(job[INPUT] + place, job[INPUT_STRIDE], target)
                 add_row(form, job[DTYPE], row_mask, num_words, last_word, source, starts[r], factor, target)
             position = end
         chunk = take_next(job)
@@ -199,19 +201,19 @@ def _kernels(stamp: int) -> dict[tuple[str, bool], Kernel]:
     Numba's cache on disk looks at this file and at ``stamp``, which stands for the files that the loops are made from.
     """
 
-    @_compiled
+    @compiled
     def sign_product(job):  # type: ignore[no-untyped-def]
         _product(job, dot_signs, stamp)
 
-    @_compiled
+    @compiled
     def value_product(job):  # type: ignore[no-untyped-def]
         _product(job, dot_values, stamp)
 
-    @_compiled
+    @compiled
     def sign_addition(job):  # type: ignore[no-untyped-def]
         _addition(job, add_signs, stamp)
 
-    @_compiled
+    @compiled
     def value_addition(job):  # type: ignore[no-untyped-def]
         _addition(job, add_values, stamp)
 
@@ -224,9 +226,15 @@ def _kernels(stamp: int) -> dict[tuple[str, bool], Kernel]:
 
 
 def _source_stamp() -> int:
-    """A number that changes with the code of the other two files."""
+    """A number that changes with the code of the other files."""
     digest = sha256()
-    for name in ("kernels_intrinsics.py", "kernels_ir.py"):
+    for name in (
+        "kernels_dense.py",
+        "kernels_fold_ir.py",
+        "kernels_intrinsics.py",
+        "kernels_ir.py",
+        "kernels_numba.py",
+    ):
         digest.update(Path(__file__).with_name(name).read_bytes())
     return int.from_bytes(digest.digest()[:6], "little")
 
@@ -269,82 +277,71 @@ def grouped_table(
     return fields
 
 
-def add_products(fields: NDArray[np.int64], shape: tuple[int, int], x: Array, output: Array, num_threads: int) -> None:
-    """``output[b] += coefficient * (S @ x[b])`` for every delta and each of its rows b.
+def product_job(
+    fields: NDArray[np.int64], shape: tuple[int, int], weight: Array | None = None, bias: Array | None = None
+) -> NDArray[np.int64]:
+    """A grouped product, but for input and output: (JOB_FIELDS,). The arrays must outlive it.
 
     Args:
         fields: (E, DELTA_FIELDS), from :func:`grouped_table`; all signs or all values.
         shape: (O, I) of the deltas.
-        x: (B, I) float32
-        output: (B, O) float32
+        weight: (O, I) float32, float16 or uint16, I a multiple of 16: the output is set to the product with it first.
+        bias: (O,) float32, goes with the weight.
+    """
+    job = _job(shape, fields)
+    if weight is not None:
+        job[WEIGHT], job[WEIGHT_STRIDE] = weight.ctypes.data, weight.strides[0]
+        job[WEIGHT_DTYPE] = FORMS[weight.dtype.name]
+        job[BIAS] = 0 if bias is None else bias.ctypes.data
+    return job
+
+
+def run_product(
+    job: NDArray[np.int64], is_sign: bool, x: tuple[int, int], batch_size: int, output: int, num_threads: int
+) -> None:
+    """Run a job from :func:`product_job`, which may be in use by other threads.
+
+    Args:
+        job: (JOB_FIELDS,)
+        is_sign: whether its deltas have signs.
+        x: address of float32 rows, readable in whole words of 64 numbers; and bytes from row to row.
+        batch_size: how many rows.
+        output: address of (batch_size, O) float32.
         num_threads: most threads to use.
     """
-    if shape[1] % 64:
-        # Vectors are read in whole words.
-        padded = np.zeros((len(x), -(-shape[1] // 64) * 64), np.float32)
-        padded[:, : shape[1]] = x
-        x = padded
-    job = _job(shape, fields, output)
-    job[INPUT], job[INPUT_STRIDE] = x.ctypes.data, x.strides[0]
-    _run(KERNELS["product", bool(fields[0, FORM] == SIGN)], job, shape[0] * shape[1] * len(fields), num_threads)
+    job = job.copy()
+    (job[INPUT], job[INPUT_STRIDE]), job[BATCH_SIZE], job[OUTPUT] = x, batch_size, output
+    num_entries = int(job[NUM_ROWS] * job[NUM_COLUMNS]) * (int(job[NUM_DELTAS]) + bool(job[WEIGHT]))
+    run(KERNELS["product", is_sign], job, int(job[NUM_CHUNKS]), num_entries, num_threads)
 
 
-def add_to(weight: Array, fields: NDArray[np.int64], coefficient: float, num_threads: int) -> None:
-    """``weight += coefficient * S``, at the kept entries only.
+def add_to(
+    weight: Array, fields: NDArray[np.int64], coefficient: float, num_threads: int, source: Array | None = None
+) -> None:
+    """``weight += coefficient * S``, at the kept entries only; or ``weight = source + coefficient * S``.
 
     Args:
         weight: (O, I) float32, float16 or uint16 (the bits of bfloat16).
         fields: (DELTA_FIELDS,), from :func:`table`.
         coefficient: one number.
         num_threads: most threads to use.
+        source: contiguous, of the weight's shape and dtype.
     """
     factor = np.array([coefficient], np.float32)
     fields = fields.copy()
     fields[COEFFICIENTS] = factor.ctypes.data
-    job = _job((weight.shape[0], weight.shape[1]), fields, weight)
+    job = _job((weight.shape[0], weight.shape[1]), fields.reshape(1, -1))
+    job[OUTPUT] = weight.ctypes.data
+    if source is not None:
+        job[INPUT], job[INPUT_STRIDE] = source.ctypes.data, weight.strides[0]
     job[OUTPUT_STRIDE], job[DTYPE] = weight.strides[0], FORMS[weight.dtype.name]
-    _run(KERNELS["addition", bool(fields[FORM] == SIGN)], job, weight.size, num_threads)
+    kernel = KERNELS["addition", bool(fields[FORM] == SIGN)]
+    run(kernel, job, int(job[NUM_CHUNKS]), weight.size, num_threads)
 
 
-def _job(shape: tuple[int, int], fields: NDArray[np.int64], output: Array) -> NDArray[np.int64]:
+def _job(shape: tuple[int, int], fields: NDArray[np.int64]) -> NDArray[np.int64]:
     job = np.zeros(JOB_FIELDS, np.int64)
     job[NUM_CHUNKS] = -(-shape[0] // CHUNK_ROWS)
     job[NUM_ROWS], job[NUM_COLUMNS] = shape
-    job[TABLE], job[NUM_DELTAS], job[OUTPUT] = fields.ctypes.data, len(fields), output.ctypes.data
+    job[TABLE], job[NUM_DELTAS] = fields.ctypes.data, len(fields)
     return job
-
-
-def _run(kernel: Kernel, job: NDArray[np.int64], num_entries: int, num_threads: int) -> None:
-    """Run a kernel on a job in up to ``num_threads`` threads, this one included; the GIL is released."""
-    num_threads = min(num_threads, int(job[NUM_CHUNKS])) if num_entries >= _TINY_JOB else 1
-    code, address, team = kernel().address, job.ctypes.data, _torch_team()
-    function = _C_KERNEL(code)
-    if num_threads <= 1:
-        function(address)
-    elif team is not None:
-        team(code, address, num_threads, 0)
-    else:
-        others = [_helpers().submit(function, address) for _ in range(num_threads - 1)]
-        function(address)
-        for other in others:
-            # One that has not started finds nothing left to do.
-            if not other.cancel():
-                other.result()
-
-
-@cache
-def _torch_team() -> Callable[[int, int, int, int], None] | None:
-    """``GOMP_parallel`` of the OpenMP runtime that torch itself is linked with; None where it has another."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:
-        team = ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD).GOMP_parallel
-    except (OSError, AttributeError):
-        return None
-    team.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    team.restype = None
-    return team
-
-
-@cache
-def _helpers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="mediator_peft")

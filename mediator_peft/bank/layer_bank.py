@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import AdapterError
-from .kernels import GroupedProduct, PackedDelta
+from .kernels import GroupedProduct, PackedDelta, as_array
 from .packing import compress, decompress
 from .sparse_delta import SparseDelta
 from .values import VALUES
@@ -91,6 +90,16 @@ class LayerBank(nn.Module):
             self._product = (product, key)
         return product
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all deltas in memory."""
+        return sum(buffer.nbytes for buffer in self._buffers.values() if buffer is not None)
+
+    @property
+    def num_derived_bytes(self) -> int:
+        """Bytes held beside the deltas for the kernels' use."""
+        return sum(packed.offsets.nbytes for packed in self._packed.values())
+
     def put(self, name: str, delta: SparseDelta) -> None:
         """Set one expert's delta."""
         bias = {} if delta.bias is None else {_BIAS: delta.bias}
@@ -136,12 +145,6 @@ class LayerBank(nn.Module):
             if buffer is not None:
                 self._buffers[key] = fn(buffer) if buffer.device.type == "meta" else move(buffer)
         return self
-
-
-def as_array(tensor: Tensor) -> NDArray[Any]:
-    """A tensor's memory as the kernels read it: bfloat16, which numpy does not know, as its bits."""
-    plain = tensor.detach()
-    return (plain.view(torch.uint16) if plain.dtype == torch.bfloat16 else plain).numpy()
 
 
 def to_disk(key: str, tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from ..bank import kernels
 from ..bank.layer_bank import LayerBank
 from ..errors import ConfigError, UnsupportedError
 from .differentiable import mixed_output
+from .few_rows import FewRows
 from .folding import Fold, mixed_bias, mixed_weight
 from .quantized import is_plain, quantization_of, readable_weight
 from .weights import LayerRoute
@@ -50,6 +51,14 @@ def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear) -> str:
     return "sparse" if compiled and tokens_a_group < DENSIFY_TOKENS else "densify"
 
 
+def few_rows(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute) -> FewRows | None:
+    """The short way of computing such batches under this route, kept for the next step; None where it is not open."""
+    if choose(x, route, base_layer) != "sparse" or not FewRows.fits(x, base_layer, bank):
+        return None
+    _split_rows(x, len(route.expert_weights))
+    return FewRows(x, base_layer, bank, route) if any(group.mix for group in route.groups) else None
+
+
 def apply(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, fold: Fold) -> Tensor:
     """Output of a routed layer.
 
@@ -66,6 +75,7 @@ def apply(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, 
     way = choose(x, route, base_layer)
     if way == "fold":
         fold.switch(bank, route.groups[0].mix)
+        fold.route = route
         return base_layer(x)
     fold.switch(None, ())
     if not route.is_differentiable and all(not group.mix for group in route.groups):
@@ -97,18 +107,28 @@ def _densify(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRout
     weight, bias = readable_weight(base_layer).to(x.dtype), base_layer.bias
     result: Tensor | None = None
     for rows, mix in route.groups:
-        inputs = x if rows is None else x[rows.to(x.device)]
+        # Rows side by side are seen as they lie; others are gathered and scattered.
+        place = slice(None) if rows is None else _as_slice(rows, x.device)
         shift = mixed_bias(bank, mix)
         group_bias = bias if shift is None else (bias.float() + shift).to(bias.dtype)
-        output = F.linear(inputs, mixed_weight(weight, bank, mix), group_bias)
+        group_weight = mixed_weight(weight, bank, mix)
         if rows is None:
-            return output
+            return F.linear(x, group_weight, group_bias)
         if result is None:
-            result = output.new_empty(x.shape[0], x.shape[1], output.shape[-1])
-        result[rows.to(x.device)] = output
+            result = x.new_empty(x.shape[0], x.shape[1], weight.shape[0])
+        if isinstance(place, slice) and group_bias is None and not torch.is_grad_enabled():
+            torch.mm(x[place].flatten(0, 1), group_weight.T, out=result[place].flatten(0, 1))
+        else:
+            result[place] = F.linear(x[place], group_weight, group_bias)
     if result is None:
         raise RuntimeError("a route without rows")
     return result
+
+
+def _as_slice(rows: Tensor, device: torch.device) -> slice | Tensor:
+    """Row numbers as a slice, where they follow each other."""
+    first, count = int(rows[0]), len(rows)
+    return slice(first, first + count) if int(rows[-1]) - first == count - 1 else rows.to(device)
 
 
 def _sparse(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute) -> Tensor:
@@ -136,17 +156,18 @@ def _can_use_kernels(x: Tensor, bank: LayerBank, route: LayerRoute) -> bool:
 
 def _sparse_by_kernels(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute) -> Tensor:
     """As :func:`_sparse`, straight from the packed bank: no delta is unpacked."""
-    result = base_layer(x)
     num_tokens = x.shape[1]
     product = bank.product(route.key, route.columns, num_tokens)
-    inputs = x.detach().reshape(-1, x.shape[-1]).float().contiguous().numpy()
+    inputs = x.detach().reshape(-1, x.shape[-1])
+    numbers = inputs.float().contiguous().numpy()
+    result = base_layer(inputs)
     if result.dtype == torch.float32 and result.is_contiguous():
-        product(inputs, result.detach().view(len(inputs), -1).numpy())
+        product(numbers, result.detach().numpy())
     else:
-        total = torch.zeros(len(inputs), result.shape[-1])
-        product(inputs, total.numpy())
-        result = result + total.view(result.shape).to(result.dtype)
-    return _add_biases(result, bank, route)
+        total = torch.zeros(len(numbers), result.shape[-1])
+        product(numbers, total.numpy())
+        result = result + total.to(result.dtype)
+    return _add_biases(result.view(*x.shape[:2], -1), bank, route)
 
 
 def _add_biases(result: Tensor, bank: LayerBank, route: LayerRoute) -> Tensor:

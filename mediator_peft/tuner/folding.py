@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 from functools import reduce
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..bank import kernels
-from ..bank.layer_bank import LayerBank, as_array
-from ..bank.packing import unpack_bits
+from ..bank.kernels import PackedDelta
+from ..bank.layer_bank import LayerBank
+from ..bank.restoring import ComputedBack, KeptEntries, Saved, free_low_bits, has_loops_for
 
 Mix = tuple[tuple[str, float], ...]
-
-
-class _Saved(NamedTuple):
-    """What a fold overwrote."""
-
-    mix: Mix
-    mask: Tensor
-    """(O, ceil(I / 8)) uint8, the union of the mixed deltas' masks."""
-
-    weight: Tensor
-    """(num_changed,) what stood there."""
-
-    bias: Tensor | None
 
 
 def plain_weight(base_layer: nn.Linear) -> Tensor:
@@ -61,6 +48,9 @@ def mixed_bias(bank: LayerBank, mix: Mix) -> Tensor | None:
 
 def mixed_weight(weight: Tensor, bank: LayerBank, mix: Mix) -> Tensor:
     """``D + sum_k w_k S_k``, summed in float32 and rounded once; (O, I) in the dtype of ``weight``."""
+    packed = bank.packed(mix[0][0]) if len(mix) == 1 and has_loops_for(weight) else None
+    if packed is not None:
+        return kernels.added(weight, packed, mix[0][1])
     delta = mixed_delta(bank, mix)
     return weight if delta is None else delta.add_(weight).to(weight.dtype)
 
@@ -70,53 +60,66 @@ class Fold:
 
     def __init__(self, base_layer: nn.Linear) -> None:
         self._base_layer = base_layer
-        self._saved: _Saved | None = None
+        self._saved: Saved | None = None
+        self._bias: Tensor | None = None
+        self._free_bits: int | None = None
+        self.mix: Mix = ()
+        """What is folded in now; empty for nothing."""
+        self.route: object = None
+        """The route that was last settled by this fold: as long as it stays, nothing is to be done for it."""
 
     @property
-    def mix(self) -> Mix:
-        """What is folded in now; empty for nothing."""
-        return self._saved.mix if self._saved else ()
+    def num_bytes(self) -> int:
+        """Bytes held for the way back, beside the bank."""
+        return sum(part.num_bytes for part in (self._saved,) if part) + (0 if self._bias is None else self._bias.nbytes)
 
     def switch(self, bank: LayerBank | None, mix: Mix) -> None:
         """Fold ``mix`` in, after taking out what was there. An empty mix restores the backbone."""
         if mix == self.mix:
             return
+        self.route = None
         self._restore()
         if mix and bank is not None:
             self._write(bank, mix)
 
     def _write(self, bank: LayerBank, mix: Mix) -> None:
-        masks = [delta.mask for name, _ in mix if (delta := bank.get(name)) is not None]
-        if not masks:
+        deltas = [delta for name, _ in mix if (delta := bank.get(name)) is not None]
+        if not deltas:
             return
         weight = plain_weight(self._base_layer)
-        mask = reduce(torch.bitwise_or, masks)
-        changed = unpack_bits(mask, bank.shape[1])
         bias_delta = mixed_bias(bank, mix)
-        bias = None if bias_delta is None else self._base_layer.bias.data.clone()
-        # Kept before the first write: an exception in the middle still restores everything.
-        self._saved = _Saved(mix, mask, weight[changed], bias)
-        if not self._add_in_place(bank, mix, weight):
-            total = mixed_delta(bank, mix)
-            if total is not None:
-                weight[changed] = (self._saved.weight.float() + total[changed]).to(weight.dtype)
-        if bias is not None and bias_delta is not None:
-            self._base_layer.bias.data.copy_((bias.float() + bias_delta).to(bias.dtype))
+        # The way back is kept before the first write: an exception in the middle still restores everything.
+        self.mix = mix
+        if bias_delta is not None:
+            self._bias = self._base_layer.bias.data.clone()
+        packed = bank.packed(mix[0][0]) if len(mix) == 1 and has_loops_for(weight) else None
+        if packed is None:
+            self._saved = KeptEntries(weight, reduce(torch.bitwise_or, [delta.mask for delta in deltas]))
+            weight.copy_(_only_where_changed(weight, mixed_delta(bank, mix)))
+        elif not self._write_computed(weight, packed, mix[0][1]):
+            self._saved = KeptEntries(weight, deltas[0].mask, packed.offsets)
+            kernels.add_to(kernels.as_array(weight), packed, mix[0][1])
+        if self._bias is not None and bias_delta is not None:
+            self._base_layer.bias.data.copy_((self._bias.float() + bias_delta).to(self._bias.dtype))
 
-    @staticmethod
-    def _add_in_place(bank: LayerBank, mix: Mix, weight: Tensor) -> bool:
-        """Fold a single delta by the kernel, which writes to kept entries alone; False where that cannot be done."""
-        packed = bank.packed(mix[0][0]) if len(mix) == 1 and weight.device.type == "cpu" else None
-        if packed is None or not weight.is_contiguous() or not kernels.has_compiled():
+    def _write_computed(self, weight: Tensor, packed: PackedDelta, coefficient: float) -> bool:
+        if self._free_bits is None:
+            self._free_bits = free_low_bits(weight)
+        if not ComputedBack.fits(weight, self._free_bits):
             return False
-        kernels.add_to(as_array(weight), packed, mix[0][1])
-        return True
+        self._saved = computed = ComputedBack(packed, coefficient, self._free_bits)
+        return computed.add(weight)
 
     def _restore(self) -> None:
-        if self._saved is None:
-            return
-        weight = plain_weight(self._base_layer)
-        weight[unpack_bits(self._saved.mask, weight.shape[1])] = self._saved.weight
-        if self._saved.bias is not None:
-            self._base_layer.bias.data.copy_(self._saved.bias)
-        self._saved = None
+        if self._saved is not None:
+            self._saved.restore(plain_weight(self._base_layer))
+        if self._bias is not None:
+            self._base_layer.bias.data.copy_(self._bias)
+        self._saved, self._bias, self.mix = None, None, ()
+
+
+def _only_where_changed(weight: Tensor, delta: Tensor | None) -> Tensor:
+    """``weight + delta``, rounded once; where the delta is 0, every bit of the weight."""
+    if delta is None:
+        return weight
+    return torch.where(delta != 0, (weight.float() + delta).to(weight.dtype), weight)

@@ -121,7 +121,10 @@ class RoutedForward:
             table, may_fold = request, self._board.has_one_mix and not torch.is_grad_enabled()
         else:
             table, may_fold = self._route_forward(inputs, kwargs), False
-        return make_route(expand_rows(table, len(rows)), self._config.columns, may_fold, self._execution)
+        making = (self._config.columns, may_fold, self._execution)
+        if spec is None and request is not None:
+            return self._board.request_route(len(rows), making)
+        return make_route(expand_rows(table, len(rows)), *making)
 
     def _route_forward(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
         known = cache_weights(kwargs.get("past_key_values"))

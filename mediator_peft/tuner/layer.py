@@ -13,9 +13,11 @@ from transformers.pytorch_utils import Conv1D
 from ..bank.layer_bank import LayerBank
 from ..errors import UnsupportedError
 from . import execution
+from .few_rows import FewRows
 from .folding import Fold, mixed_bias, mixed_delta, plain_weight
 from .quantized import is_plain
 from .requests import RouteBoard
+from .weights import LayerRoute
 
 
 class MediatorLayer(nn.Module, BaseTunerLayer):
@@ -42,6 +44,7 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         # One lock a layer: nobody computes with a weight while somebody else writes to it.
         self._lock = threading.RLock()
         self._fold = Fold(self.base_layer)
+        self._few_rows: FewRows | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -71,19 +74,51 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        route = None if self.disable_adapters or self.merged else self._board.route
-        bank = self._active_bank()
+        # In a decode step of a small model every microsecond of this counts: looked up past nn.Module's own way.
+        route = None if self._disable_adapters or self.merged_adapters else self._board.route
+        base_layer: Any = self._modules["base_layer"]
         with self._lock:
-            if route is None or bank is None:
-                if not self.merged:
+            if route is not None:
+                if self._fold.route is route:
+                    return base_layer(x, *args, **kwargs)
+                if self._few_rows is not None and self._few_rows.route is route and self._few_rows.is_for(x):
                     self._fold.switch(None, ())
-                return self.base_layer(x, *args, **kwargs)
-            return execution.apply(x, self.base_layer, bank, route, self._fold)
+                    return self._few_rows(x)
+            return self._first_pass(x, route, *args, **kwargs)
+
+    def _first_pass(self, x: Tensor, route: LayerRoute | None, *args: Any, **kwargs: Any) -> Tensor:
+        """A forward pass that could not go on as the last one went."""
+        bank = self._active_bank()
+        if route is None or bank is None:
+            if not self.merged:
+                self._fold.switch(None, ())
+            return self.base_layer(x, *args, **kwargs)
+        self._few_rows = execution.few_rows(x, self.base_layer, bank, route)
+        if self._few_rows is not None:
+            self._fold.switch(None, ())
+            return self._few_rows(x)
+        return execution.apply(x, self.base_layer, bank, route, self._fold)
+
+    def forget_steps(self) -> None:
+        """Drop what was kept for further steps under the last route."""
+        self._few_rows = None
+        self._fold.route = None
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; what the last active adapter left is taken out first."""
+        self.unfold()
+        super().set_adapter(*args, **kwargs)
 
     def unfold(self) -> None:
         """Bring the weight back to the backbone's, bit for bit."""
         with self._lock:
+            self.forget_steps()
             self._fold.switch(None, ())
+
+    @property
+    def folded_bytes(self) -> int:
+        """Bytes held to bring the weight back to the backbone's; 0 while nothing is folded in."""
+        return self._fold.num_bytes
 
     def get_delta_weight(self, mix: tuple[tuple[str, float], ...]) -> Tensor | None:
         """``sum_k w_k S_k`` (O, I) float32; None where no column of the mix has a delta here."""
@@ -126,7 +161,7 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.unfold()
-        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_fold")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_fold", "_few_rows")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

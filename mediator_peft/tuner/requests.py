@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from .weights import LayerRoute
+from .weights import LayerRoute, expand_rows, make_route
 
 Mix = tuple[tuple[float, ...], ...]
 
@@ -53,6 +53,20 @@ class RouteBoard:
         stack = getattr(self._local, "requests", None)
         return stack[-1] if stack else None
 
+    def request_route(self, batch_size: int, making: tuple[list[str], bool, str | None]) -> LayerRoute:
+        """The route of this thread's innermost request for a batch: one object, as long as nothing of it changes.
+
+        Args:
+            batch_size: rows of the batch.
+            making: what ``make_route`` gets besides: columns, whether the mix may be folded, forced execution.
+        """
+        table = self._local.requests[-1]
+        made = getattr(self._local, "made", None)
+        if made is None or made[0] is not table or made[1] != (batch_size, making):
+            route = make_route(expand_rows(table, batch_size), *making)
+            self._local.made = made = (table, (batch_size, making), route)
+        return made[2]
+
     @property
     def has_one_mix(self) -> bool:
         """Whether all open requests, of all threads, want one and the same mix for all their rows."""
@@ -73,6 +87,7 @@ class RouteBoard:
             yield
         finally:
             stack.pop()
+            self._local.made = None
             with self._lock:
                 self._open.remove(mix)
 

@@ -14,7 +14,14 @@ import pytest
 import torch
 
 from mediator_peft.bank import kernels
-from mediator_peft.bank.kernels import GroupedProduct, PackedDelta, add_to, expand, row_offsets, sparse_product
+from mediator_peft.bank.kernels import (
+    GroupedProduct,
+    PackedDelta,
+    add_to,
+    expand,
+    row_offsets,
+    sparse_product,
+)
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 needs_numba = pytest.mark.skipif(not HAS_NUMBA, reason="numba is not installed")
@@ -157,6 +164,8 @@ def test_addition_rounds_once_as_torch_does(implementation, shape, form, weight_
     delta, dense = random_delta(shape, 0.2, form)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(weight_dtype)
     expected = (weight.float() + 0.37 * dense).to(weight_dtype)
+    if implementation == "compiled":
+        torch.testing.assert_close(kernels.added(weight, delta, 0.37), expected, rtol=0, atol=0)
     add_to(as_array(weight), delta, 0.37)
     torch.testing.assert_close(weight, expected, rtol=0, atol=0)
 
@@ -186,6 +195,30 @@ def test_bfloat16_ties_go_to_even(implementation, lower_half):
     weight = torch.zeros(values.shape, dtype=torch.bfloat16)
     add_to(as_array(weight), delta, 1.0)
     torch.testing.assert_close(weight, values.to(torch.bfloat16), rtol=0, atol=0)
+
+
+@needs_numba
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 16), (7, 48), (66, 64), (130, 576)])
+def test_dense_and_grouped_products_in_one_pass(shape, dtype, with_bias):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    bias = torch.randn(shape[0], generator=torch.Generator().manual_seed(4)) if with_bias else None
+    delta, dense = random_delta(shape, 0.2)
+    for size in (1, 2, 3, 4, 5, 8, 9):
+        x, coefficients, out = random_batch(size, shape)
+        rows = np.arange(0, size, 2)
+        expected = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        for product in (GroupedProduct([], [], []), GroupedProduct([delta], [rows], [coefficients[::2].numpy()])):
+            product.multiply(x, out, weight, bias)
+            torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+            expected[::2] += coefficients[::2, None].double() * (x[::2].double() @ dense.T.double())
+        for threads in (1, 3):
+            alone = torch.empty(1, shape[0])
+            GroupedProduct([], [], []).multiply(x[-1:], alone, weight, bias, threads)
+            together = torch.empty(size, shape[0])
+            GroupedProduct([], [], []).multiply(x, together, weight, bias)
+            assert torch.equal(alone[0], together[-1]), "a row depends on the others"
 
 
 @needs_numba
@@ -221,9 +254,10 @@ def test_a_row_of_a_batch_gives_the_same_alone(form):
 @needs_numba
 @pytest.mark.parametrize("own_threads", [False, True], ids=["torch team", "helper threads"])
 def test_calls_from_several_python_threads_do_not_mix(monkeypatch, own_threads):
-    compiled = kernels._compiled()
     if own_threads:
-        monkeypatch.setattr(compiled, "_torch_team", lambda: None)
+        from mediator_peft.bank import kernels_team
+
+        monkeypatch.setattr(kernels_team, "_torch_team", lambda: None)
     pairs = [random_delta((200, 200), 0.2, seed=seed) for seed in range(4)]
 
     def work(number):

@@ -136,7 +136,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.helpers:
-        setattr(kernels._compiled(), "_torch_team", lambda: None)  # noqa: B010
+        from mediator_peft.bank import kernels_team
+
+        setattr(kernels_team, "_torch_team", lambda: None)  # noqa: B010
     rng = np.random.default_rng(0)
     results: dict[str, Any] = {"settings": {**vars(args), "compiled": kernels.has_compiled()}}
     print(f"{args.form}, density {args.density}, batch {args.batch}, {args.experts} experts, {args.threads} threads")

@@ -1,0 +1,95 @@
+"""``mediator-peft bench``: how fast a model runs here beside its plain backbone, and what it holds in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .common import AsJson, Device, Dtype, OutputFolder, console, load, print_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..evaluation.speed import SpeedReport
+
+
+def bench(
+    out: OutputFolder,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
+    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache of a decode step.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a decode step of a batch.")] = 8,
+    num_experts: Annotated[int, typer.Option("--experts", min=1, help="Most experts in a mixed batch.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each contestant has its turn.")] = 7,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's own choice.")] = 0,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the ratios to this file (.png, .svg or .pdf).", show_default=False)
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Time prefill and decode of OUT beside its plain backbone: one expert, mixed batches, switching, routing, memory.
+
+    Contestants take turns; ratios of medians count. Stop other work on the machine first.
+
+    Example:
+      mediator-peft bench out --threads 2 --plot speed.png
+    """
+    import torch
+
+    from ..evaluation.speed import SpeedSettings, measure_speed
+    from ..evaluation.speed_plot import check_plot, draw_speed
+    from ..progress import bar_progress
+
+    if plot is not None:
+        check_plot(plot)
+    if threads:
+        torch.set_num_threads(threads)
+    settings = SpeedSettings(prompt_tokens, context, batch_size, num_experts, rounds)
+    model, _ = load(out, dtype, device)
+    with bar_progress("timing", 3 * (rounds + 1)) as advance:
+        report = measure_speed(model, settings, advance)
+    if plot is not None:
+        draw_speed(report, plot)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        print_speed(report, console())
+
+
+def print_speed(report: SpeedReport, target: Console) -> None:
+    """The measurements as tables."""
+    from rich.table import Table
+
+    from ..evaluation.sizes import format_bytes
+
+    settings = report.settings
+    target.print(
+        f"{report.num_parameters:,} parameters in {report.dtype}, {report.threads} threads, experts "
+        f"{', '.join(report.experts)}; prompts of {settings.prompt_tokens} tokens, {settings.context} in the cache; "
+        f"medians of {settings.rounds} rounds in turn",
+        highlight=False,
+        markup=False,
+    )
+    table = Table(pad_edge=False)
+    for heading in ("work", "rows", "model", "ms", "tokens/s", "of the backbone"):
+        table.add_column(heading, justify="left" if heading in ("work", "model") else "right")
+    for pace in report.paces:
+        numbers = f"{1e3 * pace.seconds:.1f}", f"{pace.tokens_per_second:.1f}", f"{pace.ratio:.2f}"
+        table.add_row(pace.work, str(pace.batch_size), pace.name, *numbers)
+    target.print(table)
+    lines = [
+        ("changing the folded expert", f"{1e3 * report.switch_seconds:.1f} ms, {report.switch_steps:.1f} decode steps")
+    ]
+    if report.routing_seconds is None or report.routing_share is None:
+        lines.append(("routing a prompt", "not measured: the router is not fitted"))
+    else:
+        share = f"{report.routing_share:.0%} of its prefill"
+        lines.append(("routing a prompt", f"{1e3 * report.routing_seconds:.1f} ms before its first token, {share}"))
+    lines += [(f"memory: {part}", format_bytes(size)) for part, size in report.memory.items()]
+    facts = Table.grid(padding=(0, 2))
+    for label, value in lines:
+        facts.add_row(f"[dim]{label}[/dim]", value)
+    target.print(facts)
