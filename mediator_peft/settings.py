@@ -13,6 +13,7 @@ from .bank.values import VALUES
 from .errors import AdapterError, ConfigError
 from .methods.conflict import CONFLICT_SCORES
 from .methods.merging import MERGE_METHODS
+from .methods.rounding import ROUNDINGS
 from .methods.sparsifying import SPARSIFIERS
 from .routing.routers import ROUTERS
 from .tables import unknown_name
@@ -24,6 +25,9 @@ FALLBACKS = ("base", "backbone")
 ROUTE_ON = ("last", "first", "all")
 FALLBACK_EXPERT = "base"
 """Name of the expert-weight column that stands for the base model."""
+
+CORRECTION = "_correction"
+"""Name of the delta that takes back rounding errors of a quantised backbone; no expert can have it."""
 
 _EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\- ]{0,63}")
 
@@ -73,6 +77,13 @@ class MediatorSettings:
     sign_scale: str = "projection"
     """A key of ``SIGN_SCALES``: how large the signs are. ``"projection"`` keeps the delta's full effect, ``"norm"`` the
     norm of each row, ``"mean"`` the mean of what is kept."""
+
+    for_quantization: str | None = None
+    """A key of ``ROUNDINGS``: the quantisation that the backbone is meant for. One more delta, shared by all experts,
+    then takes back the largest of its rounding errors where the backbone is loaded so."""
+
+    correction_density: float = 0.5
+    """Share of the rounding errors that is taken back, in (0, 1]."""
 
     router: str = "gaussian"
     """A key of ``ROUTERS``."""
@@ -153,8 +164,11 @@ class MediatorSettings:
         ):
             if getattr(self, name) not in table:
                 yield unknown_name(getattr(self, name), table, kind)
+        if self.for_quantization is not None and self.for_quantization not in ROUNDINGS:
+            yield unknown_name(self.for_quantization, ROUNDINGS, "for_quantization")
         for name, hint in (
             ("density", "1.0 keeps every weight"),
+            ("correction_density", "1.0 corrects every weight"),
             ("conflict_density", "1.0 lets every entry vote"),
             ("top_p", "1.0 keeps every expert"),
         ):

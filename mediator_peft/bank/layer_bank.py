@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
+from ..settings import CORRECTION
 from .kernels import GroupedProduct, PackedDelta, as_array
 from .packing import compress, decompress
 from .sparse_delta import SparseDelta
@@ -29,6 +30,8 @@ class LayerBank(nn.Module):
         self.shape = shape
         self.coding = coding
         self.has_bias = has_bias
+        self.is_corrected = False
+        """Whether the layer's weight is quantised in the manner that the bank's correction is for."""
         self._packed: dict[str, PackedDelta] = {}
         self._product: tuple[GroupedProduct | None, Any] = (None, None)
 
@@ -51,6 +54,11 @@ class LayerBank(nn.Module):
             return None
         bias = parts.pop(_BIAS, None)
         return SparseDelta(self.shape, self.coding, mask, {k: v for k, v in parts.items() if v is not None}, bias)
+
+    @property
+    def correction(self) -> SparseDelta | None:
+        """What every row gets, whatever its expert weights; None unless the weight is quantised."""
+        return self.get(CORRECTION) if self.is_corrected else None
 
     def packed(self, name: str) -> PackedDelta | None:
         """One expert's delta as the CPU kernels take it, without a copy; None where it has none or lies elsewhere."""
@@ -81,6 +89,8 @@ class LayerBank(nn.Module):
                 for column, name in enumerate(columns)
                 if weights[:, column].any() and (packed := self.packed(name)) is not None
             ]
+            if self.correction is not None and (packed := self.packed(CORRECTION)) is not None:
+                active.append((packed, np.arange(len(weights)), np.ones(len(weights), np.float32)))
             tokens = np.arange(num_tokens)
             product = GroupedProduct(
                 [packed for packed, _, _ in active],
@@ -122,6 +132,7 @@ class LayerBank(nn.Module):
     def __deepcopy__(self, memo: dict[int, object]) -> LayerBank:
         # Deltas never change in place, so copies of a model share them.
         copy = LayerBank(self.shape, self.coding, self.has_bias)
+        copy.is_corrected = self.is_corrected
         for key, buffer in self._buffers.items():
             copy.register_buffer(key, buffer)
         memo[id(self)] = copy

@@ -50,6 +50,7 @@ def adapter_bytes(merge: Merge, routed: frozenset[int] | None = None) -> int:
         merge: the work.
         routed: blocks that will be routed; None for all that may be.
     """
+    config, itemsize = merge.config, merge.job.dtype.itemsize
     total = 0.0
     for task in merge.tasks:
         if task.density is None or (
@@ -58,10 +59,13 @@ def adapter_bytes(merge: Merge, routed: frozenset[int] | None = None) -> int:
             continue
         shape = merge.job.base.tensors[task.name].shape
         outputs = shape[1] if task.is_transposed else shape[0]
-        one = delta_bytes(prod(shape), outputs, task.density, merge.config.values, merge.job.dtype.itemsize)
-        parts = 1 + len(VALUES[merge.config.values].part_names) + (task.bias is not None)
+        one = delta_bytes(prod(shape), outputs, task.density, config.values, itemsize)
+        parts = 1 + len(VALUES[config.values].part_names) + (task.bias is not None)
         one += _BYTES_A_PART * parts + (4 * outputs if task.bias else 0)
-        total += one * len(deltas_needed(merge.config))
+        total += one * len(deltas_needed(config))
+        if config.for_quantization is not None:
+            total += delta_bytes(prod(shape), outputs, config.correction_density, config.values, itemsize)
+            total += _BYTES_A_PART * parts + (4 * outputs if task.bias else 0)
     return int(total)
 
 

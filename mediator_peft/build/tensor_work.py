@@ -17,9 +17,11 @@ from ..bank.values import Precision
 from ..errors import CheckpointError
 from ..methods.conflict import CONFLICT_SCORES
 from ..methods.conflict.statistics import Statistics
+from ..methods.rounding import ROUNDINGS
 from ..methods.sparsifying import SPARSIFIERS
+from ..methods.sparsifying.magnitude import largest_mask
 from ..methods.sparsifying.selection import TINY, Bracket, row_squares, smallest_kept_of_tiles
-from ..settings import FALLBACK_EXPERT, MediatorSettings
+from ..settings import CORRECTION, FALLBACK_EXPERT, MediatorSettings
 from .checkpoints import Checkpoint
 from .signed import WIDE_SLACK, Errors, SignedSelection, errors_of
 from .tiles import TensorTiles, Tile, Workspace
@@ -109,6 +111,8 @@ class TensorWork:
                 else:
                     delta, errors = self._any_delta(tiles, task, column, biases.get(column))
                 result.deltas[column], result.errors[column] = delta, errors
+            if self.config.for_quantization is not None:
+                result.deltas[CORRECTION] = self._correction(tiles, task)
         return result
 
     def weight_number(self, column: str) -> int:
@@ -141,6 +145,19 @@ class TensorWork:
         precision = precision_of(self.config, task.density, self.dtype)
         packed = SparseDelta.from_dense(delta, kept, self.config.values, precision, bias)
         return packed, errors_of(delta, packed)
+
+    def _correction(self, tiles: TensorTiles, task: Task) -> SparseDelta:
+        """What quantising takes from the backbone, as far as the correction's density reaches.
+
+        Errors of rounding are alike in size: the mean of what is kept is nearest to them.
+        """
+        assert self.config.for_quantization is not None
+        backbone = torch.cat([tile.backbone for tile in tiles])
+        lost = backbone.float() - ROUNDINGS[self.config.for_quantization](backbone)
+        kept = largest_mask(lost, self.config.correction_density)
+        # Biases are not quantised.
+        bias = None if task.bias is None else torch.zeros(len(lost))
+        return SparseDelta.from_dense(lost, kept, self.config.values, Precision(self.dtype, "mean"), bias)
 
     def check_finite(self, name: str, tile: Tile) -> None:
         """Refuse NaN and infinity.
@@ -278,6 +295,11 @@ def is_one_pass(config: MediatorSettings) -> bool:
 def precision_of(config: MediatorSettings, density: float, dtype: torch.dtype) -> Precision:
     """How finely deltas are stored: numbers in float32 at density 1, so that nothing is lost there."""
     return Precision(None if density == 1.0 else dtype, config.sign_scale)
+
+
+def deltas_stored(config: MediatorSettings) -> list[str]:
+    """Names of all deltas in the files: the columns', and the correction's."""
+    return [*deltas_needed(config), *([CORRECTION] if config.for_quantization is not None else [])]
 
 
 def deltas_needed(config: MediatorSettings) -> Sequence[str]:

@@ -33,6 +33,9 @@ def build(
         _DEFAULTS["density"]
     ),
     values: Annotated[str, _setting("values", "How kept entries are stored: sign or float.")] = _DEFAULTS["values"],
+    sign_scale: Annotated[str, _setting("sign_scale", "How large signs are: projection, norm or mean.")] = (
+        _DEFAULTS["sign_scale"]
+    ),
     sparsifier: Annotated[str, _setting("sparsifier", "Which entries are kept.")] = _DEFAULTS["sparsifier"],
     routed_layers: Annotated[
         str, _setting("routed_layers", "auto, all, a share of blocks such as 0.5, or block numbers such as 0,1,2.")
@@ -61,6 +64,15 @@ def build(
     fallback: Annotated[str, _setting("fallback", "Where unknown prompts go: base or backbone.")] = (
         _DEFAULTS["fallback"]
     ),
+    for_quantization: Annotated[
+        str | None,
+        _setting(
+            "for_quantization", "Take back the rounding errors of a backbone in nf4, fp4 or int8 by one more delta."
+        ),
+    ] = None,
+    correction_density: Annotated[
+        float, _setting("correction_density", "Share of these errors that is taken back, in (0, 1].")
+    ] = _DEFAULTS["correction_density"],
     seed: Annotated[int, _setting("seed", "Seeds whatever is drawn.")] = _DEFAULTS["seed"],
     plan: Annotated[Path | None, typer.Option(help="Obey this plan file, which `plan --save` wrote.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the tensors; the bytes are the same.")] = 1,
@@ -83,6 +95,7 @@ def build(
         merge_method=merge_method,
         density=density,
         values=values,
+        sign_scale=sign_scale,
         sparsifier=sparsifier,
         routed_layers=parse_routed_layers(routed_layers),
         target_modules=target_module or None,
@@ -94,6 +107,8 @@ def build(
         ood_alpha=ood_alpha,
         top_p=top_p,
         fallback=fallback,
+        for_quantization=for_quantization,
+        correction_density=correction_density,
         seed=seed,
     )
     report = build_mediator(

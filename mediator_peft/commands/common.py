@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ..errors import MediatorError
+from ..errors import MediatorError, MissingPackageError
 from ..tables import unknown_name
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16, float16, or auto: float32 on a CPU, the stored one on a GPU.")
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …, or auto: a GPU if there is one.")]
+Quantize = Annotated[
+    str | None, typer.Option(help="Load the backbone in nf4, fp4 or int8 (needs bitsandbytes).", show_default=False)
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Prompts at once.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Take prompts as they are, without the tokenizer's chat template.")]
 
@@ -115,12 +118,12 @@ def parse_pairs(values: Sequence[str], option: str) -> dict[str, str]:
     return pairs
 
 
-def load(path: Path, dtype: str, device: str) -> tuple[Any, Any]:
+def load(path: Path, dtype: str, device: str, quantize: str | None = None) -> tuple[Any, Any]:
     """Model and tokenizer of an output folder, ready to generate.
 
     Raises:
         MediatorError: the folder holds no adapter, or a damaged one; there is no tokenizer.
-        typer.BadParameter: the dtype or the device is unknown.
+        typer.BadParameter: the dtype, the device or the quantisation is unknown.
     """
     import torch
 
@@ -135,13 +138,14 @@ def load(path: Path, dtype: str, device: str) -> tuple[Any, Any]:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("there is no GPU that torch can use here.", param_hint="--device")
     say(f"loading {path}")
-    model, tokenizer = load_mediator(path, dtype=_dtype(dtype, place.type))
+    how = {} if quantize is None else {"quantization_config": _quantization(quantize), "device_map": place}
+    model, tokenizer = load_mediator(path, dtype=_dtype(dtype, place.type), **how)
     if tokenizer is None:
         raise MissingTokenizerError(
             f"the backbone of {str(path)!r} has no tokenizer files. Save the base model's tokenizer there: "
             "tokenizer.save_pretrained(folder)."
         )
-    return model.to(place), tokenizer
+    return (model.to(place) if quantize is None else model), tokenizer
 
 
 class MissingTokenizerError(MediatorError, ValueError):
@@ -158,6 +162,22 @@ def _dtype(name: str, device_type: str) -> Any:
     if name not in choices:
         raise typer.BadParameter(unknown_name(name, [*choices, "auto"], "dtype"), param_hint="--dtype")
     return choices[name]
+
+
+def _quantization(name: str) -> Any:
+    import importlib.util
+
+    from transformers import BitsAndBytesConfig
+
+    from ..methods.rounding import ROUNDINGS
+
+    if name not in ROUNDINGS:
+        raise typer.BadParameter(unknown_name(name, ROUNDINGS, "quantisation"), param_hint="--quantize")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingPackageError("--quantize needs bitsandbytes: pip install 'mediator_peft[bnb]'")
+    if name == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=name)
 
 
 def quiet_transformers() -> None:

@@ -7,7 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import AsJson, BatchSize, Device, Dtype, OutputFolder, Raw, console, load, parse_pairs, print_json, say
+from .common import (
+    AsJson,
+    BatchSize,
+    Device,
+    Dtype,
+    OutputFolder,
+    Quantize,
+    Raw,
+    console,
+    load,
+    parse_pairs,
+    print_json,
+    say,
+)
 
 
 def evaluate(
@@ -37,6 +50,7 @@ def evaluate(
     batch_size: BatchSize = 16,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    quantize: Quantize = None,
     as_json: AsJson = False,
 ) -> None:
     """Accuracy of OUT per task, beside the averaged backbone and the experts named; and where prompts were routed.
@@ -51,7 +65,7 @@ def evaluate(
     files = parse_pairs(data, "--data")
     # Read before the model is loaded: what is wrong with them is told at once.
     items = {name: read_task(path, match) for name, path in files.items()}
-    model, tokenizer = load(out, dtype, device)
+    model, tokenizer = load(out, dtype, device, quantize)
     tasks = [EvalTask.of_items(name, items[name], model.expert_names, tokenizer, max_new_tokens) for name in files]
     result = EvaluationReport(tasks)
     _score(result, model, tokenizer, only_routed, {"batch_size": batch_size, "use_template": not raw})

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import MediatorError
-from .common import AsJson, BatchSize, Device, Dtype, OutputFolder, Raw, console, load, print_json
+from .common import AsJson, BatchSize, Device, Dtype, OutputFolder, Quantize, Raw, console, load, print_json
 
 
 def generate(
@@ -31,6 +31,7 @@ def generate(
     batch_size: BatchSize = 16,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    quantize: Quantize = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt, or a file of prompts, greedily; prints which expert answered and how sure the router was.
@@ -44,7 +45,7 @@ def generate(
     from ..progress import bar_progress
 
     prompts = _prompts(prompt, file)
-    model, tokenizer = load(out, dtype, device)
+    model, tokenizer = load(out, dtype, device, quantize)
     shared: dict[str, Any] = {"batch_size": batch_size, "use_template": not raw}
     routes = route_prompts(model, tokenizer, prompts, **shared) if expert is None else None
     weights = torch.tensor([list(route.expert_weights.values()) for route in routes]) if routes else expert

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..settings import CORRECTION
 from .common import AsJson, OutputFolder, console, print_json
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def print_info(info: AdapterInfo, target: Console) -> None:
         sizes.add_column(heading, justify="left" if heading == "part" else "right")
     for name, column in info.column_bytes.items():
         cells = [format_bytes(column.get(part, 0)) for part in parts]
-        sizes.add_row(f"delta of {name}", *cells, format_bytes(sum(column.values())))
+        label = "correction of the quantised backbone" if name == CORRECTION else f"delta of {name}"
+        sizes.add_row(label, *cells, format_bytes(sum(column.values())))
     blank = [""] * len(parts)
     sizes.add_row("router", *blank, format_bytes(info.router_bytes) if info.has_router else "not fitted")
     sizes.add_row("adapter file", *blank, format_bytes(info.adapter_bytes))

@@ -18,7 +18,7 @@ from ..bank.adapter_file import (
     read_raw_config,
 )
 from ..errors import AdapterError
-from ..settings import FALLBACK_EXPERT
+from ..settings import CORRECTION, FALLBACK_EXPERT
 
 _HEADER_LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
@@ -74,7 +74,7 @@ class AdapterInfo:
     """Names of the expert-weight columns."""
 
     column_bytes: dict[str, dict[str, int]]
-    """Column → part (mask, signs, scales, …) → bytes in the adapter file."""
+    """Column, or correction → part (mask, signs, scales, …) → bytes in the adapter file."""
 
     router_bytes: int
     adapter_bytes: int
@@ -99,8 +99,9 @@ class AdapterInfo:
 
     @property
     def bytes_per_parameter(self) -> float | None:
-        """Bytes in the file for one routed parameter and one expert, the fallback's delta left out."""
-        experts = [sum(parts.values()) for name, parts in self.column_bytes.items() if name != FALLBACK_EXPERT]
+        """Bytes in the file for one routed parameter and one expert, the fallback's delta and a correction left out."""
+        shared = (FALLBACK_EXPERT, CORRECTION)
+        experts = [sum(parts.values()) for name, parts in self.column_bytes.items() if name not in shared]
         if not experts or not self.routed_parameters:
             return None
         return sum(experts) / (self.routed_parameters * len(experts))
@@ -163,7 +164,7 @@ def read_adapter_info(path: str | Path) -> AdapterInfo:
         folder=folder,
         config=config,
         columns=columns,
-        column_bytes={name: column_bytes[name] for name in columns if name in column_bytes},
+        column_bytes={name: column_bytes[name] for name in [*columns, CORRECTION] if name in column_bytes},
         router_bytes=router_bytes,
         adapter_bytes=(folder / WEIGHTS_FILE).stat().st_size,
         backbone=backbone,

@@ -24,6 +24,7 @@ from ..methods.sparsifying import SPARSIFIERS
 from ..routing.calibration import NUM_FOLDS
 from ..routing.data import Columns, hash_folds
 from ..routing.routers import Router
+from ..settings import CORRECTION
 from .fitting import read_texts, settle, text_features
 from .folding import plain_weight
 from .layer import MediatorLayer
@@ -173,7 +174,7 @@ def _density(layer: MediatorLayer, config: MediatorConfig) -> float:
     bank: LayerBank = next(iter(layer.mediator_bank.values()))  # type: ignore[assignment]
     for other in bank.names:
         delta = bank.get(other)
-        if other != FALLBACK_EXPERT and delta is not None:
+        if other not in (FALLBACK_EXPERT, CORRECTION) and delta is not None:
             return count_bits(delta.mask) / (layer.shape[0] * layer.shape[1])
     return config.density
 

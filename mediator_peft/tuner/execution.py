@@ -78,7 +78,8 @@ def apply(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, 
         fold.route = route
         return base_layer(x)
     fold.switch(None, ())
-    if not route.is_differentiable and all(not group.mix for group in route.groups):
+    has_delta = bank.correction is not None or any(group.mix for group in route.groups)
+    if not route.is_differentiable and not has_delta:
         return base_layer(x)
     by_row = _split_rows(x, len(route.expert_weights))
     if way == "densify":
@@ -104,7 +105,7 @@ def _split_rows(x: Tensor, batch_size: int) -> Tensor:
 
 def _densify(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute) -> Tensor:
     """Each group's weight in a scratch matrix, and one dense product."""
-    weight, bias = readable_weight(base_layer).to(x.dtype), base_layer.bias
+    weight, bias = _corrected_weight(base_layer, bank).to(x.dtype), base_layer.bias
     result: Tensor | None = None
     for rows, mix in route.groups:
         # Rows side by side are seen as they lie; others are gathered and scattered.
@@ -125,6 +126,12 @@ def _densify(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRout
     return result
 
 
+def _corrected_weight(base_layer: nn.Linear, bank: LayerBank) -> Tensor:
+    weight = readable_weight(base_layer)
+    correction = bank.correction
+    return weight if correction is None else correction.dense().add_(weight)
+
+
 def _as_slice(rows: Tensor, device: torch.device) -> slice | Tensor:
     """Row numbers as a slice, where they follow each other."""
     first, count = int(rows[0]), len(rows)
@@ -134,6 +141,9 @@ def _as_slice(rows: Tensor, device: torch.device) -> slice | Tensor:
 def _sparse(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute) -> Tensor:
     """One dense product for the whole batch, plus each active expert's delta on its rows."""
     result = base_layer(x)
+    correction = bank.correction
+    if correction is not None:
+        result = result + F.linear(x.float(), correction.dense()).to(result.dtype)
     if route.is_differentiable:
         return result + mixed_output(x, route.expert_weights, bank, route.columns).to(result.dtype)
     total = torch.zeros(result.shape, dtype=torch.float32, device=result.device)

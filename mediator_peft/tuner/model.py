@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from .execution import check_execution
 from .forward import RoutedForward
 from .layer import MediatorLayer
 from .memory_build import build_in_memory
+from .quantized import quantization_of
 from .requests import RouteBoard
 from .routing import PromptRouting
 from .weights import ExpertWeights, make_route
@@ -78,6 +80,7 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
             if name not in self.targeted_module_names:
                 self.targeted_module_names.append(name)
         self._built.pop(adapter_name, None)
+        self._warn_of_other_quantization(config)
         self.mediator_router[adapter_name] = self._new_router(config)
         config.bind(self._on_save)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -98,10 +101,23 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
             layer = MediatorLayer(target, self._board)
             self._replace_module(parent, target_name, layer, target)
         bank = layer.add_bank(adapter_name, peft_config.values)
+        kind = quantization_of(layer.base_layer)
+        bank.is_corrected = kind is not None and kind == peft_config.for_quantization
         built = self._built.get(adapter_name)
         if built is not None:
             for column, delta in built.deltas[current_key].items():
                 bank.put(column, delta)
+
+    def _warn_of_other_quantization(self, config: MediatorConfig) -> None:
+        kinds = {kind for layer in self.routed_layers().values() if (kind := quantization_of(layer.base_layer))}
+        others = sorted(kinds - {config.for_quantization})
+        if others and config.for_quantization is not None:
+            warnings.warn(
+                f"the adapter's correction is for a backbone in {config.for_quantization}, this one is in "
+                f"{', '.join(others)}: its layers go without. Load it in {config.for_quantization}, or build with "
+                f"for_quantization={others[0]!r}.",
+                stacklevel=2,
+            )
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config

@@ -17,7 +17,7 @@ from ..bank.layer_bank import check_parts, from_disk, to_disk
 from ..bank.packing import count_bits
 from ..build.card import model_card
 from ..build.shards import BackboneFiles
-from ..build.tensor_work import deltas_needed
+from ..build.tensor_work import deltas_stored
 from ..build.writing import write_model_config
 from ..config import MediatorConfig
 from ..errors import AdapterError
@@ -69,7 +69,7 @@ class AdapterFiles:
         loaded: dict[str, Tensor] = {}
         for name, layer in tuner.routed_layers().items():
             if adapter_name in layer.mediator_bank:
-                loaded.update(_load_layer(name, layer, adapter_name, deltas_needed(config), state_dict))
+                loaded.update(_load_layer(name, layer, adapter_name, deltas_stored(config), state_dict))
         stored = {
             key.removeprefix(ROUTER_PREFIX): value for key, value in state_dict.items() if key.startswith(ROUTER_PREFIX)
         }
@@ -141,7 +141,7 @@ def _check_keys(config: MediatorConfig, tuner: Any, adapter_name: str, present: 
     expected = set()
     layers = tuner.routed_layers()
     for name in config.routed_modules or ():
-        for column in deltas_needed(config):
+        for column in deltas_stored(config):
             for part in layers[name].bank(adapter_name).part_names:
                 expected.add(f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}.{column}:{part}")
     present = {key for key in present if not key.startswith(ROUTER_PREFIX) and key != "empty"}

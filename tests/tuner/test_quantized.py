@@ -154,6 +154,59 @@ def test_around_a_base_that_is_quantised_already(folders, kind):
         assert torch.equal(wrapped(input_ids=prompts).logits, loaded(input_ids=prompts).logits)
 
 
+@pytest.mark.parametrize(("kind", "values"), [("nf4", "sign"), ("nf4", "float"), ("fp4", "sign"), ("int8", "sign")])
+@pytest.mark.parametrize("execution", ["sparse", "densify"])
+@torch.no_grad()
+def test_a_correction_takes_back_rounding_errors(folders, tmp_path, kind, values, execution):
+    experts = {name: folders[name] for name in ("math", "code")}
+    settings = MediatorConfig(density=DENSITY, values=values, for_quantization=kind, correction_density=0.4)
+    build_mediator(folders["base"], experts, tmp_path / "corrected", settings)
+    model = quantized(tmp_path / "corrected", kind)
+    model.set_execution(execution)
+    prompts = random_prompts(len(MIXES))
+    logits = model(input_ids=prompts, expert_weights=MIXES).logits
+    plain = load(folders["out"])
+    backbone = plain.state_dict()
+    for row, mix in enumerate(MIXES):
+        state = plain.state_dict()
+        for name in [name for name in backbone if name.endswith("proj.weight")]:
+            rounded = numbers_of(backbone[name], kind)
+            total = rounded + thin_out(backbone[name] - rounded, 0.4, values, "mean")
+            for expert, weight in mix.items():
+                theirs = load(folders[expert]).state_dict()[name]
+                total = total + weight * thin_out(theirs - backbone[name], DENSITY, values)
+            state[name] = total
+        by_hand = load(folders["out"])
+        by_hand.load_state_dict(state)
+        expected = by_hand(input_ids=prompts[row : row + 1]).logits[0]
+        tolerance = 0.15 if kind == "int8" and execution == "sparse" else 2e-3
+        torch.testing.assert_close(logits[row], expected, rtol=tolerance, atol=tolerance)
+    if kind != "int8":  # whose errors are small beside those of its rounded inputs
+        exact = plain(input_ids=prompts[-1:]).logits[0]
+        with model.disable_adapter():
+            uncorrected = model(input_ids=prompts[-1:]).logits[0]
+        assert (logits[-1] - exact).norm() < 0.7 * (uncorrected - exact).norm()
+
+
+@torch.no_grad()
+def test_a_correction_is_left_out_where_it_does_not_belong(folders, tmp_path):
+    experts = {name: folders[name] for name in ("math", "code")}
+    config = MediatorConfig(density=DENSITY, for_quantization="nf4")
+    build_mediator(folders["base"], experts, tmp_path / "corrected", config)
+    prompts = random_prompts(len(MIXES))
+    plain, without = (
+        load_mediator(folder, dtype=torch.float32)[0] for folder in (tmp_path / "corrected", folders["out"])
+    )
+    ours, theirs = (model(input_ids=prompts, expert_weights=MIXES).logits for model in (plain, without))
+    assert torch.equal(ours, theirs)
+    plain.save_pretrained(tmp_path / "saved")
+    quantized(tmp_path / "saved", "nf4")  # the correction was not lost on the way
+    with pytest.warns(UserWarning, match="correction is for a backbone in nf4, this one is in int8"):
+        other = quantized(tmp_path / "corrected", "int8")
+    ours = other(input_ids=prompts, expert_weights=MIXES).logits
+    assert torch.equal(ours, quantized(folders["out"], "int8")(input_ids=prompts, expert_weights=MIXES).logits)
+
+
 def test_what_cannot_be_done_is_refused(folders):
     model = quantized(folders["out"], "nf4")
     with pytest.raises(UnsupportedError, match="quantised weight cannot take a mix"):
