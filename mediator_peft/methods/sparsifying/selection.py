@@ -195,14 +195,15 @@ class TopSelection:
         # The values stand in the order of rows.
         lengths = np.bitwise_count(self._reach).sum(axis=1, dtype=np.int64)
         sums = _grouped_sums(kept_values, lengths)
-        squares = _grouped_sums(np.square(kept_values, out=kept_values), lengths)
+        # In float32 the squares of large values would overflow.
+        squares = _grouped_sums(np.square(kept_values, dtype=np.float64), lengths)
         bits = unpack_rows(self._reach, self.shape[1])
         flat = bits.reshape(-1)
         flat[np.flatnonzero(flat)] = keep
         return pack_rows(bits), sums, squares
 
 
-def _grouped_sums(values: Floats, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
+def _grouped_sums(values: Floats | NDArray[np.float64], lengths: NDArray[np.int64]) -> NDArray[np.float64]:
     """Sums of consecutive groups of these lengths."""
     sums = np.zeros(lengths.size)
     starts, filled = np.cumsum(lengths) - lengths, lengths > 0
