@@ -20,8 +20,8 @@ def ties(task_vectors: Tensor) -> Tensor:
         \tau_p = \operatorname{mean} \{ \hat\tau_{k,p} : \hat\tau_{k,p} \gamma_p > 0 \}
 
     with :math:`\hat\tau_k` the :data:`DENSITY` largest entries of :math:`\tau_k`. The paper trims a whole model at
-    once; here each tensor is trimmed by itself, since tensors are read one at a time. Where votes are exactly even, which
-    the paper leaves open, +1 is elected; where no entry agrees, the result is 0.
+    once; here each tensor is trimmed by itself, since tensors are read one at a time. Where votes are exactly even,
+    which the paper leaves open, +1 is elected; where no entry agrees, the result is 0.
 
     Args:
         task_vectors: (K, *shape)
