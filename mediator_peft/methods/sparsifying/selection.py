@@ -229,14 +229,20 @@ def row_products(left: Floats, right: Floats) -> NDArray[np.float32]:
 
 def first_ones(bitmap: Bitmap, num_ones: int) -> Bitmap:
     """A bitmap with the first ``num_ones`` ones of another, in the order of rows and columns."""
-    flat = bitmap.reshape(-1)
-    running = np.cumsum(np.bitwise_count(flat), dtype=np.int64)
-    place = int(np.searchsorted(running, num_ones))
-    first = np.zeros_like(flat)
-    first[:place] = flat[:place]
-    missing = num_ones - (int(running[place - 1]) if place else 0)
+    first = np.zeros_like(bitmap)
+    by_row = np.cumsum(np.bitwise_count(bitmap).sum(axis=1, dtype=np.int64))
+    row = int(np.searchsorted(by_row, num_ones))
+    if row == len(bitmap):
+        return bitmap.copy()
+    first[:row] = bitmap[:row]
+    missing = num_ones - (int(by_row[row - 1]) if row else 0)
+    # Within the row in which they end, byte by byte and bit by bit.
+    running = np.cumsum(np.bitwise_count(bitmap[row]), dtype=np.int64)
+    place = int(np.searchsorted(running, missing))
+    first[row, :place] = bitmap[row, :place]
+    missing -= int(running[place - 1]) if place else 0
     for bit in range(8):
-        if missing and flat[place] >> bit & 1:
-            first[place] |= np.uint8(1 << bit)
+        if missing and bitmap[row, place] >> bit & 1:
+            first[row, place] |= np.uint8(1 << bit)
             missing -= 1
-    return first.reshape(bitmap.shape)
+    return first
