@@ -16,6 +16,7 @@ from .commands.evaluate import evaluate
 from .commands.generate import generate
 from .commands.inspect import inspect
 from .commands.plan import plan
+from .commands.run import run
 from .commands.verify import verify
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app = typer.Typer(
 
 app.command()(plan)
 app.command()(build)
+app.command()(run)
 app.command()(calibrate)
 app.command()(generate)
 app.command("eval")(evaluate)

@@ -203,7 +203,7 @@ def _report(
     storage = str(job.dtype).removeprefix("torch.")
     dtypes = {info.dtype for info in job.base.tensors.values() if info.dtype}
     rounded = any(torch.finfo(dtype).eps < torch.finfo(job.dtype).eps for dtype in dtypes)
-    notes = []
+    notes = list(job.notes)
     if rounded:
         notes.append(f"the base was rounded to {storage}, the experts' dtype, before differences were taken")
     if isinstance(job.base, MeanCheckpoint):

@@ -12,6 +12,7 @@ from ..structure import Structure
 from .checkpoints import Checkpoint, TensorInfo
 from .lora import LoraCheckpoint
 from .outline import is_known, outline_of
+from .vocabulary import aligned
 
 # Settings that change what the same weights compute.
 _MEANINGFUL = (
@@ -45,6 +46,9 @@ class Job(NamedTuple):
     dtype: torch.dtype
     """In which differences are taken and the backbone is stored: the coarsest of the experts'."""
 
+    notes: tuple[str, ...] = ()
+    """What was done to make them fit."""
+
 
 def check_job(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Job:
     """Compare base and experts by their headers alone.
@@ -77,6 +81,9 @@ def examine_job(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> tuple[Jo
     for expert in experts.values():
         if isinstance(expert, LoraCheckpoint):
             faults += expert.bind(base, tied)
+    seen = {name: aligned(expert, base) for name, expert in experts.items()}
+    experts = {name: expert for name, (expert, _) in seen.items()}
+    notes = tuple(note for _, note in seen.values() if note is not None)
     faults += _config_faults(base, experts.values())
     names = [name for name in base.tensors if name not in tied]
     faults += _listed(f"{base.label} lacks tensors that {outline.class_name} has", sorted(needed - set(names)))
@@ -87,9 +94,8 @@ def examine_job(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> tuple[Jo
         odd = [name for name in reference if name in checkpoint.tensors and checkpoint.tensors[name].dtype is None]
         faults += _listed(f"{checkpoint.label} has tensors that are no plain floating point (quantised?)", odd)
     dtypes = {info.dtype for expert in experts.values() for info in expert.tensors.values() if info.dtype}
-    return Job(
-        base, dict(experts), outline.structure, names, coarsest(sorted(dtypes, key=str) or [torch.float32])
-    ), faults
+    dtype = coarsest(sorted(dtypes, key=str) or [torch.float32])
+    return Job(base, experts, outline.structure, names, dtype, notes), faults
 
 
 def _tensor_faults(

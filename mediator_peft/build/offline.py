@@ -27,6 +27,7 @@ from .memory import parse_bytes, workers_within
 from .pieces import Finished, PieceStore, finished
 from .plan import read_plan
 from .prediction import predicted_bytes
+from .provenance import write_provenance
 from .ranks import Ranks
 from .report import BuildReport, write_report
 from .shards import BackboneFiles
@@ -46,6 +47,7 @@ def build_mediator(
     workers: int = 1,
     max_memory: int | str | None = None,
     allow_pickle: bool = False,
+    hash_inputs: bool = True,
 ) -> BuildReport:
     """Merge fine-tuned models of one base into a backbone and a bank of sparse deltas, some rows at a time.
 
@@ -67,6 +69,7 @@ def build_mediator(
             share them as well.
         max_memory: e.g. ``"4GiB"``: fewer workers are used, or the build is refused, rather than exceed it.
         allow_pickle: also read ``.bin`` files (with ``weights_only=True``: plain tensors, no code).
+        hash_inputs: write the sha256 of every input file into the output; it reads them once more.
 
     Returns:
         What was decided and made; also written to ``output/mediator/report``.
@@ -93,7 +96,7 @@ def build_mediator(
     ranks = Ranks()
     with ExitStack() as stack:
         folder = ranks.first(lambda: stack.enter_context(resumable_folder(target, job_key(merge))))
-        build = _Build(merge, folder)
+        build = _Build(merge, folder, hash_inputs)
         todo = ranks.first(build.prepare)
         ranks.all(lambda: build.run(todo[ranks.number :: ranks.count], workers, show_progress and not ranks.number))
         report = ranks.first(lambda: build.finish(str(target), started))
@@ -130,8 +133,9 @@ def mean_base(experts: Mapping[str, Checkpoint], config: MediatorSettings) -> Ch
 class _Build:
     """One build in its temporary folder."""
 
-    def __init__(self, merge: Merge, folder: Path) -> None:
+    def __init__(self, merge: Merge, folder: Path, hash_inputs: bool) -> None:
         self.merge = merge
+        self.hash_inputs = hash_inputs
         self.folder = folder
         job = merge.job
         self.shapes = {name: job.base.tensors[name].shape for name in job.names}
@@ -182,6 +186,7 @@ class _Build:
             copy_side_files(source.folder, folder)
         built.base_model_name_or_path = ".."
         write_config(adapter, built)
+        write_provenance(adapter, self.merge, self.hash_inputs)
         report.output = target
         report.seconds = time.perf_counter() - started
         (adapter / "README.md").write_text(model_card(built, report), encoding="utf-8")

@@ -14,6 +14,7 @@ from ..tables import unknown_name
 from .memory import parse_bytes
 
 _SECTIONS = ("build", "calibrate", "eval")
+_PATHS = ("build.output", "build.plan", "eval.report")
 # Fields of a configuration that a build fills in, or that have their own place in the file.
 _NOT_SETTINGS = frozenset(
     {
@@ -43,16 +44,38 @@ class BuildSection:
     workers: int = 1
     max_memory: str | int | None = None
     allow_pickle: bool = False
+    hash_inputs: bool = True
 
 
 @dataclass
-class DataSection:
-    """Prompts of each expert, for calibration or evaluation."""
+class CalibrateSection:
+    """Options of ``mediator-peft calibrate``."""
 
     data: dict[str, str] = field(default_factory=dict)
     """Expert name → file of prompts."""
 
-    limit: int | None = None
+    text_column: str = "prompt"
+    raw: bool = False
+    batch_size: int = 16
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+@dataclass
+class EvalSection:
+    """Options of ``mediator-peft eval``."""
+
+    data: dict[str, str] = field(default_factory=dict)
+    """Task → file of prompts and answers; a task with an expert's name belongs to that expert."""
+
+    match: str = "exact"
+    max_new_tokens: int | None = None
+    report: str | None = None
+    only_routed: bool = False
+    raw: bool = False
+    batch_size: int = 16
+    dtype: str = "auto"
+    device: str = "auto"
 
 
 @dataclass
@@ -60,13 +83,13 @@ class Pipeline:
     """A pipeline file, checked."""
 
     build: BuildSection
-    calibrate: DataSection | None = None
-    eval: DataSection | None = None
+    calibrate: CalibrateSection | None = None
+    eval: EvalSection | None = None
 
     @property
     def config(self) -> MediatorSettings:
         """The configuration of the build."""
-        return MediatorSettings(**self.build.config)
+        return MediatorSettings(**(self.build.config or {}))
 
 
 def read_pipeline(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Pipeline:
@@ -92,7 +115,9 @@ def read_pipeline(path: str | os.PathLike[str], overrides: Mapping[str, Any] | N
     path = Path(path).expanduser()
     content = _load(path)
     for key, value in (overrides or {}).items():
-        _put(content, key.split("."), value)
+        # What comes from a command line counts from where that was typed.
+        is_path = key in _PATHS and isinstance(value, str)
+        _put(content, key.split("."), str(Path(value).expanduser().absolute()) if is_path else value)
     faults = list(_faults(content))
     if faults:
         raise ConfigError(f"pipeline {str(path)!r}:\n- " + "\n- ".join(faults))
@@ -102,13 +127,17 @@ def read_pipeline(path: str | os.PathLike[str], overrides: Mapping[str, Any] | N
     build.experts = {name: _local(source, folder) or "" for name, source in build.experts.items()}
     build.output = str(folder / Path(build.output).expanduser())
     build.plan = None if build.plan is None else str(folder / Path(build.plan).expanduser())
-    sections = {}
-    for name in ("calibrate", "eval"):
-        if content.get(name) is not None:
-            section = DataSection(**content[name])
+    pipeline = Pipeline(build)
+    if content.get("calibrate") is not None:
+        pipeline.calibrate = CalibrateSection(**content["calibrate"])
+    if content.get("eval") is not None:
+        pipeline.eval = EvalSection(**content["eval"])
+        if pipeline.eval.report is not None:
+            pipeline.eval.report = str(folder / Path(pipeline.eval.report).expanduser())
+    for section in (pipeline.calibrate, pipeline.eval):
+        if section is not None:
             section.data = {key: _local(source, folder) or "" for key, source in section.data.items()}
-            sections[name] = section
-    return Pipeline(build, **sections)
+    return pipeline
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -153,10 +182,10 @@ def _faults(content: Mapping[str, Any]) -> list[str]:
         parse_bytes(build.get("max_memory"))
     except ConfigError as fault:
         faults.append(f"build: {fault}")
-    for name in ("calibrate", "eval"):
+    for name, form in (("calibrate", CalibrateSection), ("eval", EvalSection)):
         section = content.get(name)
         if isinstance(section, dict):
-            faults += _section_faults(name, section, DataSection)
+            faults += _section_faults(name, section, form)
             if not section.get("data"):
                 faults.append(f"{name}.data is missing")
         elif section is not None:

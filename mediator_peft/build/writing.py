@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from errno import ENOSPC
@@ -18,6 +19,9 @@ from .outline import is_known
 
 JOURNAL = ".journal"
 """Folder of what is needed only until an output is whole."""
+
+_PATIENCE = 1.0
+"""Seconds for which the workers of a killed build may still hold its folder."""
 
 # What makes a checkpoint folder complete besides weights and config.json.
 _SIDE_FILES = (
@@ -114,20 +118,25 @@ def _make_parents(partial: Path) -> list[Path]:
 
 
 def _lock(partial: Path) -> int:
-    """Hold a folder for this process; a killed process lets go of it by itself."""
+    """Hold a folder for this process; a killed process lets go of it by itself, its workers a moment later."""
     descriptor = os.open(partial, os.O_RDONLY)
     try:
         import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:  # no such locks on this system
-        pass
-    except OSError as fault:
-        os.close(descriptor)
-        raise OutputExistsError(
-            f"another process is building into {str(partial)!r}. Wait for it, or choose another output."
-        ) from fault
-    return descriptor
+        return descriptor
+    patience = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except OSError as fault:
+            if time.monotonic() < patience:
+                time.sleep(0.02)
+                continue
+            os.close(descriptor)
+            raise OutputExistsError(
+                f"another process is building into {str(partial)!r}. Wait for it, or choose another output."
+            ) from fault
 
 
 def _clear_unless(partial: Path, key: str) -> None:

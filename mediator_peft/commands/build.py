@@ -26,9 +26,9 @@ def build(
         list[str], typer.Option(metavar="NAME=PATH", help="A fine-tuned expert; once for each.", show_default=False)
     ],
     output: Annotated[Path, typer.Option(help="A folder that does not exist yet.", show_default=False)],
-    merge_method: Annotated[str, _setting("merge_method", "How experts become the backbone: average or base.")] = (
-        _DEFAULTS["merge_method"]
-    ),
+    merge_method: Annotated[
+        str, _setting("merge_method", "How experts become the backbone, e.g. average, base, ties.")
+    ] = (_DEFAULTS["merge_method"]),
     density: Annotated[float, _setting("density", "Share of a delta's entries that is kept, in (0, 1].")] = (
         _DEFAULTS["density"]
     ),
@@ -78,6 +78,10 @@ def build(
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the tensors; the bytes are the same.")] = 1,
     max_memory: Annotated[str | None, typer.Option(help="Most memory to take, e.g. 4GiB.")] = None,
     allow_pickle: Annotated[bool, typer.Option(help="Also read .bin files, with weights_only.")] = False,
+    hash_inputs: Annotated[bool, typer.Option(help="Write the sha256 of every input file into the output.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the inputs, say what would be built, stop.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge fine-tuned models of one base into a backbone and sparse experts.
@@ -111,17 +115,16 @@ def build(
         correction_density=correction_density,
         seed=seed,
     )
-    report = build_mediator(
-        base,
-        experts,
-        output,
-        config,
-        show_progress=True,
-        plan=plan,
-        workers=workers,
-        max_memory=max_memory,
-        allow_pickle=allow_pickle,
-    )
+    shared: dict[str, Any] = {
+        "plan": plan, "workers": workers, "max_memory": max_memory, "allow_pickle": allow_pickle
+    }  # fmt: skip
+    if dry_run:
+        from ..build.preflight import plan_mediator
+        from .plan import show_plan
+
+        show_plan(plan_mediator(base, experts, output, config, **shared), as_json)
+        return
+    report = build_mediator(base, experts, output, config, show_progress=True, hash_inputs=hash_inputs, **shared)
     if as_json:
         print_json(report.to_dict())
         return

@@ -34,11 +34,7 @@ def calibrate(
     Example:
       mediator-peft calibrate out --data math=math.jsonl --data cron=cron.jsonl
     """
-    from ..evaluation.prompts import read_prompts
-
-    prompts = {name: read_prompts(path, text_column) for name, path in parse_pairs(data, "--data").items()}
-    model, tokenizer = load(out, dtype, device)
-    report = fit_and_save(model, tokenizer, prompts, find_adapter(out), use_template=not raw, batch_size=batch_size)
+    report = calibrated(out, parse_pairs(data, "--data"), text_column, raw, batch_size, dtype, device)
     if as_json:
         print_json(report)
         return
@@ -54,6 +50,17 @@ def calibrate(
     console().print(table)
     say(f"router fitted and saved; {report['accuracy']:.1%} of held-out prompts went to their expert")
     say(f"next: mediator-peft generate {out} 'your prompt'")
+
+
+def calibrated(
+    out: Path, data: Mapping[str, str], text_column: str, raw: bool, batch_size: int, dtype: str, device: str
+) -> dict[str, Any]:
+    """Read prompts, fit the router of ``out`` on them and save it there; see :func:`fit_and_save`."""
+    from ..evaluation.prompts import read_prompts
+
+    prompts = {name: read_prompts(Path(path), text_column) for name, path in data.items()}
+    model, tokenizer = load(out, dtype, device)
+    return fit_and_save(model, tokenizer, prompts, find_adapter(out), use_template=not raw, batch_size=batch_size)
 
 
 def fit_and_save(
@@ -103,6 +110,8 @@ def save_router(model: Any, adapter: Path) -> None:
         settings["base_model_name_or_path"] = read_raw_config(adapter).get("base_model_name_or_path")
         (fresh / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
         for name in (WEIGHTS_FILE, CONFIG_FILE):
+            # The library that writes the weights lets nobody else read them.
+            shutil.copymode(adapter / name, fresh / name)
             os.replace(fresh / name, adapter / name)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -21,7 +21,9 @@ def plan(
     save: Annotated[Path | None, typer.Option(help="Write the plan here, to be edited and given to build.")] = None,
     density: Annotated[float, typer.Option(help="Share of a delta's entries that is kept, in (0, 1].")] = 0.2,
     values: Annotated[str, typer.Option(help="How kept entries are stored: sign or float.")] = "sign",
-    merge_method: Annotated[str, typer.Option(help="How experts become the backbone: average or base.")] = "average",
+    merge_method: Annotated[
+        str, typer.Option(help="How experts become the backbone, e.g. average, base, ties.")
+    ] = "average",
     routed_layers: Annotated[
         str, typer.Option(help="auto, all, a share such as 0.5, or numbers such as 0,1.")
     ] = "auto",
@@ -45,6 +47,11 @@ def plan(
     if save is not None and found.is_ok:
         found.save(save)
         say(f"plan written to {save}; edit it and give it to `build --plan`")
+    show_plan(found, as_json)
+
+
+def show_plan(found: Any, as_json: bool) -> None:
+    """Print what a build would do; a plan with problems ends the command."""
     if as_json:
         print_json(found.to_dict())
     else:

@@ -14,10 +14,13 @@ def verify(
     against: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH", help="Compare an expert with its original; once for each.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Compare the fallback with the base, too.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base of experts that are LoRAs.")] = None,
+    logits: Annotated[
+        bool, typer.Option(help="With --against: run both models and compare logits, too. Takes both in memory.")
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Check files, checksums and fingerprint of OUT; with --against also how far each expert's weights are off.
+    """Check files, checksums and fingerprint of OUT; with --against also how far weights and logits are off.
 
     Ends with 3 where something is damaged or missing. Differences are told, not judged: sparse deltas leave something
     out. At density 1 with values=float they are rounding alone.
@@ -28,7 +31,13 @@ def verify(
     from ..build.verify import verify_mediator
 
     quiet_transformers()
-    found = verify_mediator(out, against=parse_pairs(against or [], "--against"), base=base)
+    originals = parse_pairs(against or [], "--against")
+    found = verify_mediator(out, against=originals, base=base)
+    if originals and logits and found.is_ok:
+        from ..evaluation.logits import logit_differences
+
+        for name, largest in logit_differences(out, originals, base).items():
+            found.differences[name]["max_logit_difference"] = largest
     if as_json:
         print_json(found.to_dict())
     else:
@@ -37,9 +46,12 @@ def verify(
         if found.is_ok:
             console().print("files, checksums and fingerprint are in order")
         for name, difference in found.differences.items():
+            place = f" in {difference['tensor']}" if difference["tensor"] else ""
+            logit = difference.get("max_logit_difference")
             console().print(
-                f"{name}: largest weight difference {difference['max_difference']:.3g} in {difference['tensor']}, "
+                f"{name}: largest weight difference {difference['max_difference']:.3g}{place}, "
                 f"relative error of all weights {difference['relative_error']:.3g}"
+                + ("" if logit is None else f", largest logit difference {logit:.3g}")
             )
     if not found.is_ok:
         raise typer.Exit(BAD_INPUT)

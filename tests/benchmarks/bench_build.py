@@ -3,9 +3,9 @@
     python tests/benchmarks/bench_build.py --base BASE --expert A --expert B --runs 3 --mergekit VENV
 
 ``VENV`` is a virtual environment with mergekit 0.1.5 (``pip install mergekit==0.1.5``); without it only this library
-is timed. Runs alternate, each in a process of its own, imports included; medians are printed. ``--curve`` times
-builds with 2, 4, 8 and 16 experts as well (used again under other names), ``--sizes`` with the first quarter, half,
-... of the blocks; both are drawn with ``--plot FILE``. Let nothing else run meanwhile.
+is timed. Runs alternate, each in a process of its own, imports included; medians are printed. ``--curve`` times builds
+with 2, 4, 8 and 16 experts as well (experts are used again under other names), ``--sizes`` with the first quarter,
+half, ... of the blocks; both are drawn with ``--plot FILE``. Let nothing else run meanwhile.
 """
 
 from __future__ import annotations

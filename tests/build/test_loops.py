@@ -94,3 +94,43 @@ def test_numba_may_be_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "mediator_peft.build.loops_numba", None)
     monkeypatch.delattr("mediator_peft.build.loops_numba")
     assert loops.compiled.__wrapped__() is None
+
+
+def signs_by_hand(delta, num_kept):
+    """Which entries are kept, their signs, and one scale a row, one number at a time."""
+    rows, columns = delta.shape
+    places = [(r, c) for r in range(rows) for c in range(columns) if float(delta[r, c]) != 0.0]
+    places.sort(key=lambda place: (-abs(float(delta[place])), place))
+    kept = sorted(places[:num_kept])
+    counts = [sum(r == row for r, _ in kept) for row in range(rows)]
+    norms = [sum(float(value) ** 2 for value in row) ** 0.5 for row in delta]
+    scales = [norm / count**0.5 if count else 0.0 for norm, count in zip(norms, counts, strict=True)]
+    return kept, [float(delta[place]) < 0 for place in kept], scales
+
+
+@pytest.mark.parametrize("use_loops", [True, False])
+@pytest.mark.parametrize("shape", [(1, 3), (6, 8), (5, 21), (9, 50)])
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+def test_sign_coding_is_its_formula(use_loops, shape, density, monkeypatch):
+    if not use_loops:
+        monkeypatch.setattr(signed, "compiled", lambda: None)
+    minuend, subtrahend = torch.from_numpy(values_of(shape, 5)), torch.from_numpy(values_of(shape, 6)) * 0.5
+    delta = minuend - subtrahend
+    selection = signed.SignedSelection(shape, density, delta.flatten()[::2].contiguous())
+    space = tiles.Workspace()
+    for bracket in (None, (0.0, np.inf)):  # a small sample may miss; the whole line cannot
+        if bracket is not None:
+            selection.restart(signed.Bracket(1e-45, float("inf")))
+        for start in range(0, shape[0], 2):
+            selection.add(start, minuend[start : start + 2], subtrahend[start : start + 2], space)
+        if selection.settle():
+            break
+    packed_delta, errors = selection.encode(None)
+    kept, negative, scales = signs_by_hand(delta.numpy(), round(density * delta.numel()))
+    assert packed_delta.kept.nonzero().tolist() == [list(place) for place in kept]
+    signs = np.unpackbits(packed_delta.parts["signs"].numpy(), bitorder="little")[: len(kept)]
+    assert signs.tolist() == [int(is_negative) for is_negative in negative]
+    torch.testing.assert_close(packed_delta.parts["scales"], torch.tensor(scales).float(), rtol=1e-6, atol=0)
+    assert errors.norm == pytest.approx(float(delta.double().square().sum()), rel=1e-5)
+    inner = sum(abs(float(delta[place])) * scales[place[0]] for place in kept)
+    assert errors.inner == pytest.approx(inner, rel=1e-5)

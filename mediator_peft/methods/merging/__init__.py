@@ -8,6 +8,8 @@ from torch import Tensor
 
 from .average import average
 from .base import keep_base
+from .task_arithmetic import task_arithmetic
+from .ties import ties
 
 MergeMethod = Callable[[Tensor], Tensor]
 """Task vectors (K, *shape), float32 → merged task vector (*shape)."""
@@ -15,7 +17,9 @@ MergeMethod = Callable[[Tensor], Tensor]
 MERGE_METHODS: dict[str, MergeMethod] = {
     "average": average,
     "base": keep_base,
+    "task_arithmetic": task_arithmetic,
+    "ties": ties,
 }
 
-ENTRYWISE = frozenset({"average", "base"})
+ENTRYWISE = frozenset({"average", "base", "task_arithmetic"})
 """Methods whose result for an entry depends on that entry alone: large tensors can be merged a few rows at a time."""

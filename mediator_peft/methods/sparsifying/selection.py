@@ -195,14 +195,15 @@ class TopSelection:
         # The values stand in the order of rows.
         lengths = np.bitwise_count(self._reach).sum(axis=1, dtype=np.int64)
         sums = _grouped_sums(kept_values, lengths)
-        squares = _grouped_sums(np.square(kept_values, out=kept_values), lengths)
+        # In float32 the squares of large values would overflow.
+        squares = _grouped_sums(np.square(kept_values, dtype=np.float64), lengths)
         bits = unpack_rows(self._reach, self.shape[1])
         flat = bits.reshape(-1)
         flat[np.flatnonzero(flat)] = keep
         return pack_rows(bits), sums, squares
 
 
-def _grouped_sums(values: Floats, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
+def _grouped_sums(values: Floats | NDArray[np.float64], lengths: NDArray[np.int64]) -> NDArray[np.float64]:
     """Sums of consecutive groups of these lengths."""
     sums = np.zeros(lengths.size)
     starts, filled = np.cumsum(lengths) - lengths, lengths > 0
@@ -228,14 +229,20 @@ def row_products(left: Floats, right: Floats) -> NDArray[np.float32]:
 
 def first_ones(bitmap: Bitmap, num_ones: int) -> Bitmap:
     """A bitmap with the first ``num_ones`` ones of another, in the order of rows and columns."""
-    flat = bitmap.reshape(-1)
-    running = np.cumsum(np.bitwise_count(flat), dtype=np.int64)
-    place = int(np.searchsorted(running, num_ones))
-    first = np.zeros_like(flat)
-    first[:place] = flat[:place]
-    missing = num_ones - (int(running[place - 1]) if place else 0)
+    first = np.zeros_like(bitmap)
+    by_row = np.cumsum(np.bitwise_count(bitmap).sum(axis=1, dtype=np.int64))
+    row = int(np.searchsorted(by_row, num_ones))
+    if row == len(bitmap):
+        return bitmap.copy()
+    first[:row] = bitmap[:row]
+    missing = num_ones - (int(by_row[row - 1]) if row else 0)
+    # Within the row in which they end, byte by byte and bit by bit.
+    running = np.cumsum(np.bitwise_count(bitmap[row]), dtype=np.int64)
+    place = int(np.searchsorted(running, missing))
+    first[row, :place] = bitmap[row, :place]
+    missing -= int(running[place - 1]) if place else 0
     for bit in range(8):
-        if missing and flat[place] >> bit & 1:
-            first[place] |= np.uint8(1 << bit)
+        if missing and bitmap[row, place] >> bit & 1:
+            first[row, place] |= np.uint8(1 << bit)
             missing -= 1
-    return first.reshape(bitmap.shape)
+    return first

@@ -1,0 +1,70 @@
+"""How far an output's experts are from their originals in what they say: the largest difference of any logit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..api import load_mediator
+from ..build.checkpoints import Checkpoint, open_checkpoint
+from ..build.lora import LoraCheckpoint
+from ..errors import CheckpointError
+
+_PROMPTS, _LENGTH = 2, 16
+
+
+def logit_differences(
+    path: str | os.PathLike[str],
+    against: Mapping[str, str | os.PathLike[str]],
+    base: str | os.PathLike[str] | None = None,
+    allow_pickle: bool = False,
+) -> dict[str, float]:
+    """Run random tokens through each expert of an output and through its original, both in float32.
+
+    Args:
+        path: what ``build_mediator`` wrote.
+        against: expert name (or ``"base"``) → checkpoint.
+        base: needed where an expert in ``against`` is a LoRA.
+        allow_pickle: also read ``.bin`` files.
+
+    Returns:
+        Expert → largest absolute difference of a logit. It is 0 where no weight differs.
+
+    Raises:
+        AdapterError, CheckpointError: something cannot be read.
+    """
+    model, _ = load_mediator(Path(path), dtype=torch.float32)
+    size = model.get_input_embeddings().num_embeddings
+    tokens = torch.randint(0, size, (_PROMPTS, _LENGTH), generator=torch.Generator().manual_seed(0))
+    found = {}
+    for name, other in against.items():
+        with torch.no_grad():
+            ours = model(input_ids=tokens, expert_weights=name).logits
+            theirs = _original(str(other), name, base, allow_pickle)(input_ids=tokens).logits
+        found[name] = _largest(ours - theirs)
+    return found
+
+
+def _largest(difference: Tensor) -> float:
+    return float(difference.abs().max())
+
+
+def _original(path: str, name: str, base: str | os.PathLike[str] | None, allow_pickle: bool) -> Any:
+    """An expert's own model, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    expert: Checkpoint = open_checkpoint(path, f"expert {name!r}", allow_pickle)
+    if isinstance(expert, LoraCheckpoint):
+        if base is None:
+            raise CheckpointError(f"expert {name!r} is a LoRA: give its base as well (base=).")
+        expert.bind(open_checkpoint(str(base), "base", allow_pickle), set())
+    model: nn.Module = AutoModelForCausalLM.from_config(expert.config, dtype=torch.float32)
+    state = {key: expert.read(key).float() for key in expert.tensors}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()  # type: ignore[operator]
+    return model.eval()

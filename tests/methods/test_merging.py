@@ -1,0 +1,79 @@
+"""Merge methods against their papers, one number at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mediator_peft.methods.merging import ENTRYWISE, MERGE_METHODS
+
+
+def vectors_of(num_experts=4, shape=(9, 13), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(num_experts, *shape, generator=generator)
+    return torch.where(torch.rand(vectors.shape, generator=generator) < 0.4, 0.0, vectors)
+
+
+def ties_by_hand(vectors, density=0.2):
+    """Algorithm 1 of TIES-Merging with lists and loops."""
+    trimmed = []
+    for vector in vectors.flatten(1).tolist():
+        ranked = sorted(range(len(vector)), key=lambda place: (-abs(vector[place]), place))
+        kept = set(ranked[: round(density * len(vector))])
+        trimmed.append([value if place in kept else 0.0 for place, value in enumerate(vector)])
+    merged = []
+    for votes in zip(*trimmed, strict=True):
+        sign = 1 if sum(votes) >= 0 else -1
+        agreeing = [vote for vote in votes if vote * sign > 0]
+        merged.append(sum(agreeing) / len(agreeing) if agreeing else 0.0)
+    return torch.tensor(merged).reshape(vectors.shape[1:])
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 5])
+def test_ties_is_algorithm_1(num_experts):
+    vectors = vectors_of(num_experts)
+    torch.testing.assert_close(MERGE_METHODS["ties"](vectors), ties_by_hand(vectors), rtol=1e-6, atol=1e-7)
+
+
+def test_ties_is_what_peft_computes():
+    from peft.utils.merge_utils import ties
+
+    # An odd number of equal weights: no vote is even.
+    vectors = torch.randn(3, 40, 25, generator=torch.Generator().manual_seed(1))
+    expected = ties(list(vectors), weights=torch.ones(3), density=0.2)
+    torch.testing.assert_close(MERGE_METHODS["ties"](vectors), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_experts", [1, 3])
+def test_task_arithmetic_is_a_scaled_sum(num_experts):
+    vectors = vectors_of(num_experts)
+    expected = [0.4 * sum(values) for values in zip(*vectors.flatten(1).double().tolist(), strict=True)]
+    found = MERGE_METHODS["task_arithmetic"](vectors).flatten()
+    torch.testing.assert_close(found, torch.tensor(expected).float(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", MERGE_METHODS)
+def test_inputs_are_left_alone_and_shapes_kept(name):
+    vectors = vectors_of()
+    before = vectors.clone()
+    merged = MERGE_METHODS[name](vectors)
+    assert merged.shape == vectors.shape[1:]
+    assert merged.dtype == vectors.dtype
+    torch.testing.assert_close(vectors, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", sorted(ENTRYWISE))
+def test_an_entrywise_method_does_not_see_beyond_an_entry(name):
+    vectors = vectors_of(num_experts=7, shape=(6, 37))
+    whole = MERGE_METHODS[name](vectors)
+    for start in range(0, 6, 2):
+        rows = MERGE_METHODS[name](vectors[:, start : start + 2].contiguous())
+        torch.testing.assert_close(rows, whole[start : start + 2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", sorted(set(MERGE_METHODS) - {"task_arithmetic", "base"}))
+def test_equal_experts_agree(name):
+    vector = vectors_of(1)[0]
+    merged = MERGE_METHODS[name](torch.stack([vector] * 3))
+    expected = vector if name != "ties" else ties_by_hand(vector[None])
+    torch.testing.assert_close(merged, expected, rtol=1e-6, atol=0)
