@@ -235,7 +235,7 @@ def _source_stamp() -> int:
         "kernels_ir.py",
         "kernels_numba.py",
     ):
-        digest.update(Path(__file__).with_name(name).read_bytes())
+        digest.update(Path(__file__).with_name(f"kernels_{part}.py").read_bytes())
     return int.from_bytes(digest.digest()[:6], "little")
 
 
