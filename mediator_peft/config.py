@@ -96,6 +96,14 @@ class MediatorConfig(PeftConfig):
     seed: int = 0
     """Seeds whatever is drawn: random sparsifiers, the router's splits."""
 
+    max_resident_experts: int | None = None
+    """Most experts whose deltas are held in memory, the last used; the others lie in mapped files. ``None`` holds all.
+    It belongs to the machine at hand: given to ``load_mediator``, it is not saved."""
+
+    expert_folder: str | None = None
+    """Where the mapped files go, with ``max_resident_experts``: a folder on a local disk. ``None`` takes the system's
+    temporary one. Not saved."""
+
     format_version: int = FORMAT_VERSION
     """Version of the saved files."""
 
@@ -133,6 +141,10 @@ class MediatorConfig(PeftConfig):
         self.task_type = self.task_type or "CAUSAL_LM"
         super().__post_init__()
         self.peft_type = peft_type()
+        self.check()
+
+    def check(self) -> None:
+        """Raise a ``ConfigError`` that lists every fault of the settings, if there is one."""
         faults = list(self._faults())
         if faults:
             raise ConfigError("\n".join(faults))
@@ -164,6 +176,9 @@ class MediatorConfig(PeftConfig):
             yield f"conflict_threshold must be a finite number, got {self.conflict_threshold!r}."
         if self.router_layer is not None and (isinstance(self.router_layer, bool) or not _is_count(self.router_layer)):
             yield f"router_layer must be a whole number of blocks, 0 or more, got {self.router_layer!r}."
+        limit = self.max_resident_experts
+        if limit is not None and (not _is_count(limit) or limit < 1):
+            yield f"max_resident_experts must be a whole number, 1 or more, or None for all, got {limit!r}."
         yield from self._routed_layers_faults()
 
     def _routed_layers_faults(self) -> Iterator[str]:
@@ -205,7 +220,13 @@ class MediatorConfig(PeftConfig):
         on_save = getattr(self, "_on_save", None)
         if on_save is not None:
             on_save(Path(save_directory), self)
+        here, self.max_resident_experts, self.expert_folder = (
+            (self.max_resident_experts, self.expert_folder),
+            None,
+            None,
+        )
         super().save_pretrained(save_directory, **kwargs)
+        self.max_resident_experts, self.expert_folder = here
         self.base_model_name_or_path = reference
 
     @classmethod

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..bank.residency import ExpertStore
 from ..build.builder import Bank
 from ..config import MediatorConfig
 from ..errors import RoutingError, UnsupportedError
@@ -45,6 +46,7 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
         self._board = RouteBoard()
         self._adapters_off = False
         self._execution: str | None = None
+        self.expert_store: ExpertStore | None = None
         self._built: dict[str, Bank] = {}
         self.mediator_router = nn.ModuleDict()
         self._hooks = [
