@@ -34,12 +34,22 @@ def get_mediator_model(model: nn.Module, config: MediatorConfig, adapter_name: s
     return get_peft_model(model, config, adapter_name=adapter_name)
 
 
-def load_mediator(path: str | os.PathLike[str], is_trainable: bool = False, **kwargs: Any) -> tuple[PeftModel, Any]:
+def load_mediator(
+    path: str | os.PathLike[str],
+    is_trainable: bool = False,
+    *,
+    max_resident_experts: int | None = None,
+    expert_folder: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
+) -> tuple[PeftModel, Any]:
     """Load what ``build_mediator`` or ``save_pretrained`` wrote.
 
     Args:
         path: the output folder, its ``mediator`` folder, a saved adapter, or a hub id of one of these.
         is_trainable: let the router train.
+        max_resident_experts: hold at most so many experts' deltas in memory, the last used (``"base"`` counts as one);
+            the others lie in mapped files. None holds all.
+        expert_folder: where these files go; None takes the system's temporary folder.
         **kwargs: for ``AutoModelForCausalLM.from_pretrained``, e.g. ``dtype``, ``device_map``,
             ``quantization_config``.
 
@@ -61,7 +71,11 @@ def load_mediator(path: str | os.PathLike[str], is_trainable: bool = False, **kw
         backbone = AutoModelForCausalLM.from_pretrained(backbone_path, **kwargs)
     except (OSError, SafetensorError) as fault:
         raise AdapterError(f"the backbone {backbone_path!r} cannot be loaded: {fault}") from fault
-    model = PeftModel.from_pretrained(backbone, str(folder), is_trainable=is_trainable)
+    config.inference_mode = not is_trainable
+    config.max_resident_experts = max_resident_experts
+    config.expert_folder = None if expert_folder is None else os.fspath(expert_folder)
+    config.check()
+    model = PeftModel.from_pretrained(backbone, str(folder), is_trainable=is_trainable, config=config)
     model.peft_config["default"].base_model_name_or_path = backbone_path
     model.set_backbone(backbone_path)
     return model.eval(), _tokenizer(backbone_path)

@@ -43,7 +43,10 @@ class MediatorConfig(MediatorSettings, PeftConfig):
         on_save = getattr(self, "_on_save", None)
         if on_save is not None:
             on_save(Path(save_directory), self)
+        here = (self.max_resident_experts, self.expert_folder)
+        self.max_resident_experts = self.expert_folder = None
         super().save_pretrained(save_directory, **kwargs)
+        self.max_resident_experts, self.expert_folder = here
         self.base_model_name_or_path = reference
 
     @classmethod

@@ -108,6 +108,14 @@ class MediatorSettings:
     seed: int = 0
     """Seeds whatever is drawn: random sparsifiers, the router's splits."""
 
+    max_resident_experts: int | None = None
+    """Most experts whose deltas are held in memory, the last used; the others lie in mapped files. ``None`` holds all.
+    It belongs to the machine at hand: given to ``load_mediator``, it is not saved."""
+
+    expert_folder: str | None = None
+    """Where the mapped files go, with ``max_resident_experts``: a folder on a local disk. ``None`` takes the system's
+    temporary one. Not saved."""
+
     format_version: int = FORMAT_VERSION
     """Version of the saved files."""
 
@@ -145,6 +153,10 @@ class MediatorSettings:
         self.__post_init__()
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise a ``ConfigError`` that lists every fault of the settings, if there is one."""
         faults = list(self._faults())
         if faults:
             raise ConfigError("\n".join(faults))
@@ -180,6 +192,9 @@ class MediatorSettings:
             yield f"conflict_threshold must be a finite number, got {self.conflict_threshold!r}."
         if self.router_layer is not None and (isinstance(self.router_layer, bool) or not _is_count(self.router_layer)):
             yield f"router_layer must be a whole number of blocks, 0 or more, got {self.router_layer!r}."
+        limit = self.max_resident_experts
+        if limit is not None and (not _is_count(limit) or limit < 1):
+            yield f"max_resident_experts must be a whole number, 1 or more, or None for all, got {limit!r}."
         yield from self._routed_layers_faults()
 
     def _routed_layers_faults(self) -> Iterator[str]:

@@ -228,14 +228,8 @@ def _kernels(stamp: int) -> dict[tuple[str, bool], Kernel]:
 def _source_stamp() -> int:
     """A number that changes with the code of the other files."""
     digest = sha256()
-    for name in (
-        "kernels_dense.py",
-        "kernels_fold_ir.py",
-        "kernels_intrinsics.py",
-        "kernels_ir.py",
-        "kernels_numba.py",
-    ):
-        digest.update(Path(__file__).with_name(name).read_bytes())
+    for part in ("dense", "fold_ir", "intrinsics", "ir", "numba"):
+        digest.update(Path(__file__).with_name(f"kernels_{part}.py").read_bytes())
     return int.from_bytes(digest.digest()[:6], "little")
 
 

@@ -179,6 +179,11 @@ def from_disk(key: str, stored: Tensor, shape: tuple[int, int]) -> Tensor:
     return stored
 
 
+def num_bytes_in_memory(key: str, stored: Tensor, shape: tuple[int, int]) -> int:
+    """Bytes of what :func:`from_disk` will give."""
+    return shape[0] * ((shape[1] + 7) // 8) if key.endswith(_SEPARATOR + _MASK) else stored.nbytes
+
+
 def check_parts(bank: LayerBank, layer: str, sizes: Mapping[str, int]) -> None:
     """Refuse a bank whose values do not fit its masks.
 

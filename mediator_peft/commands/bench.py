@@ -21,7 +21,7 @@ def bench(
     context: Annotated[int, typer.Option(min=1, help="Tokens in the cache of a decode step.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a decode step of a batch.")] = 8,
     num_experts: Annotated[int, typer.Option("--experts", min=1, help="Most experts in a mixed batch.")] = 4,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each contestant has its turn.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contestant at a prefill; six times as many at decoding.")] = 7,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's own choice.")] = 0,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the ratios to this file (.png, .svg or .pdf).", show_default=False)
@@ -32,14 +32,14 @@ def bench(
 ) -> None:
     """Time prefill and decode of OUT beside its plain backbone: one expert, mixed batches, switching, routing, memory.
 
-    Contestants take turns; ratios of medians count. Stop other work on the machine first.
+    Contestants take turns; medians over the rounds count. Stop other work on the machine first.
 
     Example:
       mediator-peft bench out --threads 2 --plot speed.png
     """
     import torch
 
-    from ..evaluation.speed import SpeedSettings, measure_speed
+    from ..evaluation.speed import SpeedSettings, measure_speed, num_rounds
     from ..evaluation.speed_plot import check_plot, draw_speed
     from ..progress import bar_progress
 
@@ -49,7 +49,7 @@ def bench(
         torch.set_num_threads(threads)
     settings = SpeedSettings(prompt_tokens, context, batch_size, num_experts, rounds)
     model, _ = load(out, dtype, device)
-    with bar_progress("timing", 3 * (rounds + 1)) as advance:
+    with bar_progress("timing", num_rounds(settings)) as advance:
         report = measure_speed(model, settings, advance)
     if plot is not None:
         draw_speed(report, plot)

@@ -1,6 +1,6 @@
 """How fast a routed model runs beside its plain backbone, and what it holds in memory.
 
-All figures come from one run in which the contestants take turns; what counts are ratios of medians.
+All figures come from one run in which the contestants take turns; what counts are medians of ratios within a round.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..tuner.model import MediatorModel
 
+_DECODE_ROUNDS = 6
 Scope = Callable[[], AbstractContextManager[Any]]
 DENSE, ONE, MIXED, APART = "backbone alone", "one expert", "mixed batch", "one pass an expert"
 
@@ -39,9 +40,9 @@ class SpeedSettings:
     """Most experts in a mixed batch."""
 
     rounds: int = 7
-    """How often each contestant has its turn."""
+    """How often each contestant has its turn at a prefill; a short decode turn comes six times as often."""
 
-    steps: int = 4
+    steps: int = 3
     """Decode steps of a turn."""
 
 
@@ -58,7 +59,7 @@ class Pace(NamedTuple):
 
     tokens_per_second: float
     ratio: float
-    """Tokens a second over those of the plain backbone with the same batch."""
+    """Tokens a second over those of the plain backbone with the same batch: median over the rounds."""
 
 
 @dataclass(frozen=True)
@@ -157,16 +158,21 @@ class ApartTurn:
 
 def take_turns(
     turns: Mapping[str, Callable[[], list[float]]], rounds: int, advance: Callable[[], None] = lambda: None
-) -> dict[str, float]:
-    """Median seconds of each contestant; they take turns, and the first round only warms up."""
+) -> dict[str, list[float]]:
+    """Seconds of each contestant, one number a round; they take turns, and the first round only warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(rounds + 1):
         for name, turn in turns.items():
             taken = turn()
             if number:
-                seconds[name] += taken
+                seconds[name].append(median(taken))
         advance()
-    return {name: median(taken) for name, taken in seconds.items()}
+    return seconds
+
+
+def num_rounds(settings: SpeedSettings) -> int:
+    """How many rounds ``measure_speed`` goes through, those that warm up counted."""
+    return (2 * _DECODE_ROUNDS + 1) * settings.rounds + 3
 
 
 def mixed_rows(names: Sequence[str], batch_size: int) -> list[str]:
@@ -183,7 +189,7 @@ def measure_speed(
     Args:
         model: as ``load_mediator`` gives it.
         settings: what is timed.
-        advance: called after each of the ``3 * (rounds + 1)`` rounds.
+        advance: called after each of :func:`num_rounds`.
     """
     tuner: MediatorModel = model.base_model
     plain = plain_twin(tuner)
@@ -191,9 +197,11 @@ def measure_speed(
     single = _decode_turns(tuner, plain, experts, 1, settings)
     # A second expert in turn, so that every turn of either has to change what is folded.
     single["other"] = DecodeTurn(tuner.model, _scope(tuner, experts[-1]), 1, settings)
-    single_times = take_turns(single, settings.rounds, advance)
+    single_times = take_turns(single, _DECODE_ROUNDS * settings.rounds, advance)
     switches = [*single[ONE].switches[1:], *single["other"].switches[1:]]
-    batch_times = take_turns(_batch_turns(tuner, plain, experts, settings), settings.rounds, advance)
+    batch_times = take_turns(
+        _batch_turns(tuner, plain, experts, settings), _DECODE_ROUNDS * settings.rounds, advance
+    )
     prefill = take_turns(_prefill_turns(tuner, plain, experts, settings), settings.rounds, advance)
     del single_times["other"]
     switch = max(0.0, median(switches))
@@ -210,9 +218,9 @@ def measure_speed(
             *_paces("prefill", prefill, len(experts), len(experts) * settings.prompt_tokens),
         ),
         switch,
-        switch / single_times[DENSE],
+        switch / median(single_times[DENSE]),
         routing,
-        None if routing is None else routing / (prefill[ONE] / len(experts)),
+        None if routing is None else routing / (median(prefill[ONE]) / len(experts)),
         memory_by_part(tuner, experts[0]),
     )
 
@@ -254,9 +262,12 @@ def _prefill_turns(
     }
 
 
-def _paces(work: str, seconds: Mapping[str, float], batch_size: int, num_tokens: int) -> list[Pace]:
-    dense = seconds[DENSE]
-    return [Pace(work, name, batch_size, taken, num_tokens / taken, dense / taken) for name, taken in seconds.items()]
+def _paces(work: str, seconds: Mapping[str, list[float]], batch_size: int, num_tokens: int) -> list[Pace]:
+    paces = []
+    for name, taken in seconds.items():
+        ratio = median(dense / ours for dense, ours in zip(seconds[DENSE], taken, strict=True))
+        paces.append(Pace(work, name, batch_size, median(taken), num_tokens / median(taken), ratio))
+    return paces
 
 
 def _routing_seconds(tuner: MediatorModel, settings: SpeedSettings) -> float | None:

@@ -40,9 +40,13 @@ def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear) -> str:
     # Codes cannot take a delta: rounding the sum again would lose it.
     if uniform and is_plain(base_layer) and route.may_fold and route.execution in (None, "fold"):
         return "fold"
+    kind = quantization_of(base_layer)
+    if kind == "other":
+        # Offloaded, or codes that we cannot read.
+        return "sparse"
     if route.execution in ("sparse", "densify"):
         return route.execution
-    if quantization_of(base_layer) == "int8":
+    if kind == "int8":
         # Its product rounds the inputs; with its numbers alone, an answer would depend on how long the batch is.
         return "sparse"
     # A dense product costs the same for one token as for a few; building its weight is what must pay off.

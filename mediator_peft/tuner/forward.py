@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from ..bank.residency import ExpertStore
 from ..config import MediatorConfig
 from ..errors import RoutingError
 from ..routing.gate import RouteOutput
@@ -26,6 +27,7 @@ class RoutedForward:
     _board: RouteBoard
     _adapters_off: bool
     _execution: str | None
+    expert_store: ExpertStore | None
 
     if TYPE_CHECKING:
 
@@ -105,7 +107,10 @@ class RoutedForward:
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         spec = kwargs.pop("expert_weights", None)
-        self._board.route = None if self._adapters_off else self._layer_route(spec, args, kwargs)
+        route = None if self._adapters_off else self._layer_route(spec, args, kwargs)
+        self._board.route = route
+        if route is not None and self.expert_store is not None:
+            self.expert_store.use({name for group in route.groups for name, _ in group.mix})
         self._board.keep_for_backward(self._board.route if torch.is_grad_enabled() else None)
         return args, kwargs
 

@@ -129,14 +129,14 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         """Write a mix into the backbone's weight for good.
 
         Raises:
-            UnsupportedError: the weight is quantised.
+            UnsupportedError: the weight is quantised or offloaded.
         """
         bank = self._active_bank()
         base = self.base_layer
         if not is_plain(base):
             raise UnsupportedError(
-                "a quantised weight cannot take a mix: rounding it again would lose the delta. Load the backbone "
-                "unquantised to merge."
+                "a quantised weight cannot take a mix (rounding it again would lose the delta), nor one that is offloaded. "
+                "Load the backbone unquantised and whole to merge."
             )
         self.unfold()
         delta = None if bank is None else mixed_delta(bank, mix)

@@ -12,9 +12,11 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..bank.residency import ExpertStore
 from ..build.builder import Bank
 from ..config import MediatorConfig
 from ..errors import RoutingError, UnsupportedError
+from ..methods.rounding import ROUNDINGS
 from ..registration import PREFIX
 from . import persistence
 from .execution import check_execution
@@ -47,6 +49,7 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
         self._board = RouteBoard()
         self._adapters_off = False
         self._execution: str | None = None
+        self.expert_store: ExpertStore | None = None
         self._built: dict[str, Bank] = {}
         self.mediator_router = nn.ModuleDict()
         self._hooks = [
@@ -110,7 +113,7 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
 
     def _warn_of_other_quantization(self, config: MediatorConfig) -> None:
         kinds = {kind for layer in self.routed_layers().values() if (kind := quantization_of(layer.base_layer))}
-        others = sorted(kinds - {config.for_quantization})
+        others = sorted(kinds & set(ROUNDINGS) - {config.for_quantization})
         if others and config.for_quantization is not None:
             warnings.warn(
                 f"the adapter's correction is for a backbone in {config.for_quantization}, this one is in "

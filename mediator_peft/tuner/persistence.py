@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..bank.adapter_file import BANK_ATTRIBUTE, MODEL_PREFIX, ROUTER_ATTRIBUTE, ROUTER_PREFIX
 from ..bank.fingerprint import check_fingerprint
-from ..bank.layer_bank import check_parts, from_disk, to_disk
+from ..bank.layer_bank import check_parts, from_disk, num_bytes_in_memory, to_disk
 from ..bank.packing import count_bits
+from ..bank.residency import ExpertStore, padded_size
 from ..build.card import model_card
 from ..build.shards import BackboneFiles
 from ..build.tensor_work import deltas_stored
@@ -67,9 +68,12 @@ class AdapterFiles:
         check_fingerprint(config.backbone_fingerprint or {}, backbone_state(tuner.model), "the model at hand")
         _check_keys(config, tuner, adapter_name, set(state_dict))
         loaded: dict[str, Tensor] = {}
+        tuner.expert_store = store = _store(config, tuner, adapter_name, state_dict)
         for name, layer in tuner.routed_layers().items():
             if adapter_name in layer.mediator_bank:
-                loaded.update(_load_layer(name, layer, adapter_name, deltas_stored(config), state_dict))
+                loaded.update(_load_layer(name, layer, adapter_name, deltas_stored(config), state_dict, store))
+        if store is not None:
+            store.release()
         stored = {
             key.removeprefix(ROUTER_PREFIX): value for key, value in state_dict.items() if key.startswith(ROUTER_PREFIX)
         }
@@ -155,8 +159,32 @@ def _check_keys(config: MediatorConfig, tuner: Any, adapter_name: str, present: 
         raise AdapterError(f"the adapter file {'; it '.join(faults)}. Copy or build the adapter again.")
 
 
+def _store(
+    config: MediatorConfig, tuner: Any, adapter_name: str, state_dict: dict[str, Tensor]
+) -> ExpertStore | None:
+    """Room on disk for the deltas on the CPU, where the configuration limits how many experts are in memory."""
+    if config.max_resident_experts is None:
+        return None
+    sizes = dict.fromkeys(deltas_stored(config), 0)
+    for name, layer in tuner.routed_layers().items():
+        for column in sizes:
+            for part in layer.bank(adapter_name).part_names:
+                key = f"{column}:{part}"
+                stored = state_dict[f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}.{key}"]
+                sizes[column] += padded_size(num_bytes_in_memory(key, stored, layer.shape))
+    folder = None if config.expert_folder is None else Path(config.expert_folder)
+    store = ExpertStore(config.max_resident_experts, folder)
+    store.make_room(sizes)
+    return store
+
+
 def _load_layer(
-    name: str, layer: MediatorLayer, adapter_name: str, columns: Sequence[str], state_dict: dict[str, Tensor]
+    name: str,
+    layer: MediatorLayer,
+    adapter_name: str,
+    columns: Sequence[str],
+    state_dict: dict[str, Tensor],
+    store: ExpertStore | None,
 ) -> dict[str, Tensor]:
     bank = layer.bank(adapter_name)
     device = layer.base_layer.weight.device
@@ -167,6 +195,8 @@ def _load_layer(
             key = f"{column}:{part}"
             tensor = from_disk(key, state_dict[prefix + key], layer.shape)
             tensor = tensor if device.type == "meta" else tensor.to(device)
+            if store is not None and tensor.device.type == "cpu":
+                tensor = store.keep(column, tensor)
             bank._put_part(key, tensor)
             loaded[f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}.{adapter_name}.{key}"] = tensor
     deltas = {column: bank.get(column) for column in columns}

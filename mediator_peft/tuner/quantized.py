@@ -13,16 +13,19 @@ from .folding import plain_weight
 
 
 def is_plain(base_layer: nn.Module) -> bool:
-    """Whether the weight is an ordinary matrix that can be read and written."""
+    """Whether the weight is an ordinary matrix to be read and written, and is here: not quantised nor offloaded."""
     weight: Any = base_layer.weight
-    return weight.is_floating_point() and weight.ndim == 2 and weight.dtype.itemsize >= 2
+    is_here = weight.device.type != "meta"
+    return is_here and weight.is_floating_point() and weight.ndim == 2 and weight.dtype.itemsize >= 2
 
 
 def quantization_of(base_layer: nn.Module) -> str | None:
-    """``"nf4"``, ``"fp4"`` or ``"int8"``; None for a plain weight, ``"other"`` for what we do not know."""
+    """``"nf4"``, ``"fp4"`` or ``"int8"``; None for a plain weight, ``"other"`` for what cannot be read."""
     if is_plain(base_layer):
         return None
     weight: Any = base_layer.weight
+    if weight.device.type == "meta":
+        return "other"
     kind = type(weight).__name__
     if kind == "Params4bit":
         return weight.quant_type

@@ -1,10 +1,10 @@
 """Whole models: prefill, decode, switching and memory beside the plain backbone, and beside PEFT's LoRA and SHiRA.
 
-Contestants take turns in one process; what is reported are ratios of medians. The comparisons with PEFT are made on the
+Contestants take turns in one process; what is reported are medians of ratios within a round. The comparisons with PEFT are made on the
 backbone's own architecture and size, with random adapters: their speed does not depend on what they hold.
 
     python tests/benchmarks/bench_model.py OUT [--json out.json] [--threads 2] [--parts mediator lora shira memory]
-    python tests/benchmarks/bench_model.py 1B --layers 4          # a random Llama of that shape, with a random bank
+    python tests/benchmarks/bench_model.py 1B --layers 2          # a random Llama of that shape, with a random bank
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from statistics import median
 from typing import Any
 
 import torch
@@ -36,16 +37,19 @@ from mediator_peft.evaluation.speed import (
 )
 
 SHAPE_1B = dict(
-    vocab_size=32000, hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8,
+    hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8,
     tie_word_embeddings=True,
 )  # fmt: skip
 NAMES = ["one", "two", "three", "four"]
 
 
 def random_model(num_layers: int, values: str, density: float) -> Any:
-    """A Llama of the 1B shape with fewer layers, from bfloat16 numbers as a checkpoint has, and four random experts."""
+    """A Llama of the 1B shape with fewer layers, from bfloat16 numbers as a checkpoint has, and four random experts.
+
+    The vocabulary is cut like the layers (32000 go with 16), so that the output layer keeps its share.
+    """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=num_layers, **SHAPE_1B)).eval()
+    model = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=num_layers, vocab_size=2000 * num_layers, **SHAPE_1B)).eval()
     for parameter in model.parameters():
         parameter.data.copy_(parameter.data.bfloat16())
     layers = [
@@ -136,8 +140,10 @@ def beside_peft(model: Any, settings: SpeedSettings, part: str, density: float) 
         MIXED: DecodeTurn(tuner.model, lambda: tuner.use_experts(rows), settings.batch_size, settings),
         part: turn,
     }
-    seconds = take_turns(turns, settings.rounds)
-    return {"seconds": seconds, "times faster": seconds[part] / seconds[MIXED], "numbers an adapter": kept}
+    taken = take_turns(turns, settings.rounds)
+    faster = median(theirs / ours for theirs, ours in zip(taken[part], taken[MIXED], strict=True))
+    seconds = {name: median(each) for name, each in taken.items()}
+    return {"seconds": seconds, "times faster": faster, "numbers an adapter": kept}
 
 
 def resident_bytes(out: str, what: str) -> int:
@@ -186,12 +192,13 @@ def main() -> None:
     parser.add_argument("--json", help="write the results to this file")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--layers", type=int, default=4, help="of the 1B shape, which has 16")
+    parser.add_argument("--layers", type=int, default=2, help="of the 1B shape, which has 16")
+    parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--values", default="sign", choices=["sign", "float"])
     parser.add_argument("--density", type=float, default=0.2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    settings = SpeedSettings(rounds=args.rounds)
+    settings = SpeedSettings(rounds=args.rounds, prompt_tokens=args.prompt_tokens)
     results: dict[str, Any] = {"arguments": vars(args), "cores": os.cpu_count(), "torch": torch.__version__}
     if set(args.parts) != {"memory"}:
         if args.model == "1B":
@@ -204,7 +211,8 @@ def main() -> None:
             report = measure_speed(model, settings)
             results[part] = report.to_dict()
             for pace in report.paces:
-                print(f"{pace.work:8} {pace.batch_size} {pace.name:20} {1e3 * pace.seconds:9.1f} ms  x{pace.ratio:.3f}")
+                line = f"{pace.work:8} {pace.batch_size} {pace.name:20} {1e3 * pace.seconds:9.1f} ms  x{pace.ratio:.3f}"
+                print(line, flush=True)
             print(f"switch {1e3 * report.switch_seconds:.1f} ms = {report.switch_steps:.2f} steps", report.memory)
             print("routing", report.routing_seconds, report.routing_share)
         elif part == "memory":

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from mediator_peft import MediatorConfig, build_mediator, load_mediator
 from mediator_peft.cli import app
-from mediator_peft.evaluation.speed import DENSE, SpeedSettings, measure_speed, mixed_rows, plain_twin
+from mediator_peft.evaluation.speed import DENSE, SpeedSettings, measure_speed, mixed_rows, num_rounds, plain_twin
 
 QUICK = SpeedSettings(prompt_tokens=6, context=4, batch_size=3, rounds=1, steps=1)
 
@@ -42,7 +42,7 @@ def test_a_report_names_what_was_measured_and_leaves_the_weights_alone(out):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     ticks = []
     report = measure_speed(model, QUICK, lambda: ticks.append(1))
-    assert len(ticks) == 3 * (QUICK.rounds + 1)
+    assert len(ticks) == num_rounds(QUICK)
     assert {(pace.work, pace.batch_size) for pace in report.paces} == {("decode", 1), ("decode", 3), ("prefill", 3)}
     assert all(pace.seconds > 0 and (pace.name != DENSE or pace.ratio == 1) for pace in report.paces)
     assert report.routing_seconds is None

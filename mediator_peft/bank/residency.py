@@ -1,0 +1,111 @@
+"""Many experts in little memory: deltas lie in files that are mapped, and only those in use stay in memory.
+
+A delta's tensors always point into its expert's mapping, so nothing can go wrong when an expert leaves memory while
+somebody computes with it: what is missing is read again. Leaving and coming are hints to the operating system
+(``madvise``); coming reads ahead in the order of the layers while the first of them are computed.
+"""
+
+from __future__ import annotations
+
+import mmap
+import shutil
+import tempfile
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+
+_ALIGNMENT = 64
+
+
+def padded_size(num_bytes: int) -> int:
+    """Room that a tensor takes in its expert's file."""
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+class ExpertStore:
+    """One mapped file an expert, of which a bounded number is held in memory, the last used.
+
+    Args:
+        max_resident: most experts in memory; more only while one batch needs more.
+        folder: where the files go, best on a local disk; they are removed with the store. None takes a temporary one,
+            which must not lie in memory itself.
+
+    Raises:
+        ConfigError: ``max_resident`` is no positive whole number.
+    """
+
+    def __init__(self, max_resident: int, folder: Path | None = None) -> None:
+        if isinstance(max_resident, bool) or not isinstance(max_resident, int) or max_resident < 1:
+            raise ConfigError(f"max_resident_experts must be a whole number, 1 or more, got {max_resident!r}.")
+        self.max_resident = max_resident
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        self._folder = Path(tempfile.mkdtemp(prefix="experts-", dir=folder))
+        self._maps: dict[str, mmap.mmap] = {}
+        self._ends: dict[str, int] = {}
+        self._used: OrderedDict[str, None] = OrderedDict()
+        self._lock = threading.Lock()
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+
+    @property
+    def resident(self) -> list[str]:
+        """Experts in memory, the last used at the end."""
+        return list(self._used)
+
+    def make_room(self, sizes: Mapping[str, int]) -> None:
+        """Make the experts' files: name → bytes, each tensor's :func:`padded_size` counted."""
+        for number, (name, size) in enumerate(sizes.items(), start=len(self._maps)):
+            with open(self._folder / f"{number}.bin", "w+b") as file:
+                file.truncate(max(size, 1))
+                self._maps[name] = mmap.mmap(file.fileno(), 0)
+            self._ends[name] = 0
+
+    def keep(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy of the tensor in the expert's file; to be called layer by layer, in the order of use."""
+        if not tensor.numel():
+            return tensor
+        start, source = self._ends[name], tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        room = np.frombuffer(self._maps[name], np.uint8, len(source), start)
+        target = torch.from_numpy(room)
+        target.copy_(source)
+        self._ends[name] = start + padded_size(len(source))
+        return target.view(tensor.dtype).reshape(tensor.shape)
+
+    def release(self) -> None:
+        """Write out what was kept, and let all of it leave memory."""
+        with self._lock:
+            for mapped in self._maps.values():
+                mapped.flush()
+                _advise(mapped, "MADV_DONTNEED")
+            self._used.clear()
+
+    def use(self, names: Iterable[str]) -> None:
+        """Hold these experts in memory, and let those go that were not used for the longest time."""
+        wanted = [name for name in names if name in self._maps]
+        with self._lock:
+            for name in wanted:
+                if name not in self._used:
+                    _advise(self._maps[name], "MADV_WILLNEED")
+                self._used[name] = None
+                self._used.move_to_end(name)
+            for name in list(self._used):
+                if len(self._used) <= self.max_resident:
+                    break
+                if name not in wanted:
+                    del self._used[name]
+                    _advise(self._maps[name], "MADV_DONTNEED")
+
+
+def _advise(mapped: mmap.mmap, name: str) -> None:
+    """A hint on all of a mapping, where the system knows it."""
+    hint = getattr(mmap, name, None)
+    if hint is not None:
+        mapped.madvise(hint)

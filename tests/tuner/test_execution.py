@@ -1,0 +1,174 @@
+"""Ways of applying deltas, in every dtype and under everything that wraps or drives a model."""
+
+import pytest
+import torch
+from reference import mixed_model
+from tiny import random_prompts, tiny_model, write_tiny_checkpoints
+
+from mediator_peft import MediatorConfig, build_mediator, load_mediator
+from mediator_peft.bank import kernels
+from mediator_peft.errors import UnsupportedError
+
+SETTINGS = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+MIXES = [{"math": 1.0}, {"code": 1.0}, {"math": 0.3, "code": 0.6}, {}]
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("execution")
+    paths = write_tiny_checkpoints(folder / "checkpoints")
+    experts = {name: path for name, path in paths.items() if name != "base"}
+    build_mediator(paths["base"], experts, folder / "out", MediatorConfig(density=0.3))
+    return {**paths, "out": folder / "out"}
+
+
+@pytest.fixture
+def model(paths):
+    return load_mediator(paths["out"], dtype=torch.float32)[0]
+
+
+def dense(paths, mix, dtype=torch.float32):
+    checkpoints = {name: path for name, path in paths.items() if name != "out"}
+    return mixed_model(checkpoints, mix, 0.3, "sign").to(dtype)
+
+
+@pytest.mark.parametrize("execution", [None, "fold", "sparse", "densify"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 0.02), (torch.bfloat16, 0.12)], ids=str
+)
+@torch.no_grad()
+def test_every_way_equals_the_dense_formula_in_every_dtype(paths, dtype, tolerance, execution):
+    model, _ = load_mediator(paths["out"], dtype=dtype)
+    model.set_execution(execution)
+    prompts = random_prompts(len(MIXES))
+    with model.disable_adapter():
+        backbone = model(input_ids=prompts).logits.float()
+    prefill = model(input_ids=prompts[:, :-1], expert_weights=MIXES, use_cache=True)
+    step = model(input_ids=prompts[:, -1:], past_key_values=prefill.past_key_values, expert_weights=MIXES).logits
+    mixed = torch.cat([prefill.logits, step], dim=1).float()
+    for row, mix in enumerate(MIXES):
+        expected = dense(paths, mix, dtype)(input_ids=prompts[row : row + 1]).logits[0].float()
+        with model.use_experts(mix):
+            alone = model(input_ids=prompts[row : row + 1]).logits[0].float()
+        change = (expected - backbone[row]).norm() if mix else expected.norm()
+        assert (mixed[row] - expected).norm() < tolerance * change
+        assert (alone - expected).norm() < tolerance * change
+
+
+@torch.no_grad()
+def test_steps_of_one_request_go_on_as_the_first_until_something_changes(model):
+    """What is kept from step to step must not outlive its route."""
+    prompts, one = random_prompts(4), random_prompts(4, 1, seed=2)
+    rows = ["math", "math", "code", None]
+    expected = {spec: model(input_ids=one, expert_weights=list(spec)).logits for spec in [tuple(rows), tuple(rows[::-1])]}
+    with model.disable_adapter():
+        backbone = model(input_ids=one).logits
+    for _ in range(2):
+        for spec, logits in expected.items():
+            with model.use_experts(list(spec)):
+                for _ in range(3):
+                    assert torch.equal(model(input_ids=one).logits, logits)
+                model(input_ids=prompts)
+                with model.use_experts("math"):
+                    folded = model(input_ids=one).logits
+                    assert torch.equal(model(input_ids=one).logits, folded)
+                    with model.disable_adapter():
+                        assert torch.equal(model(input_ids=one).logits, backbone)
+                    assert torch.equal(model(input_ids=one).logits, folded)
+                assert torch.equal(model(input_ids=one).logits, logits)
+    with model.use_experts(None):
+        assert torch.equal(model(input_ids=one).logits, backbone)
+
+
+@pytest.mark.parametrize("mix", [{"math": 1.0}, {"math": 0.5, "code": 0.5}], ids=["one", "blend"])
+@torch.no_grad()
+def test_an_exception_while_folding_leaves_the_backbone(monkeypatch, model, mix):
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    layers = list(model.routed_layers().values())
+    fold = type(layers[0]._fold)
+    original, calls = fold._write, []
+
+    def fails(self, bank, mix):
+        original(self, bank, mix)
+        calls.append(1)
+        if len(calls) == 5:
+            raise MemoryError
+
+    monkeypatch.setattr(fold, "_write", fails)
+    with pytest.raises(MemoryError), model.use_experts(mix):
+        model(input_ids=random_prompts(1))
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("spec", ["math", ["math", "code"]], ids=["one", "mixed"])
+def test_assisted_generation_gives_the_tokens_of_plain_generation(model, spec):
+    prompts = random_prompts(1 if isinstance(spec, str) else 2)
+    expected = model.generate(prompts, expert_weights=spec, **SETTINGS)
+    if isinstance(spec, str):
+        assisted = model.generate(prompts, expert_weights=spec, assistant_model=tiny_model(seed=0), **SETTINGS)
+        assert torch.equal(assisted, expected)
+        looked_up = model.generate(prompts, expert_weights=spec, prompt_lookup_num_tokens=2, **SETTINGS)
+        assert torch.equal(looked_up, expected)
+    else:
+        with pytest.raises(ValueError, match="batch"):  # transformers' own limit
+            model.generate(prompts, expert_weights=spec, assistant_model=tiny_model(seed=0), **SETTINGS)
+
+
+@pytest.mark.parametrize("spec", ["math", ["math", "code"]], ids=["one", "mixed"])
+@torch.no_grad()
+def test_a_compiled_decode_step_with_a_static_route_gives_the_same(model, spec):
+    prompts, step = random_prompts(2), random_prompts(2, 1, seed=3)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.base_model.model, backend="eager")
+    with model.use_experts(spec):
+        eager_cache = model(input_ids=prompts, use_cache=True).past_key_values
+        cache = model(input_ids=prompts, use_cache=True).past_key_values
+        for _ in range(2):
+            expected = model(input_ids=step, past_key_values=eager_cache).logits
+            torch.testing.assert_close(compiled(input_ids=step, past_key_values=cache).logits, expected)
+    with model.use_experts("code"):
+        torch.testing.assert_close(compiled(input_ids=step).logits, model(input_ids=step).logits)
+
+
+@torch.no_grad()
+def test_offloaded_layers_keep_their_deltas(paths, model, tmp_path):
+    placement = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+    placement |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    options = dict(dtype=torch.float32, device_map=placement, offload_folder=str(tmp_path))
+    offloaded, _ = load_mediator(paths["out"], **options)
+    weights = {layer.base_layer.weight.device.type for layer in offloaded.routed_layers().values()}
+    assert weights == {"cpu", "meta"}, "nothing is offloaded"
+    prompts = random_prompts(2)
+    for spec in ("math", ["math", "code"], {"math": 0.4, "code": 0.5}):
+        expected = model(input_ids=prompts, expert_weights=spec).logits
+        torch.testing.assert_close(offloaded(input_ids=prompts, expert_weights=spec).logits, expected)
+        tokens = offloaded.generate(prompts, expert_weights=spec, **SETTINGS)
+        assert torch.equal(tokens, model.generate(prompts, expert_weights=spec, **SETTINGS))
+    with pytest.raises(UnsupportedError, match="offloaded"):
+        offloaded.merge_and_unload(expert_weights="math")
+
+
+def test_gradient_checkpointing_recomputes_under_the_same_route(model):
+    prompts = random_prompts(2)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+        weights = torch.tensor([[0.5, 0.2, 0.1], [0.0, 1.0, 0.0]], requires_grad=True)
+        model(input_ids=prompts, expert_weights=weights, use_cache=False).logits.square().mean().backward()
+        gradients.append(weights.grad)
+    assert gradients[0].abs().min() > 0
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@torch.no_grad()
+def test_without_compiled_loops_everything_is_the_same(monkeypatch, model):
+    prompts = random_prompts(4)
+    expected = model(input_ids=prompts, expert_weights=MIXES).logits
+    with model.use_experts("math"):
+        folded = model(input_ids=prompts).logits
+    monkeypatch.setattr(kernels, "_compiled", lambda: None)
+    torch.testing.assert_close(model(input_ids=prompts, expert_weights=MIXES).logits, expected, rtol=1e-4, atol=1e-4)
+    with model.use_experts("math"):
+        torch.testing.assert_close(model(input_ids=prompts).logits, folded, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,135 @@
+"""Many experts, few of them in memory."""
+
+import json
+import threading
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import random_prompts, tiny_model
+
+from mediator_peft import MediatorConfig, load_mediator
+from mediator_peft.bank.packing import pack_bits
+from mediator_peft.bank.residency import ExpertStore
+from mediator_peft.bank.sparse_delta import SparseDelta
+from mediator_peft.errors import ConfigError
+
+NUM_EXPERTS = 100
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with a hundred random experts."""
+    torch.manual_seed(0)
+    backbone = tiny_model()
+    names = [f"expert {number}" for number in range(NUM_EXPERTS)]
+    layers = [name for name, module in backbone.named_modules() if name.endswith("_proj")]
+    config = MediatorConfig(
+        experts=dict.fromkeys(names, ""), expert_names=names, routed_modules=layers, num_blocks=3, fallback="backbone"
+    )
+    model = get_peft_model(backbone, config)
+    for layer in model.base_model.routed_layers().values():
+        for name in names:
+            kept = torch.rand(layer.shape) < 0.2
+            parts = {"signs": pack_bits(torch.rand(int(kept.sum())) < 0.5), "scales": torch.rand(layer.shape[0]) * 0.2}
+            layer.bank("default").put(name, SparseDelta(layer.shape, "sign", pack_bits(kept), parts))
+    out = tmp_path_factory.mktemp("many")
+    model.save_pretrained(out)
+    return out
+
+
+def pages_of(folder):
+    """Bytes in memory of the files mapped from a folder, by the kernel's own account."""
+    total, counts = 0, False
+    with open("/proc/self/smaps") as file:
+        for line in file:
+            words = line.split()
+            if "-" in words[0] and not words[0].endswith(":"):
+                counts = str(folder) in line
+            elif counts and words[0] == "Rss:":
+                total += 1024 * int(words[1])
+    return total
+
+
+@torch.no_grad()
+def test_a_hundred_experts_give_the_same_with_four_in_memory(folder, tmp_path):
+    prompts = random_prompts(2)
+    everything, _ = load_mediator(folder)
+    few, _ = load_mediator(folder, max_resident_experts=4, expert_folder=tmp_path / "experts")
+    store = few.base_model.expert_store
+    assert pages_of(tmp_path / "experts") == 0, "loading leaves experts in memory"
+    sizes = []
+    for number in [*range(NUM_EXPERTS), 3, 99, 3]:
+        name = f"expert {number}"
+        expected = everything(input_ids=prompts, expert_weights=name).logits
+        assert torch.equal(few(input_ids=prompts, expert_weights=name).logits, expected)
+        assert store.resident[-1] == name
+        assert len(store.resident) <= 4
+        sizes.append(pages_of(tmp_path / "experts"))
+    assert 0 < max(sizes[50:]) <= 2 * max(sizes[:8]), "memory grows with the number of experts"
+    assert sorted(path.name for path in tmp_path.joinpath("experts").iterdir()) == [store._folder.name]
+
+
+@torch.no_grad()
+def test_one_batch_may_need_more_experts_than_the_limit(folder):
+    prompts = random_prompts(6)
+    names = [f"expert {number}" for number in range(6)]
+    everything, _ = load_mediator(folder)
+    few, _ = load_mediator(folder, max_resident_experts=2)
+    expected = everything(input_ids=prompts, expert_weights=names).logits
+    assert torch.equal(few(input_ids=prompts, expert_weights=names).logits, expected)
+    assert set(few.base_model.expert_store.resident) == set(names)
+    few(input_ids=prompts, expert_weights="expert 9")
+    assert len(few.base_model.expert_store.resident) == 2
+
+
+def test_threads_that_push_each_others_experts_out_get_their_own_answers(folder):
+    few, _ = load_mediator(folder, max_resident_experts=1)
+    prompts = random_prompts(2)
+    settings = dict(max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
+    names = [f"expert {number}" for number in range(0, 40, 10)]
+    expected = [few.generate(prompts, expert_weights=name, **settings) for name in names]
+    faults = []
+
+    def work(number):
+        for turn in range(6):
+            which = (number + turn) % len(names)
+            if not torch.equal(few.generate(prompts, expert_weights=names[which], **settings), expected[which]):
+                faults.append((number, turn))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+
+
+def test_the_limit_is_not_saved_and_saving_reads_all_experts(folder, tmp_path):
+    few, _ = load_mediator(folder, max_resident_experts=2)
+    few.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["max_resident_experts"] is None
+    again, _ = load_mediator(tmp_path / "again")
+    everything, _ = load_mediator(folder)
+    assert again.base_model.expert_store is None
+    theirs = everything.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in again.state_dict().items())
+
+
+def test_files_go_with_the_store(tmp_path):
+    store = ExpertStore(1, tmp_path)
+    store.make_room({"a": 64, "b": 64})
+    kept = store.keep("a", torch.arange(5, dtype=torch.int16))
+    store.release()
+    store.use(["a"])
+    store.use(["b"])
+    assert store.resident == ["b"]
+    del store
+    assert list(tmp_path.iterdir()) == []
+    assert kept.tolist() == [0, 1, 2, 3, 4], "a tensor does not outlive its store"
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.5, True, "two"])
+def test_a_limit_that_is_no_number_of_experts_is_refused(folder, limit):
+    with pytest.raises(ConfigError, match="max_resident_experts"):
+        load_mediator(folder, max_resident_experts=limit)
