@@ -49,10 +49,14 @@ def random_model(num_layers: int, values: str, density: float) -> Any:
     The vocabulary is cut like the layers (32000 go with 16), so that the output layer keeps its share.
     """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=num_layers, vocab_size=2000 * num_layers, **SHAPE_1B)).eval()
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(num_hidden_layers=num_layers, vocab_size=2000 * num_layers, **SHAPE_1B)
+    ).eval()
     for parameter in model.parameters():
         parameter.data.copy_(parameter.data.bfloat16())
-    layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "layers" in name]
+    layers = [
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "layers" in name
+    ]
     config = MediatorConfig(
         experts=dict.fromkeys(NAMES, ""), expert_names=NAMES, routed_modules=layers, num_blocks=num_layers,
         values=values, density=density, fallback="backbone",
@@ -172,7 +176,9 @@ def resident_bytes(out: str, what: str) -> int:
     )
     command = [sys.executable, "-c", code, out, what]
     # ``os._exit`` drops what is not flushed.
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    )
     return int(done.stdout.split()[-1]) * os.sysconf("SC_PAGE_SIZE")
 
 
