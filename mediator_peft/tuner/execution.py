@@ -32,7 +32,7 @@ def check_execution(execution: str | None) -> str | None:
 
 
 def is_plain(base_layer: nn.Linear) -> bool:
-    """Whether the weight is an ordinary matrix that can be read and written, and is here: not quantised nor offloaded."""
+    """Whether the weight is an ordinary matrix that can be read and written: not quantised, nor offloaded."""
     weight = base_layer.weight
     return (
         weight.device.type != "meta" and weight.is_floating_point() and weight.ndim == 2 and weight.dtype.itemsize >= 2

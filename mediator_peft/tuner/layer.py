@@ -144,7 +144,7 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         base = self.base_layer
         if not execution.is_plain(base):
             raise UnsupportedError(
-                "a quantised weight cannot take a mix (rounding it again would lose the delta), nor one that is offloaded. "
+                "a quantised weight cannot take a mix (rounding it again would lose the delta), nor one offloaded. "
                 "Load the backbone unquantised and whole to merge."
             )
         self.unfold()

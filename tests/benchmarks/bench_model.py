@@ -1,7 +1,7 @@
 """Whole models: prefill, decode, switching and memory beside the plain backbone, and beside PEFT's LoRA and SHiRA.
 
-Contestants take turns in one process; what is reported are medians of ratios within a round. The comparisons with PEFT are made on the
-backbone's own architecture and size, with random adapters: their speed does not depend on what they hold.
+Contestants take turns in one process; what is reported are medians of ratios within a round. The comparisons with
+PEFT are made on the backbone's own architecture and size, with random adapters: what they hold does not matter.
 
     python tests/benchmarks/bench_model.py OUT [--json out.json] [--threads 2] [--parts mediator lora shira memory]
     python tests/benchmarks/bench_model.py 1B --layers 2          # a random Llama of that shape, with a random bank
