@@ -75,7 +75,11 @@ def load_mediator(
     config.max_resident_experts = max_resident_experts
     config.expert_folder = None if expert_folder is None else os.fspath(expert_folder)
     config.check()
+    # An offloaded backbone is in its places already; PEFT would try to find new ones.
+    placement = backbone.__dict__.pop("hf_device_map", None)
     model = PeftModel.from_pretrained(backbone, str(folder), is_trainable=is_trainable, config=config)
+    if placement is not None:
+        backbone.hf_device_map = placement
     model.peft_config["default"].base_model_name_or_path = backbone_path
     model.set_backbone(backbone_path)
     return model.eval(), _tokenizer(backbone_path)

@@ -42,7 +42,7 @@ class ExpertStore:
         ConfigError: ``max_resident`` is no positive whole number.
     """
 
-    def __init__(self, max_resident: int, folder: Path | None = None) -> None:
+    def __init__(self, max_resident: int, folder: Path | str | None = None) -> None:
         if isinstance(max_resident, bool) or not isinstance(max_resident, int) or max_resident < 1:
             raise ConfigError(f"max_resident_experts must be a whole number, 1 or more, got {max_resident!r}.")
         self.max_resident = max_resident

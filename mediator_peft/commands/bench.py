@@ -21,7 +21,9 @@ def bench(
     context: Annotated[int, typer.Option(min=1, help="Tokens in the cache of a decode step.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a decode step of a batch.")] = 8,
     num_experts: Annotated[int, typer.Option("--experts", min=1, help="Most experts in a mixed batch.")] = 4,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contestant at a prefill; six times as many at decoding.")] = 7,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Turns of each contestant at a prefill; six times as many at decoding.")
+    ] = 7,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's own choice.")] = 0,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the ratios to this file (.png, .svg or .pdf).", show_default=False)

@@ -199,9 +199,7 @@ def measure_speed(
     single["other"] = DecodeTurn(tuner.model, _scope(tuner, experts[-1]), 1, settings)
     single_times = take_turns(single, _DECODE_ROUNDS * settings.rounds, advance)
     switches = [*single[ONE].switches[1:], *single["other"].switches[1:]]
-    batch_times = take_turns(
-        _batch_turns(tuner, plain, experts, settings), _DECODE_ROUNDS * settings.rounds, advance
-    )
+    batch_times = take_turns(_batch_turns(tuner, plain, experts, settings), _DECODE_ROUNDS * settings.rounds, advance)
     prefill = take_turns(_prefill_turns(tuner, plain, experts, settings), settings.rounds, advance)
     del single_times["other"]
     switch = max(0.0, median(switches))

@@ -74,6 +74,16 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # Locks, and weights that change between steps, are nothing for a compiled graph: it breaks around the layer.
+        if torch.compiler.is_compiling():
+            return self._outside_graph(x, *args, **kwargs)
+        return self._forward(x, *args, **kwargs)
+
+    @torch.compiler.disable
+    def _outside_graph(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._forward(x, *args, **kwargs)
+
+    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # In a decode step of a small model every microsecond of this counts: looked up past nn.Module's own way.
         route = None if self._disable_adapters or self.merged_adapters else self._board.route
         base_layer: Any = self._modules["base_layer"]
@@ -135,7 +145,7 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         base = self.base_layer
         if not is_plain(base):
             raise UnsupportedError(
-                "a quantised weight cannot take a mix (rounding it again would lose the delta), nor one that is offloaded. "
+                "a quantised weight cannot take a mix (rounding it again would lose the delta), nor one offloaded. "
                 "Load the backbone unquantised and whole to merge."
             )
         self.unfold()

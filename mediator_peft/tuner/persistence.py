@@ -159,9 +159,7 @@ def _check_keys(config: MediatorConfig, tuner: Any, adapter_name: str, present: 
         raise AdapterError(f"the adapter file {'; it '.join(faults)}. Copy or build the adapter again.")
 
 
-def _store(
-    config: MediatorConfig, tuner: Any, adapter_name: str, state_dict: dict[str, Tensor]
-) -> ExpertStore | None:
+def _store(config: MediatorConfig, tuner: Any, adapter_name: str, state_dict: dict[str, Tensor]) -> ExpertStore | None:
     """Room on disk for the deltas on the CPU, where the configuration limits how many experts are in memory."""
     if config.max_resident_experts is None:
         return None
@@ -178,6 +176,13 @@ def _store(
     return store
 
 
+def _computes_on(base_layer: nn.Module) -> torch.device:
+    """The device of a layer's weight; for one that accelerate fetches from elsewhere, where it is fetched to."""
+    place = getattr(getattr(base_layer, "_hf_hook", None), "execution_device", None)
+    weight: Any = base_layer.weight
+    return weight.device if place is None or weight.device.type != "meta" else torch.device(place)
+
+
 def _load_layer(
     name: str,
     layer: MediatorLayer,
@@ -187,7 +192,7 @@ def _load_layer(
     store: ExpertStore | None,
 ) -> dict[str, Tensor]:
     bank = layer.bank(adapter_name)
-    device = layer.base_layer.weight.device
+    device = _computes_on(layer.base_layer)
     prefix = f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}."
     loaded = {}
     for column in columns:

@@ -1,7 +1,7 @@
 """Whole models: prefill, decode, switching and memory beside the plain backbone, and beside PEFT's LoRA and SHiRA.
 
-Contestants take turns in one process; what is reported are medians of ratios within a round. The comparisons with PEFT are made on the
-backbone's own architecture and size, with random adapters: their speed does not depend on what they hold.
+Contestants take turns in one process; what is reported are medians of ratios within a round. The comparisons with
+PEFT are made on the backbone's own architecture and size, with random adapters: what they hold does not matter.
 
     python tests/benchmarks/bench_model.py OUT [--json out.json] [--threads 2] [--parts mediator lora shira memory]
     python tests/benchmarks/bench_model.py 1B --layers 2          # a random Llama of that shape, with a random bank
@@ -49,7 +49,9 @@ def random_model(num_layers: int, values: str, density: float) -> Any:
     The vocabulary is cut like the layers (32000 go with 16), so that the output layer keeps its share.
     """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=num_layers, vocab_size=2000 * num_layers, **SHAPE_1B)).eval()
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(num_hidden_layers=num_layers, vocab_size=2000 * num_layers, **SHAPE_1B)
+    ).eval()
     for parameter in model.parameters():
         parameter.data.copy_(parameter.data.bfloat16())
     layers = [

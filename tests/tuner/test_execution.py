@@ -60,7 +60,9 @@ def test_steps_of_one_request_go_on_as_the_first_until_something_changes(model):
     """What is kept from step to step must not outlive its route."""
     prompts, one = random_prompts(4), random_prompts(4, 1, seed=2)
     rows = ["math", "math", "code", None]
-    expected = {spec: model(input_ids=one, expert_weights=list(spec)).logits for spec in [tuple(rows), tuple(rows[::-1])]}
+    expected = {
+        spec: model(input_ids=one, expert_weights=list(spec)).logits for spec in [tuple(rows), tuple(rows[::-1])]
+    }
     with model.disable_adapter():
         backbone = model(input_ids=one).logits
     for _ in range(2):
@@ -132,7 +134,12 @@ def test_a_compiled_decode_step_with_a_static_route_gives_the_same(model, spec):
 
 @torch.no_grad()
 def test_offloaded_layers_keep_their_deltas(paths, model, tmp_path):
-    placement = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+    placement = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.layers.2": "disk",
+    }
     placement |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     options = dict(dtype=torch.float32, device_map=placement, offload_folder=str(tmp_path))
     offloaded, _ = load_mediator(paths["out"], **options)
