@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from math import prod
 from pathlib import Path
 
@@ -17,6 +18,8 @@ _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
 # Bytes an entry: three bitmaps, and candidates for the smallest kept entry.
 _SELECTION = 0.375 + 0.45
+# The compiled loops and what they bring along.
+_LOOPS_BYTES = 85_000_000
 # While one selection is settled: a byte an entry, and positions of kept ones.
 _SETTLING = 3.5
 
@@ -55,8 +58,9 @@ def task_memory(merge: Merge, task: Task) -> int:
 
 
 def predicted_memory(merge: Merge, workers: int = 1) -> int:
-    """Bytes of all processes together, with what this one holds already."""
-    return workers * (resident_memory() + max(task_memory(merge, task) for task in merge.tasks))
+    """Bytes of all processes together, with what this one holds already, or will with the compiled loops."""
+    to_come = 0 if "numba" in sys.modules else _LOOPS_BYTES
+    return workers * (resident_memory() + to_come + max(task_memory(merge, task) for task in merge.tasks))
 
 
 def workers_within(merge: Merge, workers: int, max_memory: int | None) -> int:
