@@ -40,6 +40,17 @@ def thin_out(delta: Tensor, density: float, values: str, sign_scale: str = "proj
     mask = mask.reshape(delta.shape) * (delta != 0)
     if values == "float":
         return delta * mask
+    if values in ("int8", "nf4"):
+        from bitsandbytes import functional
+
+        places = mask.bool()
+        if values == "nf4":
+            rounded = functional.dequantize_4bit(
+                *functional.quantize_4bit(delta[places], blocksize=64, quant_type="nf4")
+            )
+        else:
+            rounded = functional.dequantize_blockwise(*functional.quantize_blockwise(delta[places], blocksize=64))
+        return torch.zeros_like(delta).masked_scatter(places, rounded.flatten())
     rows = []
     for row, kept in zip(delta, mask, strict=True):
         count = int(kept.sum())

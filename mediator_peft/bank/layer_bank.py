@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError
 from ..settings import CORRECTION
-from .kernels import GroupedProduct, PackedDelta, as_array
+from .kernels import GroupedProduct, PackedDelta, as_array, has_compiled
 from .packing import compress, decompress
 from .sparse_delta import SparseDelta
 from .values import VALUES
@@ -56,6 +56,11 @@ class LayerBank(nn.Module):
         return SparseDelta(self.shape, self.coding, mask, {k: v for k, v in parts.items() if v is not None}, bias)
 
     @property
+    def has_loops(self) -> bool:
+        """Whether compiled loops can read these deltas as they are packed."""
+        return VALUES[self.coding].in_kernels and has_compiled()
+
+    @property
     def correction(self) -> SparseDelta | None:
         """What every row gets, whatever its expert weights; None unless the weight is quantised."""
         return self.get(CORRECTION) if self.is_corrected else None
@@ -64,7 +69,7 @@ class LayerBank(nn.Module):
         """One expert's delta as the CPU kernels take it, without a copy; None where it has none or lies elsewhere."""
         if name not in self._packed:
             delta = self.get(name)
-            if delta is None or delta.mask.device.type != "cpu":
+            if delta is None or delta.mask.device.type != "cpu" or not VALUES[self.coding].in_kernels:
                 return None
             arrays = {part: as_array(tensor) for part, tensor in delta.parts.items()}
             self._packed[name] = PackedDelta(delta.mask.numpy(), self.shape[1], **arrays)
@@ -199,8 +204,8 @@ def check_parts(bank: LayerBank, layer: str, sizes: Mapping[str, int]) -> None:
         delta = bank.get(name)
         if delta is None:
             continue
-        for part, expected in (("signs", (num_kept + 7) // 8), ("values", num_kept)):
-            if part in delta.parts and len(delta.parts[part]) != expected:
+        for part, expected in VALUES[bank.coding].part_sizes(num_kept).items():
+            if len(delta.parts[part]) != expected:
                 raise AdapterError(
                     f"layer {layer!r}, expert {name!r}: {len(delta.parts[part])} {part} for {expected} expected. The "
                     "adapter file is damaged; copy or build it again."

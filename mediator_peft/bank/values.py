@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..errors import MissingPackageError
 from .packing import pack_bits, unpack_bits
 from .scales import SIGN_SCALES, RowSums
 
@@ -37,6 +38,11 @@ class ValueCoding(NamedTuple):
     """(parts, kept (O, I) bool) → kept entries (num_kept,) float32, row by row."""
 
     part_names: tuple[str, ...]
+    part_sizes: Callable[[int], dict[str, int]]
+    """Number of kept entries → entries of the parts that depend on it."""
+
+    in_kernels: bool = True
+    """Whether the compiled loops read it; otherwise deltas are unpacked before they are applied."""
 
 
 def encode_signs(delta: Tensor, kept: Tensor, precision: Precision) -> Parts:
@@ -82,7 +88,85 @@ def decode_floats(parts: Parts, kept: Tensor) -> Tensor:
     return parts["values"].float()
 
 
+_BLOCK = 64
+
+
+def _bitsandbytes() -> Any:
+    try:
+        from bitsandbytes import functional
+    except ImportError:
+        raise MissingPackageError(
+            "values 'int8' and 'nf4' need bitsandbytes: pip install 'mediator_peft[bnb]'"
+        ) from None
+    return functional
+
+
+def encode_int8(delta: Tensor, kept: Tensor, precision: Precision) -> Parts:
+    """Eight bits an entry by bitsandbytes' block-wise quantisation (https://arxiv.org/abs/2110.02861).
+
+    Returns:
+        ``codes`` (num_kept,) uint8, row by row; ``absmax`` (ceil(num_kept / 64),) float32, a scale a block.
+    """
+    values = delta[kept].float()
+    if not len(values):
+        return {"codes": torch.empty(0, dtype=torch.uint8), "absmax": torch.empty(0)}
+    codes, state = _bitsandbytes().quantize_blockwise(values, blocksize=_BLOCK)
+    return {"codes": codes.flatten(), "absmax": state.absmax.float()}
+
+
+def decode_int8(parts: Parts, kept: Tensor) -> Tensor:
+    """The reverse of :func:`encode_int8`."""
+    if not len(parts["codes"]):
+        return torch.empty(0, device=kept.device)
+    functional = _bitsandbytes()
+    table = functional.create_dynamic_map().to(parts["codes"].device)
+    return functional.dequantize_blockwise(parts["codes"], absmax=parts["absmax"], code=table, blocksize=_BLOCK).float()
+
+
+def encode_nf4(delta: Tensor, kept: Tensor, precision: Precision) -> Parts:
+    """Four bits an entry, as QLoRA stores weights (https://arxiv.org/abs/2305.14314).
+
+    Returns:
+        ``codes`` (ceil(num_kept / 2),) uint8, row by row; ``absmax`` (ceil(num_kept / 64),) float32, a scale a block.
+    """
+    values = delta[kept].float()
+    if not len(values):
+        return {"codes": torch.empty(0, dtype=torch.uint8), "absmax": torch.empty(0)}
+    codes, state = _bitsandbytes().quantize_4bit(values, blocksize=_BLOCK, quant_type="nf4")
+    return {"codes": codes.flatten(), "absmax": state.absmax.float()}
+
+
+def decode_nf4(parts: Parts, kept: Tensor) -> Tensor:
+    """The reverse of :func:`encode_nf4`."""
+    if not len(parts["codes"]):
+        return torch.empty(0, device=kept.device)
+    functional = _bitsandbytes()
+    state = functional.QuantState(
+        absmax=parts["absmax"],
+        shape=torch.Size([int(kept.sum())]),
+        code=functional.get_4bit_type("nf4", device=parts["codes"].device),
+        blocksize=_BLOCK,
+        quant_type="nf4",
+        dtype=torch.float32,
+    )
+    return functional.dequantize_4bit(parts["codes"][:, None], state).flatten().float()
+
+
 VALUES: dict[str, ValueCoding] = {
-    "sign": ValueCoding(encode_signs, decode_signs, ("signs", "scales")),
-    "float": ValueCoding(encode_floats, decode_floats, ("values",)),
+    "sign": ValueCoding(encode_signs, decode_signs, ("signs", "scales"), lambda count: {"signs": -(-count // 8)}),
+    "float": ValueCoding(encode_floats, decode_floats, ("values",), lambda count: {"values": count}),
+    "int8": ValueCoding(
+        encode_int8,
+        decode_int8,
+        ("codes", "absmax"),
+        lambda count: {"codes": count, "absmax": -(-count // _BLOCK)},
+        in_kernels=False,
+    ),
+    "nf4": ValueCoding(
+        encode_nf4,
+        decode_nf4,
+        ("codes", "absmax"),
+        lambda count: {"codes": -(-count // 2), "absmax": -(-count // _BLOCK)},
+        in_kernels=False,
+    ),
 }

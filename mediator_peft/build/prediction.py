@@ -75,8 +75,8 @@ def delta_bytes(entries: int, outputs: int, density: float, values: str, itemsiz
     kept = density * entries
     if values == "sign":
         return bitmap + kept / 8 + 4 * outputs
-    if values in VALUES and values.startswith("int8"):
-        return bitmap + kept * 1.1
+    if values in ("int8", "nf4"):
+        return bitmap + kept * (1 if values == "int8" else 0.5) + 4 * kept / 64
     return bitmap + kept * (4 if density == 1.0 else itemsize)
 
 

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bank import kernels
 from ..bank.layer_bank import LayerBank
 from ..errors import ConfigError, UnsupportedError
 from .differentiable import mixed_output
@@ -32,7 +31,7 @@ def check_execution(execution: str | None) -> str | None:
     return execution
 
 
-def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear) -> str:
+def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear, bank: LayerBank) -> str:
     """Which way to go for one forward pass of one layer."""
     if route.is_differentiable:
         return "sparse"
@@ -51,13 +50,13 @@ def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear) -> str:
         return "sparse"
     # A dense product costs the same for one token as for a few; building its weight is what must pay off.
     tokens_a_group = x.numel() // x.shape[-1] / len(route.groups)
-    compiled = x.device.type == "cpu" and kernels.has_compiled()
+    compiled = x.device.type == "cpu" and bank.has_loops
     return "sparse" if compiled and tokens_a_group < DENSIFY_TOKENS else "densify"
 
 
 def few_rows(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute) -> FewRows | None:
     """The short way of computing such batches under this route, kept for the next step; None where it is not open."""
-    if choose(x, route, base_layer) != "sparse" or not FewRows.fits(x, base_layer, bank):
+    if choose(x, route, base_layer, bank) != "sparse" or not FewRows.fits(x, base_layer, bank):
         return None
     _split_rows(x, len(route.expert_weights))
     return FewRows(x, base_layer, bank, route) if any(group.mix for group in route.groups) else None
@@ -76,7 +75,7 @@ def apply(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, 
     Returns:
         (B, ..., O) or (B * T, O)
     """
-    way = choose(x, route, base_layer)
+    way = choose(x, route, base_layer, bank)
     if way == "fold":
         fold.switch(bank, route.groups[0].mix)
         fold.route = route
@@ -165,7 +164,7 @@ def _sparse(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute
 def _can_use_kernels(x: Tensor, bank: LayerBank, route: LayerRoute) -> bool:
     if x.device.type != "cpu" or (torch.is_grad_enabled() and (x.requires_grad or route.is_differentiable)):
         return False
-    return kernels.has_compiled()
+    return bank.has_loops
 
 
 def _sparse_by_kernels(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute) -> Tensor:

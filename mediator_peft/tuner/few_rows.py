@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..bank import kernels
 from ..bank.layer_bank import LayerBank
 from .weights import LayerRoute
 
@@ -32,7 +31,7 @@ class FewRows:
         weight, bias = base_layer.weight, base_layer.bias
         return (
             type(base_layer) is nn.Linear
-            and kernels.has_compiled()
+            and bank.has_loops
             and x.numel() <= MOST_ROWS * x.shape[-1]
             and x.dtype == weight.dtype
             and x.dtype in _DTYPES

@@ -26,7 +26,7 @@ def mixed_delta(bank: LayerBank, mix: Mix) -> Tensor | None:
     """``sum_k w_k S_k`` as a plain matrix (O, I) float32; None where no column of the mix has a delta."""
     total: Tensor | None = None
     for name, weight in mix:
-        packed = bank.packed(name) if kernels.has_compiled() else None
+        packed = bank.packed(name) if bank.has_loops else None
         if packed is not None:
             total = torch.zeros(bank.shape) if total is None else total
             kernels.add_to(total.numpy(), packed, weight)

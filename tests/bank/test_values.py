@@ -65,3 +65,20 @@ def test_rows_of_which_nothing_is_kept_get_no_scale(sign_scale):
     assert scales[0] > 0
     assert not scales[1:].any()
     assert not SIGN_SCALES[sign_scale](RowSums(*(np.zeros(3), np.zeros(3), np.zeros(3, int)))).any()
+
+
+@pytest.mark.parametrize(("coding", "bits", "error"), [("int8", 8, 0.01), ("nf4", 4, 0.12)])
+@pytest.mark.parametrize("density", [0.001, 0.3, 1.0])
+def test_quantised_values_are_near_and_as_small_as_told(coding, bits, error, density):
+    pytest.importorskip("bitsandbytes")
+    delta = torch.randn(33, 64, generator=torch.Generator().manual_seed(0)) * 1e-3
+    kept = largest_mask(delta, density)
+    packed = SparseDelta.from_dense(delta, kept, coding)
+    found = packed.dense()
+    assert not found[~kept].any()
+    assert float((found - delta)[kept].norm()) <= error * float(delta[kept].norm())
+    count = int(kept.sum())
+    assert packed.parts["codes"].nbytes == -(-count * bits // 8)
+    assert packed.parts["absmax"].nbytes == 4 * -(-count // 64)
+    nothing = SparseDelta.from_dense(delta, torch.zeros_like(kept), coding)
+    assert not nothing.dense().any()

@@ -50,6 +50,26 @@ def test_every_way_of_applying_deltas_gives_the_same(tmp_path, arch, execution):
         torch.testing.assert_close(mixed[row], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("values", ["int8", "nf4"])
+@torch.no_grad()
+def test_quantised_values_too_in_every_way_and_after_a_round_trip(tmp_path, values):
+    pytest.importorskip("bitsandbytes")
+    paths, model = built(tmp_path, "llama", density=0.3, values=values)
+    prompts, mix = random_prompts(len(MIXES)), {"math": 0.7, "code": 0.2}
+    expected = [mixed_model(paths, row, 0.3, values)(input_ids=prompts).logits for row in [*MIXES, mix]]
+    assert (expected[0] - expected[-2]).abs().max() > 1e-2
+    model.save_pretrained(tmp_path / "saved")
+    again, _ = load_mediator(tmp_path / "saved", dtype=torch.float32)
+    for each in (model, again):
+        for execution in ("fold", "sparse", "densify", None):
+            each.set_execution(execution)
+            logits = each(input_ids=prompts, expert_weights=MIXES).logits
+            for row in range(len(MIXES)):
+                torch.testing.assert_close(logits[row], expected[row][row], rtol=1e-4, atol=1e-4)
+            with each.use_experts(mix):
+                torch.testing.assert_close(each(input_ids=prompts).logits, expected[-1], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @torch.no_grad()
 def test_zero_weights_give_the_backbone_bit_for_bit(tmp_path, arch):
