@@ -284,7 +284,7 @@ def draw(results: dict[str, dict[str, float]], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 5))
     for name, row in results.items():
-        if row["divergence"] > 0 and "backbone" not in name and name != "expert in nf4":
+        if not any(part in name for part in ("backbone", "expert in", "threshold")):
             axes.plot(row["bytes"], row["divergence"], "o", color="tab:red" if name.startswith("sign") else "tab:gray")
             axes.annotate(
                 name, (row["bytes"], row["divergence"]), fontsize=7, xytext=(4, 2), textcoords="offset points"
