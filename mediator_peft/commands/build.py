@@ -32,7 +32,9 @@ def build(
     density: Annotated[float, _setting("density", "Share of a delta's entries that is kept, in (0, 1].")] = (
         _DEFAULTS["density"]
     ),
-    values: Annotated[str, _setting("values", "How kept entries are stored: sign, float, int8 or nf4.")] = _DEFAULTS["values"],
+    values: Annotated[str, _setting("values", "How kept entries are stored: sign, float, int8 or nf4.")] = _DEFAULTS[
+        "values"
+    ],
     sign_scale: Annotated[str, _setting("sign_scale", "How large signs are: projection, norm or mean.")] = (
         _DEFAULTS["sign_scale"]
     ),
