@@ -125,7 +125,7 @@ def test_sign_coding_is_its_formula(use_loops, shape, density, monkeypatch):
             selection.add(start, minuend[start : start + 2], subtrahend[start : start + 2], space)
         if selection.settle():
             break
-    packed_delta, errors = selection.encode(None)
+    packed_delta, errors = selection.encode(None, "norm")
     kept, negative, scales = signs_by_hand(delta.numpy(), round(density * delta.numel()))
     assert packed_delta.kept.nonzero().tolist() == [list(place) for place in kept]
     signs = np.unpackbits(packed_delta.parts["signs"].numpy(), bitorder="little")[: len(kept)]
