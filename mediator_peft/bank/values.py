@@ -101,17 +101,21 @@ def _bitsandbytes() -> Any:
     return functional
 
 
+def _encode_blocks(values: Tensor, quantize: Callable[[Tensor], tuple[Tensor, Any]]) -> Parts:
+    """What a function of bitsandbytes makes of kept entries, of which there may be none."""
+    if not len(values):
+        return {"codes": torch.empty(0, dtype=torch.uint8), "absmax": torch.empty(0)}
+    codes, state = quantize(values.float())
+    return {"codes": codes.flatten(), "absmax": state.absmax.float()}
+
+
 def encode_int8(delta: Tensor, kept: Tensor, precision: Precision) -> Parts:
     """Eight bits an entry by bitsandbytes' block-wise quantisation (https://arxiv.org/abs/2110.02861).
 
     Returns:
         ``codes`` (num_kept,) uint8, row by row; ``absmax`` (ceil(num_kept / 64),) float32, a scale a block.
     """
-    values = delta[kept].float()
-    if not len(values):
-        return {"codes": torch.empty(0, dtype=torch.uint8), "absmax": torch.empty(0)}
-    codes, state = _bitsandbytes().quantize_blockwise(values, blocksize=_BLOCK)
-    return {"codes": codes.flatten(), "absmax": state.absmax.float()}
+    return _encode_blocks(delta[kept], lambda values: _bitsandbytes().quantize_blockwise(values, blocksize=_BLOCK))
 
 
 def decode_int8(parts: Parts, kept: Tensor) -> Tensor:
@@ -129,11 +133,9 @@ def encode_nf4(delta: Tensor, kept: Tensor, precision: Precision) -> Parts:
     Returns:
         ``codes`` (ceil(num_kept / 2),) uint8, row by row; ``absmax`` (ceil(num_kept / 64),) float32, a scale a block.
     """
-    values = delta[kept].float()
-    if not len(values):
-        return {"codes": torch.empty(0, dtype=torch.uint8), "absmax": torch.empty(0)}
-    codes, state = _bitsandbytes().quantize_4bit(values, blocksize=_BLOCK, quant_type="nf4")
-    return {"codes": codes.flatten(), "absmax": state.absmax.float()}
+    return _encode_blocks(
+        delta[kept], lambda values: _bitsandbytes().quantize_4bit(values, blocksize=_BLOCK, quant_type="nf4")
+    )
 
 
 def decode_nf4(parts: Parts, kept: Tensor) -> Tensor:

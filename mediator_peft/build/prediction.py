@@ -59,13 +59,13 @@ def adapter_bytes(merge: Merge, routed: frozenset[int] | None = None) -> int:
             continue
         shape = merge.job.base.tensors[task.name].shape
         outputs = shape[1] if task.is_transposed else shape[0]
-        one = delta_bytes(prod(shape), outputs, task.density, config.values, itemsize)
         parts = 1 + len(VALUES[config.values].part_names) + (task.bias is not None)
-        one += _BYTES_A_PART * parts + (4 * outputs if task.bias else 0)
-        total += one * len(deltas_needed(config))
+        besides = _BYTES_A_PART * parts + (4 * outputs if task.bias else 0)
+        densities = [task.density] * len(deltas_needed(config))
         if config.for_quantization is not None:
-            total += delta_bytes(prod(shape), outputs, config.correction_density, config.values, itemsize)
-            total += _BYTES_A_PART * parts + (4 * outputs if task.bias else 0)
+            densities.append(config.correction_density)
+        for density in densities:
+            total += delta_bytes(prod(shape), outputs, density, config.values, itemsize) + besides
     return int(total)
 
 

@@ -11,7 +11,7 @@ from ..errors import ConfigError, UnsupportedError
 from .differentiable import mixed_output
 from .few_rows import FewRows
 from .folding import Fold, mixed_bias, mixed_weight
-from .quantized import is_plain, quantization_of, readable_weight
+from .quantized import quantization_of, readable_weight
 from .weights import LayerRoute
 
 EXECUTIONS = ("fold", "sparse", "densify")
@@ -35,11 +35,10 @@ def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear, bank: LayerBank)
     """Which way to go for one forward pass of one layer."""
     if route.is_differentiable:
         return "sparse"
-    uniform = len(route.groups) == 1
+    uniform, kind = len(route.groups) == 1, quantization_of(base_layer)
     # Codes cannot take a delta: rounding the sum again would lose it.
-    if uniform and is_plain(base_layer) and route.may_fold and route.execution in (None, "fold"):
+    if uniform and kind is None and route.may_fold and route.execution in (None, "fold"):
         return "fold"
-    kind = quantization_of(base_layer)
     if kind == "other":
         # Offloaded, or codes that we cannot read.
         return "sparse"
