@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from mediator_peft import MediatorConfig, build_mediator, get_mediator_model, load_mediator
 from mediator_peft.errors import BackboneMismatchError, CheckpointError, UnsupportedError
+from mediator_peft.tuner.quantized import readable_weight
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -103,6 +104,23 @@ def test_each_row_is_the_codes_numbers_plus_its_deltas(folders, kind, execution,
     )
     plain = plain if in_bfloat16 else in_float32(plain)
     assert torch.equal(plain(input_ids=prompts).logits, backbone)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "int8"])
+@torch.no_grad()
+def test_codes_laid_out_anew_for_the_cpu_are_read_back(folders, kind):
+    model = quantized(folders["out"], kind, in_bfloat16=True)
+    with model.disable_adapter():
+        model(input_ids=random_prompts(1))
+    backbone = load(folders["out"]).state_dict()
+    layers = model.base_model.routed_layers()
+    states = [layer.base_layer.weight.quant_state for layer in layers.values()]
+    if not all(getattr(state, "packing_format_for_cpu", False) for state in states):
+        pytest.skip("bitsandbytes has no kernels of its own for this CPU")
+    for name, layer in layers.items():
+        expected = numbers_of(backbone[f"{name}.weight"], kind)
+        # The scales were rounded to bfloat16.
+        torch.testing.assert_close(readable_weight(layer.base_layer), expected, rtol=2**-8, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
