@@ -41,6 +41,8 @@ def peft_type() -> PeftType:
         PeftType._member_map_[name] = member
         PeftType._value2member_map_[name] = member
         PeftType._member_names_.append(name)
+        # From Python 3.12 on, members are attributes of the class and no longer looked up among the names.
+        type.__setattr__(PeftType, name, member)
     return PeftType[name]
 
 

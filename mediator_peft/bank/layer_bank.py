@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,10 +17,23 @@ from .packing import compress, decompress
 from .sparse_delta import SparseDelta
 from .values import VALUES
 
+if TYPE_CHECKING:
+    from .kernels_triton import DeviceDeltas
+
 # Parts of a delta become buffers "expert:part". A colon cannot stand in an expert's name, and unlike a dot it can stand
 # in a buffer's.
 _SEPARATOR = ":"
 _MASK, _BIAS = "mask", "bias"
+
+
+@cache
+def _kernels_triton() -> Any:
+    """The GPU's kernels; None without Triton, where PyTorch's own operations do their work."""
+    try:
+        from . import kernels_triton
+    except ImportError:
+        return None
+    return kernels_triton
 
 
 class LayerBank(nn.Module):
@@ -32,8 +46,14 @@ class LayerBank(nn.Module):
         self.has_bias = has_bias
         self.is_corrected = False
         """Whether the layer's weight is quantised in the manner that the bank's correction is for."""
+        self.brought_to: torch.device | None = None
+        """Where a delta is brought before it is used, if another device than where all of them lie."""
+        self._brought: dict[str, SparseDelta] = {}
+        self.stays = False
+        """Whether the deltas stay where they lie when the model moves: in an ``ExpertStore``'s files."""
         self._packed: dict[str, PackedDelta] = {}
         self._product: tuple[GroupedProduct | None, Any] = (None, None)
+        self._device_deltas: dict[str, Any] = {}
 
     @property
     def names(self) -> list[str]:
@@ -47,7 +67,13 @@ class LayerBank(nn.Module):
         return (_MASK, *VALUES[self.coding].part_names, *((_BIAS,) if self.has_bias else ()))
 
     def get(self, name: str) -> SparseDelta | None:
-        """One expert's delta; None where it has none (it is the backbone here)."""
+        """One expert's delta, where it is used; None where it has none (it is the backbone here)."""
+        delta = self._brought.get(name) or self._where_it_lies(name)
+        if delta is not None and self.brought_to is not None and name not in self._brought:
+            self._brought[name] = delta = delta.to(self.brought_to)
+        return delta
+
+    def _where_it_lies(self, name: str) -> SparseDelta | None:
         parts = {part: self._buffers.get(f"{name}{_SEPARATOR}{part}") for part in self.part_names}
         mask = parts.pop(_MASK)
         if mask is None:
@@ -59,6 +85,28 @@ class LayerBank(nn.Module):
     def has_loops(self) -> bool:
         """Whether compiled loops can read these deltas as they are packed."""
         return VALUES[self.coding].in_kernels and has_compiled()
+
+    @property
+    def has_device_loops(self) -> bool:
+        """Whether a GPU's kernels can read these deltas as they are packed, where they are now."""
+        mask = next((buffer for key, buffer in self._buffers.items() if key.endswith(_SEPARATOR + _MASK)), None)
+        if mask is None or (self.brought_to or mask.device).type != "cuda" or self.shape[1] % 32:
+            return False
+        return VALUES[self.coding].in_kernels and _kernels_triton() is not None
+
+    def on_device(self, names: Sequence[str]) -> DeviceDeltas | None:
+        """Some experts' deltas as a GPU's kernels take them; None where none of them has one, or no kernel reads it.
+
+        Args:
+            names: in the order of the kernels' coefficients. All of them must have a delta here.
+        """
+        if not names or not self.has_device_loops:
+            return None
+        kernels = _kernels_triton()
+        for name in names:
+            if name not in self._device_deltas:
+                self._device_deltas[name] = kernels.DeviceDelta(self.get(name))
+        return kernels.DeviceDeltas([self._device_deltas[name] for name in names])
 
     @property
     def correction(self) -> SparseDelta | None:
@@ -113,13 +161,19 @@ class LayerBank(nn.Module):
     @property
     def num_derived_bytes(self) -> int:
         """Bytes held beside the deltas for the kernels' use."""
-        return sum(packed.offsets.nbytes for packed in self._packed.values())
+        held = [*self._packed.values(), *self._device_deltas.values()]
+        return sum(delta.offsets.nbytes for delta in held)
 
     def put(self, name: str, delta: SparseDelta) -> None:
         """Set one expert's delta."""
         bias = {} if delta.bias is None else {_BIAS: delta.bias}
         for part, tensor in {_MASK: delta.mask, **delta.parts, **bias}.items():
             self._put_part(f"{name}{_SEPARATOR}{part}", tensor)
+
+    def let_go(self, name: str) -> None:
+        """Drop the copy of an expert's delta that was brought to where it is used."""
+        self._brought.pop(name, None)
+        self._device_deltas.pop(name, None)
 
     def _put_part(self, key: str, tensor: Tensor) -> None:
         self._forget()
@@ -137,7 +191,7 @@ class LayerBank(nn.Module):
     def __deepcopy__(self, memo: dict[int, object]) -> LayerBank:
         # Deltas never change in place, so copies of a model share them.
         copy = LayerBank(self.shape, self.coding, self.has_bias)
-        copy.is_corrected = self.is_corrected
+        copy.is_corrected, copy.brought_to, copy.stays = self.is_corrected, self.brought_to, self.stays
         for key, buffer in self._buffers.items():
             copy.register_buffer(key, buffer)
         memo[id(self)] = copy
@@ -145,11 +199,13 @@ class LayerBank(nn.Module):
 
     def _forget(self) -> None:
         """Drop what was derived from the buffers."""
+        self._brought.clear()
         self._packed.clear()
+        self._device_deltas.clear()
         self._product = (None, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": {}, "_product": (None, None)}
+        return {**self.__dict__, "_brought": {}, "_packed": {}, "_device_deltas": {}, "_product": (None, None)}
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         # Moves between devices are wanted, changes of dtype (model.half()) are not: scales and values keep theirs.
@@ -157,6 +213,10 @@ class LayerBank(nn.Module):
             return tensor.to(fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).device)
 
         self._forget()
+        if self.stays:
+            device = fn(torch.empty(0)).device
+            self.brought_to = None if device.type == "cpu" else device
+            return self
         for key, buffer in self._buffers.items():
             if buffer is not None:
                 self._buffers[key] = fn(buffer) if buffer.device.type == "meta" else move(buffer)

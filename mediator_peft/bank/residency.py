@@ -87,8 +87,13 @@ class ExpertStore:
                 _advise(mapped, "MADV_DONTNEED")
             self._used.clear()
 
-    def use(self, names: Iterable[str]) -> None:
-        """Hold these experts in memory, and let those go that were not used for the longest time."""
+    def use(self, names: Iterable[str]) -> list[str]:
+        """Hold these experts in memory, and let those go that were not used for the longest time.
+
+        Returns:
+            Those that were let go.
+        """
+        gone = []
         wanted = [name for name in names if name in self._maps]
         with self._lock:
             for name in wanted:
@@ -102,6 +107,8 @@ class ExpertStore:
                 if name not in wanted:
                     del self._used[name]
                     _advise(self._maps[name], "MADV_DONTNEED")
+                    gone.append(name)
+        return gone
 
 
 def _advise(mapped: mmap.mmap, name: str) -> None:

@@ -57,6 +57,12 @@ class SparseDelta:
         tensors = [self.mask, *self.parts.values()] + ([] if self.bias is None else [self.bias])
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    def to(self, device: torch.device) -> SparseDelta:
+        """The same on another device."""
+        parts = {name: part.to(device) for name, part in self.parts.items()}
+        bias = None if self.bias is None else self.bias.to(device)
+        return SparseDelta(self.shape, self.coding, self.mask.to(device), parts, bias)
+
     def dense(self) -> Tensor:
         """The delta as a plain matrix: (O, I) float32. The clear reference for all faster ways of applying it."""
         kept = self.kept

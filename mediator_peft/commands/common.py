@@ -125,27 +125,38 @@ def load(path: Path, dtype: str, device: str, quantize: str | None = None) -> tu
         MediatorError: the folder holds no adapter, or a damaged one; there is no tokenizer.
         typer.BadParameter: the dtype, the device or the quantisation is unknown.
     """
-    import torch
-
     from ..api import load_mediator
 
     quiet_transformers()
-    target = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        place = torch.device(target)
-    except RuntimeError:
-        raise typer.BadParameter(f"{device!r} is no device. Take cpu, cuda or auto.", param_hint="--device") from None
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("there is no GPU that torch can use here.", param_hint="--device")
+    place = pick_device(device)
+    kind = _dtype(dtype, place.type)
     say(f"loading {path}")
-    how = {} if quantize is None else {"quantization_config": _quantization(quantize), "device_map": place}
-    model, tokenizer = load_mediator(path, dtype=_dtype(dtype, place.type), **how)
+    how = {} if quantize is None else {"quantization_config": _quantization(quantize, kind), "device_map": place}
+    model, tokenizer = load_mediator(path, dtype=kind, **how)
     if tokenizer is None:
         raise MissingTokenizerError(
             f"the backbone of {str(path)!r} has no tokenizer files. Save the base model's tokenizer there: "
             "tokenizer.save_pretrained(folder)."
         )
     return (model.to(place) if quantize is None else model), tokenizer
+
+
+def pick_device(name: str) -> Any:
+    """A device of torch by name; ``auto`` is a GPU if there is one.
+
+    Raises:
+        typer.BadParameter: it is unknown, or not there.
+    """
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    try:
+        place = torch.device(("cuda" if has_gpu else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise typer.BadParameter(f"{name!r} is no device. Take cpu, cuda or auto.", param_hint="--device") from None
+    if place.type == "cuda" and not has_gpu:
+        raise typer.BadParameter("there is no GPU that torch can use here.", param_hint="--device")
+    return place
 
 
 class MissingTokenizerError(MediatorError, ValueError):
@@ -164,9 +175,10 @@ def _dtype(name: str, device_type: str) -> Any:
     return choices[name]
 
 
-def _quantization(name: str) -> Any:
+def _quantization(name: str, dtype: Any) -> Any:
     import importlib.util
 
+    import torch
     from transformers import BitsAndBytesConfig
 
     from ..methods.rounding import ROUNDINGS
@@ -177,7 +189,8 @@ def _quantization(name: str) -> Any:
         raise MissingPackageError("--quantize needs bitsandbytes: pip install 'mediator_peft[bnb]'")
     if name == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=name)
+    computes_in = torch.bfloat16 if dtype == "auto" else dtype
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=name, bnb_4bit_compute_dtype=computes_in)
 
 
 def quiet_transformers() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .common import AsJson, console, print_json, quiet_transformers, say
+from .common import AsJson, Device, console, pick_device, print_json, quiet_transformers, say
 
 
 def demo(
@@ -16,12 +16,13 @@ def demo(
         bool, typer.Option("--quick", help="Fewer steps and items: minutes instead of a quarter hour.")
     ] = False,
     output: Annotated[Path, typer.Option(help="Folder for base, experts, model and results.")] = Path("mediator-demo"),
+    device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Seeds items and fine-tuning.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune three experts of a small model, merge, route and measure them.
 
-    Needs the extra `demo`; runs on a CPU. Trained experts stay in the output folder for the next run.
+    Needs the extra `demo`; a CPU will do. Trained experts stay in the output folder for the next run.
 
     Example:
       mediator-peft demo --quick --output demo
@@ -31,7 +32,7 @@ def demo(
     from ..demo.settings import FULL, QUICK
 
     quiet_transformers()
-    report = run_demo(output, replace(QUICK if quick else FULL, seed=seed), say)
+    report = run_demo(output, replace(QUICK if quick else FULL, seed=seed), say, str(pick_device(device)))
     draw_results(report, output / "results.png")
     if as_json:
         print_json(report.to_dict())

@@ -1,4 +1,4 @@
-"""Full fine-tuning of one small expert, on a CPU, in minutes."""
+"""Full fine-tuning of one small expert, in minutes on a CPU."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def finetune(
     Returns:
         The loss of every step.
     """
-    rng = Random(seed)
+    rng, device = Random(seed), next(model.parameters()).device
     encoded = [_encode(tokenizer, item) for item in items]
     batches = _batches(encoded, batch_size, num_steps, rng)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
@@ -48,7 +48,7 @@ def finetune(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * scale
         # Entered anew at every step: autocast keeps the cast weights for as long as it is open.
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast_bfloat16()):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type != "cpu" or fast_bfloat16()):
             loss = _answer_loss(model, batch, tokenizer.pad_token_id)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -93,9 +93,10 @@ def _batches(
 
 def _answer_loss(model: PreTrainedModel, batch: list[tuple[list[int], int]], pad_token_id: int) -> torch.Tensor:
     width = max(len(ids) for ids, _ in batch)
-    ids = torch.tensor([row + [pad_token_id] * (width - len(row)) for row, _ in batch])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row, _ in batch])
-    position = torch.arange(width)
+    device = model.device
+    ids = torch.tensor([row + [pad_token_id] * (width - len(row)) for row, _ in batch], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row, _ in batch], device=device)
+    position = torch.arange(width, device=device)
     is_answer = torch.stack([(position >= prompt) & (position < len(row)) for row, prompt in batch])
     hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
     # Logits only where an answer token is predicted: the head over the whole vocabulary is the dearest layer.

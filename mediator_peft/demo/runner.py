@@ -59,7 +59,7 @@ class Phases:
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 1)
 
 
-def run_demo(output: Path, settings: DemoSettings, say: Callable[[str], None]) -> EvaluationReport:
+def run_demo(output: Path, settings: DemoSettings, say: Callable[[str], None], device: str = "cpu") -> EvaluationReport:
     """Run the whole demonstration.
 
     Args:
@@ -67,6 +67,7 @@ def run_demo(output: Path, settings: DemoSettings, say: Callable[[str], None]) -
             built model and the results are made anew.
         settings: sizes of everything.
         say: takes one line for each step.
+        device: where experts are trained and everything is generated.
 
     Returns:
         What was measured; also in ``output/results.json`` and ``output/answers.json``.
@@ -81,7 +82,7 @@ def run_demo(output: Path, settings: DemoSettings, say: Callable[[str], None]) -
         write_data(tasks, output / "data")
     with phases.phase("training", "3/6 experts: full fine-tuning, one expert a task"):
         items = {name: tasks[name].train for name in settings.recipes}
-        experts = train_experts(base, items, settings.recipes, output / "experts", settings.seed)
+        experts = train_experts(base, items, settings.recipes, output / "experts", settings.seed, device)
         for name, expert in experts.items():
             last = expert.losses[-10:]
             kept = "from the cache" if expert.was_cached else f"{expert.seconds:.0f} s"
@@ -94,7 +95,7 @@ def run_demo(output: Path, settings: DemoSettings, say: Callable[[str], None]) -
         build = build_mediator(base, paths, folder, MediatorConfig(), show_progress=True)
     report = EvaluationReport(_eval_tasks(tasks, base, settings))
     with phases.phase("calibration", "5/6 calibration: fit the router on held-out prompts"):
-        model, tokenizer, calibration = _calibrate(folder, tasks, settings)
+        model, tokenizer, calibration = _calibrate(folder, tasks, settings, device)
     with phases.phase("evaluation", "6/6 evaluation: generation on held-out items"):
         routes = _evaluate(report, model, tokenizer, base, paths, folder, settings)
     info = read_adapter_info(folder)
@@ -132,7 +133,9 @@ def _eval_tasks(tasks: Mapping[str, Task], base: Path, settings: DemoSettings) -
     ]
 
 
-def _calibrate(folder: Path, tasks: Mapping[str, Task], settings: DemoSettings) -> tuple[Any, Any, dict[str, Any]]:
+def _calibrate(
+    folder: Path, tasks: Mapping[str, Task], settings: DemoSettings, device: str
+) -> tuple[Any, Any, dict[str, Any]]:
     """Load the built model, fit its router on calibration prompts and save it where it was built."""
     import torch
 
@@ -140,6 +143,7 @@ def _calibrate(folder: Path, tasks: Mapping[str, Task], settings: DemoSettings) 
 
     model, tokenizer = load_mediator(folder, dtype=torch.float32)
     prompts = {name: [item.prompt for item in tasks[name].calibration] for name in settings.recipes}
+    model.to(device)
     return model, tokenizer, fit_and_save(model, tokenizer, prompts, find_adapter(folder))
 
 
@@ -158,14 +162,15 @@ def _evaluate(
     known = [task for task in report.tasks if task.expert]
     unknown = [task for task in report.tasks if not task.expert]
     few = [_first(task, settings.num_elsewhere) for task in known]
-    plain = _load(base)
+    device = model.device
+    plain = _load(base, device)
     report.systems.append(score_system(BASE, plain, tokenizer, [*few, *unknown], **scoring))
     for name, path in experts.items():
         own = [task if task.expert == name else other for task, other in zip(known, few, strict=True)]
-        plain = _load(path)
+        plain = _load(path, device)
         report.systems.append(score_system(expert_system(name), plain, tokenizer, own, **scoring))
     # The output folder is an ordinary checkpoint, too: loaded so, it is the averaged model.
-    plain = _load(folder)
+    plain = _load(folder, device)
     report.systems.append(score_system(AVERAGE, plain, tokenizer, report.tasks, **scoring))
     del plain
     memo = Memo.empty()
@@ -183,11 +188,11 @@ def _first(task: EvalTask, num_items: int) -> EvalTask:
     return replace(task, items=task.items[:num_items])
 
 
-def _load(folder: Path) -> Any:
+def _load(folder: Path, device: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
 
 
 def summary(report: EvaluationReport, info: AdapterInfo, experts: Mapping[str, TrainedExpert]) -> dict[str, Any]:

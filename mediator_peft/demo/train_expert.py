@@ -26,7 +26,7 @@ def main(job_file: str) -> None:
     torch.set_num_threads(job["num_threads"])
     torch.manual_seed(job["seed"])
     tokenizer = AutoTokenizer.from_pretrained(job["base"])
-    model = AutoModelForCausalLM.from_pretrained(job["base"], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(job["base"], dtype=torch.float32).to(job["device"])
 
     def tell(step: int, loss: float) -> None:
         print(json.dumps({"step": step, "loss": loss}), flush=True)

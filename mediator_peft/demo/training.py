@@ -71,6 +71,7 @@ def train_experts(
     recipes: Mapping[str, ExpertRecipe],
     folder: Path,
     seed: int,
+    device: str = "cpu",
 ) -> dict[str, TrainedExpert]:
     """Fine-tune what is not in ``folder`` yet, as many at once as there are processor cores.
 
@@ -85,7 +86,7 @@ def train_experts(
     cached = {job.expert for job in jobs} - {job.expert for job in waiting}
     if waiting:
         with training_display({job.expert: job.recipe.num_steps for job in waiting}) as display:
-            _run(waiting, display)
+            _run(waiting, display, device)
     trained = {}
     for job in jobs:
         losses = json.loads((job.output / "losses.json").read_text(encoding="utf-8"))
@@ -120,7 +121,7 @@ def num_processes(num_jobs: int) -> int:
     return max(1, min(num_jobs, num_cores(), int(memory / (_GIGABYTES_PER_PROCESS << 30))))
 
 
-def _run(waiting: list[_Job], display: Display) -> None:
+def _run(waiting: list[_Job], display: Display, device: str) -> None:
     at_once = num_processes(len(waiting))
     num_threads = max(1, num_cores() // at_once)
     messages: Queue[tuple[_Job, str | None]] = Queue()
@@ -129,7 +130,7 @@ def _run(waiting: list[_Job], display: Display) -> None:
         while queue or running:
             while queue and len(running) < at_once:
                 job = queue.pop(0)
-                _start(job, num_threads, messages)
+                _start(job, num_threads, device, messages)
                 running.append(job)
             try:
                 job, line = messages.get(timeout=1.0)
@@ -148,9 +149,9 @@ def _run(waiting: list[_Job], display: Display) -> None:
                 job.process.wait()
 
 
-def _start(job: _Job, num_threads: int, messages: Queue[tuple[_Job, str | None]]) -> None:
+def _start(job: _Job, num_threads: int, device: str, messages: Queue[tuple[_Job, str | None]]) -> None:
     spec = json.loads(job.spec.read_text(encoding="utf-8"))
-    job.spec.write_text(json.dumps({**spec, "num_threads": num_threads}), encoding="utf-8")
+    job.spec.write_text(json.dumps({**spec, "num_threads": num_threads, "device": device}), encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "mediator_peft.demo.train_expert", str(job.spec)]
     job.started = time.perf_counter()

@@ -110,19 +110,19 @@ class DecodeTurn:
 
     def __call__(self) -> list[float]:
         seconds = []
-        start = perf_counter()
+        start = _now(self._ids)
         with self._scope():
             if self._cache is None:
                 self._cache = self._model(input_ids=self._ids, use_cache=True).past_key_values
-                start = perf_counter()
+                start = _now(self._ids)
             self._step()
-            first = perf_counter() - start
+            first = _now(self._ids) - start
             for _ in range(self._steps):
-                start = perf_counter()
+                start = _now(self._ids)
                 self._step()
-                seconds.append(perf_counter() - start)
-            start = perf_counter()
-        self.switches.append(first + perf_counter() - start - median(seconds))
+                seconds.append(_now(self._ids) - start)
+            start = _now(self._ids)
+        self.switches.append(first + _now(self._ids) - start - median(seconds))
         return seconds
 
     def _step(self) -> None:
@@ -141,9 +141,9 @@ class PrefillTurn:
         with self._scope():
             # The last position's logits are all that generation needs of a prompt.
             self._model(input_ids=self._ids[:, :8], logits_to_keep=1)
-            start = perf_counter()
+            start = _now(self._ids)
             self._model(input_ids=self._ids, use_cache=True, logits_to_keep=1)
-            return [perf_counter() - start]
+            return [_now(self._ids) - start]
 
 
 class ApartTurn:
@@ -274,9 +274,9 @@ def _routing_seconds(tuner: MediatorModel, settings: SpeedSettings) -> float | N
     ids = _random_ids(tuner.model, 1, settings.prompt_tokens)
     taken = []
     for _ in range(settings.rounds + 1):
-        start = perf_counter()
+        start = _now(ids)
         tuner.route(ids)
-        taken.append(perf_counter() - start)
+        taken.append(_now(ids) - start)
     return median(taken[1:])
 
 
@@ -293,7 +293,15 @@ def memory_by_part(tuner: MediatorModel, expert: str) -> dict[str, int]:
         "bank": sum(bank.num_bytes for bank in banks),
         "offsets into the bank": sum(bank.num_derived_bytes for bank in banks),
         "saved while folded": folded,
+        "kept folded": sum(layer.kept_bytes for layer in layers),
     }
+
+
+def _now(ids: Tensor) -> float:
+    """Seconds on a clock, once the device that holds ``ids`` has done all it was told."""
+    if ids.device.type == "cuda":
+        torch.cuda.synchronize(ids.device)
+    return perf_counter()
 
 
 def _random_ids(model: Any, batch_size: int, num_tokens: int) -> Tensor:

@@ -112,7 +112,7 @@ def remove_expert(model: MediatorModel, name: str) -> None:
     else:
         smaller = type(router)(router.num_experts - 1, router.num_features, router.seed)
     for layer in model.routed_layers().values():
-        layer.unfold()
+        layer.keep_folded(())
         layer.bank(model.active_adapters[0]).remove(name)
     config.expert_names = [other for other in names if other != name]
     config.experts = {other: path for other, path in config.experts.items() if other != name}
@@ -162,11 +162,7 @@ def _delta(
     density = _density(layer, config)
     kept = SPARSIFIERS[config.sparsifier](delta, density, generator) != 0
     packed = SparseDelta.from_dense(delta, kept, config.values, precision_of(config, density, dtype), bias)
-    device = base.weight.device
-    parts = {part: tensor.to(device) for part, tensor in packed.parts.items()}
-    return SparseDelta(
-        packed.shape, packed.coding, packed.mask.to(device), parts, None if bias is None else bias.to(device)
-    )
+    return packed.to(base.weight.device)
 
 
 def _density(layer: MediatorLayer, config: MediatorConfig) -> float:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from ..bank.layer_bank import LayerBank
 from ..errors import ConfigError, UnsupportedError
 from .differentiable import mixed_output
-from .few_rows import FewRows
+from .few_rows import MOST_DEVICE_ROWS, DeviceRows, FewRows
 from .folding import Fold, mixed_bias, mixed_weight
+from .kept import KeptWeights
 from .quantized import quantization_of, readable_weight
 from .weights import LayerRoute
 
@@ -31,10 +32,12 @@ def check_execution(execution: str | None) -> str | None:
     return execution
 
 
-def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear, bank: LayerBank) -> str:
+def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear, bank: LayerBank, kept: KeptWeights) -> str:
     """Which way to go for one forward pass of one layer."""
     if route.is_differentiable:
         return "sparse"
+    if kept.names and route.execution is None and all(kept.has(group.mix) for group in route.groups):
+        return "densify"
     uniform, kind = len(route.groups) == 1, quantization_of(base_layer)
     # Codes cannot take a delta: rounding the sum again would lose it.
     if uniform and kind is None and route.may_fold and route.execution in (None, "fold"):
@@ -48,20 +51,32 @@ def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear, bank: LayerBank)
         # Its product rounds the inputs; with its numbers alone, an answer would depend on how long the batch is.
         return "sparse"
     # A dense product costs the same for one token as for a few; building its weight is what must pay off.
-    tokens_a_group = x.numel() // x.shape[-1] / len(route.groups)
+    num_rows = x.numel() // x.shape[-1]
+    if x.device.type == "cuda":
+        return "sparse" if num_rows <= MOST_DEVICE_ROWS and bank.has_device_loops else "densify"
+    tokens_a_group = num_rows / len(route.groups)
     compiled = x.device.type == "cpu" and bank.has_loops
     return "sparse" if compiled and tokens_a_group < DENSIFY_TOKENS else "densify"
 
 
-def few_rows(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute) -> FewRows | None:
+def few_rows(
+    x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, kept: KeptWeights
+) -> FewRows | DeviceRows | None:
     """The short way of computing such batches under this route, kept for the next step; None where it is not open."""
-    if choose(x, route, base_layer, bank) != "sparse" or not FewRows.fits(x, base_layer, bank):
+    if choose(x, route, base_layer, bank, kept) != "sparse" or not any(group.mix for group in route.groups):
         return None
-    _split_rows(x, len(route.expert_weights))
-    return FewRows(x, base_layer, bank, route) if any(group.mix for group in route.groups) else None
+    if FewRows.fits(x, base_layer, bank):
+        _split_rows(x, len(route.expert_weights))
+        return FewRows(x, base_layer, bank, route)
+    if DeviceRows.fits(x, bank):
+        _split_rows(x, len(route.expert_weights))
+        return DeviceRows(x, base_layer, bank, route)
+    return None
 
 
-def apply(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, fold: Fold) -> Tensor:
+def apply(
+    x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, fold: Fold, kept: KeptWeights
+) -> Tensor:
     """Output of a routed layer.
 
     Args:
@@ -70,11 +85,12 @@ def apply(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, 
         bank: deltas of this layer.
         route: the rows' mixes.
         fold: state of the layer's weight.
+        kept: weights of hot experts.
 
     Returns:
         (B, ..., O) or (B * T, O)
     """
-    way = choose(x, route, base_layer, bank)
+    way = choose(x, route, base_layer, bank, kept)
     if way == "fold":
         fold.switch(bank, route.groups[0].mix)
         fold.route = route
@@ -85,7 +101,7 @@ def apply(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, 
         return base_layer(x)
     by_row = _split_rows(x, len(route.expert_weights))
     if way == "densify":
-        result = _densify(by_row, base_layer, bank, route)
+        result = _densify(by_row, base_layer, bank, route, kept)
     elif _can_use_kernels(by_row, bank, route):
         result = _sparse_by_kernels(by_row, base_layer, bank, route)
     else:
@@ -105,7 +121,7 @@ def _split_rows(x: Tensor, batch_size: int) -> Tensor:
     )
 
 
-def _densify(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute) -> Tensor:
+def _densify(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, kept: KeptWeights) -> Tensor:
     """Each group's weight in a scratch matrix, and one dense product."""
     weight, bias = _corrected_weight(base_layer, bank).to(x.dtype), base_layer.bias
     result: Tensor | None = None
@@ -114,7 +130,9 @@ def _densify(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRout
         place = slice(None) if rows is None else _as_slice(rows, x.device)
         shift = mixed_bias(bank, mix)
         group_bias = bias if shift is None else (bias.float() + shift).to(bias.dtype)
-        group_weight = mixed_weight(weight, bank, mix)
+        group_weight = kept.weight(mix)
+        if group_weight is None:
+            group_weight = mixed_weight(weight, bank, mix)
         if rows is None:
             return F.linear(x, group_weight, group_bias)
         if result is None:

@@ -1,21 +1,27 @@
-"""A mixed batch of few tokens, as in decoding: backbone and deltas of a layer in one pass over its weight."""
+"""A mixed batch of few tokens, as in decoding, straight from the packed bank."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..bank.layer_bank import LayerBank
+from ..settings import CORRECTION
 from .weights import LayerRoute
 
 MOST_ROWS = 16
 """Up to this many rows a loop that reads each weight once beats a general matrix product, which repacks it first."""
 
+MOST_DEVICE_ROWS = 64
+"""The same for a GPU, where the loop adds to a general product."""
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class FewRows:
-    """What one layer computes under one route, made once and called at every step."""
+    """What one layer computes under one route on a CPU: backbone and deltas in one pass over the weight."""
 
     def __init__(self, x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute) -> None:
         self.route = route
@@ -56,3 +62,57 @@ class FewRows:
         out = torch.empty(self._out_shape)
         self._product.multiply(rows, out.view(len(rows), -1), parameters["weight"], parameters["bias"])
         return out.to(self._dtype)
+
+
+class DeviceRows:
+    """What one layer computes under one route on a GPU: its own product, and all deltas added by one kernel."""
+
+    def __init__(self, x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute) -> None:
+        self.route = route
+        self._base_layer, self._shape, self._dtype = base_layer, x.shape, x.dtype
+        self._num_outputs, self._num_inputs = bank.shape
+        num_tokens = x.numel() // self._num_inputs // len(route.key)
+        rows = {name: row for name, row in zip(route.columns, zip(*route.key, strict=True), strict=True) if any(row)}
+        if bank.correction is not None:
+            rows[CORRECTION] = (1.0,) * len(route.key)
+        names = [name for name in rows if bank.get(name) is not None]
+        table = torch.tensor([rows[name] for name in names]).reshape(len(names), len(route.key))
+        self._coefficients = table.repeat_interleave(num_tokens, dim=1).to(x.device)
+        self._deltas = bank.on_device(names)
+        self._shift = _bias_shift(bank, names, self._coefficients)
+
+    @staticmethod
+    def fits(x: Tensor, bank: LayerBank) -> bool:
+        """Whether this way is open: few rows on a GPU, deltas that its kernels read, no gradients."""
+        return (
+            x.device.type == "cuda"
+            and x.numel() <= MOST_DEVICE_ROWS * x.shape[-1]
+            and x.dtype in _DTYPES
+            and not torch.is_grad_enabled()
+            and bank.has_device_loops
+        )
+
+    def is_for(self, x: Tensor) -> bool:
+        """Whether an input is like the one this was made for."""
+        return x.shape == self._shape and x.dtype == self._dtype and not torch.is_grad_enabled()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Output of the layer, (..., O); deltas are summed in float32."""
+        result = self._base_layer(x).contiguous()
+        if self._deltas is not None:
+            rows = x.reshape(-1, self._num_inputs).contiguous()
+            self._deltas.add_product(rows, self._coefficients, result.view(len(rows), self._num_outputs))
+        if self._shift is not None:
+            result = (result.float() + self._shift.view(result.shape)).to(result.dtype)
+        return result
+
+
+def _bias_shift(bank: LayerBank, names: Sequence[str], coefficients: Tensor) -> Tensor | None:
+    """Each row's mix of bias deltas: (R, O) float32; None where there are none."""
+    total: Tensor | None = None
+    for name, row in zip(names, coefficients, strict=True):
+        delta = bank.get(name)
+        if delta is not None and delta.bias is not None:
+            part = row[:, None] * delta.bias
+            total = part if total is None else total + part
+    return total

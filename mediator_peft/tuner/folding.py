@@ -51,8 +51,22 @@ def mixed_weight(weight: Tensor, bank: LayerBank, mix: Mix) -> Tensor:
     packed = bank.packed(mix[0][0]) if len(mix) == 1 and has_loops_for(weight) else None
     if packed is not None:
         return kernels.added(weight, packed, mix[0][1])
+    if (result := _mixed_on_device(weight, bank, mix)) is not None:
+        return result
     delta = mixed_delta(bank, mix)
     return weight if delta is None else delta.add_(weight).to(weight.dtype)
+
+
+def _mixed_on_device(weight: Tensor, bank: LayerBank, mix: Mix, out: Tensor | None = None) -> Tensor | None:
+    """The same by a GPU's kernels, into ``out`` if given; None where they cannot."""
+    if weight.device.type != "cuda":
+        return None
+    present = [(name, coefficient) for name, coefficient in mix if bank.get(name) is not None]
+    deltas = bank.on_device([name for name, _ in present])
+    if deltas is None:
+        return None
+    coefficients = torch.tensor([coefficient for _, coefficient in present], device=weight.device)
+    return deltas.added(weight, coefficients, out)
 
 
 class Fold:
@@ -95,7 +109,8 @@ class Fold:
         packed = bank.packed(mix[0][0]) if len(mix) == 1 and has_loops_for(weight) else None
         if packed is None:
             self._saved = KeptEntries(weight, reduce(torch.bitwise_or, [delta.mask for delta in deltas]))
-            weight.copy_(_only_where_changed(weight, mixed_delta(bank, mix)))
+            if _mixed_on_device(weight, bank, mix, out=weight) is None:
+                weight.copy_(_only_where_changed(weight, mixed_delta(bank, mix)))
         elif not self._write_computed(weight, packed, mix[0][1]):
             self._saved = KeptEntries(weight, deltas[0].mask, packed.offsets)
             kernels.add_to(kernels.as_array(weight), packed, mix[0][1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -110,9 +110,14 @@ class RoutedForward:
         route = None if self._adapters_off else self._layer_route(spec, args, kwargs)
         self._board.route = route
         if route is not None and self.expert_store is not None:
-            self.expert_store.use({name for group in route.groups for name, _ in group.mix})
+            self._let_go(self.expert_store.use({name for group in route.groups for name, _ in group.mix}))
         self._board.keep_for_backward(self._board.route if torch.is_grad_enabled() else None)
         return args, kwargs
+
+    def _let_go(self, experts: Sequence[str]) -> None:
+        """Drop what was copied to a GPU of experts that leave memory."""
+        for layer in self.routed_layers().values() if experts else ():
+            layer.let_go(experts)
 
     def _layer_route(self, spec: ExpertWeights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerRoute:
         inputs = kwargs.get("input_ids", args[0] if args else None)

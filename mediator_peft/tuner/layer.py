@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,11 +14,14 @@ from transformers.pytorch_utils import Conv1D
 from ..bank.layer_bank import LayerBank
 from ..errors import UnsupportedError
 from . import execution
-from .few_rows import FewRows
+from .few_rows import DeviceRows, FewRows
 from .folding import Fold, mixed_bias, mixed_delta, plain_weight
+from .kept import KeptWeights
 from .quantized import is_plain
 from .requests import RouteBoard
 from .weights import LayerRoute
+
+_NOT_COPIED = ("_lock", "_fold", "_kept", "_few_rows")
 
 
 class MediatorLayer(nn.Module, BaseTunerLayer):
@@ -44,7 +48,8 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         # One lock a layer: nobody computes with a weight while somebody else writes to it.
         self._lock = threading.RLock()
         self._fold = Fold(self.base_layer)
-        self._few_rows: FewRows | None = None
+        self._kept = KeptWeights()
+        self._few_rows: FewRows | DeviceRows | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -103,20 +108,27 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
             if not self.merged:
                 self._fold.switch(None, ())
             return self.base_layer(x, *args, **kwargs)
-        self._few_rows = execution.few_rows(x, self.base_layer, bank, route)
+        self._few_rows = execution.few_rows(x, self.base_layer, bank, route, self._kept)
         if self._few_rows is not None:
             self._fold.switch(None, ())
             return self._few_rows(x)
-        return execution.apply(x, self.base_layer, bank, route, self._fold)
+        return execution.apply(x, self.base_layer, bank, route, self._fold, self._kept)
 
     def forget_steps(self) -> None:
         """Drop what was kept for further steps under the last route."""
         self._few_rows = None
         self._fold.route = None
 
+    def let_go(self, experts: Sequence[str]) -> None:
+        """Drop copies of deltas that were brought to where the layer computes."""
+        with self._lock:
+            for bank in self.mediator_bank.values():
+                for name in experts:
+                    bank.let_go(name)  # type: ignore[operator]
+
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         """As in PEFT; what the last active adapter left is taken out first."""
-        self.unfold()
+        self.keep_folded(())
         super().set_adapter(*args, **kwargs)
 
     def unfold(self) -> None:
@@ -124,6 +136,30 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         with self._lock:
             self.forget_steps()
             self._fold.switch(None, ())
+
+    def keep_folded(self, experts: Sequence[str]) -> None:
+        """Hold the whole weights of these experts beside the backbone's, and of no others.
+
+        Raises:
+            UnsupportedError: the weight is quantised or offloaded.
+        """
+        bank = self._active_bank()
+        with self._lock:
+            self.unfold()
+            if not experts or bank is None:
+                self._kept.drop()
+                return
+            if not is_plain(self.base_layer):
+                raise UnsupportedError(
+                    "weights of experts cannot be kept beside a quantised or offloaded backbone: they would be as "
+                    "large as the unquantised one's. Load the backbone unquantised and whole."
+                )
+            self._kept.keep(experts, self.base_layer, bank)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the weights that ``keep_folded`` holds."""
+        return self._kept.num_bytes
 
     @property
     def folded_bytes(self) -> int:
@@ -148,7 +184,7 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
                 "a quantised weight cannot take a mix (rounding it again would lose the delta), nor one offloaded. "
                 "Load the backbone unquantised and whole to merge."
             )
-        self.unfold()
+        self.keep_folded(())
         delta = None if bank is None else mixed_delta(bank, mix)
         if bank is None or delta is None:
             return
@@ -166,12 +202,16 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _apply(self, fn: Any, recurse: bool = True) -> MediatorLayer:
-        self.unfold()
-        return super()._apply(fn, recurse)
+        kept = self._kept.names
+        self.keep_folded(())
+        super()._apply(fn, recurse)
+        # Made anew from what moved, so that a change of dtype rounds once.
+        self.keep_folded(kept)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         self.unfold()
-        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_fold", "_few_rows")}
+        return {key: value for key, value in self.__dict__.items() if key not in _NOT_COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

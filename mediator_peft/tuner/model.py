@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -109,7 +109,7 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
         built = self._built.get(adapter_name)
         if built is not None:
             for column, delta in built.deltas[current_key].items():
-                bank.put(column, delta)
+                bank.put(column, delta.to(layer.base_layer.weight.device))
 
     def _warn_of_other_quantization(self, config: MediatorConfig) -> None:
         kinds = {kind for layer in self.routed_layers().values() if (kind := quantization_of(layer.base_layer))}
@@ -170,6 +170,24 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
             ConfigError: any other name.
         """
         self._execution = check_execution(execution)
+
+    def keep_folded(self, experts: Sequence[str]) -> None:
+        """Hold whole weights of hot experts beside the backbone's: one dense copy of the routed layers for each.
+
+        Prompts that want one of them, or the backbone alone, then cost what the plain backbone costs, also side by side
+        in one batch; ``()`` gives the memory back. Copies of the model start without.
+
+        Args:
+            experts: names of columns; they replace those kept before.
+
+        Raises:
+            RoutingError: a name is unknown.
+            UnsupportedError: the backbone is quantised or offloaded.
+        """
+        for name in experts:
+            self._parse(name)
+        for layer in self.routed_layers().values():
+            layer.keep_folded(tuple(experts))
 
     # --- leaving -------------------------------------------------------------------------------------------------
 

@@ -160,7 +160,7 @@ def _check_keys(config: MediatorConfig, tuner: Any, adapter_name: str, present: 
 
 
 def _store(config: MediatorConfig, tuner: Any, adapter_name: str, state_dict: dict[str, Tensor]) -> ExpertStore | None:
-    """Room on disk for the deltas on the CPU, where the configuration limits how many experts are in memory."""
+    """Room on disk for the deltas, where the configuration limits how many experts are in memory."""
     if config.max_resident_experts is None:
         return None
     sizes = dict.fromkeys(deltas_stored(config), 0)
@@ -199,11 +199,14 @@ def _load_layer(
         for part in bank.part_names:
             key = f"{column}:{part}"
             tensor = from_disk(key, state_dict[prefix + key], layer.shape)
-            tensor = tensor if device.type == "meta" else tensor.to(device)
-            if store is not None and tensor.device.type == "cpu":
+            if store is not None:
                 tensor = store.keep(column, tensor)
+            elif device.type != "meta":
+                tensor = tensor.to(device)
             bank._put_part(key, tensor)
             loaded[f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}.{adapter_name}.{key}"] = tensor
     deltas = {column: bank.get(column) for column in columns}
+    if store is not None:
+        bank.stays, bank.brought_to = True, None if device.type in ("cpu", "meta") else device
     check_parts(bank, name, {column: count_bits(delta.mask) for column, delta in deltas.items() if delta is not None})
     return loaded

@@ -82,7 +82,7 @@ def with_adapters(plain: torch.nn.Module, config: Any) -> Any:
     """A PEFT model with four adapters around a copy of the plain model's architecture."""
     model = AutoModelForCausalLM.from_config(plain.config)
     model.load_state_dict(plain.state_dict())
-    wrapped = get_peft_model(model, config, adapter_name=NAMES[0])
+    wrapped = get_peft_model(model.to(plain.device, plain.dtype), config, adapter_name=NAMES[0])
     for name in NAMES[1:]:
         wrapped.add_adapter(name, config)
     return wrapped.eval()
@@ -198,6 +198,8 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--values", default="sign", choices=["sign", "float"])
     parser.add_argument("--density", type=float, default=0.2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     settings = SpeedSettings(rounds=args.rounds, prompt_tokens=args.prompt_tokens)
@@ -207,6 +209,8 @@ def main() -> None:
             model = random_model(args.layers, args.values, args.density)
         else:
             model = load_mediator(args.model, dtype=torch.float32)[0]
+        model.to(args.device, getattr(torch, args.dtype))
+        if args.model != "1B":
             args.density = model.peft_config["default"].density
     for part in args.parts:
         if part == "mediator":

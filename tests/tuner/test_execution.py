@@ -7,7 +7,7 @@ from tiny import random_prompts, tiny_model, write_tiny_checkpoints
 
 from mediator_peft import MediatorConfig, build_mediator, load_mediator
 from mediator_peft.bank import kernels
-from mediator_peft.errors import UnsupportedError
+from mediator_peft.errors import RoutingError, UnsupportedError
 
 SETTINGS = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
 MIXES = [{"math": 1.0}, {"code": 1.0}, {"math": 0.3, "code": 0.6}, {}]
@@ -179,3 +179,39 @@ def test_without_compiled_loops_everything_is_the_same(monkeypatch, model):
     torch.testing.assert_close(model(input_ids=prompts, expert_weights=MIXES).logits, expected, rtol=1e-4, atol=1e-4)
     with model.use_experts("math"):
         torch.testing.assert_close(model(input_ids=prompts).logits, folded, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_kept_weights_change_nothing_but_the_way(paths, model):
+    prompts, rows = random_prompts(4), ["math", "code", None, "math"]
+    mixes = [{name: 1.0} if name else {} for name in rows]
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    layers = model.routed_layers().values()
+    model.keep_folded(["math", "code"])
+    kept = sum(layer.kept_bytes for layer in layers)
+    assert kept == 2 * sum(layer.base_layer.weight.nbytes for layer in layers)
+    logits = model(input_ids=prompts, expert_weights=rows).logits
+    for row, mix in enumerate(mixes):
+        expected = dense(paths, mix)(input_ids=prompts[row : row + 1]).logits[0]
+        torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)
+    with model.use_experts("math"):
+        alone = model(input_ids=prompts).logits
+        assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    torch.testing.assert_close(alone[:1], logits[:1], rtol=1e-4, atol=1e-4)
+    assert all(layer._few_rows is None and not layer.folded_bytes for layer in layers)
+    blend = {"math": 0.5, "code": 0.5}
+    expected = dense(paths, blend)(input_ids=prompts).logits
+    torch.testing.assert_close(model(input_ids=prompts, expert_weights=blend).logits, expected, rtol=1e-4, atol=1e-4)
+    model.keep_folded(["code"])
+    assert sum(layer.kept_bytes for layer in layers) == kept / 2
+    model.half()
+    assert sum(layer.kept_bytes for layer in layers) == kept / 4
+    half = model(input_ids=prompts, expert_weights="code").logits.float()
+    assert (half[1] - logits[1]).norm() < 0.02 * logits[1].norm()
+    model.keep_folded(())
+    assert not any(layer.kept_bytes for layer in layers)
+
+
+def test_keeping_an_unknown_expert_is_refused(model):
+    with pytest.raises(RoutingError, match="unknown"):
+        model.keep_folded(["math", "unknown"])

@@ -96,9 +96,13 @@ def test_each_row_is_the_codes_numbers_plus_its_deltas(folders, kind, execution,
     assert (logits[:-1] - backbone[:-1]).abs().amax(dim=(1, 2)).min() > 1e-2, "the adapter changes nothing"
     for row, mix in enumerate(MIXES):
         expected = dense_model(folders, kind, mix)(input_ids=prompts[row : row + 1].cpu()).logits[0]
-        # 8-bit layers round their inputs, too.
+        # 8-bit layers round their inputs, too; on a GPU, in half precision.
         tolerance = 0.15 if kind == "int8" or in_bfloat16 else 2e-3
-        torch.testing.assert_close(logits[row].cpu(), expected, rtol=tolerance, atol=tolerance)
+        if kind == "int8" and device == "cuda":
+            change = (expected - backbone[row].cpu()).norm() if mix else expected.norm()
+            assert (logits[row].cpu() - expected).norm() < tolerance * change
+        else:
+            torch.testing.assert_close(logits[row].cpu(), expected, rtol=tolerance, atol=tolerance)
     plain = AutoModelForCausalLM.from_pretrained(
         folders["out"], quantization_config=BitsAndBytesConfig(**KINDS[kind]), dtype=torch.float32, device_map=device
     )
