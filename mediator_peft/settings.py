@@ -99,8 +99,9 @@ class MediatorSettings:
     ood_alpha: float = 0.01
     """Share of known prompts that may be taken for unknown, in (0, 1)."""
 
-    top_p: float = 0.9
-    """The gate keeps the fewest experts whose probability reaches this, in (0, 1]; 1.0 keeps all."""
+    top_p: float = 0.5
+    """The gate keeps the fewest experts whose probability reaches this, in (0, 1]; 1.0 keeps all. At 0.5 an expert more
+    likely than all others together answers alone."""
 
     fallback: str = "base"
     """Where an unknown prompt goes: ``"base"`` (one more sparse delta, back to the base) or ``"backbone"``."""

@@ -14,7 +14,7 @@ from .novelty import Known, excess_distance, trust_of
 from .routers import Router
 from .uncertainty import normalised_entropy
 
-NUM_FOLDS = 5
+_FEWEST_ORDINARY = 5
 
 
 class CalibrationReport(NamedTuple):
@@ -158,10 +158,11 @@ def calibrate(
         background: (M, H) features of ordinary prompts that belong to no expert, or None.
     """
     labels = labels.cpu()
-    folds = torch.tensor(hash_folds(keys, labels.tolist(), NUM_FOLDS, seed))
-    if background is not None and len(background) < NUM_FOLDS:
+    folds = torch.tensor(hash_folds(keys, labels.tolist(), router.num_folds, seed))
+    if background is not None and len(background) < _FEWEST_ORDINARY:
         background = None
-    spread = None if background is None else torch.arange(len(background)) % int(folds.max() + 1)
+    present = folds.unique()
+    spread = None if background is None else present[torch.arange(len(background)) % len(present)]
     held_out, ordinary = cross_fit(make_router, features, labels, folds, background, spread)
     temperature = fit_temperature(held_out.scores, labels)
     router.fit(features, labels.to(features.device), background)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +33,16 @@ def hidden_state(
         (B, T, H)
     """
 
+    # Another thread may be inside the same blocks on its own business.
+    owner = threading.get_ident()
+
     def stop_before(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        raise _Reached(args[0] if args else kwargs["hidden_states"])
+        if threading.get_ident() == owner:
+            raise _Reached(args[0] if args else kwargs["hidden_states"])
 
     def stop_after(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        raise _Reached(output if isinstance(output, Tensor) else output[0])
+        if threading.get_ident() == owner:
+            raise _Reached(output if isinstance(output, Tensor) else output[0])
 
     if layer < len(blocks):
         handle = blocks[layer].register_forward_pre_hook(stop_before, with_kwargs=True)

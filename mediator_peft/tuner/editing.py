@@ -21,7 +21,6 @@ from ..build.tensor_work import precision_of
 from ..config import FALLBACK_EXPERT, MediatorConfig, expert_name_faults
 from ..errors import CheckpointError, ConfigError, RoutingError, UnsupportedError
 from ..methods.sparsifying import SPARSIFIERS
-from ..routing.calibration import NUM_FOLDS
 from ..routing.data import Columns, hash_folds
 from ..routing.routers import Router
 from ..settings import CORRECTION
@@ -208,7 +207,7 @@ def _extended(
     seed = model._config.seed
     data = read_texts({name: texts}, [name], tokenizer, Columns(text_column), None, seed, "train")
     features = text_features(model, tokenizer, data.texts, batch_size, max_length, None, False)
-    folds = torch.tensor(hash_folds(data.texts, data.labels, NUM_FOLDS, seed))
+    folds = torch.tensor(hash_folds(data.texts, data.labels, router.num_folds, seed))
     larger = extend_router(router, features.to(router.known_novelty.device), folds)
     settle(larger, model)
     return larger

@@ -14,9 +14,12 @@ from ..bank.residency import ExpertStore
 from ..config import MediatorConfig
 from ..errors import RoutingError
 from ..routing.gate import RouteOutput
+from ..routing.routers import Router
 from .caches import cache_weights, empty_cache, tag_cache
 from .layer import MediatorLayer
-from .requests import RouteBoard
+from .requests import Pending, RouteBoard
+from .single_pass import read_in_passing, readable_mask
+from .turns import turn_mask
 from .weights import ExpertWeights, LayerRoute, expand_rows, expert_weight_rows, make_route
 
 
@@ -40,6 +43,18 @@ class RoutedForward:
 
         def routed_layers(self) -> dict[str, MediatorLayer]: ...
 
+        @property
+        def reads_in_passing(self) -> bool: ...
+
+        @property
+        def router_layer(self) -> int: ...
+
+        def _blocks(self) -> nn.ModuleList: ...
+
+        def _judge(self, features: Tensor) -> RouteOutput: ...
+
+        def _fitted_router(self) -> Router: ...
+
     def _parse(self, spec: ExpertWeights) -> Tensor:
         config = self._config
         return expert_weight_rows(spec, config.columns, len(config.expert_names or ()))
@@ -51,7 +66,7 @@ class RoutedForward:
             yield self
 
     @contextmanager
-    def _request(self, table: Tensor) -> Iterator[None]:
+    def _request(self, table: Tensor | Pending) -> Iterator[None]:
         try:
             with self._board.open_request(table):
                 yield
@@ -70,7 +85,7 @@ class RoutedForward:
         if self._adapters_off:
             return self.model.generate(*args, **kwargs)
         if expert_weights is not None:
-            table = self._parse(expert_weights)
+            table: Tensor | Pending = self._parse(expert_weights)
         elif self._board.request is not None:
             return self.model.generate(*args, **kwargs)
         else:
@@ -78,8 +93,11 @@ class RoutedForward:
         with self._request(table):
             return self.model.generate(*args, **kwargs)
 
-    def _route_request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Expert weights of one generation; a cache filled under others is emptied, so that it is filled anew."""
+    def _route_request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | Pending:
+        """Expert weights of one generation, or the prompts where these can be found in passing.
+
+        A cache filled under other weights is emptied, so that it is filled anew.
+        """
         input_ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         cache: Any = kwargs.get("past_key_values")
         known = cache_weights(cache)
@@ -92,6 +110,9 @@ class RoutedForward:
         mask = kwargs.get("attention_mask")
         if mask is None:
             mask = self._mask_from_padding(input_ids, kwargs)
+        if known is None and self.reads_in_passing:
+            self._fitted_router()
+            return Pending(input_ids, mask)
         weights = self.route(input_ids, mask).expert_weights.detach()
         if known is not None and not torch.equal(known.to(weights), expand_rows(weights, len(known))):
             empty_cache(cache)
@@ -107,12 +128,47 @@ class RoutedForward:
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         spec = kwargs.pop("expert_weights", None)
-        route = None if self._adapters_off else self._layer_route(spec, args, kwargs)
+        if self._adapters_off or (spec is None and self._starts_reading(args, kwargs)):
+            self._post(None)
+        else:
+            self._post(self._layer_route(spec, args, kwargs))
+        return args, kwargs
+
+    def _post(self, route: LayerRoute | None) -> None:
+        """Put the route of this forward pass up for the layers."""
         self._board.route = route
         if route is not None and self.expert_store is not None:
             self._let_go(self.expert_store.use({name for group in route.groups for name, _ in group.mix}))
         self._board.keep_for_backward(self._board.route if torch.is_grad_enabled() else None)
-        return args, kwargs
+
+    def _starts_reading(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Have the route decided half-way, where this forward pass allows for it."""
+        pending = self._board.pending
+        inputs = kwargs.get("input_ids", args[0] if args else None)
+        mask = None if self._board.request is not None else readable_mask(kwargs, inputs)
+        # Of a prompt that is read in pieces, the first is not the whole.
+        is_part = mask is not None and pending is not None and inputs.shape[1] != pending.input_ids.shape[1]
+        if mask is None or is_part or not self.reads_in_passing:
+            return False
+        self._fitted_router()
+        mask = without_answers(inputs, mask, kwargs.get("labels"))
+        pooled = turn_mask(inputs, mask, self._config.turn_markers, self._config.route_on)
+
+        def decide(features: Tensor) -> None:
+            table = self._judge(features).expert_weights
+            if pending is not None:
+                self._board.settle(table)
+            self._post(self._made_route(table, len(inputs), pending is not None))
+
+        self._board.reading = read_in_passing(self._blocks()[self.router_layer], pooled, decide)
+        return True
+
+    def _made_route(self, table: Tensor, batch_size: int, is_request: bool) -> LayerRoute:
+        may_fold = is_request and self._board.has_one_mix and not torch.is_grad_enabled()
+        making = (self._config.columns, may_fold, self._execution)
+        if is_request:
+            return self._board.request_route(batch_size, making)
+        return make_route(expand_rows(table, batch_size), *making)
 
     def _let_go(self, experts: Sequence[str]) -> None:
         """Drop what was copied to a GPU of experts that leave memory."""
@@ -124,17 +180,15 @@ class RoutedForward:
         rows = inputs if inputs is not None else kwargs.get("inputs_embeds")
         if rows is None:
             raise RoutingError("a forward pass needs input_ids or inputs_embeds.")
+        pending = self._board.pending
+        if spec is None and pending is not None:
+            self._board.settle(self.route(pending.input_ids, pending.attention_mask).expert_weights.detach())
         request = self._board.request
         if spec is not None:
-            table, may_fold = self._parse(spec), False
-        elif request is not None:
-            table, may_fold = request, self._board.has_one_mix and not torch.is_grad_enabled()
-        else:
-            table, may_fold = self._route_forward(inputs, kwargs), False
-        making = (self._config.columns, may_fold, self._execution)
-        if spec is None and request is not None:
-            return self._board.request_route(len(rows), making)
-        return make_route(expand_rows(table, len(rows)), *making)
+            return self._made_route(self._parse(spec), len(rows), False)
+        if request is not None:
+            return self._made_route(request, len(rows), True)
+        return self._made_route(self._route_forward(inputs, kwargs), len(rows), False)
 
     def _route_forward(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
         known = cache_weights(kwargs.get("past_key_values"))
@@ -146,6 +200,9 @@ class RoutedForward:
         return self.route(input_ids, mask).expert_weights
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if self._board.reading is not None:
+            self._board.reading.remove()
+            self._board.reading = None
         route = self._board.route
         if route is not None:
             cache = getattr(output, "past_key_values", None)

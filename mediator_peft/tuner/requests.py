@@ -5,12 +5,24 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from .weights import LayerRoute, expand_rows, make_route
 
 Mix = tuple[tuple[float, ...], ...]
+
+
+class Pending(NamedTuple):
+    """A request whose prompts are judged inside their own first forward pass."""
+
+    input_ids: Tensor
+    """(B, T)"""
+
+    attention_mask: Tensor | None
+    """(B, T)"""
 
 
 class RouteBoard:
@@ -43,15 +55,41 @@ class RouteBoard:
     def route(self, route: LayerRoute | None) -> None:
         self._local.route = route
 
+    @property
+    def reading(self) -> RemovableHandle | None:
+        """The hook that will decide the route of this thread's forward pass, where it is decided half-way."""
+        return getattr(self._local, "reading", None)
+
+    @reading.setter
+    def reading(self, handle: RemovableHandle | None) -> None:
+        self._local.reading = handle
+
     def keep_for_backward(self, route: LayerRoute | None) -> None:
         """Remember the route of a pass that gradients will flow through."""
         self._training_route = route
 
     @property
     def request(self) -> Tensor | None:
-        """Expert weights (1 or B, C) of this thread's innermost request."""
+        """Expert weights (1 or B, C) of this thread's innermost request; None where there is none, or none yet."""
+        entry = self._innermost
+        return entry if isinstance(entry, Tensor) else None
+
+    @property
+    def pending(self) -> Pending | None:
+        """This thread's innermost request, if its expert weights are still to be found."""
+        entry = self._innermost
+        return entry if isinstance(entry, Pending) else None
+
+    @property
+    def _innermost(self) -> Tensor | Pending | None:
         stack = getattr(self._local, "requests", None)
         return stack[-1] if stack else None
+
+    def settle(self, expert_weights: Tensor) -> None:
+        """Give this thread's pending request its expert weights (1 or B, C)."""
+        with self._lock:
+            self._open.append(_mix_of(expert_weights))
+        self._local.requests[-1] = expert_weights
 
     def request_route(self, batch_size: int, making: tuple[list[str], bool, str | None]) -> LayerRoute:
         """The route of this thread's innermost request for a batch: one object, as long as nothing of it changes.
@@ -74,22 +112,23 @@ class RouteBoard:
             return len(set(self._open)) == 1 and len(set(self._open[0])) == 1
 
     @contextmanager
-    def open_request(self, expert_weights: Tensor) -> Iterator[None]:
+    def open_request(self, expert_weights: Tensor | Pending) -> Iterator[None]:
         """Hold expert weights for the forward passes inside the block."""
         if not hasattr(self._local, "requests"):
             self._local.requests = []
-        stack: list[Tensor] = self._local.requests
-        mix = tuple(tuple(row) for row in expert_weights.detach().cpu().unique(dim=0).tolist())
+        stack: list[Tensor | Pending] = self._local.requests
         stack.append(expert_weights)
-        with self._lock:
-            self._open.append(mix)
+        if isinstance(expert_weights, Tensor):
+            with self._lock:
+                self._open.append(_mix_of(expert_weights))
         try:
             yield
         finally:
-            stack.pop()
+            settled = stack.pop()
             self._local.made = None
-            with self._lock:
-                self._open.remove(mix)
+            if isinstance(settled, Tensor):
+                with self._lock:
+                    self._open.remove(_mix_of(settled))
 
     @contextmanager
     def no_route(self) -> Iterator[None]:
@@ -100,3 +139,7 @@ class RouteBoard:
             yield
         finally:
             self._local.route = before
+
+
+def _mix_of(expert_weights: Tensor) -> Mix:
+    return tuple(tuple(row) for row in expert_weights.detach().cpu().unique(dim=0).tolist())

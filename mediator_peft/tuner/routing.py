@@ -21,7 +21,8 @@ from ..structure import find_blocks
 from .editing import add_expert, remove_expert
 from .fitting import fit_router, padded
 from .requests import RouteBoard
-from .turns import routing_rows, turn_markers
+from .single_pass import lies_above
+from .turns import routing_rows, turn_markers, turn_mask
 
 
 class PromptRouting:
@@ -65,10 +66,24 @@ class PromptRouting:
     def prompt_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Pooled hidden state of the backbone over the turns that are routed on: (B, T) token ids → (B, H) float32."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        rows, mask = routing_rows(input_ids, mask, self._config.turn_markers, self._config.route_on)
+        markers, route_on = self._config.turn_markers, self._config.route_on
+        if self.reads_in_passing:
+            rows, mask, pooled = input_ids, mask, turn_mask(input_ids, mask, markers, route_on)
+        else:
+            rows, mask = routing_rows(input_ids, mask, markers, route_on)
+            pooled = mask
         with self._board.no_route():
             hidden = hidden_state(self.model.base_model, self._blocks(), self.router_layer, rows, mask)
-        return mean_over_tokens(hidden, mask)
+        return mean_over_tokens(hidden, pooled)
+
+    @property
+    def reads_in_passing(self) -> bool:
+        """Whether a prompt is judged inside its own forward pass, without a second one.
+
+        So it is where all routed layers lie above ``router_layer``. The turns that are routed on are then read where
+        they stand, with what comes before them in view; otherwise they are read as prompts of their own.
+        """
+        return lies_above(self.model, self._blocks(), self.router_layer)
 
     @property
     def _gate_settings(self) -> GateSettings:
@@ -99,8 +114,13 @@ class PromptRouting:
         Raises:
             RouterNotFittedError: the router has not been fitted.
         """
+        self._fitted_router()
+        return self._judge(self.prompt_features(input_ids, attention_mask))
+
+    def _judge(self, features: Tensor) -> RouteOutput:
+        """(B, H) → what the gate decides."""
         router = self._fitted_router()
-        features = self.prompt_features(input_ids, attention_mask).to(router.known_novelty.device)
+        features = features.to(router.known_novelty.device)
         with torch.no_grad():
             novelty, distance = router.novelty(features), router.distance(features)
         return gate(router.calibrated(features), novelty, distance, router.known, self._gate_settings)

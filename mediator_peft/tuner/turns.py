@@ -92,6 +92,22 @@ def routing_rows(
     return new_ids.to(input_ids.device), new_mask.to(input_ids.device)
 
 
+def turn_mask(
+    input_ids: Tensor, attention_mask: Tensor, markers: Sequence[Sequence[int]] | None, route_on: str
+) -> Tensor:
+    """As :func:`routing_rows`, the chosen tokens left in their place: (B, T), 1 for a token that is routed on."""
+    if route_on == "all" or markers is None:
+        return attention_mask
+    chosen = torch.zeros(input_ids.shape, dtype=torch.long)
+    mask = attention_mask.cpu()
+    for row, (ids, real) in enumerate(zip(input_ids.tolist(), mask, strict=True)):
+        places = real.nonzero().flatten()
+        spans = user_turns([ids[place] for place in places.tolist()], markers)
+        start, stop = spans[-1 if route_on == "last" else 0] if spans else (0, len(places))
+        chosen[row, places[start:stop]] = 1
+    return chosen.to(input_ids.device)
+
+
 def user_turns(ids: Sequence[int], markers: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
     """(start, stop) of each user turn in a chat's token ids, opening and close included."""
     opening, end = list(markers[0]), list(markers[1])

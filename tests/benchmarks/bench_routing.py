@@ -1,13 +1,16 @@
-"""Tables of docs/routing.md: gate variants, depth, few texts, routers, baselines, and many experts.
+"""Tables of docs/routing.md: gate variants, depth, few texts, routers, baselines, outcome, and many experts.
 
-    python tests/benchmarks/bench_routing.py OUT FEATURES     # OUT: a model built from the demo's experts
+    python tests/benchmarks/bench_routing.py OUT FEATURES [--seeds 1 2] [--all-layers] [--many-seen 400]
+    python tests/benchmarks/bench_routing.py --outcome OUT --device cuda --per-set 100 --json FILE
     python tests/benchmarks/bench_routing.py --experts        # 2 to 100 experts on a tiny model, no download
 
-FEATURES is a file; it is made by the first run (about ten minutes on one core) and read by later ones.
+OUT is a model that `mediator-peft demo` built; its materials lie beside it. FEATURES is a file; it is made by the first
+run (about ten minutes on one core) and read by later ones.
 """
 
 from __future__ import annotations
 
+import argparse
 import resource
 import sys
 import time
@@ -15,71 +18,23 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from routing_features import ALL_LAYERS, FEW_LAYERS, make_features
+from routing_outcome import outcome
 
-from mediator_peft.demo.hard_prompts import TASKS, calibration_prompts, hard_sets
-from mediator_peft.routing.background import BACKGROUND_PROMPTS
+from mediator_peft.demo.hard_prompts import TASKS
 from mediator_peft.routing.calibration import calibrate
 from mediator_peft.routing.gate import GateSettings, gate
 from mediator_peft.routing.metrics import auroc, false_positive_rate
 from mediator_peft.routing.routers import ROUTERS
+from mediator_peft.routing.routers.gaussian import GaussianRouter
 
-LAYERS = [0, 1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 25, 29]
 KINDS = ("seen", "unseen", "shifted", "near", "far")
 KNOWN = KINDS[:3]
-SETTINGS = GateSettings(ood_alpha=0.01, top_p=0.9, fallback_column=True)
-
-
-def make_features(out, path):
-    """Mean hidden states after each of ``LAYERS`` blocks of all prompts' last user turns."""
-    from mediator_peft import load_mediator
-    from mediator_peft.tuner.fitting import padded
-    from mediator_peft.tuner.turns import turn_markers, user_turns
-
-    model, tokenizer = load_mediator(out, dtype=torch.float32)
-    backbone = model.unload()
-    markers = turn_markers(tokenizer)
-
-    def render(messages):
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-
-    @torch.no_grad()
-    def features(texts):
-        rows = []
-        for ids in tokenizer(texts)["input_ids"]:
-            start, stop = user_turns(ids, markers)[-1]
-            rows.append(ids[start:stop])
-        found = torch.zeros(len(rows), len(LAYERS), backbone.config.hidden_size)
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
-        for begin in range(0, len(order), 16):
-            some = order[begin : begin + 16]
-            ids, mask = padded([rows[row] for row in some])
-            states = backbone.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
-            for place, layer in enumerate(LAYERS):
-                found[some, place] = (states[layer] * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
-        return found
-
-    folder = path.parent / "material"
-    prompts = calibration_prompts(200, 1, folder)
-    texts = [render(prompt.messages) for prompt in prompts]
-    data = {
-        "x": features(texts),
-        "texts": texts,
-        "labels": torch.tensor([TASKS.index(prompt.experts[0]) for prompt in prompts]),
-        "background": features([render([{"role": "user", "content": text}]) for text in BACKGROUND_PROMPTS]),
-        "sets": {},
-    }
-    for name, (kind, some) in hard_sets(100, 2, folder).items():
-        if "multi-turn" in name:  # routed on its last turn, it is the same prompt
-            continue
-        experts = [TASKS.index(prompt.experts[0]) if prompt.experts else -1 for prompt in some]
-        found = features([render(prompt.messages) for prompt in some])
-        data["sets"][name] = {"kind": kind, "x": found, "labels": torch.tensor(experts)}
-        print(name, flush=True)
-    torch.save(data, path)
+SETTINGS = GateSettings(ood_alpha=0.01, top_p=0.5, fallback_column=True)
 
 
 def fitted(data, layer=3, name="gaussian", per_expert=100, with_background=True):
-    place = LAYERS.index(layer)
+    place = data["layers"].index(layer)
     rows = torch.cat([(data["labels"] == label).nonzero().flatten()[:per_expert] for label in range(3)])
     x, labels = data["x"][rows, place], data["labels"][rows]
     background = data["background"][:, place] if with_background else None
@@ -92,16 +47,23 @@ def fitted(data, layer=3, name="gaussian", per_expert=100, with_background=True)
 
 
 @torch.no_grad()
-def judged(data, router, layer=3):
+def judged(data, router, layer=3, settings=SETTINGS):
     """Set → labels, route, novelty, and whether the best-scored expert is the right one."""
     found = {}
     for name, one in data["sets"].items():
-        x = one["x"][:, LAYERS.index(layer)]
+        x = one["x"][:, data["layers"].index(layer)]
         scores, novelty = router.calibrated(x), router.novelty(x)
-        route = gate(scores, novelty, router.distance(x), router.known, SETTINGS)
+        route = gate(scores, novelty, router.distance(x), router.known, settings)
         right = (scores.argmax(dim=1) == one["labels"]).float()
         sent = (route.expert_weights.argmax(dim=1) == one["labels"]).float()
-        found[name] = {"kind": one["kind"], "right": right, "sent": sent, "route": route, "novelty": novelty}
+        found[name] = {
+            "kind": one["kind"],
+            "labels": one["labels"],
+            "right": right,
+            "sent": sent,
+            "route": route,
+            "novelty": novelty,
+        }
     return found
 
 
@@ -134,12 +96,35 @@ def print_table(first, header, rows):
         print(f"| {name} | " + " | ".join(row) + " |", flush=True)
 
 
+def gate_variants(data, layer=3):
+    """What the folds and ``top_p`` do: weight of the right expert, or of the base for unknown prompts, and flags."""
+    header = ["right expert: seen", "unseen", "shifted", "base: near", "far"]
+    header += [f"flagged at {100 * alpha:g} %" for alpha in (0.01, 0.02, 0.05)]
+    rows = []
+    for num_folds, top_p in ((5, 0.9), (5, 0.5), (10, 0.5), (20, 0.5), (50, 0.5)):
+        kept, GaussianRouter.num_folds = GaussianRouter.num_folds, num_folds
+        router, _ = fitted(data, layer)
+        GaussianRouter.num_folds = kept
+        found = judged(data, router, layer, SETTINGS._replace(top_p=top_p))
+        row = []
+        for kind in KINDS:
+            right = [torch.where(one["labels"] < 0, 3, one["labels"]) for one in found.values() if one["kind"] == kind]
+            weights = pooled(found, kind, lambda one: one["route"].expert_weights) if right else torch.zeros(0, 4)
+            row.append(float(weights.gather(1, torch.cat(right).unsqueeze(1)).mean()) if right else float("nan"))
+        for alpha in (0.01, 0.02, 0.05):
+            flags = judged(data, router, layer, SETTINGS._replace(ood_alpha=alpha))
+            seen = [one["route"].is_ood.float() for one in flags.values() if one["kind"] == "many seen"]
+            row.append(float(torch.cat(seen).mean()) if seen else float("nan"))
+        rows.append((f"{num_folds} folds, top_p {top_p}", [f"{100 * value:.1f}" for value in row]))
+    print_table("gate", header, rows)
+
+
 def tables(data):
     routers = [(name, {"name": name}) for name in ROUTERS]
     variants = [(f"{name}, no background", {"name": name, "with_background": False}) for name in ROUTERS]
     rows = [(label, summary(data, fitted(data, **options)[0])) for label, options in routers + variants]
     print_table("router", HEADER, rows)
-    rows = [(f"{layer}", summary(data, fitted(data, layer)[0], layer)) for layer in LAYERS]
+    rows = [(f"{layer}", summary(data, fitted(data, layer)[0], layer)) for layer in data["layers"]]
     print_table("blocks", HEADER, rows)
     rows = [(f"{count}", summary(data, fitted(data, per_expert=count)[0])) for count in (5, 10, 20, 45, 100, 200)]
     print_table("texts per expert", HEADER, rows)
@@ -175,7 +160,7 @@ def baselines(data, layer=3):
             shares = []
             for one in data["sets"].values():
                 if one["kind"] == kind:
-                    weights = way(one["x"][:, LAYERS.index(layer)], one["labels"])
+                    weights = way(one["x"][:, data["layers"].index(layer)], one["labels"])
                     shares.append(weights.gather(1, torch.where(one["labels"] < 0, 3, one["labels"]).unsqueeze(1)))
             row.append(f"{100 * float(torch.cat(shares).mean()):.1f}")
         yield name, row
@@ -225,12 +210,42 @@ def many_experts():
     print_table("experts", [*header, "peak MiB of the process"], rows)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if sys.argv[1:] == ["--experts"]:
+def parsed():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path)
+    parser.add_argument("features", nargs="?", type=Path)
+    parser.add_argument("--seeds", nargs=2, type=int, default=(1, 2), help="of calibration prompts and test sets")
+    parser.add_argument("--all-layers", action="store_true", help="for the table of depths")
+    parser.add_argument("--many-seen", type=int, default=0, help="prompts more an expert, for the rate of flags")
+    parser.add_argument("--experts", action="store_true")
+    parser.add_argument("--outcome", type=Path, metavar="OUT")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--per-set", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--json", type=Path, default=Path("outcome.json"))
+    return parser.parse_args()
+
+
+def main():
+    asked = parsed()
+    if asked.outcome is None:
+        torch.set_num_threads(1)
+    if asked.experts:
         many_experts()
+    elif asked.outcome is not None:
+        seeds = (11, 12) if asked.seeds == (1, 2) else tuple(asked.seeds)
+        outcome(asked.outcome, asked.device, asked.per_set, asked.json, seeds, asked.batch_size)
     else:
-        out, path = Path(sys.argv[1]), Path(sys.argv[2])
-        if not path.is_file():
-            make_features(out, path)
-        tables(torch.load(path))
+        if not asked.features.is_file():
+            layers = ALL_LAYERS if asked.all_layers else FEW_LAYERS
+            make_features(asked.out, asked.features, tuple(asked.seeds), layers, asked.many_seen)
+        data = torch.load(asked.features)
+        for is_fresh, title in ((False, "wordings and kinds of hard_prompts"), (True, "fresh wordings and kinds")):
+            print(f"\n## {title}")
+            sets = {n: one for n, one in data["sets"].items() if one["is_fresh"] == is_fresh or one["kind"] == "seen"}
+            gate_variants({**data, "sets": sets | {n: o for n, o in data["sets"].items() if o["kind"] == "many seen"}})
+            tables({**data, "sets": sets})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Where nothing routed lies below the router's layer, a prompt is judged inside its own forward pass: same answers."""
+
+import threading
+
+import pytest
+import torch
+
+from mediator_peft.errors import RouterNotFittedError
+
+ABOVE = {"router_layer": 1, "routed_layers": [1, 2]}
+
+
+@pytest.fixture
+def two(topics):
+    return {name: topics[name] for name in ("math", "code")}
+
+
+def chats(tokenizer, *chats):
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(chat)],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        for chat in chats
+    ]
+    rows = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
+    width = max(map(len, rows))
+    ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in rows])
+    mask = torch.stack([(torch.arange(width) >= width - len(row)).long() for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def count_passes(model):
+    """How often the first block has run."""
+    calls = []
+    model._blocks()[0].register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@pytest.fixture
+def asked(chat_tokenizer, two):
+    return chats(
+        chat_tokenizer,
+        [two["math"][0]],
+        [two["code"][0] + " " + two["code"][1]],
+        [two["math"][2], "w70 w71", two["code"][3]],
+    )
+
+
+@pytest.mark.parametrize("route_on", ["last", "first", "all"])
+def test_one_pass_decides_as_two_do(build, chat_tokenizer, two, asked, route_on):
+    model = build(**ABOVE, route_on=route_on)
+    model.fit_router(two, chat_tokenizer)
+    assert model.reads_in_passing
+    weights = model.route(**asked).expert_weights
+    assert len(weights.unique(dim=0)) > 1
+    expected = model.generate(**asked, max_new_tokens=6, do_sample=False, expert_weights=weights)
+    positions = (asked["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+    with torch.no_grad():
+        named = model(**asked, position_ids=positions, expert_weights=weights).logits
+    calls = count_passes(model)
+    found = model.generate(**asked, max_new_tokens=6, do_sample=False)
+    assert found.tolist() == expected.tolist()
+    assert len(calls) == found.shape[1] - asked["input_ids"].shape[1]
+    with torch.no_grad():
+        torch.testing.assert_close(model(**asked, position_ids=positions).logits, named)
+    assert not model._blocks()[1]._forward_pre_hooks
+
+
+def test_routed_blocks_below_the_router_cost_a_second_look(build, chat_tokenizer, two, asked):
+    model = build(router_layer=1, routed_layers="all")
+    model.fit_router(two, chat_tokenizer)
+    assert not model.reads_in_passing
+    calls = count_passes(model)
+    found = model.generate(**asked, max_new_tokens=3, do_sample=False)
+    assert len(calls) == 1 + found.shape[1] - asked["input_ids"].shape[1]
+
+
+def test_a_turn_is_read_where_it_stands(build, chat_tokenizer, two, asked):
+    model = build(**ABOVE)
+    model.fit_router(two, chat_tokenizer)
+    states = {}
+    model._blocks()[1].register_forward_pre_hook(
+        lambda module, args, kwargs: states.update(h=args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    positions = (asked["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+    with torch.no_grad():
+        model(**asked, position_ids=positions, expert_weights="math")
+    turn = asked["input_ids"][2].tolist()
+    opening = chat_tokenizer("w90 w91")["input_ids"]
+    start = max(place for place in range(len(turn)) if turn[place : place + 2] == opening)
+    features = model.prompt_features(**asked)
+    torch.testing.assert_close(features[2], states["h"][2, start:].mean(dim=0))
+
+
+def test_prompts_in_pieces_with_beams_and_with_a_cache(build, chat_tokenizer, two, asked):
+    model = build(**ABOVE)
+    model.fit_router(two, chat_tokenizer)
+    weights = model.route(**asked).expert_weights
+    for settings in ({"num_beams": 2}, {"prefill_chunk_size": 4}, {"use_cache": False}):
+        options = {"max_new_tokens": 4, "do_sample": False, **settings}
+        expected = model.generate(**asked, **options, expert_weights=weights)
+        assert model.generate(**asked, **options).tolist() == expected.tolist(), settings
+    first = model.generate(**asked, max_new_tokens=2, return_dict_in_generate=True)
+    longer = {"input_ids": torch.nn.functional.pad(first.sequences, (0, 2), value=7)}
+    longer["attention_mask"] = torch.nn.functional.pad(asked["attention_mask"], (0, 4), value=1)
+    whole = model.generate(**longer, max_new_tokens=3, do_sample=False)
+    carried = model.generate(**longer, past_key_values=first.past_key_values, max_new_tokens=3, do_sample=False)
+    assert carried.tolist() == whole.tolist()
+
+
+def test_an_unfitted_router_is_refused_and_leaves_no_request(build, asked):
+    model = build(**ABOVE)
+    with pytest.raises(RouterNotFittedError):
+        model.generate(**asked, max_new_tokens=1)
+    with pytest.raises(RouterNotFittedError), torch.no_grad():
+        model(input_ids=asked["input_ids"])
+    assert model._board.pending is None
+    model.generate(**asked, max_new_tokens=1, expert_weights="math")
+
+
+def test_threads_decide_each_for_itself(build, chat_tokenizer, two, asked):
+    model = build(**ABOVE)
+    model.fit_router(two, chat_tokenizer)
+    parts = [{key: value[row : row + 1] for key, value in asked.items()} for row in range(3)] * 4
+    expected = [model.generate(**part, max_new_tokens=4, do_sample=False).tolist() for part in parts]
+    found: dict[int, list] = {}
+
+    def ask(number):
+        found[number] = model.generate(**parts[number], max_new_tokens=4, do_sample=False).tolist()
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(parts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found.get(number) for number in range(len(parts))] == expected
