@@ -87,10 +87,15 @@ class LayerBank(nn.Module):
         return VALUES[self.coding].in_kernels and has_compiled()
 
     @property
+    def device(self) -> torch.device:
+        """Where deltas are used; the CPU for an empty bank."""
+        first = next((buffer.device for buffer in self._buffers.values() if buffer is not None), torch.device("cpu"))
+        return self.brought_to or first
+
+    @property
     def has_device_loops(self) -> bool:
         """Whether a GPU's kernels can read these deltas as they are packed, where they are now."""
-        mask = next((buffer for key, buffer in self._buffers.items() if key.endswith(_SEPARATOR + _MASK)), None)
-        if mask is None or (self.brought_to or mask.device).type != "cuda" or self.shape[1] % 32:
+        if self.device.type != "cuda" or self.shape[1] % 32:
             return False
         return VALUES[self.coding].in_kernels and _kernels_triton() is not None
 

@@ -152,7 +152,8 @@ class TensorWork:
         Errors of rounding are alike in size: the mean of what is kept is nearest to them.
         """
         assert self.config.for_quantization is not None
-        backbone = torch.cat([tile.backbone for tile in tiles])
+        # A tile lies in buffers that the next one uses.
+        backbone = torch.cat([tile.backbone.clone() for tile in tiles])
         lost = backbone.float() - ROUNDINGS[self.config.for_quantization](backbone)
         kept = largest_mask(lost, self.config.correction_density)
         # Biases are not quantised.

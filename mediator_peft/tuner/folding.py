@@ -24,6 +24,11 @@ def plain_weight(base_layer: nn.Linear) -> Tensor:
 
 def mixed_delta(bank: LayerBank, mix: Mix) -> Tensor | None:
     """``sum_k w_k S_k`` as a plain matrix (O, I) float32; None where no column of the mix has a delta."""
+    device = bank.device
+    if device.type == "cuda":
+        zeros = torch.zeros(bank.shape, device=device)
+        if (result := _mixed_on_device(zeros, bank, mix, out=zeros)) is not None:
+            return result
     total: Tensor | None = None
     for name, weight in mix:
         packed = bank.packed(name) if bank.has_loops else None

@@ -9,6 +9,7 @@ from tiny import ARCHITECTURES, random_prompts, write_tiny_checkpoints
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from mediator_peft import MediatorConfig, build_mediator, get_mediator_model, load_mediator
+from mediator_peft.build import tiles
 from mediator_peft.errors import BackboneMismatchError, CheckpointError, UnsupportedError
 from mediator_peft.tuner.quantized import readable_weight
 
@@ -179,7 +180,9 @@ def test_around_a_base_that_is_quantised_already(folders, kind):
 @pytest.mark.parametrize(("kind", "values"), [("nf4", "sign"), ("nf4", "float"), ("fp4", "sign"), ("int8", "sign")])
 @pytest.mark.parametrize("execution", ["sparse", "densify"])
 @torch.no_grad()
-def test_a_correction_takes_back_rounding_errors(folders, tmp_path, kind, values, execution):
+def test_a_correction_takes_back_rounding_errors(folders, tmp_path, monkeypatch, kind, values, execution):
+    # Matrices of several tiles, as real ones are.
+    monkeypatch.setattr(tiles, "TILE_ENTRIES", 512)
     experts = {name: folders[name] for name in ("math", "code")}
     settings = MediatorConfig(density=DENSITY, values=values, for_quantization=kind, correction_density=0.4)
     build_mediator(folders["base"], experts, tmp_path / "corrected", settings)
