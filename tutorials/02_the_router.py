@@ -19,10 +19,10 @@ draw = random.Random(0)
 
 # A base and three "fine-tunes" of it, each with a vocabulary of its own. In real life these are trained checkpoints.
 WORDS = {
-    "maths": "add times minus seven four plus half twice nine sum".split(),
-    "code": "print loop string list sort index return class while def".split(),
-    "cooking": "boil salt oven butter stir onion slice bake flour pan".split(),
-    "anything": "hello weather train river who when song letter green far".split(),
+    "maths": ["add", "times", "minus", "seven", "four", "plus", "half", "twice", "nine", "sum"],
+    "code": ["print", "loop", "string", "list", "sort", "index", "return", "class", "while", "def"],
+    "cooking": ["boil", "salt", "oven", "butter", "stir", "onion", "slice", "bake", "flour", "pan"],
+    "anything": ["hello", "weather", "train", "river", "who", "when", "song", "letter", "green", "far"],
 }
 special = ["<pad>", "<s>", "</s>", "<unk>"]
 vocabulary = [*special, *(word for words in WORDS.values() for word in words)]
@@ -83,7 +83,9 @@ for ood_alpha in (0.01, 0.2):
     model.peft_config["default"].ood_alpha = ood_alpha
     print(f"at {ood_alpha}: flagged above a novelty of {model.explain(questions[0], tokenizer)[0].threshold:.3g}")
 model.peft_config["default"].top_p = 1.0  # every expert takes part, by its probability
-print("blended:", {name: round(weight, 2) for name, weight in model.explain(mixed, tokenizer)[0].expert_weights.items()})
+print(
+    "blended:", {name: round(weight, 2) for name, weight in model.explain(mixed, tokenizer)[0].expert_weights.items()}
+)
 
 # One more expert: the others' deltas and yardsticks stay as they are, bit for bit.
 model.add_expert("cooking", folder / "cooking", prompts("cooking", 60), tokenizer)

@@ -11,7 +11,6 @@ from ..uncertainty import squared_mahalanobis
 from .base import Router
 from .moments import Moments
 
-
 _LEAST_SHRINKAGE = 0.5
 
 
