@@ -5,7 +5,7 @@ import torch
 
 from mediator_peft.routing.calibration import calibrate
 from mediator_peft.routing.novelty import trust_of
-from mediator_peft.routing.routers.gaussian import GaussianRouter, inverse_root
+from mediator_peft.routing.routers.gaussian import GaussianRouter, inverse_root, oas_shrinkage
 
 SIZE, PER_EXPERT, ALPHA = 150, 50, 0.05
 
@@ -38,14 +38,14 @@ def test_the_stated_rate_holds_for_new_prompts():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("num_features", [5, 60])
-def test_half_of_the_covariance_is_shrunk_at_least(num_features):
-    x = torch.randn(4000, num_features, generator=torch.Generator().manual_seed(1)).double()
-    x[:, 1] = x[:, 0] + 0.1 * x[:, 1]  # nearly the same direction twice
-    covariance = torch.cov(x.T)
-    root = inverse_root(covariance, len(x))
+@pytest.mark.parametrize(("num_samples", "least"), [(100, 0.5), (300, 0.5), (600, 0.25), (4000, 0.0375)])
+def test_the_covariance_is_shrunk_by_half_while_texts_are_few(num_samples, least):
+    x = torch.randn(4000, 60, generator=torch.Generator().manual_seed(1)).double()
+    x[:, 1:] += 3 * x[:, :1]  # all entries go with the first
+    covariance, correlation = torch.cov(x.T), torch.corrcoef(x.T)
+    root = inverse_root(covariance, num_samples)
     shrunk = torch.linalg.inv(root @ root.T)
     scale = shrunk.diagonal().sqrt()
     found = (shrunk / scale.outer(scale))[0, 1]
-    sample = torch.corrcoef(x.T)[0, 1]
-    assert found == pytest.approx(0.5 * float(sample), abs=1e-6)
+    assert oas_shrinkage(correlation, num_samples) < least
+    assert found == pytest.approx((1 - least) * float(correlation[0, 1]), abs=1e-6)
