@@ -49,6 +49,11 @@ def calibrate(
         table.add_row(name, *map(str, row))
     console().print(table)
     say(f"router fitted and saved; {report['accuracy']:.1%} of held-out prompts went to their expert")
+    say(f"flagged as unknown: {report['false_fallback']:.1%} of them; calibration error {report['ece']:.3f}")
+    if report["auroc"] is not None:
+        at_95 = f"{report['fpr_at_95']:.1%} of known prompts flagged where 95 % of the ordinary ones are"
+        say(f"against ordinary prompts: AUROC {report['auroc']:.3f}; {at_95}")
+    say(f"figures and data: {find_adapter(out) / 'report'}")
     say(f"next: mediator-peft generate {out} 'your prompt'")
 
 
@@ -84,7 +89,7 @@ def fit_and_save(
         batch_size: prompts at once.
 
     Returns:
-        The calibration report as plain data.
+        What ``routing.json`` holds: the calibration report as plain data, and how well ordinary prompts are told apart.
     """
     from ..evaluation.prompts import render
     from ..evaluation.routing_report import write_routing_report
@@ -96,8 +101,7 @@ def fit_and_save(
     encode = partial(tokenizer, add_special_tokens=not has_own)
     report = model.fit_router(texts, encode, batch_size=batch_size, show_progress=True)
     save_router(model, adapter)
-    write_routing_report(adapter / "report", report, model.router.evidence)
-    return dict(report._asdict())
+    return write_routing_report(adapter / "report", report, model.router.evidence)
 
 
 def save_router(model: Any, adapter: Path) -> None:

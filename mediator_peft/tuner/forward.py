@@ -144,15 +144,15 @@ class RoutedForward:
     def _starts_reading(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Have the route decided half-way, where this forward pass allows for it."""
         pending = self._board.pending
-        inputs = kwargs.get("input_ids", args[0] if args else None)
+        inputs: Any = kwargs.get("input_ids", args[0] if args else None)
         mask = None if self._board.request is not None else readable_mask(kwargs, inputs)
         # Of a prompt that is read in pieces, the first is not the whole.
         is_part = mask is not None and pending is not None and inputs.shape[1] != pending.input_ids.shape[1]
         if mask is None or is_part or not self.reads_in_passing:
             return False
         self._fitted_router()
-        mask = without_answers(inputs, mask, kwargs.get("labels"))
-        pooled = turn_mask(inputs, mask, self._config.turn_markers, self._config.route_on)
+        prompt = without_answers(inputs, mask, kwargs.get("labels"))
+        pooled = turn_mask(inputs, mask if prompt is None else prompt, self._config.turn_markers, self._config.route_on)
 
         def decide(features: Tensor) -> None:
             table = self._judge(features).expert_weights

@@ -56,7 +56,11 @@ class PromptRouting:
         return ROUTERS[config.router](len(config.expert_names or config.experts), hidden_size, config.seed)
 
     def _blocks(self) -> nn.ModuleList:
-        return find_blocks(self.model)
+        # Finding them takes as long as a hundredth of a short prompt. Kept past nn.Module, as no part of this module.
+        kept: nn.ModuleList | None = self.__dict__.get("_found_blocks")
+        if kept is None:
+            kept = self.__dict__["_found_blocks"] = find_blocks(self.model)
+        return kept
 
     def learn_turns(self, tokenizer: Any) -> None:
         """Note how the tokenizer's chat template marks user turns, for ``route_on``."""

@@ -20,7 +20,8 @@ def lies_above(model: nn.Module, blocks: nn.ModuleList, layer: int) -> bool:
 
     Layers outside the blocks count as lying below, but for the language-model head, unless it is tied.
     """
-    if layer >= len(blocks):
+    below = (module for block in list(blocks)[:layer] for module in block.modules())
+    if layer >= len(blocks) or any(isinstance(module, MediatorLayer) for module in below):
         return False
     above = {module for block in list(blocks)[layer:] for module in block.modules()}
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -29,7 +30,7 @@ def lies_above(model: nn.Module, blocks: nn.ModuleList, layer: int) -> bool:
     return all(module in above for module in model.modules() if isinstance(module, MediatorLayer))
 
 
-def readable_mask(kwargs: dict[str, Any], input_ids: Any) -> Tensor | None:
+def readable_mask(kwargs: dict[str, Any], input_ids: Tensor | None) -> Tensor | None:
     """The mask of a forward pass that a route can be taken from; None where the pass is not of that kind.
 
     It must see whole prompts from their start (no cache yet), with a plain mask, outside of autograd and compilation,
@@ -38,7 +39,7 @@ def readable_mask(kwargs: dict[str, Any], input_ids: Any) -> Tensor | None:
     cache = kwargs.get("past_key_values")
     if cache is not None and (cache.get_seq_length() or cache_weights(cache) is not None):
         return None
-    if not isinstance(input_ids, Tensor) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if input_ids is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     mask = kwargs.get("attention_mask")
     if mask is None:

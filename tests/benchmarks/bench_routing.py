@@ -25,7 +25,7 @@ from mediator_peft.demo.hard_prompts import TASKS
 from mediator_peft.routing.calibration import calibrate
 from mediator_peft.routing.gate import GateSettings, gate
 from mediator_peft.routing.metrics import auroc, false_positive_rate
-from mediator_peft.routing.routers import ROUTERS
+from mediator_peft.routing.routers import ROUTERS, gaussian
 from mediator_peft.routing.routers.gaussian import GaussianRouter
 
 KINDS = ("seen", "unseen", "shifted", "near", "far")
@@ -97,14 +97,15 @@ def print_table(first, header, rows):
 
 
 def gate_variants(data, layer=3):
-    """What the folds and ``top_p`` do: weight of the right expert, or of the base for unknown prompts, and flags."""
+    """What folds, ``top_p`` and shrinkage do: weight of the right expert, or of the base if unknown, and flags."""
     header = ["right expert: seen", "unseen", "shifted", "base: near", "far"]
     header += [f"flagged at {100 * alpha:g} %" for alpha in (0.01, 0.02, 0.05)]
     rows = []
-    for num_folds, top_p in ((5, 0.9), (5, 0.5), (10, 0.5), (20, 0.5), (50, 0.5)):
-        kept, GaussianRouter.num_folds = GaussianRouter.num_folds, num_folds
+    kept = GaussianRouter.num_folds, gaussian._LEAST_SHRINKAGE
+    for num_folds, top_p, shrinkage in ((5, 0.9, 0), (5, 0.5, 0), (20, 0.5, 0), (20, 0.5, 0.5), (50, 0.5, 0.5)):
+        GaussianRouter.num_folds, gaussian._LEAST_SHRINKAGE = num_folds, shrinkage
         router, _ = fitted(data, layer)
-        GaussianRouter.num_folds = kept
+        GaussianRouter.num_folds, gaussian._LEAST_SHRINKAGE = kept
         found = judged(data, router, layer, SETTINGS._replace(top_p=top_p))
         row = []
         for kind in KINDS:
@@ -115,7 +116,9 @@ def gate_variants(data, layer=3):
             flags = judged(data, router, layer, SETTINGS._replace(ood_alpha=alpha))
             seen = [one["route"].is_ood.float() for one in flags.values() if one["kind"] == "many seen"]
             row.append(float(torch.cat(seen).mean()) if seen else float("nan"))
-        rows.append((f"{num_folds} folds, top_p {top_p}", [f"{100 * value:.1f}" for value in row]))
+        rows.append(
+            (f"{num_folds} folds, top_p {top_p}, shrinkage >= {shrinkage}", [f"{100 * value:.1f}" for value in row])
+        )
     print_table("gate", header, rows)
 
 

@@ -39,7 +39,8 @@ def outcome(out, device, per_set, path, seeds=(11, 12), batch_size=64):
     """
     started = time.perf_counter()
     folder = out.parent / "materials"
-    model, tokenizer = load_mediator(out, dtype=torch.float32, device_map=device)
+    model, tokenizer = load_mediator(out, dtype=torch.float32)
+    model = model.to(device)
     if torch.device(device).type != "cpu":
         _unpack(model)
     rows = [

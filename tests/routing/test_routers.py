@@ -136,7 +136,9 @@ def test_gaussian_posteriors_are_those_of_scikit_learns_lda():
     scale = np.sqrt(np.diag(pooled))
     share = oas_shrinkage(torch.tensor(pooled / np.outer(scale, scale)), len(labels) - 4)
     assert 0.01 < share < 0.99
-    lda = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=share, priors=[0.25] * 4)
+    lda = LinearDiscriminantAnalysis(
+        solver="lsqr", shrinkage=max(0.5 * 5 * 20 / (len(labels) - 4), share), priors=[0.25] * 4
+    )
     standard = features.double().numpy() / scale
     expected = lda.fit(standard, labels.numpy()).predict_proba(standard)
     with torch.no_grad():

@@ -7,7 +7,7 @@ import torch
 
 from mediator_peft.errors import RouterNotFittedError
 
-ABOVE = {"router_layer": 1, "routed_layers": [1, 2]}
+ABOVE = {"router_layer": 1, "routed_layers": [1, 2], "top_p": 1.0}  # so that a small change of features shows
 
 
 @pytest.fixture
