@@ -6,7 +6,6 @@ import copy
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
-from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -17,10 +16,10 @@ from ..bank.packing import count_bits
 from ..bank.sparse_delta import SparseDelta
 from ..build.checkpoints import Checkpoint, ModelCheckpoint, open_checkpoints
 from ..build.compatibility import check_job, coarsest
-from ..build.tensor_work import precision_of
+from ..build.thinning import own_factors, pack_delta
 from ..config import FALLBACK_EXPERT, MediatorConfig, expert_name_faults
 from ..errors import CheckpointError, ConfigError, RoutingError, UnsupportedError
-from ..methods.sparsifying import SPARSIFIERS
+from ..methods.sparsifying import LOW_RANK
 from ..routing.calibration import NUM_FOLDS
 from ..routing.data import Columns, hash_folds
 from ..routing.routers import Router
@@ -158,10 +157,12 @@ def _delta(
     bias = None
     if base.bias is not None:
         bias = _read(checkpoint, f"{layer_name}.bias", dtype) - base.bias.data.float().cpu()
-    generator = torch.Generator().manual_seed(crc32(f"{config.seed}/{layer_name}.weight/{name}".encode()))
-    density = _density(layer, config)
-    kept = SPARSIFIERS[config.sparsifier](delta, density, generator) != 0
-    packed = SparseDelta.from_dense(delta, kept, config.values, precision_of(config, density, dtype), bias)
+    tensor = f"{layer_name}.weight"
+    factors = own_factors(config, checkpoint, tensor, isinstance(base, Conv1D))
+    if factors is not None:
+        packed = SparseDelta.from_factors(*factors, bias)
+    else:
+        packed = pack_delta(config, f"{tensor}/{name}", delta, _density(layer, config), dtype, bias)
     device = base.weight.device
     parts = {part: tensor.to(device) for part, tensor in packed.parts.items()}
     return SparseDelta(
@@ -174,7 +175,7 @@ def _density(layer: MediatorLayer, config: MediatorConfig) -> float:
     bank: LayerBank = next(iter(layer.mediator_bank.values()))  # type: ignore[assignment]
     for other in bank.names:
         delta = bank.get(other)
-        if other not in (FALLBACK_EXPERT, CORRECTION) and delta is not None:
+        if other not in (FALLBACK_EXPERT, CORRECTION) and delta is not None and config.sparsifier not in LOW_RANK:
             return count_bits(delta.mask) / (layer.shape[0] * layer.shape[1])
     return config.density
 
