@@ -67,8 +67,8 @@ class MediatorSettings:
     ``None`` takes every linear layer of a routed block."""
 
     sparsifier: str = "magnitude"
-    """A key of ``SPARSIFIERS``: what of a delta is kept. ``"magnitude"`` keeps the largest entries, ``"random"`` some by
-    chance (DARE), ``"svd"`` the largest singular values."""
+    """A key of ``SPARSIFIERS``: what of a delta is kept. ``"magnitude"`` keeps the largest entries, ``"random"`` some
+    by chance (DARE), ``"svd"`` the largest singular values."""
 
     density: float = 0.2
     """Share of a delta's entries that is kept, in (0, 1]; 0.2 keeps one weight in five. With a budget, what came of it

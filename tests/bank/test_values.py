@@ -127,7 +127,8 @@ def test_factors_stand_for_their_product(shape):
     left, right = torch.randn(shape[0], 2, generator=generator), torch.randn(2, shape[1], generator=generator)
     delta = SparseDelta.from_factors(left, right, torch.ones(shape[0]))
     torch.testing.assert_close(delta.dense(), left @ right)
-    assert delta.kept.all() and delta.kept.shape == shape
+    assert delta.kept.all()
+    assert delta.kept.shape == shape
     x = torch.randn(3, 4, shape[1], generator=generator)
     torch.testing.assert_close(delta.product(x), x @ (left @ right).T, rtol=1e-5, atol=1e-5)
     assert delta.num_bytes == 4 * (2 * sum(shape) + shape[0])

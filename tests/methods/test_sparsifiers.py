@@ -49,7 +49,8 @@ def test_low_rank_is_as_near_as_a_matrix_of_that_rank_can_be(shape, rank):
     # Noise is the hardest case: its singular values fall slowly.
     matrix = noise(shape)
     left, right = low_rank(matrix, rank, drawn())
-    assert left.shape == (shape[0], rank) and right.shape == (rank, shape[1])
+    assert left.shape == (shape[0], rank)
+    assert right.shape == (rank, shape[1])
     best = float(torch.linalg.svdvals(matrix)[rank:].norm())
     assert float((matrix - left @ right).norm()) <= 1.01 * best
 
@@ -66,5 +67,6 @@ def test_the_rank_takes_the_bytes_of_signs():
     rank = rank_of_density((576, 1536), 0.2)
     assert rank * 16 * (576 + 1536) == pytest.approx(0.9219 * 576 * 1536, rel=0.02)
     ranks = [rank_of_density((576, 1536), density) for density in (0.001, 0.05, 0.2, 0.5, 0.7, 0.99)]
-    assert ranks == sorted(ranks) and ranks[0] >= 1
+    assert ranks == sorted(ranks)
+    assert ranks[0] >= 1
     assert rank_of_density((7, 3), 1.0) == 3
