@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _SAMPLED = 4096
 """Entries of a delta by which its share above a threshold is told."""
 
-_LOWEST, _STEPS, _HALVINGS = 0.001, 60, 40
+_LOWEST, _STEPS, _HALVINGS = 0.001, 24, 16
 _UNITS = {"": 1, "b": 1, "k": 3, "m": 6, "g": 9, "t": 12}
 
 

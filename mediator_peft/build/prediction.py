@@ -35,6 +35,7 @@ _SEEN_BITS = (
     (0.25, 0.8181), (0.3, 0.8875), (0.4, 0.9754), (0.5, 1.0), (0.6, 0.975), (0.7, 0.887), (0.8, 0.735), (0.85, 0.624),
     (0.9, 0.506), (0.95, 0.367), (0.98, 0.228), (0.99, 0.143), (1.0, 0.0),
 )  # fmt: skip
+_SEEN_CURVE = tuple(np.array(_SEEN_BITS).T)
 
 
 def predicted_bytes(merge: Merge) -> int:
@@ -92,15 +93,16 @@ def _column_bytes(merge: Merge, task: Task, column: str) -> float:
     if column == CORRECTION:
         return delta_bytes(prod(shape), shape[0], config.correction_density, config.values, itemsize)
     density = task.density_of(column)
+    magnitudes = merge.samples.get(task.name, {}).get(column)
+    nonzero = 1.0 if magnitudes is None else 1 - int(np.searchsorted(magnitudes, 0, "right")) / magnitudes.size
     if config.sparsifier in LOW_RANK:
         checkpoint = merge.job.base if column == FALLBACK_EXPERT else merge.job.experts[column]
         factors = own_factors(config, checkpoint, task.name, task.is_transposed)
         if factors is not None:
             return sum(factor.nbytes for factor in factors)
-        return rank_of(config, shape, density) * sum(shape) * factor_dtype(config, density).itemsize
+        rank = rank_of(config, shape, density) if nonzero else 1
+        return rank * sum(shape) * factor_dtype(config, density).itemsize
     number_size = 4 if density == 1.0 else itemsize
-    magnitudes = merge.samples.get(task.name, {}).get(column)
-    nonzero = 1.0 if magnitudes is None else float((magnitudes > 0).mean())
     if config.sparsifier != "magnitude":
         return delta_bytes(prod(shape), shape[0], density * nonzero, config.values, number_size)
     density = min(density, nonzero)
@@ -147,5 +149,4 @@ def _uneven_bits(density: float, magnitudes: NDArray[np.float32]) -> float:
 
 def _coded_bits(density: float) -> float:
     """Bits an entry of random positions on disk, between the densities that were tried."""
-    densities, bits = zip(*_SEEN_BITS, strict=True)
-    return float(np.interp(density, densities, bits))
+    return float(np.interp(density, *_SEEN_CURVE))

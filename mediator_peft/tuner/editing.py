@@ -19,7 +19,6 @@ from ..build.compatibility import check_job, coarsest
 from ..build.thinning import own_factors, pack_delta
 from ..config import FALLBACK_EXPERT, MediatorConfig, expert_name_faults
 from ..errors import CheckpointError, ConfigError, RoutingError, UnsupportedError
-from ..methods.sparsifying import LOW_RANK
 from ..routing.calibration import NUM_FOLDS
 from ..routing.data import Columns, hash_folds
 from ..routing.routers import Router
@@ -171,11 +170,16 @@ def _delta(
 
 
 def _density(layer: MediatorLayer, config: MediatorConfig) -> float:
-    """The density that the layer's other experts have: a plan may give each block its own."""
+    """The density that the layer's other experts have: a plan may give each block its own.
+
+    Where entries are drawn or singular values are kept, it cannot be counted, and the configuration's is taken.
+    """
+    if config.sparsifier != "magnitude":
+        return config.density
     bank: LayerBank = next(iter(layer.mediator_bank.values()))  # type: ignore[assignment]
     for other in bank.names:
         delta = bank.get(other)
-        if other not in (FALLBACK_EXPERT, CORRECTION) and delta is not None and config.sparsifier not in LOW_RANK:
+        if other not in (FALLBACK_EXPERT, CORRECTION) and delta is not None:
             return count_bits(delta.mask) / (layer.shape[0] * layer.shape[1])
     return config.density
 

@@ -50,7 +50,7 @@ def low_rank(matrix: Tensor, rank: int, generator: torch.Generator | None = None
 
     Args:
         matrix: (O, I)
-        rank: at most min(O, I) counts.
+        rank: how many singular values are kept, as far as float32 tells them from 0; one at the least.
         generator: on the CPU.
 
     Returns:
@@ -67,5 +67,7 @@ def low_rank(matrix: Tensor, rank: int, generator: torch.Generator | None = None
             basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
         inner, sizes, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
         left = basis @ inner
+    limit = float(sizes[0]) * max(matrix.shape) * torch.finfo(torch.float32).eps
+    rank = max(1, min(rank, int((sizes > limit).sum())))
     root = sizes[:rank].sqrt()
     return left[:, :rank] * root, root[:, None] * right[:rank]
