@@ -14,7 +14,7 @@ from .errors import AdapterError, ConfigError
 from .methods.conflict import CONFLICT_SCORES
 from .methods.merging import MERGE_METHODS
 from .methods.rounding import ROUNDINGS
-from .methods.sparsifying import SPARSIFIERS
+from .methods.sparsifying import LOW_RANK, SPARSIFIERS
 from .routing.routers import ROUTERS
 from .tables import unknown_name
 
@@ -22,6 +22,7 @@ FORMAT_VERSION = 1
 """Version of the adapter's files. A newer one is refused, an older one is migrated."""
 
 FALLBACKS = ("base", "backbone")
+DENSITY_SCOPES = ("matrix", "model")
 ROUTE_ON = ("last", "first", "all")
 FALLBACK_EXPERT = "base"
 """Name of the expert-weight column that stands for the base model."""
@@ -29,6 +30,7 @@ FALLBACK_EXPERT = "base"
 CORRECTION = "_correction"
 """Name of the delta that takes back rounding errors of a quantised backbone; no expert can have it."""
 
+_BUDGET = re.compile(r"\d+(\.\d+)?\s*(x|b|[kmgt]i?b)?")
 _EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\- ]{0,63}")
 
 
@@ -65,18 +67,31 @@ class MediatorSettings:
     ``None`` takes every linear layer of a routed block."""
 
     sparsifier: str = "magnitude"
-    """A key of ``SPARSIFIERS``: which entries of a delta are kept."""
+    """A key of ``SPARSIFIERS``: what of a delta is kept. ``"magnitude"`` keeps the largest entries, ``"random"`` some
+    by chance (DARE), ``"svd"`` the largest singular values."""
 
     density: float = 0.2
-    """Share of a delta's entries that is kept, in (0, 1]; 0.2 keeps one weight in five."""
+    """Share of a delta's entries that is kept, in (0, 1]; 0.2 keeps one weight in five. With a budget, what came of it
+    is written here."""
+
+    density_scope: str = "matrix"
+    """Where ``density`` holds: in each ``"matrix"``, or in the ``"model"``: one threshold for all routed matrices and
+    experts, so that bytes go where the experts differ most."""
+
+    budget: str | int | None = None
+    """Bytes of the built weights, backbone and adapter together, to which ``density`` is fitted: ``"1.5x"`` the
+    backbone alone, ``"400MB"``, or a number of bytes. ``None`` takes ``density`` as it is."""
 
     values: str = "sign"
     """A key of ``VALUES``: how kept entries are stored. ``"sign"`` is one bit each and one scale a row; ``"float"`` is
-    exact at density 1."""
+    exact at density 1. ``"svd"`` stores ``"factors"``, whatever stands here by default."""
 
     sign_scale: str = "projection"
-    """A key of ``SIGN_SCALES``: how large the signs are. ``"projection"`` keeps the delta's full effect, ``"norm"`` the
-    norm of each row, ``"mean"`` the mean of what is kept."""
+    """A key of ``SIGN_SCALES``: how large kept entries are made, signs or numbers. ``"projection"`` keeps the delta's
+    full effect, ``"norm"`` the norm of each row, ``"mean"`` the mean of what is kept: numbers as they are."""
+
+    rank: int | None = None
+    """With ``sparsifier="svd"``: rank of every delta. ``None`` takes as many bytes as signs of this density."""
 
     for_quantization: str | None = None
     """A key of ``ROUNDINGS``: the quantisation that the backbone is meant for. One more delta, shared by all experts,
@@ -154,6 +169,8 @@ class MediatorSettings:
         self.__post_init__()
 
     def __post_init__(self) -> None:
+        if self.sparsifier in LOW_RANK and self.values == type(self).values:
+            self.values = "factors"
         self.check()
 
     def check(self) -> None:
@@ -174,6 +191,7 @@ class MediatorSettings:
             ("router", ROUTERS, "router"),
             ("fallback", FALLBACKS, "fallback"),
             ("route_on", ROUTE_ON, "route_on"),
+            ("density_scope", DENSITY_SCOPES, "density_scope"),
         ):
             if getattr(self, name) not in table:
                 yield unknown_name(getattr(self, name), table, kind)
@@ -196,7 +214,26 @@ class MediatorSettings:
         limit = self.max_resident_experts
         if limit is not None and (not _is_count(limit) or limit < 1):
             yield f"max_resident_experts must be a whole number, 1 or more, or None for all, got {limit!r}."
+        yield from self._form_faults()
         yield from self._routed_layers_faults()
+
+    def _form_faults(self) -> Iterator[str]:
+        if self.budget is not None and not _is_budget(self.budget):
+            yield f"budget must be like '1.5x' (the backbone), '400MB' or a number of bytes, got {self.budget!r}."
+        if self.rank is not None and (not _is_count(self.rank) or self.rank < 1):
+            yield f"rank must be a whole number, 1 or more, or None, got {self.rank!r}."
+        is_low_rank = self.sparsifier in LOW_RANK
+        if is_low_rank != (self.values == "factors") and self.values in VALUES and self.sparsifier in SPARSIFIERS:
+            yield (
+                f"sparsifier {self.sparsifier!r} does not go with values {self.values!r}: 'svd' stores 'factors', and "
+                "nothing else does. Leave values out with 'svd'."
+            )
+        if self.rank is not None and not is_low_rank:
+            yield f"rank is for sparsifier='svd', not for {self.sparsifier!r}. Use density."
+        if self.rank is not None and (self.budget is not None or self.density_scope != "matrix"):
+            yield "rank fixes the size of every delta: leave out budget and density_scope, or leave out rank."
+        if self.for_quantization is not None and is_low_rank:
+            yield "for_quantization needs positions: rounding errors have no low rank. Use another sparsifier."
 
     def _routed_layers_faults(self) -> Iterator[str]:
         choice = self.routed_layers
@@ -263,3 +300,9 @@ def _is_share(value: object) -> bool:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_budget(value: object) -> bool:
+    if isinstance(value, str):
+        return _BUDGET.fullmatch(value.strip().lower()) is not None
+    return _is_count(value) and value != 0

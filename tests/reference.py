@@ -38,6 +38,11 @@ def thin_out(delta: Tensor, density: float, values: str, sign_scale: str = "proj
     mask = torch.zeros(delta.numel())
     mask[order] = 1
     mask = mask.reshape(delta.shape) * (delta != 0)
+    if values != "sign":
+        # Numbers: what is kept shall point along the delta as far as the delta does.
+        kept_square = float((delta * mask).double().square().sum())
+        if sign_scale == "projection" and kept_square:
+            delta = delta * (float(delta.double().square().sum()) / kept_square)
     if values == "float":
         return delta * mask
     if values in ("int8", "nf4"):

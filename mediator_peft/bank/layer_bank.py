@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..errors import AdapterError
 from ..settings import CORRECTION
 from .kernels import GroupedProduct, PackedDelta, as_array, has_compiled
-from .packing import compress, decompress
-from .sparse_delta import SparseDelta
-from .values import VALUES
+from .packing import compress_mask, decompress_mask
+from .sparse_delta import SparseDelta, full_mask
+from .values import VALUES, parts_fault
 
 if TYPE_CHECKING:
     from .kernels_triton import DeviceDeltas
@@ -78,6 +78,8 @@ class LayerBank(nn.Module):
         mask = parts.pop(_MASK)
         if mask is None:
             return None
+        if not VALUES[self.coding].has_positions:
+            mask = full_mask(self.shape, mask.device)
         bias = parts.pop(_BIAS, None)
         return SparseDelta(self.shape, self.coding, mask, {k: v for k, v in parts.items() if v is not None}, bias)
 
@@ -172,7 +174,9 @@ class LayerBank(nn.Module):
     def put(self, name: str, delta: SparseDelta) -> None:
         """Set one expert's delta."""
         bias = {} if delta.bias is None else {_BIAS: delta.bias}
-        for part, tensor in {_MASK: delta.mask, **delta.parts, **bias}.items():
+        # Every delta has a mask in the bank, an empty one where its coding has no positions.
+        mask = delta.mask if VALUES[self.coding].has_positions else delta.mask.new_empty(0)
+        for part, tensor in {_MASK: mask, **delta.parts, **bias}.items():
             self._put_part(f"{name}{_SEPARATOR}{part}", tensor)
 
     def let_go(self, name: str) -> None:
@@ -230,7 +234,9 @@ class LayerBank(nn.Module):
 
 def to_disk(key: str, tensor: Tensor) -> Tensor:
     """The form in which a buffer of a bank is written: 1-D, bitmaps entropy-coded."""
-    return compress(tensor) if key.endswith(_SEPARATOR + _MASK) else tensor.detach().flatten()
+    if key.endswith(_SEPARATOR + _MASK):
+        return compress_mask(tensor) if tensor.numel() else tensor
+    return tensor.detach().flatten()
 
 
 def from_disk(key: str, stored: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -242,8 +248,7 @@ def from_disk(key: str, stored: Tensor, shape: tuple[int, int]) -> Tensor:
     if stored.ndim != 1:
         raise AdapterError(f"tensor {key!r} of the adapter file has {stored.ndim} dimensions, 1 was expected.")
     if key.endswith(_SEPARATOR + _MASK):
-        row_bytes = (shape[1] + 7) // 8
-        return decompress(stored, shape[0] * row_bytes, key).reshape(shape[0], row_bytes)
+        return decompress_mask(stored, (shape[0], (shape[1] + 7) // 8), key) if len(stored) else stored
     if key.endswith((_SEPARATOR + "scales", _SEPARATOR + _BIAS)) and len(stored) != shape[0]:
         raise AdapterError(f"tensor {key!r} of the adapter file has {len(stored)} entries, {shape[0]} were expected.")
     return stored
@@ -251,7 +256,7 @@ def from_disk(key: str, stored: Tensor, shape: tuple[int, int]) -> Tensor:
 
 def num_bytes_in_memory(key: str, stored: Tensor, shape: tuple[int, int]) -> int:
     """Bytes of what :func:`from_disk` will give."""
-    return shape[0] * ((shape[1] + 7) // 8) if key.endswith(_SEPARATOR + _MASK) else stored.nbytes
+    return shape[0] * ((shape[1] + 7) // 8) if key.endswith(_SEPARATOR + _MASK) and len(stored) else stored.nbytes
 
 
 def check_parts(bank: LayerBank, layer: str, sizes: Mapping[str, int]) -> None:
@@ -269,9 +274,8 @@ def check_parts(bank: LayerBank, layer: str, sizes: Mapping[str, int]) -> None:
         delta = bank.get(name)
         if delta is None:
             continue
-        for part, expected in VALUES[bank.coding].part_sizes(num_kept).items():
-            if len(delta.parts[part]) != expected:
-                raise AdapterError(
-                    f"layer {layer!r}, expert {name!r}: {len(delta.parts[part])} {part} for {expected} expected. The "
-                    "adapter file is damaged; copy or build it again."
-                )
+        fault = parts_fault(bank.coding, delta.parts, bank.shape, num_kept)
+        if fault is not None:
+            raise AdapterError(
+                f"layer {layer!r}, expert {name!r}: {fault}. The adapter file is damaged; copy or build it again."
+            )

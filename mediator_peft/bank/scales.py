@@ -1,4 +1,7 @@
-"""How large the signs of a thinned delta are: one scale a row, from a few sums over the row."""
+"""How large the kept entries of a thinned delta are made, from a few sums over its rows.
+
+Signs get one scale a row (``SIGN_SCALES``), numbers a factor (``NUMBER_SCALES``); both tables have the same keys.
+"""
 
 from __future__ import annotations
 
@@ -59,3 +62,33 @@ SIGN_SCALES: dict[str, Callable[[RowSums], Vector]] = {
     "norm": norm_scales,
     "mean": mean_scales,
 }
+
+
+def projection_factors(square: Vector, kept_square: Vector) -> Vector:
+    r"""One factor a matrix, so that the projection on the whole delta is the delta.
+
+    .. math:: c = \|\Delta\|^2 / \|\text{kept}\|^2
+
+    It makes up for what thinning takes away, as in :func:`projection_scales`. Where nothing but zeros was dropped it is
+    exactly 1.
+    """
+    total, kept = float(square.sum()), float(kept_square.sum())
+    return np.full_like(square, total / kept if kept > 0 else 1.0)
+
+
+def norm_factors(square: Vector, kept_square: Vector) -> Vector:
+    """Each row keeps its Euclidean norm."""
+    return np.sqrt(square / np.where(kept_square > 0, kept_square, 1.0))
+
+
+def unit_factors(square: Vector, kept_square: Vector) -> Vector:
+    """Numbers as the sparsifier left them: nearest to the delta in the sense of least squares."""
+    return np.ones_like(square)
+
+
+NUMBER_SCALES: dict[str, Callable[[Vector, Vector], Vector]] = {
+    "projection": projection_factors,
+    "norm": norm_factors,
+    "mean": unit_factors,
+}
+"""Sums of squares of each row, (O,) whole and (O,) kept → factor of each row (O,)."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .packing import pack_bits, unpack_bits
-from .values import EXACT, VALUES, Parts, Precision
+from .values import EXACT, VALUES, Parts, Precision, factor_matrices, store_factors
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class SparseDelta:
     """A key of ``VALUES``."""
 
     mask: Tensor
-    """(O, ceil(I / 8)) uint8, a one where an entry is kept."""
+    """(O, ceil(I / 8)) uint8, a one where an entry is kept; all ones where the coding has no positions."""
 
     parts: Parts
     """What the coding stores."""
@@ -40,11 +41,23 @@ class SparseDelta:
             delta: (O, I) float32, before thinning, in main memory.
             kept: (O, I) bool, where entries are kept.
             coding: a key of ``VALUES``.
-            precision: how finely the coding stores; by default, values in float32.
+            precision: how finely the coding stores; by default, values as they are, in float32.
             bias: (O,) float32 or None.
         """
         parts = VALUES[coding].encode(delta, kept, precision)
         return cls((delta.shape[0], delta.shape[1]), coding, pack_bits(kept), parts, bias)
+
+    @classmethod
+    def from_factors(cls, left: Tensor, right: Tensor, bias: Tensor | None = None) -> SparseDelta:
+        """A delta of low rank.
+
+        Args:
+            left: (O, r), any floating dtype; it is kept.
+            right: (r, I), likewise.
+            bias: (O,) float32 or None.
+        """
+        shape = (left.shape[0], right.shape[1])
+        return cls(shape, "factors", full_mask(shape, left.device), store_factors(left, right), bias)
 
     @property
     def kept(self) -> Tensor:
@@ -54,7 +67,9 @@ class SparseDelta:
     @property
     def num_bytes(self) -> int:
         """Bytes of everything stored, in memory."""
-        tensors = [self.mask, *self.parts.values()] + ([] if self.bias is None else [self.bias])
+        tensors = [*self.parts.values()] + ([] if self.bias is None else [self.bias])
+        if VALUES[self.coding].has_positions:
+            tensors.append(self.mask)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def to(self, device: torch.device) -> SparseDelta:
@@ -69,3 +84,16 @@ class SparseDelta:
         matrix = torch.zeros(self.shape, device=self.mask.device)
         matrix[kept] = VALUES[self.coding].decode(self.parts, kept)
         return matrix
+
+    def product(self, x: Tensor) -> Tensor:
+        """``dense() @ x`` for each vector of ``x``, by the factors where it is of low rank: (..., I) → (..., O)."""
+        if self.coding != "factors":
+            return F.linear(x, self.dense())
+        left, right = factor_matrices(self.parts, self.shape)
+        return F.linear(F.linear(x, right), left)
+
+
+def full_mask(shape: tuple[int, int], device: torch.device) -> Tensor:
+    """The mask of a matrix (O, I) of which every entry is given: (O, ceil(I / 8)) uint8."""
+    row = pack_bits(torch.ones(1, shape[1], dtype=torch.bool, device=device))
+    return row.repeat(shape[0], 1)

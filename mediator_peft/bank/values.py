@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import MissingPackageError
 from .packing import pack_bits, unpack_bits
-from .scales import SIGN_SCALES, RowSums
+from .scales import NUMBER_SCALES, SIGN_SCALES, RowSums
 
 Parts = dict[str, Tensor]
 
@@ -22,10 +22,14 @@ class Precision(NamedTuple):
     """Of values that are stored as numbers; None keeps float32."""
 
     sign_scale: str = "projection"
-    """A key of ``SIGN_SCALES``."""
+    """A key of ``SIGN_SCALES``, and of ``NUMBER_SCALES``."""
+
+    gain: float = 1.0
+    """What the sparsifier multiplies kept numbers by: 1 / density where they were drawn."""
 
 
-EXACT = Precision()
+EXACT = Precision(sign_scale="mean")
+"""Numbers as they are."""
 
 
 class ValueCoding(NamedTuple):
@@ -43,6 +47,9 @@ class ValueCoding(NamedTuple):
 
     in_kernels: bool = True
     """Whether the compiled loops read it; otherwise deltas are unpacked before they are applied."""
+
+    has_positions: bool = True
+    """Whether a mask goes with it; otherwise it gives every entry."""
 
 
 def encode_signs(delta: Tensor, kept: Tensor, precision: Precision) -> Parts:
@@ -74,13 +81,24 @@ def decode_signs(parts: Parts, kept: Tensor) -> Tensor:
     return torch.where(negative, -magnitude, magnitude)
 
 
+def _scaled(delta: Tensor, kept: Tensor, precision: Precision) -> Tensor:
+    """The kept entries (num_kept,) float32, as large as ``NUMBER_SCALES`` wants them."""
+    if precision.sign_scale == "mean":
+        return delta[kept] * precision.gain
+    squares = delta.double().square()
+    factors = NUMBER_SCALES[precision.sign_scale](
+        squares.sum(dim=1).numpy(), torch.where(kept, squares, 0).sum(dim=1).numpy()
+    )
+    return delta[kept] * torch.repeat_interleave(torch.from_numpy(factors).float(), kept.sum(dim=1))
+
+
 def encode_floats(delta: Tensor, kept: Tensor, precision: Precision) -> Parts:
-    """The entries themselves, rounded once.
+    """The entries themselves, scaled (see ``NUMBER_SCALES``) and rounded once.
 
     Returns:
         ``values`` (num_kept,), row by row.
     """
-    return {"values": delta[kept].to(precision.dtype or torch.float32)}
+    return {"values": _scaled(delta, kept, precision).to(precision.dtype or torch.float32)}
 
 
 def decode_floats(parts: Parts, kept: Tensor) -> Tensor:
@@ -115,7 +133,9 @@ def encode_int8(delta: Tensor, kept: Tensor, precision: Precision) -> Parts:
     Returns:
         ``codes`` (num_kept,) uint8, row by row; ``absmax`` (ceil(num_kept / 64),) float32, a scale a block.
     """
-    return _encode_blocks(delta[kept], lambda values: _bitsandbytes().quantize_blockwise(values, blocksize=_BLOCK))
+    return _encode_blocks(
+        _scaled(delta, kept, precision), lambda values: _bitsandbytes().quantize_blockwise(values, blocksize=_BLOCK)
+    )
 
 
 def decode_int8(parts: Parts, kept: Tensor) -> Tensor:
@@ -134,7 +154,8 @@ def encode_nf4(delta: Tensor, kept: Tensor, precision: Precision) -> Parts:
         ``codes`` (ceil(num_kept / 2),) uint8, row by row; ``absmax`` (ceil(num_kept / 64),) float32, a scale a block.
     """
     return _encode_blocks(
-        delta[kept], lambda values: _bitsandbytes().quantize_4bit(values, blocksize=_BLOCK, quant_type="nf4")
+        _scaled(delta, kept, precision),
+        lambda values: _bitsandbytes().quantize_4bit(values, blocksize=_BLOCK, quant_type="nf4"),
     )
 
 
@@ -154,6 +175,56 @@ def decode_nf4(parts: Parts, kept: Tensor) -> Tensor:
     return functional.dequantize_4bit(parts["codes"][:, None], state).flatten().float()
 
 
+def encode_factors(delta: Tensor, kept: Tensor, precision: Precision) -> Parts:
+    """A matrix as the product of two thin ones, by all singular values that float32 tells from 0.
+
+    Low-rank sparsifiers give factors at once (``SparseDelta.from_factors``); this is the way from any matrix.
+
+    Returns:
+        ``left`` (O * r,), ``right`` (r * I,), each row by row; r is 1 or more.
+    """
+    left, sizes, right = torch.linalg.svd(torch.where(kept, delta, 0), full_matrices=False)
+    limit = float(sizes[0]) * max(delta.shape) * torch.finfo(torch.float32).eps
+    rank = max(1, int((sizes > limit).sum()))
+    root = sizes[:rank].sqrt()
+    dtype = precision.dtype or torch.float32
+    return store_factors((left[:, :rank] * root).to(dtype), (root[:, None] * right[:rank]).to(dtype))
+
+
+def store_factors(left: Tensor, right: Tensor) -> Parts:
+    """Factors (O, r) and (r, I) as parts."""
+    return {"left": left.flatten(), "right": right.flatten()}
+
+
+def factor_matrices(parts: Parts, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The reverse of :func:`store_factors`, in float32: (O, r) and (r, I)."""
+    return parts["left"].float().reshape(shape[0], -1), parts["right"].float().reshape(-1, shape[1])
+
+
+def decode_factors(parts: Parts, kept: Tensor) -> Tensor:
+    """The product's entries."""
+    left, right = factor_matrices(parts, (kept.shape[0], kept.shape[1]))
+    return (left @ right)[kept]
+
+
+def _factors_fault(parts: Parts, shape: tuple[int, int]) -> str | None:
+    left, right = len(parts["left"]), len(parts["right"])
+    rank = left // shape[0]
+    if rank and (left, right) == (rank * shape[0], rank * shape[1]):
+        return None
+    return f"factors of {left} and {right} numbers for a matrix {shape[0]} x {shape[1]}"
+
+
+def parts_fault(coding: str, parts: Parts, shape: tuple[int, int], num_kept: int) -> str | None:
+    """What of a delta's parts does not fit its shape and mask; None where all fits."""
+    if not VALUES[coding].has_positions:
+        return _factors_fault(parts, shape)
+    for part, expected in VALUES[coding].part_sizes(num_kept).items():
+        if len(parts[part]) != expected:
+            return f"{len(parts[part])} {part} for {expected} expected"
+    return None
+
+
 VALUES: dict[str, ValueCoding] = {
     "sign": ValueCoding(encode_signs, decode_signs, ("signs", "scales"), lambda count: {"signs": -(-count // 8)}),
     "float": ValueCoding(encode_floats, decode_floats, ("values",), lambda count: {"values": count}),
@@ -170,5 +241,8 @@ VALUES: dict[str, ValueCoding] = {
         ("codes", "absmax"),
         lambda count: {"codes": -(-count // 2), "absmax": -(-count // _BLOCK)},
         in_kernels=False,
+    ),
+    "factors": ValueCoding(
+        encode_factors, decode_factors, ("left", "right"), lambda count: {}, in_kernels=False, has_positions=False
     ),
 }

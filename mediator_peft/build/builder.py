@@ -21,6 +21,7 @@ from ..methods.conflict import CONFLICT_SCORES
 from ..progress import Progress, no_progress
 from ..settings import MediatorSettings
 from ..structure import select_layers
+from .budget import shared_out
 from .checkpoints import Checkpoint, MeanCheckpoint
 from .compatibility import Job
 from .pieces import Finished, finished
@@ -50,6 +51,19 @@ class Merge:
     plan: Sequence[BlockPlan] | None
     sampled: frozenset[str]
     """Tensors whose values go into the fingerprint."""
+
+    routed: list[int] | None = None
+    """Blocks that were chosen beforehand; None where they are chosen by the scores of the pass."""
+
+    density: float | None = None
+    """Share of all routed entries that is kept, where densities were shared out."""
+
+    samples: dict[str, dict[str, NDArray[np.float32]]] = field(default_factory=dict)
+    """Tensor → column → some magnitudes of its delta, ascending, where they were looked at."""
+
+    def task(self, name: str) -> Task:
+        """The task of one tensor."""
+        return next(task for task in self.tasks if task.name == name)
 
 
 def plan_merge(job: Job, config: MediatorSettings, plan: Sequence[BlockPlan] | None = None) -> Merge:
@@ -108,7 +122,8 @@ def merge_in_memory(
         filled in; the report.
     """
     started = time.perf_counter()
-    merge = plan_merge(job, config)
+    with single_thread():
+        merge = shared_out(plan_merge(job, config))
     backbone = {name: torch.empty(job.base.tensors[name].shape, dtype=job.dtype) for name in job.names}
 
     def write(name: str, start: int, rows: Tensor) -> None:
@@ -154,6 +169,8 @@ def conclude(merge: Merge, done: Sequence[Finished]) -> tuple[MediatorSettings, 
     conflict = _conflict(merge, done)
     if merge.plan is not None:
         routed = [block.block for block in merge.plan if block.routed]
+    elif merge.routed is not None:
+        routed = merge.routed
     else:
         routed = choose_blocks(conflict[config.conflict_score], config.routed_layers, config.conflict_threshold)
     chosen = set(routed)
@@ -172,6 +189,8 @@ def conclude(merge: Merge, done: Sequence[Finished]) -> tuple[MediatorSettings, 
         backbone_fingerprint={name: samples[name] for name in sorted(samples)},
         provenance=_provenance(job),
     )
+    if merge.density is not None:
+        settings["density"] = merge.density
     return type(config)(**settings), _report(merge, conflict, routed, [info for _, info in in_bank])
 
 
@@ -215,6 +234,10 @@ def _report(
         notes.append(f"{num_averaged} blocks are not routed: every prompt gets the backbone there")
     if merge.plan is not None:
         notes.append("which blocks are routed, and at which density, was read from a plan")
+    if merge.density is not None:
+        where = "under one threshold" if config.density_scope == "model" else "the same share of every matrix"
+        fitted = "" if config.budget is None else f", fitted to a budget of {config.budget}"
+        notes.append(f"{merge.density:.4f} of all routed entries are kept, {where}{fitted}, by samples of the matrices")
     columns = list(in_bank[0].errors) if in_bank else []
     return BuildReport(
         output=None,

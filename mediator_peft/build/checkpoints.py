@@ -60,6 +60,14 @@ class Checkpoint(ABC):
         shape = self.tensors[name].shape
         return self.read_rows(name, 0, shape[0] if shape else 1).reshape(shape).clone()
 
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """What this model adds to a tensor of its base, where that is known as a product; None elsewhere.
+
+        Returns:
+            (rows, r) and (r, columns), float32, in the layout in which the tensor is stored.
+        """
+        return None
+
     @property
     def files(self) -> list[Path]:
         """The files of weights that it is read from; none for a model in memory."""

@@ -189,6 +189,9 @@ class LoraCheckpoint(Checkpoint):
         assert self._base is not None, "a LoRA must be bound to its base before it is read"
         return self._base
 
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        return None if name in self._replaced else self._factors.get(name)
+
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         replaced = self._replaced.get(name)
         rows = self._bound().read_rows(name, start, stop) if replaced is None else replaced[start:stop]

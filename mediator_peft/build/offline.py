@@ -17,6 +17,7 @@ from ..bank.fingerprint import sample
 from ..errors import ConfigError
 from ..progress import bar_progress, no_progress
 from ..settings import FALLBACK_EXPERT, FORMAT_VERSION, MediatorSettings
+from .budget import shared_out
 from .builder import Merge, checkpoints_by_name, conclude, label_checkpoints, plan_merge, require_experts, single_thread
 from .card import model_card
 from .checkpoints import Checkpoint, FolderCheckpoint, MeanCheckpoint, open_checkpoints
@@ -90,7 +91,9 @@ def build_mediator(
     check_free(target)
     limit = parse_bytes(max_memory)
     job = open_job(None if base is None else str(base), config, allow_pickle)
-    merge = plan_merge(job, config, None if plan is None else read_plan(Path(plan), job.structure.num_blocks))
+    decided = None if plan is None else read_plan(Path(plan), job.structure.num_blocks)
+    with single_thread():
+        merge = shared_out(plan_merge(job, config, decided))
     workers = workers_within(merge, workers, limit)
     check_space(target, predicted_bytes(merge))
     ranks = Ranks()

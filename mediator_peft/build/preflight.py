@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, MediatorError
-from ..methods.conflict import CONFLICT_SCORES
-from ..methods.conflict.statistics import task_vector_statistics
 from ..settings import MediatorSettings
+from .budget import block_densities, estimated_scores, sampled, shared_out
 from .builder import Merge, plan_merge, require_experts, single_thread
 from .checkpoints import Checkpoint, FolderCheckpoint, open_checkpoint
 from .compatibility import Job, examine_job
@@ -22,7 +21,6 @@ from .offline import mean_base, with_experts
 from .plan import PLAN_VERSION, choose_blocks, read_plan
 from .prediction import adapter_bytes, backbone_bytes, side_bytes
 from .side_files import compare_side_files
-from .tiles import TensorTiles, Workspace
 from .writing import free_space, partial_name
 
 # Nanoseconds an entry on one core of 2.6 GHz: read, hashed and merged; measured for conflict; made a delta.
@@ -42,6 +40,9 @@ class BuildPlan:
 
     blocks: list[dict[str, Any]] = field(default_factory=list)
     """One entry a block: ``block``, ``routed``, ``density``, ``score`` (estimated from a sample), ``bytes``."""
+
+    density: float = 0.0
+    """Share of all routed entries that is kept: the configuration's, or the one that a budget leaves room for."""
 
     bytes: dict[str, int] = field(default_factory=dict)
     """Predicted bytes on disk: ``backbone``, ``adapter``, ``other`` and their ``total``."""
@@ -110,7 +111,9 @@ def plan_mediator(
         decided = None if plan is None else read_plan(Path(plan), job.structure.num_blocks)
         merge = plan_merge(job, config, decided)
         with single_thread():
-            scores = _estimated_scores(merge)
+            scores = estimated_scores(merge)
+            merge = shared_out(merge, scores)
+            merge = merge if merge.samples else sampled(merge)
     except MediatorError as fault:
         found.problems.append(str(fault))
         return found
@@ -147,35 +150,17 @@ def _open(base: str | None, config: MediatorSettings, allow_pickle: bool, found:
     return job if not faults and len(experts) == len(config.experts) else None
 
 
-def _estimated_scores(merge: Merge) -> list[float]:
-    """The conflict score of each block, from some rows of each matrix."""
-    job, config = merge.job, merge.config
-    checkpoints = [job.base, *(job.experts[name] for name in sorted(job.experts))]
-    score = CONFLICT_SCORES[config.conflict_score]
-    space = Workspace()
-    totals: dict[int, Any] = {}
-    for task in merge.tasks:
-        if not task.measure:
-            continue
-        # Merged by a method that needs no more than the sample; the score does not look at the merge.
-        tiles = TensorTiles(task.name, checkpoints, job.dtype, "average", space, task.is_transposed)
-        size = prod(tiles.shape)
-        sample = tiles.sample()
-        weight = size / max(1, sample.rounded.numel())
-        counts = score.counts(task_vector_statistics(sample.task_vectors, config.conflict_density)) * weight
-        block = merge.blocks[task.name.removesuffix(".weight")]
-        totals[block] = totals[block] + counts if block in totals else counts
-    return [score.score(totals[block]) for block in range(job.structure.num_blocks)]
-
-
 def _decide(merge: Merge, scores: list[float], found: BuildPlan) -> None:
     config = merge.config
     if merge.plan is not None:
         routed = {block.block for block in merge.plan if block.routed}
         densities = {block.block: block.density for block in merge.plan}
     else:
-        routed = set(choose_blocks(scores, config.routed_layers, config.conflict_threshold))
+        known = merge.routed
+        routed = set(choose_blocks(scores, config.routed_layers, config.conflict_threshold) if known is None else known)
         densities = dict.fromkeys(range(len(scores)), config.density)
+    if merge.density is not None:
+        densities |= block_densities(merge)
     for block, score in enumerate(scores):
         entry = {"block": block, "routed": block in routed, "density": densities[block], "score": round(score, 4)}
         found.blocks.append({**entry, "bytes": adapter_bytes(merge, frozenset({block}) & routed)})
@@ -185,6 +170,7 @@ def _decide(merge: Merge, scores: list[float], found: BuildPlan) -> None:
         "other": side_bytes(merge),
     }
     found.bytes = {**sizes, "total": sum(sizes.values())}
+    found.density = config.density if merge.density is None else merge.density
 
 
 def _resources(merge: Merge, found: BuildPlan, limit: int | None, target: Path | None) -> None:

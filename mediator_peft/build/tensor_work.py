@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
-from zlib import crc32
 
 import numpy as np
 import torch
@@ -18,12 +17,12 @@ from ..errors import CheckpointError
 from ..methods.conflict import CONFLICT_SCORES
 from ..methods.conflict.statistics import Statistics
 from ..methods.rounding import ROUNDINGS
-from ..methods.sparsifying import SPARSIFIERS
 from ..methods.sparsifying.magnitude import largest_mask
 from ..methods.sparsifying.selection import TINY, Bracket, row_squares, smallest_kept_of_tiles
 from ..settings import CORRECTION, FALLBACK_EXPERT, MediatorSettings
 from .checkpoints import Checkpoint
 from .signed import WIDE_SLACK, Errors, SignedSelection, errors_of
+from .thinning import own_factors, pack_delta
 from .tiles import TensorTiles, Tile, Workspace
 
 WriteRows = Callable[[str, int, Tensor], None]
@@ -43,6 +42,16 @@ class Task(NamedTuple):
     is_transposed: bool
     bias: str | None
     """The bias of the same layer, merged with it."""
+
+    densities: dict[str, float] | None = None
+    """Column → share of its delta that is kept, where columns differ; None where all have ``density``."""
+
+    def density_of(self, column: str) -> float:
+        """Share of one column's delta that is kept."""
+        if self.densities is not None:
+            return self.densities[column]
+        assert self.density is not None
+        return self.density
 
 
 @dataclass
@@ -138,12 +147,12 @@ class TensorWork:
         """One column's delta by any sparsifier and coding, as a whole matrix: slow and clear."""
         number = self.weight_number(column)
         delta = torch.cat([tile.weights[number] - tile.rounded for tile in tiles])
-        seed = crc32(f"{self.config.seed}/{task.name}/{column}".encode())
-        generator = torch.Generator().manual_seed(seed)
-        assert task.density is not None
-        kept = SPARSIFIERS[self.config.sparsifier](delta, task.density, generator) != 0
-        precision = precision_of(self.config, task.density, self.dtype)
-        packed = SparseDelta.from_dense(delta, kept, self.config.values, precision, bias)
+        factors = own_factors(self.config, self.checkpoints[number], task.name, task.is_transposed)
+        if factors is not None:
+            packed = SparseDelta.from_factors(*factors, bias)
+        else:
+            density = task.density_of(column)
+            packed = pack_delta(self.config, f"{task.name}/{column}", delta, density, self.dtype, bias)
         return packed, errors_of(delta, packed)
 
     def _correction(self, tiles: TensorTiles, task: Task) -> SparseDelta:
@@ -205,8 +214,8 @@ class _OnePass:
             ]
         if self.task.density is not None:
             self.deltas = [
-                SignedSelection(self.tiles.shape, self.task.density, sample.weights[number] - sample.rounded)
-                for number in self._numbers
+                SignedSelection(self.tiles.shape, self.task.density_of(column), sample.weights[number] - sample.rounded)
+                for column, number in zip(self.work.columns, self._numbers, strict=False)
             ]
 
     def run(self) -> None:
@@ -291,11 +300,6 @@ def _parts_of(expert: int, number: int | None) -> Parts:
 def is_one_pass(config: MediatorSettings) -> bool:
     """Whether the deltas can be made in the pass over the tiles; otherwise each is made as a whole matrix."""
     return config.sparsifier == "magnitude" and config.values == "sign"
-
-
-def precision_of(config: MediatorSettings, density: float, dtype: torch.dtype) -> Precision:
-    """How finely deltas are stored: numbers in float32 at density 1, so that nothing is lost there."""
-    return Precision(None if density == 1.0 else dtype, config.sign_scale)
 
 
 def deltas_stored(config: MediatorSettings) -> list[str]:

@@ -32,13 +32,25 @@ def build(
     density: Annotated[float, _setting("density", "Share of a delta's entries that is kept, in (0, 1].")] = (
         _DEFAULTS["density"]
     ),
+    density_scope: Annotated[
+        str, _setting("density_scope", "Where density holds: in each matrix, or in the model (one threshold).")
+    ] = _DEFAULTS["density_scope"],
+    budget: Annotated[
+        str | None, _setting("budget", "Fit density to the bytes of backbone and adapter: 1.5x the backbone, or 400MB.")
+    ] = None,
     values: Annotated[str, _setting("values", "How kept entries are stored: sign, float, int8 or nf4.")] = _DEFAULTS[
         "values"
     ],
-    sign_scale: Annotated[str, _setting("sign_scale", "How large signs are: projection, norm or mean.")] = (
+    sign_scale: Annotated[str, _setting("sign_scale", "How large kept entries are made: projection, norm or mean.")] = (
         _DEFAULTS["sign_scale"]
     ),
-    sparsifier: Annotated[str, _setting("sparsifier", "Which entries are kept.")] = _DEFAULTS["sparsifier"],
+    sparsifier: Annotated[str, _setting("sparsifier", "What is kept: magnitude, random (DARE) or svd.")] = _DEFAULTS[
+        "sparsifier"
+    ],
+    rank: Annotated[
+        int | None,
+        _setting("rank", "With svd: rank of every delta; without it, as many bytes as signs at the density."),
+    ] = None,
     routed_layers: Annotated[
         str, _setting("routed_layers", "auto, all, a share of blocks such as 0.5, or block numbers such as 0,1,2.")
     ] = _DEFAULTS["routed_layers"],
@@ -100,6 +112,9 @@ def build(
     config = MediatorSettings(
         merge_method=merge_method,
         density=density,
+        density_scope=density_scope,
+        budget=budget,
+        rank=rank,
         values=values,
         sign_scale=sign_scale,
         sparsifier=sparsifier,

@@ -20,7 +20,14 @@ def plan(
     output: Annotated[Path | None, typer.Option(help="Where the build would write; its disk is looked at.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the plan here, to be edited and given to build.")] = None,
     density: Annotated[float, typer.Option(help="Share of a delta's entries that is kept, in (0, 1].")] = 0.2,
-    values: Annotated[str, typer.Option(help="How kept entries are stored: sign or float.")] = "sign",
+    density_scope: Annotated[
+        str, typer.Option(help="Where density holds: in each matrix, or in the model (one threshold).")
+    ] = "matrix",
+    budget: Annotated[
+        str | None, typer.Option(help="Fit density to the bytes of backbone and adapter: 1.5x the backbone, or 400MB.")
+    ] = None,
+    values: Annotated[str, typer.Option(help="How kept entries are stored: sign, float, int8 or nf4.")] = "sign",
+    sparsifier: Annotated[str, typer.Option(help="What is kept: magnitude, random or svd.")] = "magnitude",
     merge_method: Annotated[
         str, typer.Option(help="How experts become the backbone, e.g. average, base, ties.")
     ] = "average",
@@ -41,7 +48,13 @@ def plan(
 
     quiet_transformers()
     config = MediatorSettings(
-        density=density, values=values, merge_method=merge_method, routed_layers=parse_routed_layers(routed_layers)
+        density=density,
+        density_scope=density_scope,
+        budget=budget,
+        values=values,
+        sparsifier=sparsifier,
+        merge_method=merge_method,
+        routed_layers=parse_routed_layers(routed_layers),
     )
     found = plan_mediator(base, parse_pairs(expert, "--expert"), output, config, max_memory=max_memory)
     if save is not None and found.is_ok:
@@ -72,6 +85,7 @@ def _print_plan(found: Any) -> None:
     routed = [block for block in found.blocks if block["routed"]]
     table = Table(show_header=False, box=None)
     table.add_row("blocks with experts", f"{len(routed)} of {len(found.blocks)}")
+    table.add_row("density", f"{found.density:.4f}")
     for part, size in found.bytes.items():
         table.add_row(f"bytes, {part}", f"{size / 1e6:,.1f} MB")
     table.add_row("time", f"about {found.seconds:.0f} s")

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
-from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -17,10 +16,9 @@ from ..bank.packing import count_bits
 from ..bank.sparse_delta import SparseDelta
 from ..build.checkpoints import Checkpoint, ModelCheckpoint, open_checkpoints
 from ..build.compatibility import check_job, coarsest
-from ..build.tensor_work import precision_of
+from ..build.thinning import own_factors, pack_delta
 from ..config import FALLBACK_EXPERT, MediatorConfig, expert_name_faults
 from ..errors import CheckpointError, ConfigError, RoutingError, UnsupportedError
-from ..methods.sparsifying import SPARSIFIERS
 from ..routing.data import Columns, hash_folds
 from ..routing.routers import Router
 from ..settings import CORRECTION
@@ -157,15 +155,22 @@ def _delta(
     bias = None
     if base.bias is not None:
         bias = _read(checkpoint, f"{layer_name}.bias", dtype) - base.bias.data.float().cpu()
-    generator = torch.Generator().manual_seed(crc32(f"{config.seed}/{layer_name}.weight/{name}".encode()))
-    density = _density(layer, config)
-    kept = SPARSIFIERS[config.sparsifier](delta, density, generator) != 0
-    packed = SparseDelta.from_dense(delta, kept, config.values, precision_of(config, density, dtype), bias)
+    tensor = f"{layer_name}.weight"
+    factors = own_factors(config, checkpoint, tensor, isinstance(base, Conv1D))
+    if factors is not None:
+        packed = SparseDelta.from_factors(*factors, bias)
+    else:
+        packed = pack_delta(config, f"{tensor}/{name}", delta, _density(layer, config), dtype, bias)
     return packed.to(base.weight.device)
 
 
 def _density(layer: MediatorLayer, config: MediatorConfig) -> float:
-    """The density that the layer's other experts have: a plan may give each block its own."""
+    """The density that the layer's other experts have: a plan may give each block its own.
+
+    Where entries are drawn or singular values are kept, it cannot be counted, and the configuration's is taken.
+    """
+    if config.sparsifier != "magnitude":
+        return config.density
     bank: LayerBank = next(iter(layer.mediator_bank.values()))  # type: ignore[assignment]
     for other in bank.names:
         delta = bank.get(other)

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from mediator_peft.bank.scales import SIGN_SCALES, RowSums
+from mediator_peft.bank.layer_bank import LayerBank, check_parts, from_disk, to_disk
+from mediator_peft.bank.scales import NUMBER_SCALES, SIGN_SCALES, RowSums
 from mediator_peft.bank.sparse_delta import SparseDelta
 from mediator_peft.bank.values import Precision
 from mediator_peft.build.signed import SignedSelection
 from mediator_peft.build.tiles import Workspace
+from mediator_peft.errors import AdapterError
 from mediator_peft.methods.sparsifying.magnitude import largest_mask
 from tests.reference import thin_out
 
@@ -82,3 +84,72 @@ def test_quantised_values_are_near_and_as_small_as_told(coding, bits, error, den
     assert packed.parts["absmax"].nbytes == 4 * -(-count // 64)
     nothing = SparseDelta.from_dense(delta, torch.zeros_like(kept), coding)
     assert not nothing.dense().any()
+
+
+@pytest.mark.parametrize(("coding", "tolerance"), [("float", 1e-6), ("int8", 0.02), ("nf4", 0.15)])
+@pytest.mark.parametrize("density", [0.05, 0.3, 1.0])
+def test_numbers_too_give_back_the_delta_along_itself(coding, tolerance, density):
+    if coding != "float":
+        pytest.importorskip("bitsandbytes")
+    delta = deltas((33, 64))["uneven"]
+    kept = largest_mask(delta, density)
+    packed = SparseDelta.from_dense(delta, kept, coding, Precision(sign_scale="projection")).dense()
+    assert float((packed * delta).sum()) == pytest.approx(float((delta * delta).sum()), rel=tolerance)
+    torch.testing.assert_close(packed != 0, kept & (packed != 0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sign_scale", sorted(NUMBER_SCALES))
+def test_numbers_at_density_one_are_kept_to_the_bit(sign_scale):
+    for delta in deltas((40, 17)).values():
+        packed = SparseDelta.from_dense(delta, delta != 0, "float", Precision(sign_scale=sign_scale))
+        assert torch.equal(packed.dense(), delta)
+
+
+def test_rows_of_numbers_keep_their_norm():
+    delta = deltas((33, 64))["uneven"]
+    kept = largest_mask(delta, 0.3)
+    packed = SparseDelta.from_dense(delta, kept, "float", Precision(sign_scale="norm")).dense()
+    some = kept.any(dim=1)
+    torch.testing.assert_close(packed[some].norm(dim=1), delta[some].norm(dim=1))
+    assert not packed[~some].any()
+
+
+def test_numbers_as_they_are_take_the_sparsifiers_gain():
+    delta = deltas((7, 5))["noise"]
+    kept = delta > 0
+    packed = SparseDelta.from_dense(delta, kept, "float", Precision(sign_scale="mean", gain=4.0)).dense()
+    torch.testing.assert_close(packed, torch.where(kept, delta * 4, 0))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_factors_stand_for_their_product(shape):
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(shape[0], 2, generator=generator), torch.randn(2, shape[1], generator=generator)
+    delta = SparseDelta.from_factors(left, right, torch.ones(shape[0]))
+    torch.testing.assert_close(delta.dense(), left @ right)
+    assert delta.kept.all()
+    assert delta.kept.shape == shape
+    x = torch.randn(3, 4, shape[1], generator=generator)
+    torch.testing.assert_close(delta.product(x), x @ (left @ right).T, rtol=1e-5, atol=1e-5)
+    assert delta.num_bytes == 4 * (2 * sum(shape) + shape[0])
+    again = SparseDelta.from_dense(left @ right, torch.ones(shape, dtype=torch.bool), "factors")
+    torch.testing.assert_close(again.dense(), left @ right, rtol=1e-5, atol=1e-5)
+    assert len(again.parts["left"]) <= 2 * shape[0]
+
+
+def test_a_bank_keeps_factors_without_a_mask():
+    left, right = torch.ones(6, 2), torch.arange(20.0).reshape(2, 10)
+    bank = LayerBank((6, 10), "factors", False)
+    bank.put("e", SparseDelta.from_factors(left.bfloat16(), right.bfloat16()))
+    assert bank.num_bytes == 2 * 2 * 16
+    assert bank.names == ["e"]
+    torch.testing.assert_close(bank.get("e").dense(), left @ right)
+    stored = {key: to_disk(key, buffer) for key, buffer in bank.state_dict().items()}
+    again = LayerBank((6, 10), "factors", False)
+    for key, tensor in stored.items():
+        again._put_part(key, from_disk(key, tensor, again.shape))
+    check_parts(again, "layer", {"e": 60})
+    torch.testing.assert_close(again.get("e").dense(), left @ right)
+    again._put_part("e:left", torch.ones(13))
+    with pytest.raises(AdapterError, match="factors of 13 and 20"):
+        check_parts(again, "layer", {"e": 60})

@@ -10,7 +10,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mediator_peft import MediatorConfig, build_mediator, get_mediator_model, load_mediator, verify_mediator
+from mediator_peft import (
+    MediatorConfig,
+    build_mediator,
+    get_mediator_model,
+    load_mediator,
+    plan_mediator,
+    verify_mediator,
+)
 from mediator_peft.build.checkpoints import open_checkpoint
 from mediator_peft.errors import CheckpointError, MediatorError
 from tests.tiny import write_tiny_checkpoints
@@ -93,6 +100,38 @@ def test_full_and_lora_experts_mix(tmp_path):
     offline, _ = load_mediator(tmp_path / "out")
     ids = torch.arange(5, 25).reshape(2, 10)
     torch.testing.assert_close(model(ids, expert_weights="lora").logits, offline(ids, expert_weights="lora").logits)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_a_low_rank_expert_keeps_its_own_factors(arch, tmp_path):
+    base = write_tiny_checkpoints(tmp_path, ("base",), arch=arch)["base"]
+    target = ["c_attn"] if arch == "gpt2" else ["q_proj", "down_proj"]
+    # A scale that is no power of two, and another rank than the density's.
+    kind = {"target_modules": target, "r": 3, "lora_alpha": 5}
+    experts = {"lora": str(write_lora(base, tmp_path / "lora", **kind))}
+    config = MediatorConfig(sparsifier="svd", merge_method="base", routed_layers="all")
+    plan = plan_mediator(base, experts, config=config)
+    build_mediator(base, experts, tmp_path / "out", config)
+    weights = (tmp_path / "out" / "mediator" / "adapter_model.safetensors").stat().st_size
+    assert plan.bytes["adapter"] == pytest.approx(weights, rel=0.05)
+    model, _ = load_mediator(tmp_path / "out", dtype=torch.float32)
+    expected = merged(base, tmp_path / "lora")
+    for name, layer in model.base_model.routed_layers().items():
+        delta = layer.mediator_bank["default"].get("lora")
+        change = expected[f"{name}.weight"] - load_file(base / "model.safetensors")[f"{name}.weight"]
+        torch.testing.assert_close(delta.dense().T if arch == "gpt2" else delta.dense(), change, rtol=1e-4, atol=1e-6)
+        is_targeted = any(name.endswith(part) for part in target)
+        assert len(delta.parts["left"]) == (3 if is_targeted else 1) * delta.shape[0]
+    ids = torch.arange(5, 25).reshape(2, 10)
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    plain.load_state_dict(expected)
+    torch.testing.assert_close(model(ids, expert_weights="lora").logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+    model.base_model.add_expert("again", experts["lora"])
+    for layer in model.base_model.routed_layers().values():
+        bank = layer.mediator_bank["default"]
+        for part in ("left", "right"):
+            assert len(bank.get("again").parts[part]) == len(bank.get("lora").parts[part])
+        torch.testing.assert_close(bank.get("again").dense(), bank.get("lora").dense(), rtol=1e-5, atol=1e-7)
 
 
 REFUSED = {

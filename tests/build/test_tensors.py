@@ -7,6 +7,7 @@ import torch
 
 from mediator_peft import MediatorConfig
 from mediator_peft.bank.sparse_delta import SparseDelta
+from mediator_peft.bank.values import Precision
 from mediator_peft.build import signed, tensor_work, tiles
 from mediator_peft.build.builder import merge_in_memory
 from mediator_peft.build.checkpoints import ModelCheckpoint
@@ -51,7 +52,7 @@ def test_backbone_is_the_mean_and_deltas_are_the_formula(arch, dtype):
             whole = weight - backbone[f"{layer}.weight"].float()
             whole = whole.T if arch == "gpt2" else whole
             kept = largest_mask(whole.contiguous(), 0.3)
-            expected = SparseDelta.from_dense(whole, kept, "sign")
+            expected = SparseDelta.from_dense(whole, kept, "sign", Precision())
             torch.testing.assert_close(delta.mask, expected.mask, rtol=0, atol=0)
             torch.testing.assert_close(delta.parts["signs"], expected.parts["signs"], rtol=0, atol=0)
             torch.testing.assert_close(delta.parts["scales"], expected.parts["scales"], rtol=1e-5, atol=1e-9)
@@ -119,14 +120,55 @@ def test_an_expert_equal_to_the_base_gets_the_base_back():
         torch.testing.assert_close(columns["same"].dense(), columns["base"].dense(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("settings", [{"values": "float", "density": 1.0}, {"values": "float", "density": 0.3}])
+@pytest.mark.parametrize("settings", [{"density": 1.0}, {"density": 0.3, "sign_scale": "mean"}])
 def test_float_values_are_the_entries(settings):
     job = job_of(num_experts=2)
-    _, bank, backbone, _, _ = run(job, routed_layers="all", **settings)
+    _, bank, backbone, _, _ = run(job, routed_layers="all", values="float", **settings)
     for layer, columns in bank.deltas.items():
         whole = job.experts["e1"].read(f"{layer}.weight") - backbone[f"{layer}.weight"]
         kept = largest_mask(whole, settings["density"])
         torch.testing.assert_close(columns["e1"].dense(), torch.where(kept, whole, 0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_rank_deltas_are_as_near_as_can_be(arch, dtype):
+    job = job_of(arch, 2, dtype)
+    _, bank, backbone, built, _ = run(job, routed_layers="all", sparsifier="svd", rank=3)
+    assert built.values == "factors"
+    for layer, columns in bank.deltas.items():
+        whole = job.experts["e1"].read(f"{layer}.weight").float() - backbone[f"{layer}.weight"].float()
+        whole = whole.T if arch == "gpt2" else whole
+        best = float(torch.linalg.svdvals(whole)[3:].norm())
+        assert float((whole - columns["e1"].dense()).norm()) <= 1.01 * best
+        assert columns["e1"].parts["left"].dtype == torch.bfloat16
+        assert columns["e1"].num_bytes == 2 * 3 * sum(whole.shape) + (arch == "gpt2") * 4 * whole.shape[0]
+
+
+def test_all_singular_values_are_the_delta():
+    job = job_of(num_experts=2)
+    _, bank, backbone, _, _ = run(job, routed_layers="all", sparsifier="svd", density=1.0)
+    for layer, columns in bank.deltas.items():
+        whole = job.experts["e1"].read(f"{layer}.weight") - backbone[f"{layer}.weight"]
+        torch.testing.assert_close(columns["e1"].dense(), whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sparsifier", ["random", "svd"])
+def test_what_is_drawn_hangs_on_seed_tensor_and_expert_alone(sparsifier):
+    job = job_of(num_experts=2)
+    experts = {name: job.experts[name] for name in sorted(job.experts, reverse=True)}
+    turned = check_job(job.base, experts)
+    one, same, other = (
+        run(which, routed_layers="all", sparsifier=sparsifier, density=0.02, seed=seed)[1].deltas
+        for which, seed in ((job, 0), (turned, 0), (job, 1))
+    )
+    for layer, columns in one.items():
+        for column, delta in columns.items():
+            torch.testing.assert_close(delta.dense(), same[layer][column].dense(), rtol=0, atol=0)
+    if sparsifier == "random":
+        assert any(not torch.equal(d.mask, other[layer][c].mask) for layer, cs in one.items() for c, d in cs.items())
+        masks = [delta.mask for columns in one.values() for delta in columns.values() if delta.shape == (32, 32)]
+        assert len({bytes(mask.flatten().tolist()) for mask in masks}) == len(masks)
 
 
 def test_a_miss_of_the_sample_changes_nothing(monkeypatch):

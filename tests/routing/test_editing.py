@@ -16,7 +16,16 @@ def state(model):
     return {key: value.clone() for key, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("settings", [{}, {"values": "float"}, {"density": 1.0, "values": "float"}])
+SETTINGS = [
+    {},
+    {"values": "float"},
+    {"density": 1.0, "values": "float"},
+    {"sparsifier": "random", "values": "float"},
+    {"sparsifier": "svd", "rank": 8},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_an_expert_added_later_is_the_one_built_in(build, checkpoints, settings):
     # With the base as backbone nothing else depends on who is there.
     later = build(merge_method="base", **settings)

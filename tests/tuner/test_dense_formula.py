@@ -70,6 +70,38 @@ def test_quantised_values_too_in_every_way_and_after_a_round_trip(tmp_path, valu
                 torch.testing.assert_close(each(input_ids=prompts).logits, expected[-1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen2"])
+@torch.no_grad()
+def test_low_rank_deltas_too_in_every_way_and_after_a_round_trip(tmp_path, arch):
+    _, model = built(tmp_path, arch, sparsifier="svd", rank=5)
+    prompts = random_prompts(len(MIXES))
+    expected = []
+    for row, mix in enumerate(MIXES):
+        dense = load(tmp_path / "out")
+        for name, layer in model.base_model.routed_layers().items():
+            base = dense.get_submodule(name)
+            for column, weight in mix.items():
+                delta = layer.mediator_bank["default"].get(column)
+                base.weight += weight * (delta.dense().T if arch == "gpt2" else delta.dense())
+                if delta.bias is not None:
+                    base.bias += weight * delta.bias
+        expected.append(dense(input_ids=prompts[row : row + 1]).logits[0])
+    with model.disable_adapter():
+        assert (model(input_ids=prompts).logits[0] - expected[0]).abs().max() > 1e-2
+    model.save_pretrained(tmp_path / "saved")
+    again, _ = load_mediator(tmp_path / "saved", dtype=torch.float32)
+    few, _ = load_mediator(tmp_path / "out", dtype=torch.float32, max_resident_experts=1)
+    for each in (model, again, few):
+        for execution in ("fold", "sparse", "densify", None):
+            each.set_execution(execution)
+            logits = each(input_ids=prompts, expert_weights=MIXES).logits
+            with each.use_experts(MIXES[1]):
+                uniform = each(input_ids=prompts[1:2]).logits[0]
+            torch.testing.assert_close(uniform, expected[1], rtol=1e-4, atol=1e-4)
+            for row in range(len(MIXES)):
+                torch.testing.assert_close(logits[row], expected[row], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @torch.no_grad()
 def test_zero_weights_give_the_backbone_bit_for_bit(tmp_path, arch):

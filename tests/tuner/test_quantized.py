@@ -177,6 +177,29 @@ def test_around_a_base_that_is_quantised_already(folders, kind):
         assert torch.equal(wrapped(input_ids=prompts).logits, loaded(input_ids=prompts).logits)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@torch.no_grad()
+def test_low_rank_deltas_stay_beside_the_codes(folders, tmp_path, kind):
+    experts = {name: folders[name] for name in ("math", "code")}
+    settings = MediatorConfig(sparsifier="svd", rank=12)
+    build_mediator(folders["base"], experts, tmp_path / "low", settings)
+    model, prompts = quantized(tmp_path / "low", kind), random_prompts(1)
+    plain = load(tmp_path / "low")
+    state = plain.state_dict()
+    for name, layer in model.base_model.routed_layers().items():
+        weight = f"{name}.weight"
+        state[weight] = numbers_of(state[weight], kind) + layer.mediator_bank["default"].get("math").dense()
+    plain.load_state_dict(state)
+    expected = plain(input_ids=prompts).logits
+    tolerance = 0.15 if kind == "int8" else 2e-3
+    with model.disable_adapter():
+        assert (model(input_ids=prompts).logits - expected).abs().max() > 2 * tolerance
+    for execution in (None, "sparse", "densify"):
+        model.set_execution(execution)
+        found = model(input_ids=prompts, expert_weights="math").logits
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize(("kind", "values"), [("nf4", "sign"), ("nf4", "float"), ("fp4", "sign"), ("int8", "sign")])
 @pytest.mark.parametrize("execution", ["sparse", "densify"])
 @torch.no_grad()

@@ -8,10 +8,20 @@ import torch
 from torch import Tensor
 
 from .magnitude import keep_largest
+from .random import drop_and_rescale
+from .svd import keep_singular
 
 Sparsifier = Callable[[Tensor, float, "torch.Generator | None"], Tensor]
 """Delta (*shape), density, generator → thinned delta (*shape); a dropped entry is 0."""
 
 SPARSIFIERS: dict[str, Sparsifier] = {
     "magnitude": keep_largest,
+    "random": drop_and_rescale,
+    "svd": keep_singular,
 }
+
+RESCALING = frozenset({"random"})
+"""Sparsifiers that divide what they keep by the density."""
+
+LOW_RANK = frozenset({"svd"})
+"""Sparsifiers that keep singular values in place of entries; their deltas are stored as factors."""
