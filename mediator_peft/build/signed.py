@@ -55,7 +55,7 @@ class SignedSelection:
         self.num_kept = round(density * shape[0] * shape[1])
         self.settled: Settled
         self._density = density
-        self._sample = np.sort(sample.abs().numpy(), axis=None)
+        self._sample = sample.abs().numpy().reshape(-1)
         self.restart(self.bracket(SLACK))
 
     def bracket(self, slack: float) -> Bracket:

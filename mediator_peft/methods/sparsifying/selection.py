@@ -31,22 +31,24 @@ class Bracket(NamedTuple):
     high: float
 
 
-def bracket_from_sample(ordered: Floats, density: float, slack: float) -> Bracket:
+def bracket_from_sample(magnitudes: Floats, density: float, slack: float) -> Bracket:
     """Guess a bracket from some magnitudes of the matrix.
 
     Args:
-        ordered: (s,) magnitudes, ascending.
+        magnitudes: (s,) some of the matrix.
         density: share that is to be kept.
         slack: share of the sample by which its quantile may be off; a miss costs another pass and nothing else.
     """
     if density >= 1:
         return Bracket(TINY, TINY)
-    if not ordered.size:
+    if not magnitudes.size:
         return Bracket(TINY, float("inf"))
-    last = ordered.size - 1
-    rank, width = (1 - density) * ordered.size, max(2.0, slack * ordered.size)
-    low = float(ordered[min(last, max(0, int(rank - width)))]) if rank > width else TINY
-    high = float(ordered[min(last, int(rank + width))]) if rank + width <= last else float("inf")
+    last = magnitudes.size - 1
+    rank, width = (1 - density) * magnitudes.size, max(2.0, slack * magnitudes.size)
+    below, beyond = min(last, max(0, int(rank - width))), min(last, int(rank + width))
+    ordered = np.partition(magnitudes, sorted({below, beyond}))
+    low = float(ordered[below]) if rank > width else TINY
+    high = float(ordered[beyond]) if rank + width <= last else float("inf")
     return Bracket(max(low, TINY), max(high, TINY))
 
 
