@@ -14,6 +14,7 @@ from ..errors import ConfigError, MediatorError
 from ..methods.conflict import CONFLICT_SCORES
 from ..methods.conflict.statistics import task_vector_statistics
 from ..settings import MediatorSettings
+from ..structure import OUTSIDE
 from .builder import Merge, plan_merge, require_experts, single_thread
 from .checkpoints import Checkpoint, FolderCheckpoint, open_checkpoint
 from .compatibility import Job, examine_job
@@ -181,7 +182,8 @@ def _decide(merge: Merge, scores: list[float], found: BuildPlan) -> None:
         found.blocks.append({**entry, "bytes": adapter_bytes(merge, frozenset({block}) & routed)})
     sizes = {
         "backbone": backbone_bytes(merge),
-        "adapter": adapter_bytes(merge, frozenset(routed)),
+        # What is targeted outside of the blocks is taken for routed.
+        "adapter": adapter_bytes(merge, frozenset(routed | {OUTSIDE})),
         "other": side_bytes(merge),
     }
     found.bytes = {**sizes, "total": sum(sizes.values())}
