@@ -86,6 +86,7 @@ def fit_and_save(
     Returns:
         The calibration report as plain data.
     """
+    from ..build.ranks import Ranks
     from ..evaluation.prompts import render
     from ..evaluation.routing_report import write_routing_report
 
@@ -94,9 +95,13 @@ def fit_and_save(
     # A template writes the special tokens itself; they must not come twice.
     has_own = any(not prompt.add_special_tokens for some in rendered.values() for prompt in some)
     encode = partial(tokenizer, add_special_tokens=not has_own)
-    report = model.fit_router(texts, encode, batch_size=batch_size, show_progress=True)
-    save_router(model, adapter)
-    write_routing_report(adapter / "report", report, model.router.evidence)
+    report = model.fit_router(texts, encode, batch_size=batch_size, show_progress=True, over_ranks=True)
+
+    def save() -> None:
+        save_router(model, adapter)
+        write_routing_report(adapter / "report", report, model.router.evidence)
+
+    Ranks().first(save)
     return dict(report._asdict())
 
 
