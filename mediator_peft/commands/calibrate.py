@@ -115,7 +115,6 @@ def save_router(model: Any, adapter: Path) -> None:
         settings["base_model_name_or_path"] = read_raw_config(adapter).get("base_model_name_or_path")
         (fresh / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
         for name in (WEIGHTS_FILE, CONFIG_FILE):
-            # The library that writes the weights lets nobody else read them.
             shutil.copymode(adapter / name, fresh / name)
             os.replace(fresh / name, adapter / name)
     finally:
