@@ -2,9 +2,9 @@
 
     python tests/benchmarks/kill_build.py --base BASE --expert A --expert B --kills 20
 
-Each kill is a SIGKILL to the whole build, at a moment drawn from the time a build takes. Whatever was finished stays for
-the next run. A run that is done before its kill must have the bytes of the undisturbed build, and the next one begins
-anew; while a build is unfinished, nothing may stand under the final name.
+Each kill is a SIGKILL to the whole build, at a moment drawn from the time a build takes. Whatever was finished stays
+for the next run. A run that is done before its kill must have the bytes of the undisturbed build, and the next one
+begins anew; while a build is unfinished, nothing may stand under the final name.
 """
 
 from __future__ import annotations
