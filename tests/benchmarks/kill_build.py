@@ -79,8 +79,10 @@ def main() -> None:
             if code:
                 raise SystemExit(f"a resumed build failed with exit code {code}, after {num_kills} kills")
             if out.exists():
-                if digests(out) != expected:
-                    raise SystemExit(f"after {num_kills} kills the bytes differ")
+                found = digests(out)
+                if found != expected:
+                    names = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+                    raise SystemExit(f"after {num_kills} kills these differ: {', '.join(names)}")
                 num_whole += 1
                 shutil.rmtree(out)
             print(f"  kills {num_kills}, whole outputs {num_whole}", flush=True)
