@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .checkpoints import INDEX_FILE, SINGLE_FILE
-from .headers import DTYPES, Stored, lay_out, read_into, write_from
+from .headers import DTYPES, Stored, lay_out, write_from
 
 SHARD_BYTES = 1 << 30
 
