@@ -117,9 +117,8 @@ class LayerBank(nn.Module):
 
     def put(self, name: str, delta: SparseDelta) -> None:
         """Set one expert's delta."""
-        bias = {} if delta.bias is None else {_BIAS: delta.bias}
-        for part, tensor in {_MASK: delta.mask, **delta.parts, **bias}.items():
-            self._put_part(f"{name}{_SEPARATOR}{part}", tensor)
+        for key, tensor in delta_buffers(name, delta).items():
+            self._put_part(key, tensor)
 
     def _put_part(self, key: str, tensor: Tensor) -> None:
         self._forget()
@@ -161,6 +160,12 @@ class LayerBank(nn.Module):
             if buffer is not None:
                 self._buffers[key] = fn(buffer) if buffer.device.type == "meta" else move(buffer)
         return self
+
+
+def delta_buffers(name: str, delta: SparseDelta) -> dict[str, Tensor]:
+    """One expert's delta as a bank's buffers: key → tensor."""
+    bias = {} if delta.bias is None else {_BIAS: delta.bias}
+    return {f"{name}{_SEPARATOR}{part}": tensor for part, tensor in {_MASK: delta.mask, **delta.parts, **bias}.items()}
 
 
 def to_disk(key: str, tensor: Tensor) -> Tensor:

@@ -174,9 +174,10 @@ class FolderCheckpoint(Checkpoint):
             self._buffer = np.empty(size, np.uint8)
         buffer = self._buffer[:size]
         view, place = buffer.data, 0
+        descriptor = self._open(path) if size else -1
         for start, stop in groups if size else ():
             end = place + row_bytes * (stop - start)
-            read_into(self._open(path), view[place:end], stored.offset + start * row_bytes)
+            read_into(descriptor, view[place:end], stored.offset + start * row_bytes)
             place = end
         return torch.from_numpy(buffer).view(DTYPES[stored.dtype]).reshape(num_rows, *stored.shape[1:])
 

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 
 from ..bank.adapter_file import bank_key
-from ..bank.layer_bank import LayerBank, to_disk
+from ..bank.layer_bank import delta_buffers, to_disk
 from .headers import DTYPES, Stored, lay_out, read_header, read_into
 from .signed import Errors
 from .tensor_work import TensorResult
@@ -78,17 +77,19 @@ class PieceStore:
 
     def put(self, number: int, layer: str, result: TensorResult, info: Finished) -> None:
         """Keep one tensor's result."""
-        tensors = {}
-        if result.deltas:
-            first = next(iter(result.deltas.values()))
-            bank = LayerBank(first.shape, first.coding, first.bias is not None)
-            for column, delta in result.deltas.items():
-                bank.put(column, delta)
-            for buffer, tensor in bank.state_dict().items():
-                tensors[bank_key(layer, buffer)] = to_disk(buffer, tensor).contiguous()
+        tensors = {
+            bank_key(layer, buffer): to_disk(buffer, tensor).contiguous()
+            for column, delta in result.deltas.items()
+            for buffer, tensor in delta_buffers(column, delta).items()
+        }
+        shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        head, places = lay_out(shapes, {_META: info.to_json()})
         target = self.path(number)
         partial = target.with_suffix(f".{os.getpid()}")
-        save_file(tensors, partial, metadata={_META: info.to_json()})
+        with open(partial, "wb") as file:
+            file.write(head)
+            for name in sorted(tensors, key=lambda name: places[name].offset):
+                file.write(tensors[name].view(torch.uint8).numpy().data)
         os.replace(partial, target)
         self._known[number] = info
 
