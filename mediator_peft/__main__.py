@@ -1,4 +1,4 @@
-"""``python -m mediator_peft``: the command line; under torchrun, ``build`` shares its work out over the ranks."""
+"""``python -m mediator_peft``: the command line; under torchrun, ranks share tensors and prompts out."""
 
 from __future__ import annotations
 

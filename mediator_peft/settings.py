@@ -63,8 +63,9 @@ class MediatorSettings:
     the most conflict), or a list of block numbers. The others use the backbone alone."""
 
     target_modules: list[str] | str | None = None
-    """Names, or last parts of names, of the linear layers that get deltas, e.g. ``["q_proj", "mlp.down_proj"]``.
-    ``None`` takes every linear layer of a routed block."""
+    """Names, or last parts of names, of the matrices that get deltas, e.g. ``["q_proj", "mlp.down_proj"]``. ``None``
+    and ``"all-linear"`` take every linear layer of a routed block. Embeddings and ``lm_head`` get deltas when named
+    (``["all-linear", "embed_tokens"]``); tied ones are one matrix, and either name stands for both."""
 
     sparsifier: str = "magnitude"
     """A key of ``SPARSIFIERS``: what of a delta is kept. ``"magnitude"`` keeps the largest entries, ``"random"`` some

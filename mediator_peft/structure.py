@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import NamedTuple
 
 from torch import nn
 
 from .errors import ConfigError, UnsupportedError
 
+ALL_LINEAR = "all-linear"
+"""Among ``target_modules``: every linear layer of the blocks."""
+
+OUTSIDE = -1
+"""Stands for the number of a block where a matrix is in none: embeddings and ``lm_head``."""
+
 
 class LinearLayer(NamedTuple):
-    """One linear layer of a block."""
+    """One linear layer of a block; or a matrix outside of the blocks, one row a token."""
 
     name: str
     """Full module name, e.g. ``model.layers.0.self_attn.q_proj``."""
 
     block: int
-    """Number of the block it stands in."""
+    """Number of the block it stands in, or ``OUTSIDE``."""
 
     is_transposed: bool
     """True for ``Conv1D`` (GPT-2), which keeps its weight as (inputs, outputs)."""
@@ -34,6 +40,11 @@ class Structure(NamedTuple):
 
     num_blocks: int
     layers: list[LinearLayer]
+    outer: tuple[LinearLayer, ...] = ()
+    """The token embedding and ``lm_head``; where they are tied, the embedding stands for both."""
+
+    tied_head: str | None = None
+    """Name of a ``lm_head`` whose weight is the embedding's."""
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -48,13 +59,14 @@ def is_transposed(module: nn.Module) -> bool:
     return home is not None and isinstance(module, home.Conv1D)
 
 
-def find_structure(model: nn.Module) -> Structure:
-    """The repeated blocks of a model, and every linear layer in them.
+def find_structure(model: nn.Module, tied: Container[str] = ()) -> Structure:
+    """The repeated blocks of a model, every linear layer in them, and the embedding and ``lm_head`` outside.
 
     The blocks are the module list of equal classes that holds the most parameters.
 
     Args:
         model: any language model of transformers; may lie on the meta device.
+        tied: names of tensors that only repeat another.
 
     Raises:
         UnsupportedError: there are no repeated blocks, or they hold weights with three dimensions (fused mixtures of
@@ -77,7 +89,23 @@ def find_structure(model: nn.Module) -> Structure:
         for name, module in module_list.named_modules()
         if is_linear(module)
     ]
-    return Structure(blocks, len(module_list), layers)
+    return Structure(blocks, len(module_list), layers, *_outer_layers(model, tied))
+
+
+def _outer_layers(model: nn.Module, tied: Container[str]) -> tuple[tuple[LinearLayer, ...], str | None]:
+    """The embedding and ``lm_head``, as far as the model has them; and the name of the latter where it is tied."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found, tied_head = [], None
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        module = getattr(model, getter, lambda: None)()
+        name = names.get(id(module))
+        if module is None or name is None or not (is_linear(module) or isinstance(module, nn.Embedding)):
+            continue
+        if f"{name}.weight" in tied:
+            tied_head = name
+        else:
+            found.append(LinearLayer(name, OUTSIDE, is_transposed(module), getattr(module, "bias", None) is not None))
+    return tuple(found), tied_head
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
@@ -106,21 +134,52 @@ def _blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def select_layers(structure: Structure, target_modules: Iterable[str] | str | None) -> list[LinearLayer]:
-    """The linear layers of the blocks whose name, or its last parts, is in ``target_modules``; all for ``None``.
+    """The matrices whose name, or its last parts, is in ``target_modules``.
+
+    ``None`` and ``"all-linear"`` stand for every linear layer of the blocks. The embedding and ``lm_head`` must be
+    named; where they are tied, either name stands for both.
 
     Raises:
-        ConfigError: a name matches no linear layer of the blocks.
+        ConfigError: a name matches nothing.
     """
-    if target_modules is None or target_modules == "all-linear":
+    if target_modules is None:
         return structure.layers
     wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    unmatched = [name for name in wanted if not any(_ends_with(layer.name, name) for layer in structure.layers)]
+    names = [*wanted]
+    if structure.tied_head is not None and any(_ends_with(structure.tied_head, name) for name in wanted):
+        names += [layer.name for layer in structure.outer]
+    unmatched = [name for name in wanted if not _matches_any(structure, name)]
     if unmatched or not wanted:
         kinds = sorted({layer.name.split(".", structure.blocks.count(".") + 2)[-1] for layer in structure.layers})
+        outer = [layer.name.rpartition(".")[2] for layer in structure.outer]
         raise ConfigError(
-            f"target_modules {unmatched} match no linear layer of the blocks {structure.blocks!r}; choose from {kinds}."
+            f"target_modules {unmatched} match no linear layer of the blocks {structure.blocks!r}; choose from "
+            f"{[*kinds, ALL_LINEAR]}, and outside of the blocks {outer}."
         )
-    return [layer for layer in structure.layers if any(_ends_with(layer.name, name) for name in wanted)]
+    return [
+        layer
+        for layer in (*structure.layers, *structure.outer)
+        if (ALL_LINEAR in wanted and layer.block != OUTSIDE) or any(_ends_with(layer.name, name) for name in names)
+    ]
+
+
+def targets_in_blocks(structure: Structure, target_modules: list[str] | str | None) -> list[str] | str | None:
+    """Targets without those that mean nothing but the embedding or ``lm_head``.
+
+    Where PEFT sees one of these among them, it saves the whole embedding beside our deltas.
+    """
+    wanted = [target_modules] if isinstance(target_modules, str) else target_modules
+    outer = [layer.name for layer in structure.outer] + ([structure.tied_head] if structure.tied_head else [])
+    if wanted is None or not any(_ends_with(name, target) for name in outer for target in wanted):
+        return target_modules
+    inner = [layer.name for layer in structure.layers]
+    return [target for target in wanted if target == ALL_LINEAR or any(_ends_with(name, target) for name in inner)]
+
+
+def _matches_any(structure: Structure, name: str) -> bool:
+    known = [layer.name for layer in (*structure.layers, *structure.outer)]
+    known += [] if structure.tied_head is None else [structure.tied_head]
+    return name == ALL_LINEAR or any(_ends_with(other, name) for other in known)
 
 
 def _ends_with(name: str, suffix: str) -> bool:

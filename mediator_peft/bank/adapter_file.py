@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +28,24 @@ _PEFT_FIELDS = {
 def bank_key(layer: str, buffer: str) -> str:
     """Name of one tensor of the bank in the file."""
     return f"{MODEL_PREFIX}{layer}.{BANK_ATTRIBUTE}.{buffer}"
+
+
+def give_usual_mode(folder: Path) -> None:
+    """Let the safetensors files of a folder be read by whom the umask says; the library behind them lets nobody."""
+    written = [path for path in folder.glob("*.safetensors") if not path.is_symlink()]
+    if not written:
+        return
+    # The umask cannot be asked for without changing it, for all threads; a new file shows it.
+    descriptor, name = None, folder / f".mode-{os.getpid()}"
+    try:
+        descriptor = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        mode = os.fstat(descriptor).st_mode & 0o777
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+            name.unlink()
+    for path in written:
+        path.chmod(mode)
 
 
 def write_config(folder: Path, config: MediatorSettings) -> None:

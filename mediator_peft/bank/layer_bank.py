@@ -173,11 +173,8 @@ class LayerBank(nn.Module):
 
     def put(self, name: str, delta: SparseDelta) -> None:
         """Set one expert's delta."""
-        bias = {} if delta.bias is None else {_BIAS: delta.bias}
-        # Every delta has a mask in the bank, an empty one where its coding has no positions.
-        mask = delta.mask if VALUES[self.coding].has_positions else delta.mask.new_empty(0)
-        for part, tensor in {_MASK: mask, **delta.parts, **bias}.items():
-            self._put_part(f"{name}{_SEPARATOR}{part}", tensor)
+        for key, tensor in delta_buffers(name, delta).items():
+            self._put_part(key, tensor)
 
     def let_go(self, name: str) -> None:
         """Drop the copy of an expert's delta that was brought to where it is used."""
@@ -230,6 +227,14 @@ class LayerBank(nn.Module):
             if buffer is not None:
                 self._buffers[key] = fn(buffer) if buffer.device.type == "meta" else move(buffer)
         return self
+
+
+def delta_buffers(name: str, delta: SparseDelta) -> dict[str, Tensor]:
+    """One expert's delta as a bank's buffers: key → tensor."""
+    bias = {} if delta.bias is None else {_BIAS: delta.bias}
+    # Every delta has a mask in the bank, an empty one where its coding has no positions.
+    mask = delta.mask if VALUES[delta.coding].has_positions else delta.mask.new_empty(0)
+    return {f"{name}{_SEPARATOR}{part}": tensor for part, tensor in {_MASK: mask, **delta.parts, **bias}.items()}
 
 
 def to_disk(key: str, tensor: Tensor) -> Tensor:

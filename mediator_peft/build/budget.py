@@ -19,6 +19,7 @@ from ..errors import ConfigError
 from ..methods.conflict import CONFLICT_SCORES
 from ..methods.conflict.statistics import task_vector_statistics
 from ..settings import FALLBACK_EXPERT
+from ..structure import OUTSIDE
 from .plan import choose_blocks
 from .prediction import adapter_bytes, backbone_bytes
 from .tensor_work import Task, deltas_needed
@@ -128,7 +129,8 @@ def _routed(merge: Merge, scores: Sequence[float] | None) -> list[int]:
 
 def _only_in(task: Task, merge: Merge, routed: set[int]) -> Task:
     """A task that makes deltas only where its block is routed."""
-    if task.density is None or merge.blocks[task.name.removesuffix(".weight")] in routed:
+    # What is targeted outside of the blocks is decided by its own score.
+    if task.density is None or merge.blocks[task.name.removesuffix(".weight")] in {*routed, OUTSIDE}:
         return task
     return task._replace(density=None)
 

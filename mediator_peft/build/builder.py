@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from ..methods.conflict import CONFLICT_SCORES
 from ..progress import Progress, no_progress
 from ..settings import MediatorSettings
-from ..structure import select_layers
+from ..structure import OUTSIDE, select_layers, targets_in_blocks
 from .budget import shared_out
 from .checkpoints import Checkpoint, MeanCheckpoint
 from .compatibility import Job
@@ -46,7 +46,7 @@ class Merge:
     config: MediatorSettings
     tasks: list[Task]
     blocks: dict[str, int]
-    """Layer name → block, for every linear layer of the blocks."""
+    """Layer name → block, for every linear layer of the blocks and what is targeted outside of them (``OUTSIDE``)."""
 
     plan: Sequence[BlockPlan] | None
     sampled: frozenset[str]
@@ -82,7 +82,7 @@ def plan_merge(job: Job, config: MediatorSettings, plan: Sequence[BlockPlan] | N
     if isinstance(config.routed_layers, (list, tuple)):
         check_block_numbers(config.routed_layers, job.structure.num_blocks)
     densities = _block_densities(config, job.structure.num_blocks, plan)
-    blocks = {layer.name: layer.block for layer in job.structure.layers}
+    blocks = {layer.name: layer.block for layer in (*job.structure.layers, *layers.values())}
     biases = {f"{name}.bias" for name, layer in layers.items() if layer.has_bias}
     tasks = []
     for name in sorted(job.names):
@@ -106,10 +106,13 @@ def _block_densities(
     config: MediatorSettings, num_blocks: int, plan: Sequence[BlockPlan] | None
 ) -> dict[int, float | None]:
     """Block → density of its deltas; None where it is certain to get none."""
+    outside: dict[int, float | None] = {OUTSIDE: config.density}
     if plan is not None:
-        return {block.block: block.density if block.routed else None for block in plan}
+        return outside | {block.block: block.density if block.routed else None for block in plan}
     certain = set(config.routed_layers) if isinstance(config.routed_layers, (list, tuple)) else None
-    return {block: config.density if certain is None or block in certain else None for block in range(num_blocks)}
+    return outside | {
+        block: config.density if certain is None or block in certain else None for block in range(num_blocks)
+    }
 
 
 def merge_in_memory(
@@ -173,18 +176,18 @@ def conclude(merge: Merge, done: Sequence[Finished]) -> tuple[MediatorSettings, 
         routed = merge.routed
     else:
         routed = choose_blocks(conflict[config.conflict_score], config.routed_layers, config.conflict_threshold)
-    chosen = set(routed)
     in_bank = [
         (task.name.removesuffix(".weight"), info)
         for task, info in zip(merge.tasks, done, strict=True)
-        if task.density is not None and merge.blocks[task.name.removesuffix(".weight")] in chosen
+        if task.density is not None and _is_routed(merge, task, info, routed)
     ]
     carried = {name for name, _ in in_bank}
     samples = {name: value for info in done for name, value in info.samples.items()}
     settings = {item.name: getattr(config, item.name) for item in fields(config)}
     settings.update(
         expert_names=list(config.experts),
-        routed_modules=[layer.name for layer in job.structure.layers if layer.name in carried],
+        target_modules=targets_in_blocks(job.structure, config.target_modules),
+        routed_modules=[layer.name for layer in (*job.structure.layers, *job.structure.outer) if layer.name in carried],
         num_blocks=num_blocks,
         backbone_fingerprint={name: samples[name] for name in sorted(samples)},
         provenance=_provenance(job),
@@ -192,6 +195,15 @@ def conclude(merge: Merge, done: Sequence[Finished]) -> tuple[MediatorSettings, 
     if merge.density is not None:
         settings["density"] = merge.density
     return type(config)(**settings), _report(merge, conflict, routed, [info for _, info in in_bank])
+
+
+def _is_routed(merge: Merge, task: Task, info: Finished, routed: Sequence[int]) -> bool:
+    """Whether a matrix with deltas keeps them: with its block; outside of the blocks, by its own conflict score."""
+    block, config = merge.blocks[task.name.removesuffix(".weight")], merge.config
+    if block != OUTSIDE:
+        return block in routed
+    score = CONFLICT_SCORES[config.conflict_score].score(info.counts[config.conflict_score])
+    return config.routed_layers != "auto" or score >= config.conflict_threshold
 
 
 def _conflict(merge: Merge, done: Sequence[Finished]) -> dict[str, list[float]]:

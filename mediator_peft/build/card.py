@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ..settings import MediatorSettings
 from .report import BuildReport
 
@@ -26,9 +28,8 @@ def model_card(config: MediatorSettings, report: BuildReport | None) -> str:
         "",
         f"{len(config.expert_names or experts)} fine-tuned models of one base, merged into a dense backbone "
         f"(`merge_method={config.merge_method}`) and sparse experts in "
-        f"{len({name.split('.')[2] for name in config.routed_modules or []}) if config.routed_modules else 0} of "
-        f"{config.num_blocks} blocks, mixed per prompt. The idea is that of *Mediator* (arXiv 2502.04411); formulas "
-        "and figures are those of `mediator_peft`.",
+        f"{_num_routed_blocks(config.routed_modules or ())} of {config.num_blocks} blocks, mixed per prompt. The idea "
+        "is that of *Mediator* (arXiv 2502.04411); formulas and figures are those of `mediator_peft`.",
         "",
         "```python",
         "from mediator_peft import load_mediator",
@@ -53,3 +54,8 @@ def model_card(config: MediatorSettings, report: BuildReport | None) -> str:
             ),
         ]
     return "\n".join([*lines, ""])
+
+
+def _num_routed_blocks(layers: Iterable[str]) -> int:
+    """Among names such as ``model.layers.3.mlp.up_proj``; what lies outside of the blocks has no number."""
+    return len({next((part for part in name.split(".") if part.isdigit()), None) for name in layers} - {None})

@@ -55,6 +55,10 @@ class Checkpoint(ABC):
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of one tensor, on the CPU, in its own dtype: (stop - start, *rest). Not to be kept."""
 
+    def read_groups(self, name: str, groups: Sequence[tuple[int, int]]) -> Tensor:
+        """Rows of one tensor from several places, (start, stop) each, one below the other. Not to be kept."""
+        return torch.cat([self.read_rows(name, start, stop).clone() for start, stop in groups])
+
     def read(self, name: str) -> Tensor:
         """One whole tensor, on the CPU, in its own dtype."""
         shape = self.tensors[name].shape
@@ -167,17 +171,23 @@ class FolderCheckpoint(Checkpoint):
         return sorted({path for path, _ in self._stored.values()})
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.read_groups(name, [(start, stop)])
+
+    def read_groups(self, name: str, groups: Sequence[tuple[int, int]]) -> Tensor:
         path, stored = self._stored[name]
-        dtype = DTYPES[stored.dtype]
-        shape = (stop - start, *stored.shape[1:])
+        num_rows = sum(stop - start for start, stop in groups)
         row_bytes = stored.num_bytes // max(1, stored.shape[0] if stored.shape else 1)
-        size = row_bytes * (stop - start)
+        size = row_bytes * num_rows
         if self._buffer.size < size:
             self._buffer = np.empty(size, np.uint8)
         buffer = self._buffer[:size]
-        if size:
-            read_into(self._open(path), buffer.data, stored.offset + start * row_bytes)
-        return torch.from_numpy(buffer).view(dtype).reshape(shape)
+        view, place = buffer.data, 0
+        descriptor = self._open(path) if size else -1
+        for start, stop in groups if size else ():
+            end = place + row_bytes * (stop - start)
+            read_into(descriptor, view[place:end], stored.offset + start * row_bytes)
+            place = end
+        return torch.from_numpy(buffer).view(DTYPES[stored.dtype]).reshape(num_rows, *stored.shape[1:])
 
     def _open(self, path: Path) -> int:
         if path not in self._descriptors:

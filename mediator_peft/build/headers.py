@@ -75,15 +75,18 @@ def _stored(name: str, entry: object, start: int, size: int) -> Stored:
     return Stored(dtype, shape, start + begin, end - begin)
 
 
-def lay_out(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, Stored]]:
+def lay_out(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, Stored]]:
     """The head of a file that will hold these tensors, and where each will lie; as ``safetensors`` itself would.
 
     Args:
         tensors: name → (dtype, shape)
+        metadata: of the file; by default that of a checkpoint.
     """
     named = {name: (_NAMES[dtype], shape) for name, (dtype, shape) in tensors.items()}
     ordered = sorted(named, key=lambda name: (_LAYOUT_ORDER.index(named[name][0]), name))
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"} if metadata is None else dict(metadata)}
     places: dict[str, tuple[int, int]] = {}
     end = 0
     for name in ordered:

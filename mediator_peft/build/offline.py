@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -179,7 +180,9 @@ class _Build:
         done = [self._info(number) for number in range(len(tasks))]
         built, report = conclude(self.merge, done)
         adapter = folder / SUBFOLDER
-        adapter.mkdir(exist_ok=True)
+        # What a killed run had written of it would be listed among the files.
+        shutil.rmtree(adapter, ignore_errors=True)
+        adapter.mkdir()
         numbers = {f"{task.name}": number for number, task in enumerate(tasks)}
         routed = [numbers[f"{name}.weight"] for name in built.routed_modules or []]
         self.pieces.join(routed, adapter / WEIGHTS_FILE)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError
-from ..structure import LinearLayer, Structure, find_structure
+from ..structure import OUTSIDE, LinearLayer, Structure, find_structure
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -108,7 +108,9 @@ def known_outline(settings: Mapping[str, Any]) -> Outline:
     names |= {f"{layer.name}.weight" for layer in layers} | {f"{layer.name}.bias" for layer in layers if layer.has_bias}
     names |= {f"model.layers.{block}.{norm}.weight" for block in range(num_blocks) for norm in norms}
     tied = frozenset({"lm_head.weight"}) if settings.get("tie_word_embeddings", False) else frozenset[str]()
-    return Outline(decoder.class_name, Structure("model.layers", num_blocks, layers), frozenset(names), tied)
+    outer = tuple(LinearLayer(name, OUTSIDE, False, False) for name in ("model.embed_tokens", "lm_head"))
+    structure = Structure("model.layers", num_blocks, layers, *((outer[:1], "lm_head") if tied else (outer, None)))
+    return Outline(decoder.class_name, structure, frozenset(names), tied)
 
 
 def outline_of_model(model: nn.Module, config: PretrainedConfig) -> Outline:
@@ -117,10 +119,9 @@ def outline_of_model(model: nn.Module, config: PretrainedConfig) -> Outline:
     Raises:
         UnsupportedError: it is of a kind that is not supported.
     """
-    tied = (
-        set(getattr(model, "_tied_weights_keys", None) or ()) if getattr(config, "tie_word_embeddings", False) else ()
-    )
-    return Outline(type(model).__name__, find_structure(model), frozenset(model.state_dict()), frozenset(tied))
+    is_tied = getattr(config, "tie_word_embeddings", False)
+    tied = frozenset(getattr(model, "_tied_weights_keys", None) or ()) if is_tied else frozenset[str]()
+    return Outline(type(model).__name__, find_structure(model, tied), frozenset(model.state_dict()), tied)
 
 
 def skeleton(config: PretrainedConfig) -> nn.Module:

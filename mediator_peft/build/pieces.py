@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -13,10 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 
 from ..bank.adapter_file import bank_key
-from ..bank.layer_bank import LayerBank, to_disk
+from ..bank.layer_bank import delta_buffers, to_disk
 from .headers import DTYPES, Stored, lay_out, read_header, read_into
 from .signed import Errors
 from .tensor_work import TensorResult
@@ -71,6 +69,7 @@ class PieceStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._known: dict[int, Finished] = {}
 
     def path(self, number: int) -> Path:
         """File of one tensor."""
@@ -78,45 +77,45 @@ class PieceStore:
 
     def put(self, number: int, layer: str, result: TensorResult, info: Finished) -> None:
         """Keep one tensor's result."""
-        tensors = {}
-        if result.deltas:
-            first = next(iter(result.deltas.values()))
-            bank = LayerBank(first.shape, first.coding, first.bias is not None)
-            for column, delta in result.deltas.items():
-                bank.put(column, delta)
-            for buffer, tensor in bank.state_dict().items():
-                tensors[bank_key(layer, buffer)] = to_disk(buffer, tensor).contiguous()
+        tensors = {
+            bank_key(layer, buffer): to_disk(buffer, tensor).contiguous()
+            for column, delta in result.deltas.items()
+            for buffer, tensor in delta_buffers(column, delta).items()
+        }
+        shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        head, places = lay_out(shapes, {_META: info.to_json()})
         target = self.path(number)
         partial = target.with_suffix(f".{os.getpid()}")
-        save_file(tensors, partial, metadata={_META: info.to_json()})
+        with open(partial, "wb") as file:
+            file.write(head)
+            for name in sorted(tensors, key=lambda name: places[name].offset):
+                file.write(tensors[name].view(torch.uint8).numpy().data)
         os.replace(partial, target)
+        self._known[number] = info
 
     def get(self, number: int) -> Finished | None:
         """The small part of one tensor's result; None where it is not finished or its file is damaged."""
+        if number in self._known:
+            return self._known[number]
         try:
             _, metadata = read_header(self.path(number))
             return Finished.from_json(metadata[_META])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def join(self, numbers: Iterable[int], target: Path) -> str:
-        """Write the deltas of these tensors into one safetensors file, as the library itself would lay it out.
-
-        Returns:
-            The file's sha256.
-        """
+    def join(self, numbers: Iterable[int], target: Path) -> None:
+        """Write the deltas of these tensors into one safetensors file, as the library itself would lay it out."""
         sources: dict[str, tuple[Path, Stored]] = {}
         for number in numbers:
             header, _ = read_header(self.path(number))
             sources.update({name: (self.path(number), stored) for name, stored in header.items()})
-        return _join(sources, target)
+        _join(sources, target)
 
 
-def _join(sources: Mapping[str, tuple[Path, Stored]], target: Path) -> str:
+def _join(sources: Mapping[str, tuple[Path, Stored]], target: Path) -> None:
     shapes = {name: (_DTYPES[stored.dtype], stored.shape) for name, (_, stored) in sources.items()}
     # Nothing routed and no router yet: PEFT wants a file all the same.
     head, places = lay_out(shapes or {"empty": (torch.float32, (0,))})
-    checksum = hashlib.sha256(head)
     descriptors: dict[Path, int] = {}
     try:
         with open(target, "wb") as file:
@@ -128,8 +127,6 @@ def _join(sources: Mapping[str, tuple[Path, Stored]], target: Path) -> str:
                 buffer = bytearray(stored.num_bytes)
                 read_into(descriptors[path], memoryview(buffer), stored.offset)
                 file.write(buffer)
-                checksum.update(buffer)
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
-    return checksum.hexdigest()

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError, MediatorError
 from ..settings import MediatorSettings
+from ..structure import OUTSIDE
 from .budget import block_densities, estimated_scores, sampled, shared_out
 from .builder import Merge, plan_merge, require_experts, single_thread
 from .checkpoints import Checkpoint, FolderCheckpoint, open_checkpoint
@@ -166,7 +167,8 @@ def _decide(merge: Merge, scores: list[float], found: BuildPlan) -> None:
         found.blocks.append({**entry, "bytes": adapter_bytes(merge, frozenset({block}) & routed)})
     sizes = {
         "backbone": backbone_bytes(merge),
-        "adapter": adapter_bytes(merge, frozenset(routed)),
+        # What is targeted outside of the blocks is taken for routed.
+        "adapter": adapter_bytes(merge, frozenset(routed | {OUTSIDE})),
         "other": side_bytes(merge),
     }
     found.bytes = {**sizes, "total": sum(sizes.values())}

@@ -1,11 +1,12 @@
-"""Processes that torchrun started: they share the tensors out and write into one folder."""
+"""Processes that torchrun started: they share tensors or prompts out, and one of them writes what is one."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -39,6 +40,37 @@ class Ranks:
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
+
+    @classmethod
+    def alone(cls) -> Ranks:
+        """This process by itself, whoever started it."""
+        ranks = cls()
+        ranks._dist, ranks.count, ranks.number = None, 1, 0
+        return ranks
+
+    def share(self, items: Sequence[Item], work: Callable[[Sequence[Item]], Iterable[Result]]) -> list[Result]:
+        """Every rank does some of the items; all get the results of all.
+
+        Args:
+            items: the same on every rank, in the same order.
+            work: some of the items → their results, in order. An error of one rank is raised on all.
+
+        Returns:
+            One result an item, in the order of the items.
+        """
+        found: list[Result] = []
+        results: dict[int, Result] = {}
+
+        def mine() -> None:
+            found.extend(work(items[self.number :: self.count]))
+
+        self.all(mine)
+        parts: list[Any] = [found] * self.count
+        if self._dist is not None:
+            self._dist.all_gather_object(parts, found)
+        for number, part in enumerate(parts):
+            results.update(zip(range(number, len(items), self.count), part, strict=True))
+        return [results[place] for place in range(len(items))]
 
     def all(self, work: Callable[[], object]) -> None:
         """Do something on every rank, and wait for the others; an error of one is raised on all."""

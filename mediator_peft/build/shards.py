@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .checkpoints import INDEX_FILE, SINGLE_FILE
-from .headers import DTYPES, Stored, lay_out, read_into, write_from
+from .headers import DTYPES, Stored, lay_out, write_from
 
 SHARD_BYTES = 1 << 30
 
@@ -75,11 +75,12 @@ class BackboneFiles:
         write_from(self._open(path), data.data, place.offset + start * row_bytes)
 
     def read(self, name: str) -> Tensor:
-        """One tensor as it was written."""
+        """One tensor as it was written; it is mapped, so that only what is looked at is read."""
         path, place = self._places[name]
-        buffer = np.empty(place.num_bytes, np.uint8)
-        read_into(self._open(path), buffer.data, place.offset)
-        return torch.from_numpy(buffer).view(DTYPES[place.dtype]).reshape(place.shape)
+        if not place.num_bytes:
+            return torch.empty(place.shape, dtype=DTYPES[place.dtype])
+        mapped = np.memmap(path, np.uint8, "c", place.offset, (place.num_bytes,))
+        return torch.from_numpy(mapped).view(DTYPES[place.dtype]).reshape(place.shape)
 
     def close(self) -> None:
         """Let go of the files."""

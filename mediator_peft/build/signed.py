@@ -20,6 +20,7 @@ from ..methods.sparsifying.selection import (
     bracket_from_sample,
     count_ones,
     pack_rows,
+    row_counts,
     row_products,
     row_squares,
     unpack_rows,
@@ -55,7 +56,7 @@ class SignedSelection:
         self.num_kept = round(density * shape[0] * shape[1])
         self.settled: Settled
         self._density = density
-        self._sample = np.sort(sample.abs().numpy(), axis=None)
+        self._sample = sample.abs().numpy().reshape(-1)
         self.restart(self.bracket(SLACK))
 
     def bracket(self, slack: float) -> Bracket:
@@ -126,7 +127,7 @@ class SignedSelection:
     def encode(self, bias: Tensor | None, sign_scale: str) -> tuple[SparseDelta, Errors]:
         """Signs of the kept entries, and one scale a row by a key of ``SIGN_SCALES``."""
         kept = self.settled.kept
-        num_kept = np.bitwise_count(kept).sum(axis=1, dtype=np.int64)
+        num_kept = row_counts(kept)
         sums = self._above_sum + self.settled.extra_sum
         scales = SIGN_SCALES[sign_scale](RowSums(self._square, sums, num_kept))
         squares = self._above_square + self.settled.extra_square

@@ -132,7 +132,7 @@ class TensorTiles:
                 continue
             weights = self._space.take("weights", (len(self.checkpoints), stop - start, self.shape[1]))
             for number in range(len(self.checkpoints)):
-                self._load(weights[number], number, start, stop)
+                self._load(weights[number], number, [(start, stop)])
             backbone = None if self._whole_backbone is None else self._whole_backbone[start:stop]
             yield self._tile(start, stop, weights, backbone)
 
@@ -143,7 +143,7 @@ class TensorTiles:
         shape = (stop - start, self.shape[1])
         num_experts, size = len(self.checkpoints) - 1, prod(shape)
         # They stay where they are until the next rows are read.
-        rows = [self._read(number, start, stop) for number in range(num_experts + 1)]
+        rows = [self._read(number, [(start, stop)]) for number in range(num_experts + 1)]
         sources = np.array([some.data_ptr() for some in rows], np.int64)
         loops.merge_means(
             sources,
@@ -176,10 +176,7 @@ class TensorTiles:
         width = len(range(0, columns, stride))
         weights = self._space.take("weights", (len(self.checkpoints), num_rows, width))
         for number in range(len(self.checkpoints)):
-            place = 0
-            for start, stop in ranges:
-                self._load(weights[number, place : place + stop - start], number, start, stop, stride)
-                place += stop - start
+            self._load(weights[number], number, ranges, stride)
         backbone = None
         if self._whole_backbone is not None:
             backbone = torch.cat([self._whole_backbone[start:stop, ::stride] for start, stop in ranges])
@@ -195,18 +192,18 @@ class TensorTiles:
         rounded = self._space.take("rounded", tuple(shape)).copy_(backbone)
         return Tile(start, stop, weights, task_vectors, backbone, rounded)
 
-    def _load(self, target: Tensor, number: int, start: int, stop: int, stride: int = 1) -> None:
-        """Rows of one checkpoint as float32, rounded to the storage dtype on the way."""
+    def _load(self, target: Tensor, number: int, groups: Sequence[tuple[int, int]], stride: int = 1) -> None:
+        """Groups of rows of one checkpoint as float32, rounded to the storage dtype on the way."""
         if self._transposed is not None:
-            target.copy_(self._transposed[number][start:stop, ::stride])
-            return
-        rows = self._read(number, start, stop).reshape(stop - start, self.shape[1])
+            rows = torch.cat([self._transposed[number][start:stop] for start, stop in groups])
+        else:
+            rows = self._read(number, groups).reshape(len(target), self.shape[1])
         target.copy_((rows if stride == 1 else rows[:, ::stride]).to(self.dtype))
 
-    def _read(self, number: int, start: int, stop: int) -> Tensor:
+    def _read(self, number: int, groups: Sequence[tuple[int, int]]) -> Tensor:
         checkpoint = self.checkpoints[number]
         try:
-            return checkpoint.read_rows(self.name, start, stop)
+            return checkpoint.read_groups(self.name, groups)
         except (OSError, RuntimeError) as fault:
             raise CheckpointError(
                 f"{checkpoint.label} ({checkpoint.source}): cannot read {self.name!r}: {fault}"

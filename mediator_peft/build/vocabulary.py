@@ -96,8 +96,10 @@ def aligned(expert: Checkpoint, base: Checkpoint) -> tuple[Checkpoint, str | Non
         and (info.shape[:1], base.tensors[name].shape[:1]) == ((sizes[0],), (sizes[1],))
         and info.shape[1:] == base.tensors[name].shape[1:]
     )
+    if not names:
+        return expert, None
     ours, theirs = vocabulary(base.folder), vocabulary(expert.folder)
-    if not names or ours is None or theirs is None:
+    if ours is None or theirs is None:
         return expert, None
     rows = _matched(ours, theirs, int(sizes[1] or 0), int(sizes[0] or 0))
     return AlignedCheckpoint(expert, base, rows, names), _message(expert.label, ours, theirs, rows)

@@ -56,7 +56,10 @@ def build(
     ] = _DEFAULTS["routed_layers"],
     target_module: Annotated[
         list[str] | None,
-        _setting("target_module", "A linear layer that gets deltas, e.g. q_proj; once for each. All without it."),
+        _setting(
+            "target_module",
+            "What gets deltas, e.g. q_proj, all-linear or embed_tokens; once for each. All-linear without it.",
+        ),
     ] = None,
     conflict_score: Annotated[str, _setting("conflict_score", "What ranks blocks.")] = _DEFAULTS["conflict_score"],
     conflict_density: Annotated[

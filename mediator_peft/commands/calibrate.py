@@ -91,6 +91,7 @@ def fit_and_save(
     Returns:
         What ``routing.json`` holds: the calibration report as plain data, and how well ordinary prompts are told apart.
     """
+    from ..build.ranks import Ranks
     from ..evaluation.prompts import render
     from ..evaluation.routing_report import write_routing_report
 
@@ -99,9 +100,13 @@ def fit_and_save(
     # A template writes the special tokens itself; they must not come twice.
     has_own = any(not prompt.add_special_tokens for some in rendered.values() for prompt in some)
     encode = partial(tokenizer, add_special_tokens=not has_own)
-    report = model.fit_router(texts, encode, batch_size=batch_size, show_progress=True)
-    save_router(model, adapter)
-    return write_routing_report(adapter / "report", report, model.router.evidence)
+    report = model.fit_router(texts, encode, batch_size=batch_size, show_progress=True, over_ranks=True)
+
+    def save() -> dict[str, Any]:
+        save_router(model, adapter)
+        return write_routing_report(adapter / "report", report, model.router.evidence)
+
+    return Ranks().first(save)
 
 
 def save_router(model: Any, adapter: Path) -> None:
@@ -114,7 +119,6 @@ def save_router(model: Any, adapter: Path) -> None:
         settings["base_model_name_or_path"] = read_raw_config(adapter).get("base_model_name_or_path")
         (fresh / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
         for name in (WEIGHTS_FILE, CONFIG_FILE):
-            # The library that writes the weights lets nobody else read them.
             shutil.copymode(adapter / name, fresh / name)
             os.replace(fresh / name, adapter / name)
     finally:

@@ -10,7 +10,6 @@ import typer
 
 from .common import AsJson, Device, console, pick_device, print_json, quiet_transformers, say
 
-
 _GPU_BATCH = 256
 """Prompts at once on a GPU, whose steps take as long for many rows as for few."""
 

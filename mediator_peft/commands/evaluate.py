@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,6 +59,7 @@ def evaluate(
     Example:
       mediator-peft eval out --data math=math.test.jsonl --data cron=cron.test.jsonl
     """
+    from ..build.ranks import Ranks
     from ..evaluation.prompts import read_task
     from ..evaluation.report import EvaluationReport, accuracy_table, loss_table, routing_table
     from ..evaluation.runner import EvalTask
@@ -70,7 +72,7 @@ def evaluate(
     result = EvaluationReport(tasks)
     _score(result, model, tokenizer, only_routed, {"batch_size": batch_size, "use_template": not raw})
     if report is not None:
-        _write(result, report)
+        Ranks().first(partial(_write, result, report))
     if as_json:
         print_json(result.to_dict())
         return
@@ -85,11 +87,12 @@ def evaluate(
 
 
 def _score(result: Any, model: Any, tokenizer: Any, only_routed: bool, shared: dict[str, Any]) -> None:
+    from ..build.ranks import Ranks
     from ..evaluation.generation import ROUTED, Memo
     from ..evaluation.runner import NAMED, score_routing, score_system
     from ..progress import bar_progress
 
-    shared = {**shared, "progress": bar_progress}
+    shared = {**shared, "progress": bar_progress, "ranks": Ranks()}
     # The cheap part first: it fails at once where the router has not been fitted.
     result.routing, _ = score_routing(model, tokenizer, result.tasks, **shared)
     scored: dict[str, Any] = {**shared, "memo": Memo.empty()}

@@ -37,6 +37,7 @@ def run(
       mediator-peft run all.yaml --set build.output=out --only build
     """
     from ..build.pipeline import read_pipeline
+    from ..build.ranks import Ranks
 
     quiet_transformers()
     unknown = sorted(set(only or ()) - set(_STEPS))
@@ -64,7 +65,7 @@ def run(
         evaluate(output, **{**options, "data": _pairs(options["data"])}, as_json=as_json)
     elif as_json:
         print_json(done)
-    _keep(pipeline, steps, output)
+    Ranks().first(lambda: _keep(pipeline, steps, output))
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 
+from ..bank.adapter_file import give_usual_mode
 from ..build.writing import new_folder
 from ..errors import MissingPackageError
 from .materials import GGUF_FILE, find_package
@@ -51,4 +52,5 @@ def convert_base(folder: Path, materials: Path) -> Path:
     with new_folder(folder) as partial:
         model.bfloat16().save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        give_usual_mode(partial)
     return folder

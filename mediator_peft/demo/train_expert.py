@@ -18,6 +18,7 @@ def main(job_file: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from ..bank.adapter_file import give_usual_mode
     from ..build.writing import new_folder
     from .finetune import finetune
 
@@ -44,6 +45,7 @@ def main(job_file: str) -> None:
     with new_folder(Path(job["output"])) as folder:
         model.bfloat16().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        give_usual_mode(folder)
         (folder / "losses.json").write_text(json.dumps(losses), encoding="utf-8")
 
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bank.kernels import has_compiled
+from ..build.ranks import Ranks
 from ..errors import RoutingError
 from ..progress import Advance
 from ..tables import unknown_name
+from .batching import AnyModel, Batch, WeightRow, answered, batches_of_like_length, by_weights, repeat
 from .prompts import pad_left, pad_token_id, render, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-AnyModel = Any
-"""A Mediator model, wrapped by PEFT or not, or any causal language model of transformers."""
 
 ROUTED = "<routed>"
 """In place of an expert's name: each prompt goes where the model's router sends it. No expert can have this name."""
@@ -28,11 +25,7 @@ ROUTED = "<routed>"
 ExpertChoice = str | Tensor | None
 """An expert's name, ``ROUTED``, weights of shape (K,) or (B, K), or None: the backbone alone."""
 
-WeightRow = tuple[float, ...]
-
 _DIGITS = 2
-_FEW = 4
-"""Groups of fewer rows are answered together, each row with weights of its own, where there are kernels for that."""
 
 
 class Route(NamedTuple):
@@ -87,25 +80,33 @@ def route_prompts(
     batch_size: int = 16,
     use_template: bool = True,
     advance: Advance = lambda: None,
+    ranks: Ranks | None = None,
 ) -> list[Route]:
     """Ask a Mediator model's router where it would send each prompt, without generating."""
     rows = [token_ids(tokenizer, render(tokenizer, prompt, use_template)) for prompt in prompts]
+    lengths = [len(row) for row in rows]
     names: list[str] = list(model.expert_names)
     rest = backbone_name(names)
     routes: dict[int, Route] = {}
-    for indices in _batches(range(len(rows)), [len(row) for row in rows], batch_size):
-        inputs = _to(model, pad_left([rows[index] for index in indices], pad_token_id(tokenizer)))
+
+    def decide(batch: list[int]) -> list[Route]:
+        inputs = _to(model, pad_left([rows[index] for index in batch], pad_token_id(tokenizer)))
         with torch.no_grad():
             decided = model.route(**inputs)
-        for place, index in enumerate(indices):
-            weights = dict(zip(names, decided.expert_weights[place].tolist(), strict=True))
-            shares = {**weights, rest: 1.0 - sum(weights.values())}
-            chosen = max(shares, key=lambda name: shares[name])
-            routes[index] = Route(
-                chosen, shares[chosen], weights, float(decided.uncertainty[place]), bool(decided.is_ood[place])
-            )
-        _repeat(advance, len(indices))
+        return [_route(names, rest, decided, place) for place in range(len(batch))]
+
+    batches: list[Batch] = [(None, batch) for batch in batches_of_like_length(range(len(rows)), lengths, batch_size)]
+    for batch, found in answered(model, batches, decide, advance, ranks):
+        routes.update(zip(batch, found, strict=True))
     return [routes[index] for index in range(len(prompts))]
+
+
+def _route(names: list[str], rest: str, decided: Any, place: int) -> Route:
+    """One row of what the model's router decided."""
+    weights = dict(zip(names, decided.expert_weights[place].tolist(), strict=True))
+    shares = {**weights, rest: 1.0 - sum(weights.values())}
+    chosen = max(shares, key=lambda name: shares[name])
+    return Route(chosen, shares[chosen], weights, float(decided.uncertainty[place]), bool(decided.is_ood[place]))
 
 
 def weight_rows(
@@ -153,6 +154,7 @@ def answer_prompts(
     use_template: bool = True,
     memo: Memo | None = None,
     advance: Advance = lambda: None,
+    ranks: Ranks | None = None,
 ) -> list[str]:
     """Greedy answers, in the order of the prompts.
 
@@ -171,21 +173,22 @@ def answer_prompts(
         use_template: whether prompts are rendered with the tokenizer's chat template, where it has one.
         memo: of this very model.
         advance: called once for every prompt done.
+        ranks: processes that share the batches; each must ask the same, and gets all answers. None is this one alone.
     """
     memo = Memo.empty() if memo is None else memo
-    rows = _resolve(model, tokenizer, prompts, expert_weights, batch_size, use_template)
+    rows = _resolve(model, tokenizer, prompts, expert_weights, batch_size, use_template, ranks)
     encoded = [token_ids(tokenizer, render(tokenizer, prompt, use_template)) for prompt in prompts]
     keys = [(prompt, row, max_new_tokens) for prompt, row in zip(prompts, rows, strict=True)]
     groups = _unasked(rows, [key in memo.answers for key in keys], keys)
-    _repeat(advance, len(prompts) - sum(map(len, groups.values())))
+    repeat(advance, len(prompts) - sum(map(len, groups.values())))
     lengths = [len(ids) for ids in encoded]
-    for weights, batches in _by_weights(groups, lengths, batch_size):
-        with _using(model, weights):
-            for batch in batches:
-                inputs = _to(model, pad_left([encoded[index] for index in batch], pad_token_id(tokenizer)))
-                texts = _generate(model, tokenizer, inputs, max_new_tokens)
-                memo.answers.update((keys[index], text) for index, text in zip(batch, texts, strict=True))
-                _repeat(advance, len(batch))
+
+    def generate(batch: list[int]) -> list[str]:
+        inputs = _to(model, pad_left([encoded[index] for index in batch], pad_token_id(tokenizer)))
+        return _generate(model, tokenizer, inputs, max_new_tokens)
+
+    for batch, texts in answered(model, by_weights(groups, lengths, batch_size), generate, advance, ranks):
+        memo.answers.update((keys[index], text) for index, text in zip(batch, texts, strict=True))
     return [memo.answers[key] for key in keys]
 
 
@@ -200,25 +203,26 @@ def answer_losses(
     use_template: bool = True,
     memo: Memo | None = None,
     advance: Advance = lambda: None,
+    ranks: Ranks | None = None,
 ) -> list[float]:
     """Mean negative log-likelihood of each reference answer's tokens, end of text included, in nats a token.
 
     Prompts are routed by themselves, the answer unseen. Grouped and remembered as in :func:`answer_prompts`.
     """
     memo = Memo.empty() if memo is None else memo
-    rows = _resolve(model, tokenizer, prompts, expert_weights, batch_size, use_template)
+    rows = _resolve(model, tokenizer, prompts, expert_weights, batch_size, use_template, ranks)
     encoded = [token_ids(tokenizer, render(tokenizer, prompt, use_template)) for prompt in prompts]
     targets = [_answer_ids(tokenizer, answer) for answer in answers]
     keys = list(zip(prompts, answers, rows, strict=True))
     groups = _unasked(rows, [key in memo.losses for key in keys], keys)
-    _repeat(advance, len(prompts) - sum(map(len, groups.values())))
+    repeat(advance, len(prompts) - sum(map(len, groups.values())))
     lengths = [len(ids) + len(target) for ids, target in zip(encoded, targets, strict=True)]
-    for weights, batches in _by_weights(groups, lengths, batch_size):
-        with _using(model, weights):
-            for batch in batches:
-                losses = _losses(model, [encoded[i] for i in batch], [targets[i] for i in batch])
-                memo.losses.update((keys[index], loss) for index, loss in zip(batch, losses, strict=True))
-                _repeat(advance, len(batch))
+
+    def measure(batch: list[int]) -> list[float]:
+        return _losses(model, [encoded[i] for i in batch], [targets[i] for i in batch])
+
+    for batch, losses in answered(model, by_weights(groups, lengths, batch_size), measure, advance, ranks):
+        memo.losses.update((keys[index], loss) for index, loss in zip(batch, losses, strict=True))
     return [memo.losses[key] for key in keys]
 
 
@@ -229,10 +233,12 @@ def _resolve(
     choice: ExpertChoice,
     batch_size: int,
     use_template: bool,
+    ranks: Ranks | None,
 ) -> list[WeightRow | None]:
     routes: list[Route] = []
     if isinstance(choice, str) and choice == ROUTED and is_routed(model):
-        routes = route_prompts(model, tokenizer, prompts, batch_size=batch_size, use_template=use_template)
+        shared: dict[str, Any] = {"batch_size": batch_size, "use_template": use_template, "ranks": ranks}
+        routes = route_prompts(model, tokenizer, prompts, **shared)
     return weight_rows(model, choice, len(prompts), routes)
 
 
@@ -248,42 +254,9 @@ def _unasked(
     return groups
 
 
-def _batches(indices: Sequence[int], lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, the longest first: what does not fit into memory fails at once."""
-    ordered = sorted(indices, key=lambda index: -lengths[index])
-    for start in range(0, len(ordered), batch_size):
-        yield ordered[start : start + batch_size]
-
-
-def _repeat(advance: Advance, times: int) -> None:
-    for _ in range(times):
-        advance()
-
-
 def _to(model: AnyModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     device = next(model.parameters()).device
     return {name: tensor.to(device) for name, tensor in inputs.items()}
-
-
-def _by_weights(
-    groups: Mapping[WeightRow | None, list[int]], lengths: Sequence[int], batch_size: int
-) -> Iterator[tuple[Tensor | None, list[list[int]]]]:
-    """Batches with the expert weights to set for them: (K,) for a group of one kind, (B, K) for a mixed batch."""
-    few = {row: indices for row, indices in groups.items() if row is not None and len(indices) < _FEW}
-    if len(few) < 2 or not has_compiled():
-        few = {}
-    for row, indices in groups.items():
-        if row not in few:
-            batches = list(_batches(indices, lengths, batch_size))
-            yield None if row is None else torch.tensor(row), batches
-    row_of = {index: row for row, indices in few.items() for index in indices}
-    for batch in _batches(list(row_of), lengths, batch_size):
-        yield torch.tensor([row_of[index] for index in batch]), [batch]
-
-
-def _using(model: AnyModel, weights: Tensor | None) -> AbstractContextManager[Any]:
-    """All that is asked inside is answered with these expert weights; set once for all batches of a group."""
-    return nullcontext() if weights is None else model.use_experts(weights)
 
 
 def _generate(

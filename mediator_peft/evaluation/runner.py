@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from ..build.ranks import Ranks
 from ..progress import Progress, no_progress
 from .generation import (
     AnyModel,
@@ -177,6 +178,7 @@ def score_system(
     num_losses: int | None = None,
     memo: Memo | None = None,
     progress: Progress = no_progress,
+    ranks: Ranks | None = None,
 ) -> SystemScore:
     """Let one system answer all tasks greedily, and judge the answers.
 
@@ -193,6 +195,7 @@ def score_system(
             more than accuracies where a model knows the answer but words it otherwise.
         memo: of this very model; systems that share a model and a memo do not compute an answer twice.
         progress: told of each prompt done.
+        ranks: processes that share the batches; each must call this with the same arguments. None is this one alone.
     """
     memo = Memo.empty() if memo is None else memo
     was_training = model.training
@@ -209,6 +212,7 @@ def score_system(
                 "use_template": use_template,
                 "memo": memo,
                 "advance": advance,
+                "ranks": ranks,
             }
             prompts = [item.prompt for item in task.items]
             references = [item.answer for item in measured[task.name]]
@@ -245,6 +249,7 @@ def score_routing(
     batch_size: int = 16,
     use_template: bool = True,
     progress: Progress = no_progress,
+    ranks: Ranks | None = None,
 ) -> tuple[RoutingScore, dict[str, list[Route]]]:
     """Where the router of a Mediator model sends the prompts of each task: in numbers, and prompt by prompt."""
     routes = {}
@@ -257,6 +262,7 @@ def score_routing(
                 batch_size=batch_size,
                 use_template=use_template,
                 advance=advance,
+                ranks=ranks,
             )
     return summarise_routes(list(model.expert_names), tasks, routes), routes
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 
@@ -48,7 +48,8 @@ class FeatureCache:
         partial = target.with_suffix(f".partial-{os.getpid()}")
         keys = sorted(features)
         stacked = torch.stack([self._kept[key] for key in keys])
-        save_file({"features": stacked}, partial, metadata={"keys": ",".join(keys)})
+        # Not by the library's own writing, which lets nobody else read the file.
+        partial.write_bytes(save({"features": stacked}, metadata={"keys": ",".join(keys)}))
         os.replace(partial, target)
 
     def _read(self, path: Path) -> None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..bank.layer_bank import LayerBank
+from ..bank.sparse_delta import SparseDelta
 from ..errors import ConfigError, UnsupportedError
 from .differentiable import mixed_output
 from .few_rows import MOST_DEVICE_ROWS, DeviceRows, FewRows
@@ -177,9 +178,16 @@ def _sparse(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute
         rows = torch.nonzero(weights.detach()).flatten()
         if delta is None or not len(rows):
             continue
-        part = F.linear(x[rows].float(), mixed_delta(bank, ((name, 1.0),)), delta.bias)
+        part = _product(x[rows].float(), bank, name, delta)
         total = total.index_add(0, rows, weights[rows, None, None] * part)
     return result + total.to(result.dtype)
+
+
+def _product(x: Tensor, bank: LayerBank, name: str, delta: SparseDelta) -> Tensor:
+    """``S x + b`` for one expert: (B, T, O) float32."""
+    matrix = mixed_delta(bank, ((name, 1.0),)) if bank.has_device_loops else None
+    result = delta.product(x) if matrix is None else F.linear(x, matrix)
+    return result if delta.bias is None else result + delta.bias
 
 
 def _can_use_kernels(x: Tensor, bank: LayerBank, route: LayerRoute) -> bool:

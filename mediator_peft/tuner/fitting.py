@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..build.ranks import Ranks
 from ..progress import bar_progress, no_progress
 from ..routing.background import BACKGROUND_PROMPTS
 from ..routing.calibration import CalibrationReport, calibrate
@@ -38,6 +39,7 @@ def fit_router(
     cache_folder: str | os.PathLike[str] | None,
     background: Sequence[str] | None,
     show_progress: bool,
+    ranks: Ranks,
 ) -> CalibrationReport:
     """See :meth:`MediatorModel.fit_router`."""
     config = model._config
@@ -46,7 +48,7 @@ def fit_router(
     model.learn_turns(tokenizer)
     ordinary = background_texts(model, tokenizer, data.texts, background)
     texts = data.texts + ordinary
-    features = text_features(model, tokenizer, texts, batch_size, max_length, cache_folder, show_progress)
+    features = text_features(model, tokenizer, texts, batch_size, max_length, cache_folder, show_progress, ranks)
     router = model.router
     report = calibrate(
         lambda: type(router)(router.num_experts, router.num_features, config.seed),
@@ -126,8 +128,12 @@ def text_features(
     max_length: int,
     cache_folder: str | os.PathLike[str] | None,
     show_progress: bool,
+    ranks: Ranks | None = None,
 ) -> Tensor:
-    """Pooled features of many texts, in their order: (N, H) float32 on the CPU. Each different text is read once."""
+    """Pooled features of many texts, in their order: (N, H) float32 on the CPU. Each different text is read once.
+
+    Ranks share whole batches, so that no number depends on how many there are.
+    """
     cache = _cache(model, cache_folder)
     rows = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
     keys = [cache.key(row) for row in rows]
@@ -136,14 +142,20 @@ def text_features(
     order = sorted(new, key=lambda key: len(new[key]))
     device = next(model.model.parameters()).device
     progress = bar_progress if show_progress else no_progress
-    starts = range(0, len(order), batch_size)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    ranks = ranks or Ranks.alone()
+
+    def read(some: Sequence[list[str]]) -> Iterator[Tensor]:
+        with progress("reading prompts", len(some)) as advance:
+            for batch in some:
+                ids, mask = padded([new[key] for key in batch])
+                yield model.prompt_features(ids.to(device), mask.to(device)).cpu()
+                advance()
+
+    found = ranks.share(batches, read)
     computed: dict[str, Tensor] = {}
-    with progress("reading prompts", len(starts)) as advance:
-        for start in starts:
-            some = order[start : start + batch_size]
-            ids, mask = padded([new[key] for key in some])
-            computed.update(zip(some, model.prompt_features(ids.to(device), mask.to(device)).cpu(), strict=True))
-            advance()
+    for batch, features in zip(batches, found, strict=True):
+        computed.update(zip(batch, features, strict=True))
     cache.put(computed)
     return torch.stack([cache.get(key) for key in keys])  # type: ignore[misc]
 

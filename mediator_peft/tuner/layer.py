@@ -61,7 +61,7 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
 
     def add_bank(self, adapter_name: str, coding: str) -> LayerBank:
         """An empty bank for one adapter."""
-        bank = LayerBank(self.shape, coding, self.base_layer.bias is not None)
+        bank = LayerBank(self.shape, coding, getattr(self.base_layer, "bias", None) is not None)
         self.mediator_bank[adapter_name] = bank
         return bank
 

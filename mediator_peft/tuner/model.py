@@ -19,6 +19,7 @@ from ..errors import RoutingError, UnsupportedError
 from ..methods.rounding import ROUNDINGS
 from ..registration import PREFIX
 from . import persistence
+from .embedding import MediatorEmbedding, tie_head, untie_head
 from .execution import check_execution
 from .forward import RoutedForward
 from .layer import MediatorLayer
@@ -82,6 +83,7 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
             self._create_and_replace(config, adapter_name, target, child, modules[parent] if parent else model, name)
             if name not in self.targeted_module_names:
                 self.targeted_module_names.append(name)
+        tie_head(model)
         self._built.pop(adapter_name, None)
         self._warn_of_other_quantization(config)
         self.mediator_router[adapter_name] = self._new_router(config)
@@ -101,11 +103,12 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
     ) -> None:
         layer = target
         if not isinstance(layer, MediatorLayer):
-            layer = MediatorLayer(target, self._board)
+            kind = MediatorEmbedding if isinstance(target, nn.Embedding) else MediatorLayer
+            layer = kind(target, self._board)
             self._replace_module(parent, target_name, layer, target)
         bank = layer.add_bank(adapter_name, peft_config.values)
-        kind = quantization_of(layer.base_layer)
-        bank.is_corrected = kind is not None and kind == peft_config.for_quantization
+        quantization = quantization_of(layer.base_layer)
+        bank.is_corrected = quantization is not None and quantization == peft_config.for_quantization
         built = self._built.get(adapter_name)
         if built is not None:
             for column, delta in built.deltas[current_key].items():
@@ -229,6 +232,7 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
             layer.unfold()
             parent, _, child = name.rpartition(".")
             setattr(self.model.get_submodule(parent), child, layer.get_base_layer())
+        untie_head(self.model)
         for handle in self._hooks:
             handle.remove()
         if hasattr(self.model, "peft_config"):

@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from ..bank.adapter_file import BANK_ATTRIBUTE, MODEL_PREFIX, ROUTER_ATTRIBUTE, ROUTER_PREFIX
+from ..bank.adapter_file import BANK_ATTRIBUTE, MODEL_PREFIX, ROUTER_ATTRIBUTE, ROUTER_PREFIX, give_usual_mode
 from ..bank.fingerprint import check_fingerprint
 from ..bank.layer_bank import check_parts, from_disk, num_bytes_in_memory, to_disk
 from ..bank.packing import count_bits
@@ -88,6 +88,7 @@ class AdapterFiles:
 
     def _on_save(self, folder: Path, config: MediatorConfig) -> None:
         """Before PEFT writes the configuration: make sure of the backbone, and write the card."""
+        give_usual_mode(folder)
         config.base_model_name_or_path = self._backbone_reference(folder, config)
         (folder / "README.md").write_text(model_card(config, report=None), encoding="utf-8")
 

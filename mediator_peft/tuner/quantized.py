@@ -42,7 +42,21 @@ def readable_weight(base_layer: nn.Module) -> Tensor:
     weight: Any = base_layer.weight
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         return _unpacked_for_cpu(weight)
+    if type(weight).__name__ == "Int8Params":
+        return _of_eight_bits(base_layer)
     return dequantize_module_weight(base_layer).detach()
+
+
+def _of_eight_bits(base_layer: Any) -> Tensor:
+    """Codes times their rows' scales, which the layer takes over from its weight at the first inference.
+
+    PEFT's own helper would put a new weight into the layer, which then lacks them.
+    """
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    weight, state = base_layer.weight, base_layer.state
+    scales = state.SCB if getattr(weight, "SCB", None) is None else weight.SCB
+    return int8_vectorwise_dequant(weight.data, scales).detach()
 
 
 def _unpacked_for_cpu(weight: Any) -> Tensor:

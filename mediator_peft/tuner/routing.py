@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..build.ranks import Ranks
 from ..config import MediatorConfig
 from ..errors import RouterNotFittedError, RoutingError
 from ..routing.calibration import CalibrationReport
@@ -174,6 +175,7 @@ class PromptRouting:
         split: str = "train",
         cache_folder: str | os.PathLike[str] | None = None,
         background: Sequence[str] | None = None,
+        over_ranks: bool = False,
     ) -> CalibrationReport:
         """Fit the router on texts with known experts.
 
@@ -194,6 +196,8 @@ class PromptRouting:
             cache_folder: keep features there, by content, for later fits on the same backbone.
             background: ordinary prompts that belong to no expert, as a user would write them. None takes eighty of
                 ours, in English for the most part, unless the tokenizer cannot read them; an empty list takes none.
+            over_ranks: share the reading of texts among the processes that torchrun started; each of them must call
+                this with the same arguments, and ends with the same router.
 
         Returns:
             What held-out texts say of the fit.
@@ -213,6 +217,7 @@ class PromptRouting:
             cache_folder=cache_folder,
             background=background,
             show_progress=show_progress,
+            ranks=Ranks() if over_ranks else Ranks.alone(),
         )
 
     def add_expert(self, name: str, checkpoint: Any, texts: Any = None, tokenizer: Any = None, **options: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -9,7 +10,7 @@ import time
 
 import pytest
 
-from mediator_peft.build import pieces
+from mediator_peft.build import offline, pieces
 from mediator_peft.build.loops import compiled
 from mediator_peft.build.writing import partial_name
 from tests.build.helpers import EXPERTS, build, digests
@@ -64,3 +65,24 @@ def test_twenty_kills_at_random_points(workers, tmp_path):
     out = tmp_path / f"out{place}"
     build(paths, out, workers=workers)
     assert digests(out) == expected
+
+
+def test_a_report_begun_by_a_killed_run_leaves_no_trace(tmp_path, monkeypatch):
+    paths = write_tiny_checkpoints(tmp_path / "in", ("base", *EXPERTS))
+    build(paths, tmp_path / "whole")
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(offline, "write_checksums", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build(paths, tmp_path / "out")
+    assert (partial_name(tmp_path / "out") / "mediator" / "report" / "report.json").is_file()
+    build(paths, tmp_path / "out")
+    listed = [
+        json.loads((tmp_path / name / "mediator" / "report" / "report.json").read_text())["files"]
+        for name in ("whole", "out")
+    ]
+    assert listed[0] == listed[1]
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")

@@ -200,6 +200,21 @@ def test_low_rank_deltas_stay_beside_the_codes(folders, tmp_path, kind):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_one_way_of_applying_deltas_after_the_other(folders, kind):
+    prompts = random_prompts(len(MIXES))
+    logits = []
+    for executions in (["sparse"], ["densify"], ["sparse", "densify", "sparse", "densify"]):
+        model = quantized(folders["out"], kind)
+        for execution in executions:
+            model.set_execution(execution)
+            logits.append(model(input_ids=prompts, expert_weights=MIXES).logits)
+    sparse, densify, *again = logits
+    for place, found in enumerate(again):
+        assert torch.equal(found, (sparse, densify)[place % 2])
+
+
 @pytest.mark.parametrize(("kind", "values"), [("nf4", "sign"), ("nf4", "float"), ("fp4", "sign"), ("int8", "sign")])
 @pytest.mark.parametrize("execution", ["sparse", "densify"])
 @torch.no_grad()

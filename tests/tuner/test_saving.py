@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 import pickle
+import stat
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from tiny import random_prompts, tiny_model, write_tiny_checkpoints
 from transformers import AutoModelForCausalLM
 
 from mediator_peft import MediatorConfig, build_mediator, get_mediator_model, load_mediator
+from mediator_peft.bank.adapter_file import give_usual_mode
 from mediator_peft.errors import AdapterError, BackboneMismatchError, ConfigError, MediatorError
+from mediator_peft.routing.feature_cache import FeatureCache
 
 from .conftest import build_and_fit
 
@@ -279,3 +283,20 @@ def test_building_on_a_model_that_carries_an_adapter_is_refused(checkpoints, mod
 def test_experts_are_needed():
     with pytest.raises(ConfigError, match="no experts"):
         get_mediator_model(tiny_model(), MediatorConfig())
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_the_umask_says_who_may_read_what_was_written(tmp_path, checkpoints, umask):
+    model = get_mediator_model(tiny_model(), MediatorConfig(experts={"math": str(checkpoints["math"])}, density=0.3))
+    before = os.umask(umask)
+    try:
+        model.save_pretrained(tmp_path / "adapter")
+        model.get_base_model().save_pretrained(tmp_path / "whole")
+        give_usual_mode(tmp_path / "whole")
+        FeatureCache("origin", tmp_path / "features").put({"key": torch.zeros(3)})
+    finally:
+        os.umask(before)
+    folders = [tmp_path / name for name in ("adapter", "whole", "features")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".safetensors", ".json", ".md"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~umask}

@@ -31,22 +31,24 @@ class Bracket(NamedTuple):
     high: float
 
 
-def bracket_from_sample(ordered: Floats, density: float, slack: float) -> Bracket:
+def bracket_from_sample(magnitudes: Floats, density: float, slack: float) -> Bracket:
     """Guess a bracket from some magnitudes of the matrix.
 
     Args:
-        ordered: (s,) magnitudes, ascending.
+        magnitudes: (s,) some of the matrix.
         density: share that is to be kept.
         slack: share of the sample by which its quantile may be off; a miss costs another pass and nothing else.
     """
     if density >= 1:
         return Bracket(TINY, TINY)
-    if not ordered.size:
+    if not magnitudes.size:
         return Bracket(TINY, float("inf"))
-    last = ordered.size - 1
-    rank, width = (1 - density) * ordered.size, max(2.0, slack * ordered.size)
-    low = float(ordered[min(last, max(0, int(rank - width)))]) if rank > width else TINY
-    high = float(ordered[min(last, int(rank + width))]) if rank + width <= last else float("inf")
+    last = magnitudes.size - 1
+    rank, width = (1 - density) * magnitudes.size, max(2.0, slack * magnitudes.size)
+    below, beyond = min(last, max(0, int(rank - width))), min(last, int(rank + width))
+    ordered = np.partition(magnitudes, sorted({below, beyond}))
+    low = float(ordered[below]) if rank > width else TINY
+    high = float(ordered[beyond]) if rank + width <= last else float("inf")
     return Bracket(max(low, TINY), max(high, TINY))
 
 
@@ -97,6 +99,13 @@ def count_ones(bitmap: Bitmap) -> int:
     whole = flat.size // 8 * 8
     ones = np.bitwise_count(flat[:whole].view(np.uint64)).sum(dtype=np.int64)
     return int(ones) + int(np.bitwise_count(flat[whole:]).sum(dtype=np.int64))
+
+
+def row_counts(bitmap: Bitmap) -> NDArray[np.int64]:
+    """Number of ones in each row of (r, n): (r,)."""
+    if bitmap.shape[1] % 8 == 0 and bitmap.flags.c_contiguous:
+        bitmap = bitmap.view(np.uint64)
+    return np.bitwise_count(bitmap).sum(axis=1, dtype=np.int64)
 
 
 def pack_rows(bits: NDArray[np.bool_]) -> Bitmap:
@@ -179,7 +188,7 @@ class TopSelection:
         np.bitwise_xor(self._reach, self._above, out=self._reach)
         if low == high:
             chosen = first_ones(self._reach, num_left)
-            num_chosen = np.bitwise_count(chosen).sum(axis=1, dtype=np.int64)
+            num_chosen = row_counts(chosen).astype(np.float64)
             extra_sum, extra_square = num_chosen * low, num_chosen * (low * low)
         else:
             chosen, extra_sum, extra_square = self._largest_inside(num_left)
@@ -193,7 +202,7 @@ class TopSelection:
         keep[at_edge[: num_left - np.count_nonzero(keep)]] = True
         kept_values = np.multiply(values, keep, dtype=np.float32)
         # The values stand in the order of rows.
-        lengths = np.bitwise_count(self._reach).sum(axis=1, dtype=np.int64)
+        lengths = row_counts(self._reach)
         sums = _grouped_sums(kept_values, lengths)
         # In float32 the squares of large values would overflow.
         squares = _grouped_sums(np.square(kept_values, dtype=np.float64), lengths)
@@ -230,7 +239,7 @@ def row_products(left: Floats, right: Floats) -> NDArray[np.float32]:
 def first_ones(bitmap: Bitmap, num_ones: int) -> Bitmap:
     """A bitmap with the first ``num_ones`` ones of another, in the order of rows and columns."""
     first = np.zeros_like(bitmap)
-    by_row = np.cumsum(np.bitwise_count(bitmap).sum(axis=1, dtype=np.int64))
+    by_row = np.cumsum(row_counts(bitmap))
     row = int(np.searchsorted(by_row, num_ones))
     if row == len(bitmap):
         return bitmap.copy()

@@ -1,0 +1,49 @@
+"""Some rows of a packed delta, without unpacking the others: what an embedding needs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .packing import unpack_bits
+from .sparse_delta import SparseDelta
+
+_BYTE_ONES = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
+
+
+class DeltaRows:
+    """Rows of one delta (O, I) on demand."""
+
+    def __init__(self, delta: SparseDelta) -> None:
+        self.delta = delta
+        ones = _BYTE_ONES.to(delta.mask.device)
+        self._counts = torch.cat([ones[part.int()].sum(1) for part in delta.mask.split(4096)])
+        self._starts = self._counts.cumsum(0) - self._counts
+
+    def dense(self, rows: Tensor) -> Tensor:
+        """These rows as a plain matrix.
+
+        Args:
+            rows: (n,) int64, on the delta's device.
+
+        Returns:
+            (n, I) float32
+        """
+        if self.delta.coding not in ("sign", "float"):
+            return self.delta.dense()[rows]
+        kept = unpack_bits(self.delta.mask[rows], self.delta.shape[1])
+        matrix = torch.zeros(kept.shape, device=kept.device)
+        matrix[kept] = self._values(rows)
+        return matrix
+
+    def _values(self, rows: Tensor) -> Tensor:
+        """Kept entries of these rows, row by row: (m,) float32."""
+        counts, parts = self._counts[rows], self.delta.parts
+        # The entries' places among all that are kept: each row's first, and so many on.
+        shift = self._starts[rows] - (counts.cumsum(0) - counts)
+        places = torch.repeat_interleave(shift, counts) + torch.arange(int(counts.sum()), device=rows.device)
+        if self.delta.coding == "float":
+            return parts["values"][places].float()
+        magnitudes = torch.repeat_interleave(parts["scales"][rows], counts)
+        negative = (parts["signs"][places >> 3].long() >> (places & 7)) & 1
+        return torch.where(negative.bool(), -magnitudes, magnitudes)
