@@ -68,7 +68,8 @@ def thin_out(delta: Tensor, density: float, values: str, sign_scale: str = "proj
         # What points along the delta shall be as long as the delta.
         unit = delta / delta.norm()
         signs *= delta.norm() / (signs * unit).sum()
-    return signs
+    # A row's scale is stored in 16 bits.
+    return signs.bfloat16().float()
 
 
 def mixed_model(

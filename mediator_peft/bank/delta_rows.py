@@ -44,6 +44,6 @@ class DeltaRows:
         places = torch.repeat_interleave(shift, counts) + torch.arange(int(counts.sum()), device=rows.device)
         if self.delta.coding == "float":
             return parts["values"][places].float()
-        magnitudes = torch.repeat_interleave(parts["scales"][rows], counts)
+        magnitudes = torch.repeat_interleave(parts["scales"][rows].float(), counts)
         negative = (parts["signs"][places >> 3].long() >> (places & 7)) & 1
         return torch.where(negative.bool(), -magnitudes, magnitudes)

@@ -82,7 +82,7 @@ class PackedDelta(_HoldsAddresses):
         mask: (O, ceil(I / 8)) uint8, bit j % 8 of byte j // 8 is column j; padding bits are 0.
         num_columns: I
         signs: (ceil(num_kept / 8),) uint8, a one for a negative entry, row by row; goes with ``scales``.
-        scales: (O,) float32
+        scales: (O,) uint16, the bits of bfloat16.
         values: (num_kept,) float32, float16 or uint16 (the bits of bfloat16), row by row; instead of the other two.
         offsets: what :func:`row_offsets` gave for the mask; None computes it.
 
@@ -112,7 +112,7 @@ class PackedDelta(_HoldsAddresses):
             self.values = _checked("values", values, _FLOATS, (num_kept,))
         elif values is None and signs is not None and scales is not None:
             self.signs = _checked("signs", signs, (np.uint8,), ((num_kept + 7) // 8,))
-            self.scales = _checked("scales", scales, (np.float32,), (len(mask),))
+            self.scales = _checked("scales", scales, (np.uint16,), (len(mask),))
         else:
             raise ValueError("a delta has either signs and scales, or values.")
 

@@ -13,7 +13,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from .kernels_fold_ir import move_row, subtract_signs, subtract_values
-from .kernels_intrinsics import add_signs, add_values, local_numbers, pointer_to, take_next
+from .kernels_intrinsics import add_signs, add_values, local_numbers, pointer_to, take_next, widened
 from .kernels_ir import FLOAT32, SIGN, TILE_ROWS
 from .kernels_numba import (
     CHUNK_ROWS,
@@ -72,7 +72,7 @@ def _change(job, add_row, subtract_row, stamp):  # type: ignore[no-untyped-def]
     """Add a delta to a float32 weight, or take it out, row by row as marked; one call, or one thread's share of it."""
     delta = pointer_to(job[TABLE], np.int64(0))
     coefficient = pointer_to(delta[COEFFICIENTS], np.float32(0))[0]
-    scales, num_rows, num_columns = pointer_to(delta[SCALES], np.float32(0)), job[NUM_ROWS], job[NUM_COLUMNS]
+    scales, num_rows, num_columns = pointer_to(delta[SCALES], np.uint16(0)), job[NUM_ROWS], job[NUM_COLUMNS]
     stride, num_words, last_word = (num_columns + 7) // 8, (num_columns + 63) // 64, _last_word(num_columns)
     scratch, starts = np.empty(2 * _tile_bytes(num_columns), np.uint8), local_numbers(TILE_ROWS, np.int64(0))
     chunk = take_next(job)
@@ -81,7 +81,7 @@ def _change(job, add_row, subtract_row, stamp):  # type: ignore[no-untyped-def]
         for tile in range(chunk * CHUNK_ROWS, min(num_rows, (chunk + 1) * CHUNK_ROWS), TILE_ROWS):
             mask, source, end = _open_tile(job, delta, tile, position, starts, scratch.ctypes.data)
             for r in range(min(TILE_ROWS, num_rows - tile)):
-                factor = coefficient * scales[tile + r] if delta[FORM] == SIGN else coefficient
+                factor = coefficient * widened(scales[tile + r]) if delta[FORM] == SIGN else coefficient
                 row_mask = mask + r * stride
                 _change_row(
                     job,

@@ -89,6 +89,17 @@ def pointer_to(typingctx: Any, address: Any, like: Any) -> Any:
     return types.CPointer(like)(types.int64, like), generate
 
 
+@intrinsic
+def widened(typingctx: Any, bits: Any) -> Any:
+    """The float32 number whose upper half these bits are: a bfloat16 number, as uint16."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(word, ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
 def _named(function: Any, kind: str) -> Any:
     """The function as an intrinsic, under a name of its own.
 

@@ -25,6 +25,7 @@ from .kernels_intrinsics import (
     local_numbers,
     pointer_to,
     take_next,
+    widened,
 )
 from .kernels_ir import BFLOAT16, FLOAT16, FLOAT32, SIGN, TILE_INPUTS, TILE_ROWS, is_processor_supported
 from .kernels_numpy import CHUNK_ROWS, Array
@@ -118,7 +119,7 @@ def _add_tile(dot_rows, job, delta, row, mask, source, starts, inputs, sums):  #
     stride, num_words, last_word = (num_columns + 7) // 8, (num_columns + 63) // 64, _last_word(num_columns)
     batch_rows = pointer_to(delta[ROWS], np.int64(0))
     coefficients = pointer_to(delta[COEFFICIENTS], np.float32(0))
-    scales = pointer_to(delta[SCALES], np.float32(0))
+    scales = pointer_to(delta[SCALES], np.uint16(0))
     output = pointer_to(job[OUTPUT], np.float32(0))
     for first in range(0, delta[NUM_INPUTS], TILE_INPUTS):
         count = min(TILE_INPUTS, delta[NUM_INPUTS] - first)
@@ -128,7 +129,7 @@ def _add_tile(dot_rows, job, delta, row, mask, source, starts, inputs, sums):  #
         for b in range(count):
             place = batch_rows[first + b] * num_rows + row
             for r in range(min(TILE_ROWS, num_rows - row)):
-                scale = scales[row + r] if form == SIGN else np.float32(1)
+                scale = widened(scales[row + r]) if form == SIGN else np.float32(1)
                 output[place + r] += coefficients[first + b] * scale * sums[r * TILE_INPUTS + b]
 
 
@@ -174,7 +175,7 @@ def _addition(job, add_row, stamp):  # type: ignore[no-untyped-def]
     """``weight += coefficient * delta`` of one call, or one thread's share of it."""
     delta = pointer_to(job[TABLE], np.int64(0))
     coefficient = pointer_to(delta[COEFFICIENTS], np.float32(0))[0]
-    scales = pointer_to(delta[SCALES], np.float32(0))
+    scales = pointer_to(delta[SCALES], np.uint16(0))
     form, num_rows, num_columns = delta[FORM], job[NUM_ROWS], job[NUM_COLUMNS]
     stride, num_words, last_word = (num_columns + 7) // 8, (num_columns + 63) // 64, _last_word(num_columns)
     scratch, starts = np.empty(2 * _tile_bytes(num_columns), np.uint8), local_numbers(TILE_ROWS, np.int64(0))
@@ -184,7 +185,7 @@ def _addition(job, add_row, stamp):  # type: ignore[no-untyped-def]
         for tile in range(chunk * CHUNK_ROWS, min(num_rows, (chunk + 1) * CHUNK_ROWS), TILE_ROWS):
             mask, source, end = _open_tile(job, delta, tile, position, starts, scratch.ctypes.data)
             for r in range(min(TILE_ROWS, num_rows - tile)):
-                factor = coefficient * scales[tile + r] if form == SIGN else coefficient
+                factor = coefficient * widened(scales[tile + r]) if form == SIGN else coefficient
                 place = (tile + r) * job[OUTPUT_STRIDE]
                 target, row_mask = job[OUTPUT] + place, mask + r * stride
                 if job[INPUT] != 0:
@@ -243,7 +244,7 @@ def table(mask: Array, form: str, source: Array, scales: Array | None, offsets: 
         mask: (O, ceil(I / 8)) uint8
         form: a key of ``FORMS``.
         source: signs or values, 1-D.
-        scales: (O,) float32; None unless the form is ``"sign"``.
+        scales: (O,) uint16, the bits of bfloat16; None unless the form is ``"sign"``.
         offsets: (ceil(O / CHUNK_ROWS),) int32
     """
     fields = np.zeros(DELTA_FIELDS, np.int64)

@@ -85,7 +85,7 @@ def dense_chunks(
     Args:
         mask: (O, ceil(I / 8)) uint8
         num_columns: I
-        signs, scales: (ceil(num_kept / 8),) uint8 and (O,) float32, or None.
+        signs, scales: (ceil(num_kept / 8),) uint8 and (O,) uint16 (the bits of bfloat16), or None.
         values: (num_kept,), or None.
         offsets: from :func:`row_offsets`.
 
@@ -104,5 +104,5 @@ def dense_chunks(
             assert scales is not None
             bits = np.unpackbits(signs[start // 8 : (end + 7) // 8], bitorder="little")[start % 8 :][: end - start]
             dense[kept] = np.where(bits, np.float32(-1), np.float32(1))
-            dense *= scales[rows, None]
+            dense *= widened(scales[rows])[:, None]
         yield rows, kept, dense

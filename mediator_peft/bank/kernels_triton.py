@@ -110,8 +110,8 @@ def _product(
         rank += tl.sum(counts, axis=1)
     weights = tl.load(coefficients + delta * num_rows + rows, mask=rows < num_rows, other=0)
     if SIGNS:
-        scales = tl.load(table + 4 * delta + 2).to(tl.pointer_type(tl.float32))
-        total *= tl.load(scales + outputs, mask=outputs < num_outputs, other=0)[None, :]
+        scales = tl.load(table + 4 * delta + 2).to(tl.pointer_type(tl.bfloat16))
+        total *= tl.load(scales + outputs, mask=outputs < num_outputs, other=0).to(tl.float32)[None, :]
     # A row that has no part in a delta gets nothing of it, not even from an infinite input.
     total = tl.where(weights[:, None] == 0, 0.0, total * weights[:, None])
     place = (delta * tl.num_programs(2) + split) * num_rows + rows
@@ -153,8 +153,11 @@ def _add(
         entries = _entries(values, rank[:, None] + _before(counts), words, SIGNS, NATIVE).to(tl.float32)
         factor = tl.load(coefficients + delta)
         if SIGNS:
-            scales = tl.load(table + 4 * delta + 2).to(tl.pointer_type(tl.float32))
-            total += entries * (factor * tl.load(scales + outputs, mask=outputs < num_outputs, other=0))[:, None]
+            scales = tl.load(table + 4 * delta + 2).to(tl.pointer_type(tl.bfloat16))
+            total += (
+                entries
+                * (factor * tl.load(scales + outputs, mask=outputs < num_outputs, other=0).to(tl.float32))[:, None]
+            )
         else:
             total += entries * factor
     new = tl.where(total == 0, old, (old.to(tl.float32) + total).to(old.dtype))

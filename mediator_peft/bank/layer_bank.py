@@ -256,6 +256,8 @@ def from_disk(key: str, stored: Tensor, shape: tuple[int, int]) -> Tensor:
         return decompress_mask(stored, (shape[0], (shape[1] + 7) // 8), key) if len(stored) else stored
     if key.endswith((_SEPARATOR + "scales", _SEPARATOR + _BIAS)) and len(stored) != shape[0]:
         raise AdapterError(f"tensor {key!r} of the adapter file has {len(stored)} entries, {shape[0]} were expected.")
+    if key.endswith(_SEPARATOR + "scales"):
+        return stored.bfloat16()
     return stored
 
 

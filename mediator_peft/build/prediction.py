@@ -126,7 +126,7 @@ def delta_bytes(
     positions = entries * (_coded_bits(density) if position_bits is None else position_bits) / 8
     kept = density * entries
     if values == "sign":
-        return positions + kept / 8 + 4 * outputs
+        return positions + kept / 8 + 2 * outputs
     if values in ("int8", "nf4"):
         return positions + kept * (1 if values == "int8" else 0.5) + 4 * kept / 64
     return positions + kept * number_size

@@ -129,7 +129,8 @@ class SignedSelection:
         kept = self.settled.kept
         num_kept = row_counts(kept)
         sums = self._above_sum + self.settled.extra_sum
-        scales = SIGN_SCALES[sign_scale](RowSums(self._square, sums, num_kept))
+        stored = torch.from_numpy(SIGN_SCALES[sign_scale](RowSums(self._square, sums, num_kept))).bfloat16()
+        scales = stored.double().numpy()
         squares = self._above_square + self.settled.extra_square
         errors = Errors(
             norm=float(self._square.sum()),
@@ -138,7 +139,7 @@ class SignedSelection:
             kept=float(squares.sum()),
         )
         signs = kept_bits(self.negative, kept, self.shape[1])
-        parts = {"signs": torch.from_numpy(signs), "scales": torch.from_numpy(scales.astype(np.float32))}
+        parts = {"signs": torch.from_numpy(signs), "scales": stored}
         return SparseDelta(self.shape, "sign", torch.from_numpy(kept), parts, bias), errors
 
 

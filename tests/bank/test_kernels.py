@@ -48,7 +48,7 @@ def random_delta(shape, density, form="sign", seed=0):
     num_rows, num_columns = shape
     mask = np.zeros((num_rows, -(-num_columns // 8)), np.uint8)
     dense = torch.zeros(shape)
-    scales = random.uniform(0.5, 2, num_rows).astype(np.float32)
+    scales = torch.from_numpy(random.uniform(0.5, 2, num_rows)).bfloat16()
     negative, values = [], []
     for row in range(num_rows):
         for column in range(num_columns):
@@ -65,7 +65,7 @@ def random_delta(shape, density, form="sign", seed=0):
         signs = np.zeros(-(-len(negative) // 8), np.uint8)
         for number, bit in enumerate(negative):
             signs[number // 8] |= bit << (number % 8)
-        return PackedDelta(mask, num_columns, signs=signs, scales=scales), dense
+        return PackedDelta(mask, num_columns, signs=signs, scales=as_array(scales)), dense
     stacked = torch.stack(values) if values else torch.zeros(0, dtype=getattr(torch, form))
     return PackedDelta(mask, num_columns, values=as_array(stacked)), dense
 
@@ -122,7 +122,7 @@ def test_empty_rows_and_matrices_add_nothing(implementation):
     dense[rows] = 0
     assert_product_is_right(thinned, dense, 2)
     nothing = np.zeros((0, 9), np.uint8)
-    no_rows = PackedDelta(nothing, 70, signs=nothing[:, 0], scales=np.zeros(0, np.float32))
+    no_rows = PackedDelta(nothing, 70, signs=nothing[:, 0], scales=np.zeros(0, np.uint16))
     assert expand(no_rows).shape == (0, 70)
     assert_product_is_right(no_rows, torch.zeros(0, 70), 2)
 
@@ -342,7 +342,9 @@ def test_numpy_steps_in_without_numba():
 @pytest.mark.slow
 def test_loops_for_signs_and_values_from_the_cache_on_disk_are_not_mixed_up(tmp_path):
     """Compiled by two processes, read by a third."""
-    signs = "PackedDelta(np.array([[1]], np.uint8), 1, signs=np.array([1], np.uint8), scales=np.array([2], np.float32))"
+    signs = (
+        "PackedDelta(np.array([[1]], np.uint8), 1, signs=np.array([1], np.uint8), scales=np.array([0x4000], np.uint16))"
+    )
     values = "PackedDelta(np.array([[1]], np.uint8), 1, values=np.array([3], np.float32))"
     start = "import numpy as np\nfrom mediator_peft.bank.kernels import PackedDelta, expand, sparse_product\n"
     check = (

@@ -56,7 +56,8 @@ def test_projection_scales_give_back_the_delta_along_itself():
     delta = deltas((33, 64))["uneven"]
     kept = largest_mask(delta, 0.2)
     packed = SparseDelta.from_dense(delta, kept, "sign", Precision(sign_scale="projection")).dense()
-    assert float((packed * delta).sum()) == pytest.approx(float((delta * delta).sum()), rel=1e-5)
+    # As near as scales in 16 bits are.
+    assert float((packed * delta).sum()) == pytest.approx(float((delta * delta).sum()), rel=2e-3)
 
 
 @pytest.mark.parametrize("sign_scale", sorted(SIGN_SCALES))

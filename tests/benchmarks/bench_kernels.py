@@ -36,7 +36,7 @@ def random_delta(shape: tuple[int, int], density: float, form: str, rng: np.rand
     num_kept = int(kept.sum())
     if form == "sign":
         signs = np.packbits(rng.random(num_kept) < 0.5, bitorder="little")
-        return PackedDelta(mask, shape[1], signs=signs, scales=rng.random(shape[0], np.float32))
+        return PackedDelta(mask, shape[1], signs=signs, scales=rng.integers(1, 0x3F80, shape[0], np.uint16))
     values = torch.from_numpy(rng.standard_normal(num_kept, np.float32)).to(getattr(torch, form))
     array = values.view(torch.uint16).numpy() if form == "bfloat16" else values.numpy()
     return PackedDelta(mask, shape[1], values=array)

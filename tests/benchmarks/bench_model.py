@@ -72,7 +72,7 @@ def random_delta(shape: tuple[int, int], values: str, density: float) -> SparseD
     kept = torch.rand(shape) < density
     num_kept = int(kept.sum())
     if values == "sign":
-        parts = {"signs": pack_bits(torch.rand(num_kept) < 0.5), "scales": torch.rand(shape[0]) * 1e-3}
+        parts = {"signs": pack_bits(torch.rand(num_kept) < 0.5), "scales": (torch.rand(shape[0]) * 1e-3).bfloat16()}
     else:
         parts = {"values": (torch.randn(num_kept) * 1e-3).bfloat16()}
     return SparseDelta(shape, values, pack_bits(kept), parts)

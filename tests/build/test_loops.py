@@ -130,7 +130,9 @@ def test_sign_coding_is_its_formula(use_loops, shape, density, monkeypatch):
     assert packed_delta.kept.nonzero().tolist() == [list(place) for place in kept]
     signs = np.unpackbits(packed_delta.parts["signs"].numpy(), bitorder="little")[: len(kept)]
     assert signs.tolist() == [int(is_negative) for is_negative in negative]
-    torch.testing.assert_close(packed_delta.parts["scales"], torch.tensor(scales).float(), rtol=1e-6, atol=0)
+    stored = torch.tensor(scales, dtype=torch.float64).bfloat16()
+    torch.testing.assert_close(packed_delta.parts["scales"], stored, rtol=0, atol=0)
+    scales = stored.double().tolist()
     assert errors.norm == pytest.approx(float(delta.double().square().sum()), rel=1e-5)
     inner = sum(abs(float(delta[place])) * scales[place[0]] for place in kept)
     assert errors.inner == pytest.approx(inner, rel=1e-5)

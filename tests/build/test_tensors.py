@@ -55,7 +55,7 @@ def test_backbone_is_the_mean_and_deltas_are_the_formula(arch, dtype):
             expected = SparseDelta.from_dense(whole, kept, "sign", Precision())
             torch.testing.assert_close(delta.mask, expected.mask, rtol=0, atol=0)
             torch.testing.assert_close(delta.parts["signs"], expected.parts["signs"], rtol=0, atol=0)
-            torch.testing.assert_close(delta.parts["scales"], expected.parts["scales"], rtol=1e-5, atol=1e-9)
+            torch.testing.assert_close(delta.parts["scales"], expected.parts["scales"], rtol=0, atol=0)
             if delta.bias is not None:
                 bias = source.read(f"{layer}.bias").to(dtype).float() - backbone[f"{layer}.bias"].float()
                 torch.testing.assert_close(delta.bias, bias, rtol=0, atol=0)

@@ -31,7 +31,10 @@ def folder(tmp_path_factory):
     for layer in model.base_model.routed_layers().values():
         for name in names:
             kept = torch.rand(layer.shape) < 0.2
-            parts = {"signs": pack_bits(torch.rand(int(kept.sum())) < 0.5), "scales": torch.rand(layer.shape[0]) * 0.2}
+            parts = {
+                "signs": pack_bits(torch.rand(int(kept.sum())) < 0.5),
+                "scales": (torch.rand(layer.shape[0]) * 0.2).bfloat16(),
+            }
             layer.bank("default").put(name, SparseDelta(layer.shape, "sign", pack_bits(kept), parts))
     out = tmp_path_factory.mktemp("many")
     model.save_pretrained(out)
