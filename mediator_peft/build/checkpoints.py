@@ -231,6 +231,9 @@ class PickleCheckpoint(FolderCheckpoint):
         tensor = self._state[name]
         return (tensor.reshape(1) if tensor.ndim == 0 else tensor)[start:stop]
 
+    def read_groups(self, name: str, groups: Sequence[tuple[int, int]]) -> Tensor:
+        return Checkpoint.read_groups(self, name, groups)
+
 
 class MeanCheckpoint(Checkpoint):
     """The mean of some checkpoints, for want of a base."""

@@ -94,7 +94,7 @@ class PromptRouting:
     def _gate_settings(self) -> GateSettings:
         config = self._config
         # In training every expert takes part: a selection of one has weight 1 whatever its score, and no gradient.
-        top_p = 1.0 if self.training and torch.is_grad_enabled() else config.top_p
+        top_p = 1.0 if self.model.training and torch.is_grad_enabled() else config.top_p
         return GateSettings(config.ood_alpha, top_p, config.fallback == "base")
 
     def _fitted_router(self) -> Router:
