@@ -3,7 +3,7 @@
 Contestants take turns in one process; what is reported are medians of ratios within a round. The comparisons with
 PEFT are made on the backbone's own architecture and size, with random adapters: what they hold does not matter.
 
-    python tests/benchmarks/bench_model.py OUT [--json out.json] [--threads 2] [--parts mediator lora shira memory]
+    python tests/benchmarks/bench_model.py OUT [--json out.json] [--threads 2] [--parts mediator kept lora shira memory]
     python tests/benchmarks/bench_model.py 1B --layers 2          # a random Llama of that shape, with a random bank
 """
 
@@ -148,6 +148,43 @@ def beside_peft(model: Any, settings: SpeedSettings, part: str, density: float) 
     return {"seconds": seconds, "times faster": faster, "numbers an adapter": kept}
 
 
+class KeptTurn:
+    """A turn with the experts' whole weights kept, which are made before it and dropped after it, both untimed."""
+
+    def __init__(self, tuner: Any, experts: list[str], turn: Any) -> None:
+        self.tuner, self.experts, self.turn = tuner, experts, turn
+
+    def __call__(self) -> list[float]:
+        self.tuner.keep_folded(self.experts)
+        seconds = self.turn()
+        self.tuner.keep_folded(())
+        return seconds
+
+
+@torch.inference_mode()
+def with_kept_weights(model: Any, settings: SpeedSettings) -> dict[str, Any]:
+    """Decoding a batch over four experts from the packed bank, and with their weights kept folded."""
+    tuner = model.base_model
+    plain, experts = plain_twin(tuner), tuner.expert_names[: len(NAMES)]
+    rows = mixed_rows(experts, settings.batch_size)
+    turns = {
+        DENSE: DecodeTurn(plain, nullcontext, settings.batch_size, settings),
+        MIXED: DecodeTurn(tuner.model, lambda: tuner.use_experts(rows), settings.batch_size, settings),
+    }
+    turns["kept"] = KeptTurn(
+        tuner, experts, DecodeTurn(tuner.model, lambda: tuner.use_experts(rows), settings.batch_size, settings)
+    )
+    taken = take_turns(turns, settings.rounds)
+    tuner.keep_folded(experts)
+    num_bytes = sum(layer.kept_bytes for layer in tuner.routed_layers().values())
+    tuner.keep_folded(())
+    ratios = {
+        name: median(dense / ours for dense, ours in zip(taken[DENSE], each, strict=True))
+        for name, each in taken.items()
+    }
+    return {"ratios": ratios, "seconds": {name: median(each) for name, each in taken.items()}, "bytes": num_bytes}
+
+
 def resident_bytes(out: str, what: str) -> int:
     """Memory of a process of its own that holds the model and has used it; heap and file pages alike."""
     code = (
@@ -190,7 +227,9 @@ def measure_memory(out: str) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="what `mediator-peft build` wrote, or 1B")
-    parser.add_argument("--parts", nargs="+", default=["mediator"], choices=["mediator", "lora", "shira", "memory"])
+    parser.add_argument(
+        "--parts", nargs="+", default=["mediator"], choices=["mediator", "kept", "lora", "shira", "memory"]
+    )
     parser.add_argument("--json", help="write the results to this file")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
@@ -221,6 +260,9 @@ def main() -> None:
                 print(line, flush=True)
             print(f"switch {1e3 * report.switch_seconds:.1f} ms = {report.switch_steps:.2f} steps", report.memory)
             print("routing", report.routing_seconds, report.routing_share)
+        elif part == "kept":
+            results[part] = with_kept_weights(model, settings)
+            print(part, results[part])
         elif part == "memory":
             results[part] = measure_memory(args.model)
             print(results[part])
