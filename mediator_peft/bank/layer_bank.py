@@ -257,8 +257,9 @@ def from_disk(key: str, stored: Tensor, shape: tuple[int, int]) -> Tensor:
     if key.endswith((_SEPARATOR + "scales", _SEPARATOR + _BIAS)) and len(stored) != shape[0]:
         raise AdapterError(f"tensor {key!r} of the adapter file has {len(stored)} entries, {shape[0]} were expected.")
     if key.endswith(_SEPARATOR + "scales"):
-        return stored.bfloat16()
-    return stored
+        return stored.to(torch.bfloat16, copy=True)
+    # A view of the mapped file would hold all of it in memory.
+    return stored.clone()
 
 
 def num_bytes_in_memory(key: str, stored: Tensor, shape: tuple[int, int]) -> int:

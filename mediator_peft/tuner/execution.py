@@ -22,6 +22,10 @@ DENSIFY_TOKENS = 16
 """From this many tokens a group on, a scratch weight and a dense product beat the packed kernels on a CPU."""
 
 
+DENSIFY_CODE_TOKENS = 192
+"""The same where the weight is in 4 bits: it must be read out of its codes for every pass."""
+
+
 def check_execution(execution: str | None) -> str | None:
     """Refuse an unknown way of applying deltas.
 
@@ -37,9 +41,12 @@ def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear, bank: LayerBank,
     """Which way to go for one forward pass of one layer."""
     if route.is_differentiable:
         return "sparse"
-    if kept.names and route.execution is None and all(kept.has(group.mix) for group in route.groups):
-        return "densify"
+    num_rows = x.numel() // x.shape[-1]
     uniform, kind = len(route.groups) == 1, quantization_of(base_layer)
+    # Whole weights are more to read than packed deltas: on a CPU they pay off for one expert, or for many tokens.
+    reads_whole = uniform or x.device.type != "cpu" or num_rows >= DENSIFY_TOKENS * len(route.groups)
+    if kept.names and reads_whole and route.execution is None and all(kept.has(group.mix) for group in route.groups):
+        return "densify"
     # Codes cannot take a delta: rounding the sum again would lose it.
     if uniform and kind is None and route.may_fold and route.execution in (None, "fold"):
         return "fold"
@@ -52,7 +59,6 @@ def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear, bank: LayerBank,
         # Its product rounds the inputs; with its numbers alone, an answer would depend on how long the batch is.
         return "sparse"
     # A dense product costs the same for one token as for a few; building its weight is what must pay off.
-    num_rows = x.numel() // x.shape[-1]
     if x.device.type == "cuda":
         if num_rows <= MOST_DEVICE_ROWS and bank.has_device_loops:
             return "sparse"
@@ -60,7 +66,8 @@ def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear, bank: LayerBank,
         return "sparse" if len(route.groups) > len(route.columns) else "densify"
     tokens_a_group = num_rows / len(route.groups)
     compiled = x.device.type == "cpu" and bank.has_loops
-    return "sparse" if compiled and tokens_a_group < DENSIFY_TOKENS else "densify"
+    pays_off_from = DENSIFY_TOKENS if kind is None else DENSIFY_CODE_TOKENS
+    return "sparse" if compiled and tokens_a_group < pays_off_from else "densify"
 
 
 def few_rows(

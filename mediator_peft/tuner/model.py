@@ -24,10 +24,14 @@ from .execution import check_execution
 from .forward import RoutedForward
 from .layer import MediatorLayer
 from .memory_build import build_in_memory
-from .quantized import quantization_of
+from .quantized import lay_out_plainly, quantization_of
 from .requests import RouteBoard
 from .routing import PromptRouting
 from .weights import ExpertWeights, make_route
+
+
+def _before_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    lay_out_plainly(module)
 
 
 class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, BaseTuner):
@@ -56,6 +60,7 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
+            model.register_state_dict_pre_hook(_before_saving),
         ]
 
     def inject_adapter(

@@ -59,9 +59,30 @@ def _of_eight_bits(base_layer: Any) -> Tensor:
     return int8_vectorwise_dequant(weight.data, scales).detach()
 
 
+def lay_out_plainly(model: nn.Module) -> None:
+    """Bring 4-bit codes that bitsandbytes has laid out anew for its CPU kernels back, before they are saved.
+
+    It would do so itself, and leave their scales in the other order: the model's next answers would be noise.
+    """
+    for module in model.modules():
+        weight: Any = getattr(module, "weight", None)
+        state: Any = getattr(weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False) and not state.original_nested:
+            weight.data, weight.quant_state = _plain_codes(weight)
+            module.quant_state = weight.quant_state
+
+
 def _unpacked_for_cpu(weight: Any) -> Tensor:
     """As bitsandbytes dequantises, of codes that it has laid out anew for its CPU kernels (at the first inference)."""
     from bitsandbytes.functional import dequantize_4bit
+
+    codes, state = _plain_codes(weight)
+    state.dtype = torch.float32
+    return dequantize_4bit(codes, state)
+
+
+def _plain_codes(weight: Any) -> tuple[Tensor, Any]:
+    """Codes and their state as they were before; the weight is left as it is."""
     from bitsandbytes.nn.modules import _convert_weight_packed_for_cpu_inverse
 
     state = copy(weight.quant_state)
@@ -69,8 +90,7 @@ def _unpacked_for_cpu(weight: Any) -> Tensor:
     state.original_nested = False
     codes, state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
     state.absmax = state.absmax.T.float().reshape(-1)
-    state.dtype = torch.float32
-    return dequantize_4bit(codes, state)
+    return codes, state
 
 
 def fill_quantized(base_layer: nn.Module, weight: Tensor) -> None:

@@ -199,6 +199,9 @@ def test_kept_weights_change_nothing_but_the_way(paths, model):
         assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     torch.testing.assert_close(alone[:1], logits[:1], rtol=1e-4, atol=1e-4)
     assert all(layer._few_rows is None and not layer.folded_bytes for layer in layers)
+    one = random_prompts(4, 1, seed=2)
+    step, by_hand = model(input_ids=one, expert_weights=rows).logits, dense(paths, mixes[1])(input_ids=one).logits
+    torch.testing.assert_close(step[1], by_hand[1], rtol=1e-4, atol=1e-4)
     blend = {"math": 0.5, "code": 0.5}
     expected = dense(paths, blend)(input_ids=prompts).logits
     torch.testing.assert_close(model(input_ids=prompts, expert_weights=blend).logits, expected, rtol=1e-4, atol=1e-4)

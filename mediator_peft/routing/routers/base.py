@@ -146,7 +146,8 @@ class Router(nn.Module, ABC):
         shaped = {}
         for name, shape in shapes.items():
             try:
-                shaped[name] = stored[name].float().reshape(shape)
+                # A copy: a view would hold the whole mapped file in memory.
+                shaped[name] = stored[name].to(torch.float32, copy=True).reshape(shape)
             except RuntimeError:
                 raise AdapterError(
                     f"router tensor {name!r} has {stored[name].numel()} values, shape {shape} was expected. The "
