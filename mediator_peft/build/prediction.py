@@ -28,6 +28,9 @@ _BYTES_BESIDE_NAME = 67
 # Of what uneven positions spare by their entropy, the share that is spared on the disk: by gaps, and by a bitmap.
 _SPARED_BY_GAPS, _SPARED_BY_BITMAP, _MOST_GAPS = 0.8, 0.3, 0.08
 
+_THIN, _TABLE_BYTES = 0.045, 60
+"""Below this density the compressor writes a table of some bytes for the gaps of each mask."""
+
 # Bits an entry of random positions, in the shorter of their two forms.
 _SEEN_BITS = (
     (0.0, 0.0), (0.0005, 0.0091), (0.001, 0.0151), (0.002, 0.0239), (0.005, 0.0465), (0.01, 0.0826), (0.02, 0.1433),
@@ -124,6 +127,8 @@ def delta_bytes(
         position_bits: bits an entry that positions take; None for random ones.
     """
     positions = entries * (_coded_bits(density) if position_bits is None else position_bits) / 8
+    if 0 < density < _THIN:
+        positions += _TABLE_BYTES
     kept = density * entries
     if values == "sign":
         return positions + kept / 8 + 2 * outputs
