@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .packing import unpack_bits
+from .packing import count_bits_by_row, unpack_bits
 from .sparse_delta import SparseDelta
-
-_BYTE_ONES = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
 
 
 class DeltaRows:
@@ -16,8 +14,7 @@ class DeltaRows:
 
     def __init__(self, delta: SparseDelta) -> None:
         self.delta = delta
-        ones = _BYTE_ONES.to(delta.mask.device)
-        self._counts = torch.cat([ones[part.int()].sum(1) for part in delta.mask.split(4096)])
+        self._counts = count_bits_by_row(delta.mask)
         self._starts = self._counts.cumsum(0) - self._counts
 
     def dense(self, rows: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .packing import count_bits_by_row
 from .sparse_delta import SparseDelta
 
 WORD = 32
@@ -178,8 +179,7 @@ class DeviceDelta:
         self.mask = delta.mask.contiguous()
         self.scales = delta.parts.get("scales")
         self.values = delta.parts["values"] if self.scales is None else delta.parts["signs"]
-        ones = torch.tensor([number.bit_count() for number in range(256)], device=self.mask.device)
-        counts = ones[self.mask.long()].sum(dim=1)
+        counts = count_bits_by_row(self.mask)
         self.offsets = (counts.cumsum(0) - counts).int()
         """(O,) int32, kept entries before each row."""
 

@@ -56,6 +56,13 @@ def count_bits(packed: Tensor) -> int:
     return int(np.bitwise_count(packed.cpu().numpy()).sum(dtype=np.int64)) if packed.numel() else 0
 
 
+def count_bits_by_row(packed: Tensor) -> Tensor:
+    """Number of ones in each row of a packed bitmap (O, n), on its device: (O,) int64."""
+    ones = torch.tensor([number.bit_count() for number in range(256)], dtype=torch.uint8, device=packed.device)
+    # Some rows at a time: looking bytes up takes several for each.
+    return torch.cat([ones[part.int()].sum(dim=1) for part in packed.split(4096)])
+
+
 def compress(data: Tensor) -> Tensor:
     """Entropy-code bytes for the disk.
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..bank.layer_bank import LayerBank
 from ..bank.sparse_delta import SparseDelta
 from ..errors import ConfigError, UnsupportedError
+from ..settings import CORRECTION
 from .differentiable import mixed_output
 from .few_rows import MOST_DEVICE_ROWS, DeviceRows, FewRows
 from .folding import Fold, mixed_bias, mixed_delta, mixed_weight
@@ -160,8 +161,7 @@ def _densify(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRout
 
 def _corrected_weight(base_layer: nn.Linear, bank: LayerBank) -> Tensor:
     weight = readable_weight(base_layer)
-    correction = bank.correction
-    return weight if correction is None else correction.dense().add_(weight)
+    return weight if bank.correction is None else mixed_weight(weight.float(), bank, ((CORRECTION, 1.0),))
 
 
 def _as_slice(rows: Tensor, device: torch.device) -> slice | Tensor:
@@ -175,7 +175,7 @@ def _sparse(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute
     result = base_layer(x)
     correction = bank.correction
     if correction is not None:
-        result = result + F.linear(x.float(), correction.dense()).to(result.dtype)
+        result = result + _product(x.float(), bank, CORRECTION, correction).to(result.dtype)
     if route.is_differentiable:
         return result + mixed_output(x, route.expert_weights, bank, route.columns).to(result.dtype)
     total = torch.zeros(result.shape, dtype=torch.float32, device=result.device)
