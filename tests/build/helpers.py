@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
 from mediator_peft import MediatorConfig, build_mediator
+from tests.tiny import fine_tuned
 
 EXPERTS = ("math", "code", "law")
+
+
+def write_larger(folder: Path, scales: Mapping[str, float], vocab_size: int) -> dict[str, Path]:
+    """A base and experts, name → how far it went, of matrices large enough for headers to matter little."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab_size, hidden_size=256, intermediate_size=640, num_hidden_layers=3, num_attention_heads=4,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_config(config).float()
+    base.save_pretrained(folder / "base")
+    for number, (name, scale) in enumerate(scales.items()):
+        fine_tuned(base, number, scale=scale).bfloat16().save_pretrained(folder / name)
+    return {name: folder / name for name in ("base", *scales)}
 
 
 def experts_of(paths: dict[str, Path]) -> dict[str, Path]:

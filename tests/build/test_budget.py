@@ -6,14 +6,14 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from mediator_peft import MediatorConfig, build_mediator, load_mediator, plan_mediator
 from mediator_peft.bank.packing import count_bits
 from mediator_peft.build.budget import budget_bytes
 from mediator_peft.errors import ConfigError
-from tests.build.helpers import EXPERTS, build, digests, experts_of
-from tests.tiny import fine_tuned, write_tiny_checkpoints
+from tests.build.helpers import EXPERTS, build, digests, experts_of, write_larger
+from tests.tiny import write_tiny_checkpoints
 
 MODEL = {"density_scope": "model", "routed_layers": "all"}
 BANK = "mediator/adapter_model.safetensors"
@@ -27,17 +27,8 @@ def paths(tmp_path_factory):
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory):
     """Matrices large enough for headers to matter little; experts that differ in how far they went."""
-    folder = tmp_path_factory.mktemp("larger")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300, hidden_size=256, intermediate_size=640, num_hidden_layers=3, num_attention_heads=4,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    base = AutoModelForCausalLM.from_config(config).float()
-    base.save_pretrained(folder / "base")
-    for number, name in enumerate(EXPERTS):
-        fine_tuned(base, number, scale=0.01 * (number + 1)).bfloat16().save_pretrained(folder / name)
-    return {name: folder / name for name in ("base", *EXPERTS)}
+    scales = {name: 0.01 * (number + 1) for number, name in enumerate(EXPERTS)}
+    return write_larger(tmp_path_factory.mktemp("larger"), scales, vocab_size=300)
 
 
 def weights_bytes(folder):

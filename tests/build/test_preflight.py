@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from mediator_peft import MediatorConfig, build_mediator, load_mediator, plan_mediator, verify_mediator
 from mediator_peft.errors import AdapterError, CheckpointError, ConfigError
-from tests.build.helpers import EXPERTS, build, digests, experts_of
+from tests.build.helpers import EXPERTS, build, digests, experts_of, write_larger
 from tests.tiny import write_tiny_checkpoints
 
 
@@ -45,20 +45,8 @@ def test_predicted_scores_and_decisions_are_those_of_the_build(paths, tmp_path, 
 
 
 def test_predicted_bytes_hold_for_matrices_of_real_size(tmp_path):
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    from tests.tiny import fine_tuned
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=500, hidden_size=256, intermediate_size=640, num_hidden_layers=3, num_attention_heads=4,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    base = AutoModelForCausalLM.from_config(config).float()
-    base.save_pretrained(tmp_path / "base")
-    for number in range(2):
-        fine_tuned(base, number).bfloat16().save_pretrained(tmp_path / f"e{number}")
-    experts = {f"e{number}": tmp_path / f"e{number}" for number in range(2)}
+    paths = write_larger(tmp_path, {"e0": 0.05, "e1": 0.05}, vocab_size=500)
+    experts = experts_of(paths)
     for settings in ({}, {"density": 0.05}, {"values": "float"}):
         out = tmp_path / f"out{len(str(settings))}"
         plan = plan_mediator(tmp_path / "base", experts, out, MediatorConfig(**settings))
