@@ -23,7 +23,6 @@ class MlpRouter(Router):
     the energy of Liu et al. 2020 (https://arxiv.org/abs/2010.03759).
     """
 
-    num_folds = 5  # it is trained anew for each
     trainable = ("weight_in", "bias_in", "weight_out", "bias_out")
     weight_in: Tensor
     bias_in: Tensor
