@@ -262,6 +262,15 @@ class MediatorSettings:
         return [*names, FALLBACK_EXPERT] if self.fallback == FALLBACK_EXPERT else names
 
 
+_WRITTEN_BY_BUILD = frozenset({"expert_names", "routed_modules", "num_blocks", "backbone_fingerprint", "provenance"})
+SETTABLE = (
+    frozenset(item.name for item in fields(MediatorSettings))
+    - _WRITTEN_BY_BUILD
+    - {"experts", "base_model_name_or_path", "format_version"}
+)
+"""Fields that a person sets in a file; the others have their own place, or are written by the build."""
+
+
 def check_saved(fields_found: Mapping[str, object], known: Collection[str]) -> None:
     """Refuse a saved configuration that this version cannot read.
 

@@ -9,25 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..settings import MediatorSettings
+from ..settings import SETTABLE, MediatorSettings
 from ..tables import unknown_name
 from .memory import parse_bytes
+from .plan import planned_settings
 
 _SECTIONS = ("build", "calibrate", "eval")
 _PATHS = ("build.output", "build.plan", "eval.report")
-# Fields of a configuration that a build fills in, or that have their own place in the file.
-_NOT_SETTINGS = frozenset(
-    {
-        "base_model_name_or_path",
-        "experts",
-        "expert_names",
-        "routed_modules",
-        "num_blocks",
-        "backbone_fingerprint",
-        "provenance",
-        "format_version",
-    }
-)
 
 
 @dataclass
@@ -88,8 +76,13 @@ class Pipeline:
 
     @property
     def config(self) -> MediatorSettings:
-        """The configuration of the build."""
-        return MediatorSettings(**(self.build.config or {}))
+        """The configuration of the build: what the file says goes before what its plan was made with.
+
+        Raises:
+            ConfigError: the plan cannot be read, or contradicts the file.
+        """
+        planned = {} if self.build.plan is None else planned_settings(Path(self.build.plan))
+        return MediatorSettings(**{**planned, **(self.build.config or {})})
 
 
 def read_pipeline(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Pipeline:
@@ -171,11 +164,10 @@ def _faults(content: Mapping[str, Any]) -> list[str]:
             faults.append(f"build.{name} is missing")
     settings = build.get("config") or {}
     if isinstance(settings, dict):
-        known = {item.name for item in fields(MediatorSettings)} - _NOT_SETTINGS
-        unknown = [key for key in settings if key not in known]
-        faults += [unknown_name(key, known, "key of build.config") for key in unknown]
+        unknown = [key for key in settings if key not in SETTABLE]
+        faults += [unknown_name(key, SETTABLE, "key of build.config") for key in unknown]
         try:
-            MediatorSettings(**{key: value for key, value in settings.items() if key in known})
+            MediatorSettings(**{key: value for key, value in settings.items() if key in SETTABLE})
         except ConfigError as fault:
             faults += [f"build.config: {line}" for line in str(fault).splitlines()]
     try:
