@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .checkpoints import Checkpoint, TensorInfo
+from .checkpoint import Checkpoint, TensorInfo
 from .headers import DTYPES, Stored, read_header
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from ..structure import OUTSIDE, LinearLayer, Structure, find_structure
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from .checkpoints import Checkpoint
+    from .checkpoint import Checkpoint
 
 
 class Outline(NamedTuple):
