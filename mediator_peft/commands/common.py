@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ..errors import MediatorError, MissingPackageError
+from ..errors import MediatorError
+from ..optional import bitsandbytes_functional
 from ..tables import unknown_name
 
 if TYPE_CHECKING:
@@ -176,8 +177,6 @@ def _dtype(name: str, device_type: str) -> Any:
 
 
 def _quantization(name: str, dtype: Any) -> Any:
-    import importlib.util
-
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -185,8 +184,7 @@ def _quantization(name: str, dtype: Any) -> Any:
 
     if name not in ROUNDINGS:
         raise typer.BadParameter(unknown_name(name, ROUNDINGS, "quantisation"), param_hint="--quantize")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingPackageError("--quantize needs bitsandbytes: pip install 'mediator_peft[bnb]'")
+    bitsandbytes_functional("--quantize")
     if name == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     computes_in = torch.bfloat16 if dtype == "auto" else dtype
