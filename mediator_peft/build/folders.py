@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+_LISTED = 8
 
 
 class FolderCheckpoint(Checkpoint):
@@ -67,8 +68,9 @@ class FolderCheckpoint(Checkpoint):
 
         try:
             return AutoConfig.from_pretrained(self.folder)
-        except (OSError, ValueError, KeyError) as fault:
-            faults.append(f"its config.json cannot be read: {str(fault).splitlines()[0]}")
+        except Exception as fault:  # whatever a damaged configuration may raise
+            reason = " ".join(str(fault).split()) or type(fault).__name__
+            faults.append(f"its config.json cannot be read: {reason}")
             return PretrainedConfig()
 
     _index_file, _single_file = INDEX_FILE, SINGLE_FILE
@@ -79,7 +81,7 @@ class FolderCheckpoint(Checkpoint):
             try:
                 names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
                 outside = [name for name in names if Path(name).name != name]
-            except (OSError, ValueError, KeyError, AttributeError, TypeError) as fault:
+            except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as fault:
                 faults.append(f"{index.name} is damaged ({fault!r}). Download or save the checkpoint again.")
                 return []
             if outside:
@@ -103,6 +105,10 @@ class FolderCheckpoint(Checkpoint):
         except (ValueError, OSError) as fault:
             faults.append(f"{path.name} is damaged or cut short ({fault}). Download or save it again.")
             return
+        twice = sorted(self._stored.keys() & found.keys())
+        if twice:
+            others = sorted({self._stored[name][0].name for name in twice})
+            faults.append(f"{path.name} has tensors that {', '.join(others)} has as well: {', '.join(twice[:_LISTED])}")
         for name, stored in found.items():
             self.tensors[name] = TensorInfo(stored.shape, DTYPES.get(stored.dtype))
             self._stored[name] = (path, stored)
@@ -180,6 +186,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

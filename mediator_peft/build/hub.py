@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 
+_SHOWN = 200
 _WANTED = ["*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -22,9 +23,12 @@ def resolve(path: str, label: str) -> Path:
     Raises:
         CheckpointError: neither.
     """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
+    try:
+        folder = Path(path).expanduser()
+        if folder.is_dir():
+            return folder
+    except (OSError, RuntimeError, ValueError) as fault:
+        raise CheckpointError(f"{label}: {path[:_SHOWN]!r} is no path: {fault}") from fault
     repository, _, revision = path.partition("@")
     if repository.count("/") != 1 or repository.startswith((".", "/", "~")):
         raise CheckpointError(f"{label}: no folder {path!r}. Give a folder or a hub id such as 'org/model@revision'.")

@@ -138,7 +138,7 @@ def _load(path: Path) -> dict[str, Any]:
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as fault:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as fault:
         raise ConfigError(f"pipeline {str(path)!r} cannot be read: {fault}") from fault
     if not isinstance(content, dict):
         raise ConfigError(f"pipeline {str(path)!r} must hold the sections {', '.join(_SECTIONS)}.")
@@ -195,6 +195,11 @@ def _section_faults(name: str, section: Mapping[str, Any], form: type) -> list[s
         default = item.default_factory() if item.default_factory is not MISSING else item.default
         if isinstance(default, dict) and not isinstance(value, dict):
             faults.append(f"{name}.{key} must be pairs of name and value, got {value!r}")
+        elif item.type == "dict[str, str]":
+            odd = {inner: path for inner, path in value.items() if not isinstance(path, str)}
+            faults += [f"{name}.{key}.{inner} must be a path, got {path!r}" for inner, path in odd.items()]
+        elif item.type in ("str", "str | None") and not isinstance(value, str):
+            faults.append(f"{name}.{key} must be text, got {value!r}")
         elif isinstance(default, bool) != isinstance(value, bool):
             faults.append(f"{name}.{key} must be {'true or false' if isinstance(default, bool) else 'no truth value'}")
         elif isinstance(default, int) and not isinstance(value, int):

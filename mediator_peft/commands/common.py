@@ -24,6 +24,7 @@ BAD_INPUT, NO_RESOURCES = 3, 4
 """Exit codes; 0 is success and 2 a wrong command line."""
 
 _RESOURCE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE}
+_PATH_ERRNOS = {errno.ENAMETOOLONG, errno.ELOOP}
 _RESOURCE_MESSAGES = ("out of memory", "not enough memory", "can't allocate memory", "no space left on device")
 _WIDTH_OF_FILES = 140
 
@@ -65,6 +66,8 @@ def exit_code(fault: BaseException) -> int | None:
             return NO_RESOURCES
         if any(message in str(cause).lower() for message in _RESOURCE_MESSAGES):
             return NO_RESOURCES
+    if isinstance(fault, OSError) and fault.errno in _PATH_ERRNOS:
+        return BAD_INPUT
     if isinstance(fault, (MediatorError, PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)):
         return BAD_INPUT
     return None
