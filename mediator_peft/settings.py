@@ -170,7 +170,7 @@ class MediatorSettings:
         self.__post_init__()
 
     def __post_init__(self) -> None:
-        if self.sparsifier in LOW_RANK and self.values == type(self).values:
+        if isinstance(self.sparsifier, str) and self.sparsifier in LOW_RANK and self.values == type(self).values:
             self.values = "factors"
         self.check()
 
@@ -194,10 +194,14 @@ class MediatorSettings:
             ("route_on", ROUTE_ON, "route_on"),
             ("density_scope", DENSITY_SCOPES, "density_scope"),
         ):
-            if getattr(self, name) not in table:
-                yield unknown_name(getattr(self, name), table, kind)
-        if self.for_quantization is not None and self.for_quantization not in ROUNDINGS:
-            yield unknown_name(self.for_quantization, ROUNDINGS, "for_quantization")
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                yield f"{name} must be a name, one of {', '.join(table)}, got {value!r}."
+            elif value not in table:
+                yield unknown_name(value, table, kind)
+        wanted = self.for_quantization
+        if wanted is not None and not (isinstance(wanted, str) and wanted in ROUNDINGS):
+            yield unknown_name(str(wanted), ROUNDINGS, "for_quantization")
         for name, hint in (
             ("density", "1.0 keeps every weight"),
             ("correction_density", "1.0 corrects every weight"),
@@ -212,6 +216,11 @@ class MediatorSettings:
             yield f"conflict_threshold must be a finite number, got {self.conflict_threshold!r}."
         if self.router_layer is not None and (isinstance(self.router_layer, bool) or not _is_count(self.router_layer)):
             yield f"router_layer must be a whole number of blocks, 0 or more, got {self.router_layer!r}."
+        if not _is_count(self.seed) or self.seed >= 2**63:
+            yield f"seed must be a whole number, 0 or more and below 2**63, got {self.seed!r}."
+        targets = self.target_modules
+        if not (targets is None or isinstance(targets, str)) and not _are_names(targets):
+            yield f"target_modules must be a name or a list of names, got {targets!r}."
         limit = self.max_resident_experts
         if limit is not None and (not _is_count(limit) or limit < 1):
             yield f"max_resident_experts must be a whole number, 1 or more, or None for all, got {limit!r}."
@@ -223,13 +232,15 @@ class MediatorSettings:
             yield f"budget must be like '1.5x' (the backbone), '400MB' or a number of bytes, got {self.budget!r}."
         if self.rank is not None and (not _is_count(self.rank) or self.rank < 1):
             yield f"rank must be a whole number, 1 or more, or None, got {self.rank!r}."
-        is_low_rank = self.sparsifier in LOW_RANK
-        if is_low_rank != (self.values == "factors") and self.values in VALUES and self.sparsifier in SPARSIFIERS:
+        is_known = all(isinstance(name, str) for name in (self.values, self.sparsifier))
+        is_known = is_known and self.values in VALUES and self.sparsifier in SPARSIFIERS
+        is_low_rank = is_known and self.sparsifier in LOW_RANK
+        if is_known and is_low_rank != (self.values == "factors"):
             yield (
                 f"sparsifier {self.sparsifier!r} does not go with values {self.values!r}: 'svd' stores 'factors', and "
                 "nothing else does. Leave values out with 'svd'."
             )
-        if self.rank is not None and not is_low_rank:
+        if is_known and self.rank is not None and not is_low_rank:
             yield f"rank is for sparsifier='svd', not for {self.sparsifier!r}. Use density."
         if self.rank is not None and (self.budget is not None or self.density_scope != "matrix"):
             yield "rank fixes the size of every delta: leave out budget and density_scope, or leave out rank."
@@ -260,6 +271,15 @@ class MediatorSettings:
         """Names of the expert-weight columns: the experts, then ``"base"`` where that is the fallback."""
         names = list(self.expert_names or self.experts)
         return [*names, FALLBACK_EXPERT] if self.fallback == FALLBACK_EXPERT else names
+
+
+_WRITTEN_BY_BUILD = frozenset({"expert_names", "routed_modules", "num_blocks", "backbone_fingerprint", "provenance"})
+SETTABLE = (
+    frozenset(item.name for item in fields(MediatorSettings))
+    - _WRITTEN_BY_BUILD
+    - {"experts", "base_model_name_or_path", "format_version"}
+)
+"""Fields that a person sets in a file; the others have their own place, or are written by the build."""
 
 
 def check_saved(fields_found: Mapping[str, object], known: Collection[str]) -> None:
@@ -297,6 +317,10 @@ def expert_name_faults(names: Mapping[str, object]) -> Iterator[str]:
 
 def _is_share(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, Collection) and all(isinstance(name, str) for name in value)
 
 
 def _is_count(value: object) -> bool:

@@ -16,8 +16,9 @@ ALLOWED = {
     "progress": set(),
     "structure": {"errors"},
     "registration": set(),
-    "methods": {"errors"},
-    "bank": {"errors", "settings"},
+    "optional": {"errors"},
+    "methods": {"errors", "optional"},
+    "bank": {"errors", "optional", "settings"},
     "routing": {"errors", "tables", "progress"},
     "settings": {"errors", "tables", "methods", "bank", "routing"},
     # The one step back: a configuration is of use to PEFT only with its tuner, so it registers both.

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from mediator_peft import load_mediator
 from mediator_peft.cli import app
-from mediator_peft.commands.build import parse_routed_layers
 from mediator_peft.commands.common import exit_code, explain
+from mediator_peft.commands.merge_options import parse_routed_layers
 from mediator_peft.errors import ConfigError
 
 COMMANDS = ["build", "calibrate", "generate", "eval", "inspect", "demo"]

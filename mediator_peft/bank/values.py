@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import MissingPackageError
+from ..optional import bitsandbytes_functional
 from .packing import pack_bits, unpack_bits
 from .scales import NUMBER_SCALES, SIGN_SCALES, RowSums
 
@@ -111,13 +111,7 @@ _BLOCK = 64
 
 
 def _bitsandbytes() -> Any:
-    try:
-        from bitsandbytes import functional
-    except ImportError:
-        raise MissingPackageError(
-            "values 'int8' and 'nf4' need bitsandbytes: pip install 'mediator_peft[bnb]'"
-        ) from None
-    return functional
+    return bitsandbytes_functional("storing values as int8 or nf4")
 
 
 def _encode_blocks(values: Tensor, quantize: Callable[[Tensor], tuple[Tensor, Any]]) -> Parts:

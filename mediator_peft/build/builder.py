@@ -81,6 +81,10 @@ def plan_merge(job: Job, config: MediatorSettings, plan: Sequence[BlockPlan] | N
     layers = {layer.name: layer for layer in select_layers(job.structure, config.target_modules)}
     if isinstance(config.routed_layers, (list, tuple)):
         check_block_numbers(config.routed_layers, job.structure.num_blocks)
+    if config.router_layer is not None and config.router_layer > job.structure.num_blocks:
+        raise ConfigError(
+            f"router_layer {config.router_layer} is beyond this model, which has {job.structure.num_blocks} blocks."
+        )
     densities = _block_densities(config, job.structure.num_blocks, plan)
     blocks = {layer.name: layer.block for layer in (*job.structure.layers, *layers.values())}
     biases = {f"{name}.bias" for name, layer in layers.items() if layer.has_bias}

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import CheckpointMismatchError
 from ..structure import Structure
-from .checkpoints import Checkpoint, TensorInfo
+from .checkpoint import Checkpoint, TensorInfo
 from .lora import LoraCheckpoint
 from .outline import is_known, outline_of
 from .vocabulary import aligned

@@ -65,7 +65,7 @@ def _stored(name: str, entry: object, start: int, size: int) -> Stored:
     try:
         dtype, shape = str(entry["dtype"]), tuple(int(length) for length in entry["shape"])  # type: ignore[index]
         begin, end = (int(offset) for offset in entry["data_offsets"])  # type: ignore[index]
-    except (KeyError, TypeError, ValueError) as fault:
+    except (KeyError, TypeError, ValueError, OverflowError) as fault:
         raise ValueError(f"the header's entry {name!r} is malformed") from fault
     expected = prod(shape) * _ALL_SIZES.get(dtype, 0)
     if begin < 0 or end < begin or min(shape, default=0) < 0 or (dtype in _ALL_SIZES and end - begin != expected):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .checkpoints import Checkpoint, TensorInfo
+from .checkpoint import Checkpoint, TensorInfo
 from .headers import DTYPES, Stored, read_header
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class LoraCheckpoint(Checkpoint):
         where = f"{self.label} ({self.source})"
         try:
             settings = json.loads((self.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as fault:
+        except (OSError, ValueError, RecursionError) as fault:
             raise CheckpointError(f"{where}: {ADAPTER_CONFIG} cannot be read: {fault}") from fault
         if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
             kind = settings.get("peft_type") if isinstance(settings, dict) else None
@@ -90,6 +91,9 @@ class LoraCheckpoint(Checkpoint):
             reasons.append(f"init_lora_weights={start!r} changed the base's own weights")
         if reasons:
             raise CheckpointError(f"{where}: this LoRA cannot be folded ({'; '.join(reasons)}). {_MERGE_HINT}")
+        faults = list(_number_faults(settings))
+        if faults:
+            raise CheckpointError(f"{where}: {ADAPTER_CONFIG} is damaged: {'; '.join(faults)}. Save the adapter again.")
         return settings
 
     @property
@@ -126,7 +130,10 @@ class LoraCheckpoint(Checkpoint):
                 faults += self._fold(module, tensor, other, is_embedding=part == "embedding_A")
             elif part == "B.bias":
                 faults += self._add_bias(module, tensor)
-            elif part not in ("B.weight", "embedding_B"):
+            elif part in ("B.weight", "embedding_B"):
+                if f"{module}.lora_{part.replace('B', 'A', 1)}" not in read:
+                    faults.append(f"the factors of {module!r} do not fit together: one of them is missing")
+            else:
                 faults.append(f"tensor {name!r} is not known of LoRA")
         if tied:
             changed = {*self._factors, *self._replaced}
@@ -162,6 +169,9 @@ class LoraCheckpoint(Checkpoint):
         if info is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
             return [f"the factors of {module!r} do not fit together, or the base has no such layer"]
         left, right = b.float(), a.float()
+        rank = _by_pattern(self._settings.get("rank_pattern"), module, self._settings.get("r", a.shape[0]))
+        if rank != a.shape[0]:
+            return [f"the factors of {module!r} have rank {a.shape[0]}, {ADAPTER_CONFIG} says {rank}"]
         if is_embedding or self._settings.get("fan_in_fan_out"):
             left, right = right.T.contiguous(), left.T.contiguous()
         if info.shape != (left.shape[0], right.shape[1]):
@@ -201,6 +211,24 @@ class LoraCheckpoint(Checkpoint):
         if bias is not None:
             return (rows.float() + bias[start:stop]).to(rows.dtype)
         return rows
+
+
+def _number_faults(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the numbers by which the product of the factors is scaled, one message each."""
+    for key, pattern_key in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        patterns = settings.get(pattern_key) or {}
+        if not isinstance(patterns, dict):
+            yield f"{pattern_key} must be pairs of pattern and number, got {patterns!r}"
+            continue
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as fault:
+                yield f"{pattern_key} has the pattern {pattern!r}, which cannot be read ({fault})"
+        for name, value in ((key, settings.get(key, 1)), *patterns.items()):
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+            if not is_number or (key == "r" and (value < 1 or value != int(value))):
+                yield f"{name} must be a {'whole ' if key == 'r' else ''}number, got {value!r}"
 
 
 def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:

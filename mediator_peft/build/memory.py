@@ -55,7 +55,7 @@ def task_memory(merge: Merge, task: Task) -> int:
     if task.is_transposed:
         work += entries * merge.job.dtype.itemsize * (num_experts + 3)
     if config.merge_method not in ENTRYWISE:
-        work += entries * 4 * (2 * num_experts + 3)
+        work += entries * (4 * (2 * num_experts + 3) + num_experts)
     return int(tile + work)
 
 

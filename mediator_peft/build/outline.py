@@ -18,7 +18,7 @@ from ..structure import OUTSIDE, LinearLayer, Structure, find_structure
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from .checkpoints import Checkpoint
+    from .checkpoint import Checkpoint
 
 
 class Outline(NamedTuple):
@@ -66,6 +66,8 @@ def is_known(settings: Mapping[str, Any]) -> bool:
     number = settings.get("num_hidden_layers")
     flags = [settings.get(key, False) for key in ("attention_bias", "mlp_bias", "tie_word_embeddings")]
     kinds = settings.get("layer_types") or []
+    if not isinstance(kinds, list):
+        return False
     return (
         isinstance(number, int)
         and number > 0
@@ -135,7 +137,6 @@ def skeleton(config: PretrainedConfig) -> nn.Module:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except ValueError as fault:
-        raise UnsupportedError(
-            f"no causal language model for model type {config.model_type!r}: {str(fault).splitlines()[0]}"
-        ) from fault
+    except Exception as fault:  # whatever a configuration that makes no sense may raise
+        reason = (str(fault) or type(fault).__name__).splitlines()[0]
+        raise UnsupportedError(f"no causal language model for model type {config.model_type!r}: {reason}") from fault

@@ -9,25 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..settings import MediatorSettings
+from ..settings import SETTABLE, MediatorSettings
 from ..tables import unknown_name
 from .memory import parse_bytes
+from .plan import planned_settings
 
 _SECTIONS = ("build", "calibrate", "eval")
 _PATHS = ("build.output", "build.plan", "eval.report")
-# Fields of a configuration that a build fills in, or that have their own place in the file.
-_NOT_SETTINGS = frozenset(
-    {
-        "base_model_name_or_path",
-        "experts",
-        "expert_names",
-        "routed_modules",
-        "num_blocks",
-        "backbone_fingerprint",
-        "provenance",
-        "format_version",
-    }
-)
 
 
 @dataclass
@@ -88,8 +76,13 @@ class Pipeline:
 
     @property
     def config(self) -> MediatorSettings:
-        """The configuration of the build."""
-        return MediatorSettings(**(self.build.config or {}))
+        """The configuration of the build: what the file says goes before what its plan was made with.
+
+        Raises:
+            ConfigError: the plan cannot be read, or contradicts the file.
+        """
+        planned = {} if self.build.plan is None else planned_settings(Path(self.build.plan))
+        return MediatorSettings(**{**planned, **(self.build.config or {})})
 
 
 def read_pipeline(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Pipeline:
@@ -145,7 +138,7 @@ def _load(path: Path) -> dict[str, Any]:
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as fault:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as fault:
         raise ConfigError(f"pipeline {str(path)!r} cannot be read: {fault}") from fault
     if not isinstance(content, dict):
         raise ConfigError(f"pipeline {str(path)!r} must hold the sections {', '.join(_SECTIONS)}.")
@@ -171,11 +164,10 @@ def _faults(content: Mapping[str, Any]) -> list[str]:
             faults.append(f"build.{name} is missing")
     settings = build.get("config") or {}
     if isinstance(settings, dict):
-        known = {item.name for item in fields(MediatorSettings)} - _NOT_SETTINGS
-        unknown = [key for key in settings if key not in known]
-        faults += [unknown_name(key, known, "key of build.config") for key in unknown]
+        unknown = [key for key in settings if key not in SETTABLE]
+        faults += [unknown_name(key, SETTABLE, "key of build.config") for key in unknown]
         try:
-            MediatorSettings(**{key: value for key, value in settings.items() if key in known})
+            MediatorSettings(**{key: value for key, value in settings.items() if key in SETTABLE})
         except ConfigError as fault:
             faults += [f"build.config: {line}" for line in str(fault).splitlines()]
     try:
@@ -203,6 +195,11 @@ def _section_faults(name: str, section: Mapping[str, Any], form: type) -> list[s
         default = item.default_factory() if item.default_factory is not MISSING else item.default
         if isinstance(default, dict) and not isinstance(value, dict):
             faults.append(f"{name}.{key} must be pairs of name and value, got {value!r}")
+        elif item.type == "dict[str, str]":
+            odd = {inner: path for inner, path in value.items() if not isinstance(path, str)}
+            faults += [f"{name}.{key}.{inner} must be a path, got {path!r}" for inner, path in odd.items()]
+        elif item.type in ("str", "str | None") and not isinstance(value, str):
+            faults.append(f"{name}.{key} must be text, got {value!r}")
         elif isinstance(default, bool) != isinstance(value, bool):
             faults.append(f"{name}.{key} must be {'true or false' if isinstance(default, bool) else 'no truth value'}")
         elif isinstance(default, int) and not isinstance(value, int):

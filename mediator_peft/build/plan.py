@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from math import ceil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import ConfigError
+from ..settings import SETTABLE, MediatorSettings
 from ..tables import unknown_name
 
 PLAN_VERSION = 1
 _BLOCK_KEYS = ("block", "routed", "density", "score", "bytes")
-_PLAN_KEYS = ("plan_version", "blocks", "about")
+_PLAN_KEYS = ("plan_version", "settings", "blocks", "about")
+# What the blocks of a plan say themselves.
+_SAID_BY_BLOCKS = frozenset({"routed_layers", "density_scope", "budget"})
 
 
 class BlockPlan(NamedTuple):
@@ -70,15 +74,60 @@ def read_plan(path: Path, num_blocks: int) -> list[BlockPlan]:
     Raises:
         ConfigError: it cannot be read or does not fit the model; all faults are listed.
     """
-    try:
-        plan = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as fault:
-        raise ConfigError(f"plan {str(path)!r} cannot be read: {fault}") from fault
+    plan = _load(path)
     faults = _plan_faults(plan, num_blocks)
     if faults:
         raise ConfigError(f"plan {str(path)!r}:\n- " + "\n- ".join(faults))
     blocks = sorted(plan["blocks"], key=lambda entry: entry["block"])
     return [BlockPlan(entry["block"], entry["routed"], float(entry["density"])) for entry in blocks]
+
+
+def settings_to_keep(config: MediatorSettings, density: float) -> dict[str, Any]:
+    """What a plan file says beside its blocks: settings of the configuration that are not their default.
+
+    Args:
+        config: what the plan was made with.
+        density: what came of it; it holds for what is targeted outside of the blocks.
+    """
+    settings = {item.name: getattr(config, item.name) for item in fields(MediatorSettings)} | {"density": density}
+    plain = MediatorSettings()
+    return {
+        name: value
+        for name, value in settings.items()
+        if name in SETTABLE and name not in _SAID_BY_BLOCKS and value != getattr(plain, name)
+    }
+
+
+def planned_settings(path: Path) -> dict[str, Any]:
+    """The settings that a plan was made with, as far as they are no defaults and its blocks do not say them.
+
+    Raises:
+        ConfigError: the file cannot be read, or a setting is unknown or out of range.
+    """
+    plan = _load(path)
+    settings = plan.get("settings", {}) if isinstance(plan, dict) else {}
+    faults = _settings_faults(settings)
+    if faults:
+        raise ConfigError(f"plan {str(path)!r}:\n- " + "\n- ".join(faults))
+    return dict(settings)
+
+
+def _load(path: Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as fault:
+        raise ConfigError(f"plan {str(path)!r} cannot be read: {fault}") from fault
+
+
+def _settings_faults(settings: object) -> list[str]:
+    if not isinstance(settings, dict):
+        return [f"settings must be an object, got {settings!r}"]
+    faults = [unknown_name(key, SETTABLE, "setting of a plan") for key in settings if key not in SETTABLE]
+    try:
+        MediatorSettings(**{key: value for key, value in settings.items() if key in SETTABLE})
+    except ConfigError as fault:
+        faults += str(fault).splitlines()
+    return faults
 
 
 def _plan_faults(plan: object, num_blocks: int) -> list[str]:
@@ -87,6 +136,7 @@ def _plan_faults(plan: object, num_blocks: int) -> list[str]:
     faults = [unknown_name(key, _PLAN_KEYS, "key of a plan") for key in plan if key not in _PLAN_KEYS]
     if plan.get("plan_version") != PLAN_VERSION:
         faults.append(f"plan_version is {plan.get('plan_version')!r}, this mediator_peft reads {PLAN_VERSION}")
+    faults += _settings_faults(plan.get("settings", {}))
     seen: list[int] = []
     for place, entry in enumerate(plan["blocks"]):
         if not isinstance(entry, dict):

@@ -12,7 +12,7 @@ from ..bank.adapter_file import bank_key
 from ..bank.values import VALUES
 from ..methods.sparsifying import LOW_RANK
 from ..settings import CORRECTION, FALLBACK_EXPERT
-from .checkpoints import FolderCheckpoint
+from .folders import FolderCheckpoint
 from .tensor_work import Task, deltas_stored
 from .thinning import factor_dtype, own_factors, rank_of
 from .writing import side_files_size

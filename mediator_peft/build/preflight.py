@@ -19,7 +19,7 @@ from .checkpoints import Checkpoint, FolderCheckpoint, open_checkpoint
 from .compatibility import Job, examine_job
 from .memory import parse_bytes, predicted_memory, workers_within
 from .offline import mean_base, with_experts
-from .plan import PLAN_VERSION, choose_blocks, read_plan
+from .plan import PLAN_VERSION, choose_blocks, read_plan, settings_to_keep
 from .prediction import adapter_bytes, backbone_bytes, side_bytes
 from .side_files import compare_side_files
 from .writing import free_space, partial_name
@@ -41,6 +41,9 @@ class BuildPlan:
 
     blocks: list[dict[str, Any]] = field(default_factory=list)
     """One entry a block: ``block``, ``routed``, ``density``, ``score`` (estimated from a sample), ``bytes``."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What it was made with, beside what the blocks say; only what is no default."""
 
     density: float = 0.0
     """Share of all routed entries that is kept: the configuration's, or the one that a budget leaves room for."""
@@ -71,8 +74,9 @@ class BuildPlan:
         """
         if not self.blocks:
             raise ConfigError("this plan has no blocks, because of its problems:\n- " + "\n- ".join(self.problems))
-        about = {key: value for key, value in self.to_dict().items() if key not in ("blocks", "problems")}
-        text = json.dumps({"plan_version": PLAN_VERSION, "blocks": self.blocks, "about": about}, indent=2)
+        about = {key: value for key, value in self.to_dict().items() if key not in ("settings", "blocks", "problems")}
+        decided = {"settings": self.settings, "blocks": self.blocks}
+        text = json.dumps({"plan_version": PLAN_VERSION, **decided, "about": about}, indent=2)
         Path(path).write_text(text, encoding="utf-8")
 
 
@@ -173,6 +177,7 @@ def _decide(merge: Merge, scores: list[float], found: BuildPlan) -> None:
     }
     found.bytes = {**sizes, "total": sum(sizes.values())}
     found.density = config.density if merge.density is None else merge.density
+    found.settings = settings_to_keep(config, found.density)
 
 
 def _resources(merge: Merge, found: BuildPlan, limit: int | None, target: Path | None) -> None:

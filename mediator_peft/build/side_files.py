@@ -72,19 +72,22 @@ def _settings(
 
 
 def vocabulary(folder: Path) -> dict[str, int] | None:
-    """Token → id, from ``tokenizer.json``; None where there is none."""
+    """Token → id, from ``tokenizer.json``; None where there is none, or none of the known form."""
     tokenizer = _json(folder / "tokenizer.json")
     model = tokenizer.get("model")
     if not isinstance(model, dict):
         return None
     entries = model.get("vocab")
-    if isinstance(entries, list):  # Unigram: pairs of token and score, in the order of their ids
-        found = {str(pair[0]): number for number, pair in enumerate(entries)}
-    else:
-        found = dict(entries or {})
-    for token in tokenizer.get("added_tokens") or ():
-        found[token["content"]] = token["id"]
-    return found
+    try:
+        if isinstance(entries, list):  # Unigram: pairs of token and score, in the order of their ids
+            found = {str(pair[0]): number for number, pair in enumerate(entries)}
+        else:
+            found = dict(entries or {})
+        for token in tokenizer.get("added_tokens") or ():
+            found[token["content"]] = token["id"]
+    except (TypeError, KeyError, IndexError, ValueError):
+        return None
+    return found if all(isinstance(number, int) for number in found.values()) else None
 
 
 def chat_template(folder: Path) -> str | None:
@@ -115,6 +118,6 @@ def licence(folder: Path) -> str | None:
 def _json(path: Path) -> dict[str, Any]:
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return loaded if isinstance(loaded, dict) else {}

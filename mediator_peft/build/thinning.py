@@ -12,7 +12,7 @@ from ..bank.values import Precision
 from ..methods.sparsifying import LOW_RANK, RESCALING, SPARSIFIERS
 from ..methods.sparsifying.svd import low_rank, rank_of_density
 from ..settings import MediatorSettings
-from .checkpoints import Checkpoint
+from .checkpoint import Checkpoint
 
 
 def pack_delta(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checkpoints import Checkpoint, FolderCheckpoint, TensorInfo
+from .checkpoint import Checkpoint, TensorInfo
+from .folders import FolderCheckpoint
 from .side_files import vocabulary
 
 if TYPE_CHECKING:

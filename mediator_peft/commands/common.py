@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ..errors import MediatorError, MissingPackageError
+from ..errors import MediatorError
+from ..optional import bitsandbytes_functional
 from ..tables import unknown_name
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ BAD_INPUT, NO_RESOURCES = 3, 4
 """Exit codes; 0 is success and 2 a wrong command line."""
 
 _RESOURCE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE}
+_PATH_ERRNOS = {errno.ENAMETOOLONG, errno.ELOOP}
 _RESOURCE_MESSAGES = ("out of memory", "not enough memory", "can't allocate memory", "no space left on device")
 _WIDTH_OF_FILES = 140
 
@@ -64,6 +66,8 @@ def exit_code(fault: BaseException) -> int | None:
             return NO_RESOURCES
         if any(message in str(cause).lower() for message in _RESOURCE_MESSAGES):
             return NO_RESOURCES
+    if isinstance(fault, OSError) and fault.errno in _PATH_ERRNOS:
+        return BAD_INPUT
     if isinstance(fault, (MediatorError, PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)):
         return BAD_INPUT
     return None
@@ -176,8 +180,6 @@ def _dtype(name: str, device_type: str) -> Any:
 
 
 def _quantization(name: str, dtype: Any) -> Any:
-    import importlib.util
-
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -185,8 +187,7 @@ def _quantization(name: str, dtype: Any) -> Any:
 
     if name not in ROUNDINGS:
         raise typer.BadParameter(unknown_name(name, ROUNDINGS, "quantisation"), param_hint="--quantize")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingPackageError("--quantize needs bitsandbytes: pip install 'mediator_peft[bnb]'")
+    bitsandbytes_functional("--quantize")
     if name == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     computes_in = torch.bfloat16 if dtype == "auto" else dtype

@@ -7,34 +7,42 @@ from typing import Annotated, Any
 
 import typer
 
-from ..settings import MediatorSettings
-from .build import parse_routed_layers
-from .common import BAD_INPUT, AsJson, console, parse_pairs, print_json, quiet_transformers, say
+from . import merge_options as merge
+from .common import BAD_INPUT, AsJson, console, print_json, quiet_transformers, say
+from .merge_options import DEFAULTS
 
 
 def plan(
-    base: Annotated[str, typer.Option(help="The base: a folder, or org/model[@revision].", show_default=False)],
-    expert: Annotated[
-        list[str], typer.Option(metavar="NAME=PATH", help="A fine-tuned expert; once for each.", show_default=False)
-    ],
+    ctx: typer.Context,
+    base: merge.Base,
+    expert: merge.Expert,
     output: Annotated[Path | None, typer.Option(help="Where the build would write; its disk is looked at.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the plan here, to be edited and given to build.")] = None,
-    density: Annotated[float, typer.Option(help="Share of a delta's entries that is kept, in (0, 1].")] = 0.2,
-    density_scope: Annotated[
-        str, typer.Option(help="Where density holds: in each matrix, or in the model (one threshold).")
-    ] = "matrix",
-    budget: Annotated[
-        str | None, typer.Option(help="Fit density to the bytes of backbone and adapter: 1.5x the backbone, or 400MB.")
-    ] = None,
-    values: Annotated[str, typer.Option(help="How kept entries are stored: sign, float, int8 or nf4.")] = "sign",
-    sparsifier: Annotated[str, typer.Option(help="What is kept: magnitude, random or svd.")] = "magnitude",
-    merge_method: Annotated[
-        str, typer.Option(help="How experts become the backbone, e.g. average, base, ties.")
-    ] = "average",
-    routed_layers: Annotated[
-        str, typer.Option(help="auto, all, a share such as 0.5, or numbers such as 0,1.")
-    ] = "auto",
-    max_memory: Annotated[str | None, typer.Option(help="Most memory the build may take, e.g. 4GiB.")] = None,
+    merge_method: merge.MergeMethod = DEFAULTS.merge_method,
+    density: merge.Density = DEFAULTS.density,
+    density_scope: merge.DensityScope = DEFAULTS.density_scope,
+    budget: merge.Budget = None,
+    values: merge.Values = DEFAULTS.values,
+    sign_scale: merge.SignScale = DEFAULTS.sign_scale,
+    sparsifier: merge.Sparsifier = DEFAULTS.sparsifier,
+    rank: merge.Rank = None,
+    routed_layers: merge.RoutedLayers = str(DEFAULTS.routed_layers),
+    target_module: merge.TargetModule = None,
+    conflict_score: merge.ConflictScore = DEFAULTS.conflict_score,
+    conflict_density: merge.ConflictDensity = DEFAULTS.conflict_density,
+    conflict_threshold: merge.ConflictThreshold = DEFAULTS.conflict_threshold,
+    router: merge.Router = DEFAULTS.router,
+    router_layer: merge.RouterLayer = None,
+    ood_alpha: merge.OodAlpha = DEFAULTS.ood_alpha,
+    top_p: merge.TopP = DEFAULTS.top_p,
+    fallback: merge.Fallback = DEFAULTS.fallback,
+    for_quantization: merge.ForQuantization = None,
+    correction_density: merge.CorrectionDensity = DEFAULTS.correction_density,
+    seed: merge.Seed = DEFAULTS.seed,
+    plan_file: merge.PlanFile = None,
+    workers: merge.Workers = 1,
+    max_memory: merge.MaxMemory = None,
+    allow_pickle: merge.AllowPickle = False,
     as_json: AsJson = False,
 ) -> None:
     """Check base and experts by their headers, and predict size, time and memory of a build.
@@ -47,16 +55,7 @@ def plan(
     from ..build.preflight import plan_mediator
 
     quiet_transformers()
-    config = MediatorSettings(
-        density=density,
-        density_scope=density_scope,
-        budget=budget,
-        values=values,
-        sparsifier=sparsifier,
-        merge_method=merge_method,
-        routed_layers=parse_routed_layers(routed_layers),
-    )
-    found = plan_mediator(base, parse_pairs(expert, "--expert"), output, config, max_memory=max_memory)
+    found = plan_mediator(output=output, config=merge.merge_settings(ctx), **merge.merge_inputs(ctx))
     if save is not None and found.is_ok:
         found.save(save)
         say(f"plan written to {save}; edit it and give it to `build --plan`")

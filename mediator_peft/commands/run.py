@@ -45,6 +45,7 @@ def run(
         raise typer.BadParameter(f"{unknown[0]!r} is no step; choose from {', '.join(_STEPS)}.", param_hint="--only")
     pipeline = read_pipeline(file, parse_settings(setting or []))
     steps = [name for name in _STEPS if getattr(pipeline, name) is not None and name in (only or _STEPS)]
+    _require_data(pipeline, steps)
     if dry_run:
         from .plan import show_plan
 
@@ -86,6 +87,25 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         except yaml.YAMLError as fault:
             raise typer.BadParameter(f"{value!r} is no YAML: {fault}", param_hint="--set") from fault
     return found
+
+
+def _require_data(pipeline: Any, steps: list[str]) -> None:
+    """Refuse files of prompts that are not there, before the build and not after it.
+
+    Raises:
+        ConfigError: some are missing; all are listed.
+    """
+    from ..errors import ConfigError
+
+    missing = [
+        f"{step}.data.{name}: no file {path!r}"
+        for step in steps
+        if step != "build"
+        for name, path in getattr(pipeline, step).data.items()
+        if not Path(path).is_file()
+    ]
+    if missing:
+        raise ConfigError("the pipeline names files that are not there:\n- " + "\n- ".join(missing))
 
 
 def _pairs(data: dict[str, str]) -> list[str]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import MissingPackageError
+from ..optional import bitsandbytes_functional
 
 
 def round_to_nf4(weight: Tensor) -> Tensor:
@@ -23,23 +22,15 @@ def round_to_fp4(weight: Tensor) -> Tensor:
 
 def round_to_int8(weight: Tensor) -> Tensor:
     """Eight bits, a scale a row, as LLM.int8() (https://arxiv.org/abs/2208.07339) stores weights."""
-    functional = _functional()
+    functional = bitsandbytes_functional("quantisation")
     codes, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
     return functional.int8_vectorwise_dequant(codes, scales).float()
 
 
 def _four_bits(weight: Tensor, kind: str) -> Tensor:
-    functional = _functional()
+    functional = bitsandbytes_functional("quantisation")
     codes, state = functional.quantize_4bit(weight.contiguous(), quant_type=kind)
     return functional.dequantize_4bit(codes, state).float()
-
-
-def _functional() -> Any:
-    try:
-        from bitsandbytes import functional
-    except ImportError:
-        raise MissingPackageError("quantisation needs bitsandbytes: pip install 'mediator_peft[bnb]'") from None
-    return functional
 
 
 ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {

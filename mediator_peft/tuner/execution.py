@@ -12,7 +12,7 @@ from ..errors import ConfigError, UnsupportedError
 from ..settings import CORRECTION
 from .differentiable import mixed_output
 from .few_rows import MOST_DEVICE_ROWS, DeviceRows, FewRows
-from .folding import Fold, mixed_bias, mixed_delta, mixed_weight
+from .folding import Fold, mixed_bias, mixed_biases, mixed_delta, mixed_weight
 from .kept import KeptWeights
 from .quantized import quantization_of, readable_weight
 from .weights import LayerRoute
@@ -221,11 +221,5 @@ def _sparse_by_kernels(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route:
 
 def _add_biases(result: Tensor, bank: LayerBank, route: LayerRoute) -> Tensor:
     """Add each row's mix of bias deltas to (B, T, O)."""
-    if not bank.has_bias:
-        return result
-    for rows, mix in route.groups:
-        shift = mixed_bias(bank, mix)
-        if shift is not None:
-            chosen = slice(None) if rows is None else rows
-            result[chosen] = (result[chosen].float() + shift).to(result.dtype)
-    return result
+    shift = mixed_biases(bank, route)
+    return result if shift is None else (result.float() + shift[:, None]).to(result.dtype)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from ..bank.layer_bank import LayerBank
 from ..settings import CORRECTION
+from .folding import mixed_biases
 from .weights import LayerRoute
 
 MOST_ROWS = 16
@@ -79,7 +78,8 @@ class DeviceRows:
         table = torch.tensor([rows[name] for name in names]).reshape(len(names), len(route.key))
         self._coefficients = table.repeat_interleave(num_tokens, dim=1).to(x.device)
         self._deltas = bank.on_device(names)
-        self._shift = _bias_shift(bank, names, self._coefficients)
+        shift = mixed_biases(bank, route)
+        self._shift = None if shift is None else shift.repeat_interleave(num_tokens, dim=0)
 
     @staticmethod
     def fits(x: Tensor, bank: LayerBank) -> bool:
@@ -105,14 +105,3 @@ class DeviceRows:
         if self._shift is not None:
             result = (result.float() + self._shift.view(result.shape)).to(result.dtype)
         return result
-
-
-def _bias_shift(bank: LayerBank, names: Sequence[str], coefficients: Tensor) -> Tensor | None:
-    """Each row's mix of bias deltas: (R, O) float32; None where there are none."""
-    total: Tensor | None = None
-    for name, row in zip(names, coefficients, strict=True):
-        delta = bank.get(name)
-        if delta is not None and delta.bias is not None:
-            part = row[:, None] * delta.bias
-            total = part if total is None else total + part
-    return total

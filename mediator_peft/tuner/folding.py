@@ -12,6 +12,7 @@ from ..bank import kernels
 from ..bank.kernels import PackedDelta
 from ..bank.layer_bank import LayerBank
 from ..bank.restoring import ComputedBack, KeptEntries, Saved, free_low_bits, has_loops_for
+from .weights import LayerRoute
 
 Mix = tuple[tuple[str, float], ...]
 
@@ -49,6 +50,21 @@ def mixed_bias(bank: LayerBank, mix: Mix) -> Tensor | None:
         if delta is not None and delta.bias is not None:
             total = delta.bias * weight if total is None else total + delta.bias * weight
     return total
+
+
+def mixed_biases(bank: LayerBank, route: LayerRoute) -> Tensor | None:
+    """Each prompt's mix of bias deltas, (B, O) float32; None where there are none."""
+    if not bank.has_bias:
+        return None
+    mixes = [mixed_bias(bank, mix) for _, mix in route.groups]
+    known = next((mix for mix in mixes if mix is not None), None)
+    if known is None:
+        return None
+    biases = known.new_zeros(len(route.key), len(known))
+    for (rows, _), mix in zip(route.groups, mixes, strict=True):
+        if mix is not None:
+            biases[slice(None) if rows is None else rows] = mix
+    return biases
 
 
 def mixed_weight(weight: Tensor, bank: LayerBank, mix: Mix) -> Tensor:

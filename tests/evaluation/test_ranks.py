@@ -123,3 +123,58 @@ def test_expert_weights_are_set_once_for_batches_that_follow_each_other():
     assert list(found) == [([4], [40]), ([3, 2], [30, 20]), ([1], [10])]
     assert entered == [[1.0], [2.0]]
     assert len(steps) == 4
+
+
+PIPELINE = """
+build:
+  base: base
+  experts: {math: math, code: code}
+  output: run/out
+  config: {density: 0.5}
+calibrate:
+  data: {math: math.jsonl, code: code.jsonl}
+  batch_size: 4
+eval:
+  data: {math: math.jsonl, code: code.jsonl, other: other.jsonl}
+  max_new_tokens: 4
+  batch_size: 3
+  report: run/results
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_run_a_pipeline_as_one(folder):
+    (folder / "all.yaml").write_text(PIPELINE)
+    said, files, results = {}, {}, {}
+    for ranks in (1, 2):
+        said[ranks] = without_times(json.loads(command(ranks, "run", folder / "all.yaml", "--json")))
+        # Files name the place they were made for, so both runs have the same.
+        made = (folder / "run").rename(folder / f"run{ranks}")
+        assert sorted(path.name for path in made.iterdir()) == ["out", "results"]
+        files[ranks] = {
+            str(path.relative_to(made)): path.read_bytes()
+            for path in (made / "out").rglob("*")
+            # The report says how long the build took and how much memory.
+            if path.is_file() and path.name != "report.json"
+        }
+        written = [json.loads((made / "results" / name).read_text()) for name in ("results.json", "answers.json")]
+        results[ranks] = without_times(written)
+    assert "out/mediator/report/routing.json" in files[1]
+    assert said[1] == said[2]
+    assert files[1].keys() == files[2].keys()
+    assert [name for name in files[1] if files[1][name] != files[2][name]] == []
+    assert results[1] == results[2]
+
+
+@pytest.mark.slow
+def test_a_faulty_pipeline_ends_all_ranks(folder):
+    text = PIPELINE.replace("run/", "faulty/").replace("code.jsonl}", "nowhere.jsonl}")
+    (folder / "faulty.yaml").write_text(text)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(random.randint(20000, 40000)), "-m", "mediator_peft", "run"]
+    done = subprocess.run(
+        [*command, str(folder / "faulty.yaml")], capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "nowhere.jsonl" in done.stderr

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from mediator_peft.methods.merging import ENTRYWISE, MERGE_METHODS
+from mediator_peft.methods.sparsifying.magnitude import keep_largest, largest_mask
 
 
 def vectors_of(num_experts=4, shape=(9, 13), seed=0):
@@ -42,6 +45,32 @@ def test_ties_is_what_peft_computes():
     vectors = torch.randn(3, 40, 25, generator=torch.Generator().manual_seed(1))
     expected = ties(list(vectors), weights=torch.ones(3), density=0.2)
     torch.testing.assert_close(MERGE_METHODS["ties"](vectors), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_experts", [1, 3])
+def test_ties_trims_each_task_vector_once(num_experts, monkeypatch):
+    trimmed = []
+
+    def counted(vector, density):
+        trimmed.append(vector.clone())
+        return largest_mask(vector, density)
+
+    vectors = vectors_of(num_experts, shape=(31, 40))
+    # Many equal magnitudes: what is kept hangs on their places.
+    vectors = (vectors * 4).round() / 4
+    expected = ties_with_two_trims(vectors)
+    monkeypatch.setattr(sys.modules[MERGE_METHODS["ties"].__module__], "largest_mask", counted)
+    torch.testing.assert_close(MERGE_METHODS["ties"](vectors), expected, rtol=0, atol=0)
+    torch.testing.assert_close(torch.stack(trimmed), vectors, rtol=0, atol=0)
+
+
+def ties_with_two_trims(vectors):
+    """The sums of ``ties`` over vectors that are trimmed anew for each."""
+    is_positive = sum(keep_largest(vector, 0.2) for vector in vectors) >= 0
+    again = [keep_largest(vector, 0.2) for vector in vectors]
+    agreeing = [torch.where((vector > 0) == is_positive, vector, 0) for vector in again]
+    count = sum((part != 0).float() for part in agreeing)
+    return sum(agreeing) / count.clamp(min=1)
 
 
 @pytest.mark.parametrize("num_experts", [1, 3])

@@ -30,12 +30,14 @@ def ties(task_vectors: Tensor) -> Tensor:
         (*shape)
     """
     total = torch.zeros_like(task_vectors[0])
+    kept = []
     for vector in task_vectors:
-        total += torch.where(largest_mask(vector, DENSITY), vector, 0)
+        kept.append(largest_mask(vector, DENSITY))
+        total += torch.where(kept[-1], vector, 0)
     is_positive = total >= 0
     merged, num_agreeing = total.zero_(), torch.zeros_like(total)
-    for vector in task_vectors:
-        agrees = largest_mask(vector, DENSITY) & ((vector > 0) == is_positive)
+    for vector, mask in zip(task_vectors, kept, strict=True):
+        agrees = mask & ((vector > 0) == is_positive)
         merged += torch.where(agrees, vector, 0)
         num_agreeing += agrees
     return merged.div_(num_agreeing.clamp_(min=1))

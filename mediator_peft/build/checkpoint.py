@@ -1,0 +1,70 @@
+"""What a build knows a checkpoint by, wherever its weights lie: names and shapes at once, weights in parts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class TensorInfo(NamedTuple):
+    """What is known of a tensor without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    """None for anything but plain floating point."""
+
+
+class Checkpoint(ABC):
+    """Weights of one model, read one tensor at a time."""
+
+    label: str
+    """What messages call it, e.g. ``expert 'math'``."""
+
+    source: str
+    """Where it lies."""
+
+    tensors: dict[str, TensorInfo]
+
+    @property
+    def raw_config(self) -> Mapping[str, Any]:
+        """What its ``config.json`` says, word for word; empty for a model in memory."""
+        return {}
+
+    @abstractmethod
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of one tensor, on the CPU, in its own dtype: (stop - start, *rest). Not to be kept."""
+
+    def read_groups(self, name: str, groups: Sequence[tuple[int, int]]) -> Tensor:
+        """Rows of one tensor from several places, (start, stop) each, one below the other. Not to be kept."""
+        return torch.cat([self.read_rows(name, start, stop).clone() for start, stop in groups])
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor, on the CPU, in its own dtype."""
+        shape = self.tensors[name].shape
+        return self.read_rows(name, 0, shape[0] if shape else 1).reshape(shape).clone()
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """What this model adds to a tensor of its base, where that is known as a product; None elsewhere.
+
+        Returns:
+            (rows, r) and (r, columns), float32, in the layout in which the tensor is stored.
+        """
+        return None
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of weights that it is read from; none for a model in memory."""
+        return []
+
+    @property
+    @abstractmethod
+    def config(self) -> PretrainedConfig:
+        """The model's configuration."""

@@ -1,0 +1,23 @@
+"""Packages that only some settings need: imported where they are used, missed with a message that helps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .errors import MissingPackageError
+
+
+def bitsandbytes_functional(wanted_for: str) -> Any:
+    """The module ``bitsandbytes.functional``.
+
+    Args:
+        wanted_for: what needs it; the message begins with it.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        from bitsandbytes import functional
+    except ImportError:
+        raise MissingPackageError(f"{wanted_for} needs bitsandbytes: pip install 'mediator_peft[bnb]'") from None
+    return functional
