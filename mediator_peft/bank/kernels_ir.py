@@ -101,6 +101,28 @@ def _deposit(context: Any, builder: Any, bits: Any, mask: Any) -> Any:
     return context.compile_internal(builder, _deposit_bits, signature, (bits, mask))
 
 
+def _extract_bits(bits: Any, mask: Any) -> Any:
+    """The reverse of :func:`_deposit_bits`: those of ``bits`` at the set bits of ``mask``, closed up."""
+    result = mask ^ mask
+    one = (result ^ result) + types.uint64(1)
+    target = one
+    while mask != 0:
+        lowest = mask & (~mask + one)
+        if bits & lowest != 0:
+            result |= target
+        target <<= one
+        mask ^= lowest
+    return result
+
+
+def extract(context: Any, builder: Any, bits: Any, mask: Any) -> Any:
+    """The bits of a 64-bit word at the set bits of a mask, closed up."""
+    if _has_feature("bmi2"):
+        return call_llvm(builder, "llvm.x86.bmi.pext.64", INT64, [bits, mask])
+    signature = types.uint64(types.uint64, types.uint64)
+    return context.compile_internal(builder, _extract_bits, signature, (bits, mask))
+
+
 def _sign_word(context: Any, builder: Any, source: Any, position: Any, mask: Any) -> Any:
     """64 bits in which those of negative entries are set; the first kept entry of ``mask`` is number ``position``."""
     start = builder.lshr(position, constant(3))
