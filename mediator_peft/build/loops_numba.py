@@ -13,7 +13,7 @@ from numba import config, njit, types
 from numba.extending import intrinsic
 
 from ..bank.kernels_intrinsics import count_bits, load_word, pointer_to
-from ..bank.kernels_ir import BFLOAT16, FLOAT32, INT64, extract
+from ..bank.kernels_ir import BFLOAT16, FLOAT32, INT64, deposit, extract
 from .loops_ir import MarkedRow, MergedRow, mark_row, merge_row
 
 if getattr(config, "DISABLE_JIT", False):
@@ -141,6 +141,16 @@ def _extract(typingctx: Any, bits: Any, mask: Any) -> Any:
     return types.uint64(types.uint64, types.uint64), generate
 
 
+@intrinsic
+def _deposit(typingctx: Any, bits: Any, mask: Any) -> Any:
+    """:func:`kernels_ir.deposit`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return deposit(context, builder, args[0], args[1])
+
+    return types.uint64(types.uint64, types.uint64), generate
+
+
 @_compiled
 def _partial_word(bitmap, start):  # type: ignore[no-untyped-def]
     """The bytes of a bitmap from ``start`` on, fewer than eight."""
@@ -177,3 +187,30 @@ def take_bits(bitmap, mask, target):  # type: ignore[no-untyped-def]
             word = taken >> np.uint64(count - held) if held else np.uint64(0)
     if held:
         target[place] = word
+
+
+@_compiled
+def put_bits(bits, mask, target):  # type: ignore[no-untyped-def]
+    """The reverse of :func:`take_bits`: bits that follow each other, where ``mask`` has ones; see ``choose``.
+
+    Args:
+        bits: (m,) uint8, with 9 bytes more than there are bits for.
+        mask: (n,) uint8
+        target: (n,) uint8, written; zeros where the mask has none.
+    """
+    words, place = mask.size // 8, 0
+    whole = pointer_to(target.ctypes.data, np.uint64(0))
+    for index in range(words + 1):
+        ones = load_word(mask.ctypes.data + 8 * index) if index < words else _partial_word(mask, 8 * words)
+        shift = np.uint64(place & 7)
+        next_bits = load_word(bits.ctypes.data + (place >> 3)) >> shift
+        # A shift by 64 is undefined, so the ninth byte moves by one bit and by the rest.
+        ninth = np.uint64(bits[(place >> 3) + 8])
+        next_bits |= (ninth << np.uint64(1)) << (np.uint64(63) - shift)
+        put = _deposit(next_bits, ones)
+        if index < words:
+            whole[index] = put
+        else:
+            for byte in range(8 * words, mask.size):
+                target[byte] = np.uint8((put >> np.uint64(8 * (byte - 8 * words))) & np.uint64(255))
+        place += count_bits(ones)

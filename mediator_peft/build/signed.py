@@ -19,6 +19,7 @@ from ..methods.sparsifying.selection import (
     Settled,
     TopSelection,
     bracket_from_sample,
+    chosen_ones,
     count_ones,
     pack_rows,
     row_counts,
@@ -92,7 +93,7 @@ class SignedSelection:
 
     def settle(self) -> bool:
         """Decide what is kept; False where the bracket missed."""
-        settled = self.selection.settle()
+        settled = self.selection.settle(choose)
         if settled is None:
             return False
         self.settled = settled
@@ -181,6 +182,19 @@ def kept_bits(bitmap: Bitmap, kept: Bitmap, num_columns: int) -> Bitmap:
         where = unpack_rows(kept[rows], num_columns).reshape(-1)
         pieces.append(np.compress(where, unpack_rows(bitmap[rows], num_columns).reshape(-1)))
     return np.packbits(np.concatenate(pieces), bitorder="little") if pieces else np.empty(0, np.uint8)
+
+
+def choose(bitmap: Bitmap, choice: NDArray[np.bool_], num_columns: int) -> Bitmap:
+    """As :func:`chosen_ones`, by the compiled loops where they are."""
+    loops = compiled()
+    if loops is None:
+        return chosen_ones(bitmap, choice, num_columns)
+    chosen = np.empty_like(bitmap)
+    # A word more, as the loop reads whole words from any place.
+    bits = np.zeros(choice.size // 8 + 16, np.uint8)
+    bits[: (choice.size + 7) // 8] = np.packbits(choice, bitorder="little")
+    loops.put_bits(bits, bitmap.reshape(-1), chosen.reshape(-1))
+    return chosen
 
 
 def errors_of(delta: Tensor, packed: SparseDelta) -> Errors:

@@ -10,6 +10,7 @@ import torch
 
 from mediator_peft.build import checkpoints, loops, signed, tiles
 from mediator_peft.build.loops import compiled
+from mediator_peft.methods.sparsifying.selection import chosen_ones
 from tests.build.helpers import EXPERTS, build, digests
 from tests.tiny import write_tiny_checkpoints
 
@@ -144,6 +145,18 @@ def test_taking_bits_is_choosing_by_a_mask(shape):
     bits, mask = generator.random(shape) < 0.5, generator.random(shape) < 0.3
     expected = np.packbits(bits[mask], bitorder="little")
     np.testing.assert_array_equal(signed.kept_bits(packed(bits), packed(mask), shape[1]), expected)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 64), (3, 128), (40, 200)])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_choosing_ones_is_what_numpy_does(shape, share):
+    generator = np.random.default_rng(3)
+    mask = generator.random(shape) < share
+    choice = generator.random(int(mask.sum())) < 0.5
+    expected = mask.copy()
+    expected[mask] = choice
+    for found in (signed.choose(packed(mask), choice, shape[1]), chosen_ones(packed(mask), choice, shape[1])):
+        np.testing.assert_array_equal(found, packed(expected))
 
 
 @pytest.mark.parametrize("settings", [{}, {"merge_method": "base"}, {"values": "float", "density": 1.0}])

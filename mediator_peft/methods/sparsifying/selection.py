@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 Bitmap = NDArray[np.uint8]
 Floats = NDArray[np.float32]
+Choose = Callable[[Bitmap, NDArray[np.bool_], int], Bitmap]
 
 TINY = float(np.finfo(np.float32).smallest_subnormal)
 """The smallest magnitude that can be kept."""
@@ -186,8 +187,12 @@ class TopSelection:
         if self.bracket.low != self.bracket.high:
             self._values.append(values[:num_inside].copy())
 
-    def settle(self) -> Settled | None:
-        """The outcome after the last row; None where the bracket missed."""
+    def settle(self, choose: Choose | None = None) -> Settled | None:
+        """The outcome after the last row; None where the bracket missed.
+
+        Args:
+            choose: a faster twin of :func:`chosen_ones`.
+        """
         low, high = self.bracket
         num_reached = self._num_above + self._num_inside
         if self._num_above > self.num_kept or (num_reached < self.num_kept and low > TINY):
@@ -201,10 +206,10 @@ class TopSelection:
             num_chosen = row_counts(chosen).astype(np.float64)
             extra_sum, extra_square = num_chosen * low, num_chosen * (low * low)
         else:
-            chosen, extra_sum, extra_square = self._largest_inside(num_left)
+            chosen, extra_sum, extra_square = self._largest_inside(num_left, choose or chosen_ones)
         return Settled(np.bitwise_or(self.above, chosen, out=chosen), extra_sum, extra_square)
 
-    def _largest_inside(self, num_left: int) -> tuple[Bitmap, NDArray[np.float64], NDArray[np.float64]]:
+    def _largest_inside(self, num_left: int, choose: Choose) -> tuple[Bitmap, NDArray[np.float64], NDArray[np.float64]]:
         values = np.concatenate(self._values)
         edge = np.float32(smallest_kept(values, num_left))
         keep = values > edge
@@ -216,10 +221,15 @@ class TopSelection:
         sums = _grouped_sums(kept_values, lengths)
         # In float32 the squares of large values would overflow.
         squares = _grouped_sums(np.square(kept_values, dtype=np.float64), lengths)
-        bits = unpack_rows(self.inside, self.shape[1])
-        flat = bits.reshape(-1)
-        flat[np.flatnonzero(flat)] = keep
-        return pack_rows(bits), sums, squares
+        return choose(self.inside, keep, self.shape[1]), sums, squares
+
+
+def chosen_ones(bitmap: Bitmap, choice: NDArray[np.bool_], num_columns: int) -> Bitmap:
+    """Some ones of a bitmap (r, ceil(num_columns / 8)), as another; ``choice`` has a boolean for each of them."""
+    bits = unpack_rows(bitmap, num_columns)
+    flat = bits.reshape(-1)
+    flat[np.flatnonzero(flat)] = choice
+    return pack_rows(bits)
 
 
 def _grouped_sums(values: Floats | NDArray[np.float64], lengths: NDArray[np.int64]) -> NDArray[np.float64]:
