@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from .headers import DTYPES, Stored, read_header, read_into
+from .headers import DTYPES, Stored, read_header, read_into, read_json
 from .outline import is_known
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-
 
 _WANTED = ["*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja"]
 
@@ -77,6 +76,10 @@ class Checkpoint(ABC):
         """The files of weights that it is read from; none for a model in memory."""
         return []
 
+    def place(self, name: str) -> tuple[Path, int] | None:
+        """The file in which a tensor lies, and where it ends there; None where it lies in no plain file."""
+        return None
+
     @property
     @abstractmethod
     def config(self) -> PretrainedConfig:
@@ -96,7 +99,7 @@ class FolderCheckpoint(Checkpoint):
         self.label = label
         self.source = source or str(folder)
         faults: list[str] = []
-        self._raw_config = _read_json(folder / "config.json")
+        self._raw_config = read_json(folder / "config.json")
         # transformers is asked at once where it may refuse, and else only where its answer is needed.
         self._config = None if is_known(self._raw_config) else self._read_config(faults)
         self._stored: dict[str, tuple[Path, Stored]] = {}
@@ -170,6 +173,10 @@ class FolderCheckpoint(Checkpoint):
     def files(self) -> list[Path]:
         return sorted({path for path, _ in self._stored.values()})
 
+    def place(self, name: str) -> tuple[Path, int] | None:
+        found = self._stored.get(name)
+        return None if found is None else (found[0], found[1].offset + found[1].num_bytes)
+
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         return self.read_groups(name, [(start, stop)])
 
@@ -231,16 +238,14 @@ class PickleCheckpoint(FolderCheckpoint):
         tensor = self._state[name]
         return (tensor.reshape(1) if tensor.ndim == 0 else tensor)[start:stop]
 
-    def read_groups(self, name: str, groups: Sequence[tuple[int, int]]) -> Tensor:
-        return Checkpoint.read_groups(self, name, groups)
+    read_groups = Checkpoint.read_groups
 
 
 class MeanCheckpoint(Checkpoint):
     """The mean of some checkpoints, for want of a base."""
 
     def __init__(self, members: Sequence[Checkpoint]) -> None:
-        self.label = "the mean of the experts"
-        self.source = "the mean of the experts"
+        self.label = self.source = "the mean of the experts"
         self.members = members
         self.tensors = dict(members[0].tensors)
 
@@ -277,15 +282,6 @@ class ModelCheckpoint(Checkpoint):
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         tensor = self._state[name].detach()
         return (tensor.reshape(1) if tensor.ndim == 0 else tensor)[start:stop].cpu()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def open_checkpoints(paths: Mapping[str, str], allow_pickle: bool = False) -> dict[str, Checkpoint]:

@@ -190,27 +190,23 @@ def take_bits(bitmap, mask, target):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def put_bits(bits, mask, target):  # type: ignore[no-untyped-def]
+def put_bits(bits, mask):  # type: ignore[no-untyped-def]
     """The reverse of :func:`take_bits`: bits that follow each other, where ``mask`` has ones; see ``choose``.
 
     Args:
         bits: (m,) uint8, with 9 bytes more than there are bits for.
-        mask: (n,) uint8
-        target: (n,) uint8, written; zeros where the mask has none.
+        mask: (n,) uint8, written over; its zeros stay zeros.
     """
     words, place = mask.size // 8, 0
-    whole = pointer_to(target.ctypes.data, np.uint64(0))
+    whole = pointer_to(mask.ctypes.data, np.uint64(0))
     for index in range(words + 1):
         ones = load_word(mask.ctypes.data + 8 * index) if index < words else _partial_word(mask, 8 * words)
         shift = np.uint64(place & 7)
-        next_bits = load_word(bits.ctypes.data + (place >> 3)) >> shift
         # A shift by 64 is undefined, so the ninth byte moves by one bit and by the rest.
-        ninth = np.uint64(bits[(place >> 3) + 8])
-        next_bits |= (ninth << np.uint64(1)) << (np.uint64(63) - shift)
-        put = _deposit(next_bits, ones)
+        ninth = (np.uint64(bits[(place >> 3) + 8]) << np.uint64(1)) << (np.uint64(63) - shift)
+        put = _deposit((load_word(bits.ctypes.data + (place >> 3)) >> shift) | ninth, ones)
         if index < words:
             whole[index] = put
-        else:
-            for byte in range(8 * words, mask.size):
-                target[byte] = np.uint8((put >> np.uint64(8 * (byte - 8 * words))) & np.uint64(255))
+        for byte in range(8 * words, mask.size if index == words else 0):
+            mask[byte] = np.uint8((put >> np.uint64(8 * (byte - 8 * words))) & np.uint64(255))
         place += count_bits(ones)

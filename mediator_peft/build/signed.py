@@ -18,6 +18,7 @@ from ..methods.sparsifying.selection import (
     Floats,
     Settled,
     TopSelection,
+    bitmap_shape,
     bracket_from_sample,
     chosen_ones,
     count_ones,
@@ -50,7 +51,14 @@ class Errors(NamedTuple):
 
 
 class SignedSelection:
-    """The largest entries of one matrix, their signs, and sums over its rows; :class:`Marking` shows it the rows."""
+    """The largest entries of one matrix, their signs, and sums over its rows; :class:`Marking` shows it the rows.
+
+    Args:
+        shape: (O, I)
+        density: share of the entries that is kept.
+        sample: some of them.
+        bitmaps: (3, O, ceil(I / 8)) uint8 to be used, with what is settled lying in it.
+    """
 
     negative: Bitmap
     """(O, ceil(I / 8)), ones where an entry is negative."""
@@ -58,8 +66,10 @@ class SignedSelection:
     sums: NDArray[np.float64]
     """(O, 3): of the squares of each row, of its magnitudes above the bracket, of their squares."""
 
-    def __init__(self, shape: tuple[int, int], density: float, sample: Tensor) -> None:
+    def __init__(self, shape: tuple[int, int], density: float, sample: Tensor, bitmaps: Bitmap | None = None) -> None:
         self.shape = shape
+        self._bitmaps = np.empty((3, *bitmap_shape(shape)), np.uint8) if bitmaps is None else bitmaps
+        self.negative = self._bitmaps[0]
         self.num_kept = round(density * shape[0] * shape[1])
         self.settled: Settled
         self._density = density
@@ -72,8 +82,7 @@ class SignedSelection:
 
     def restart(self, bracket: Bracket) -> None:
         """Begin anew with another bracket."""
-        self.selection = TopSelection(self.shape, self.num_kept, bracket)
-        self.negative = np.empty_like(self.selection.above)
+        self.selection = TopSelection(self.shape, self.num_kept, bracket, self._bitmaps[1:])
         self.sums = np.empty((self.shape[0], 3))
 
     def add(self, start: int, delta: Floats) -> None:
@@ -101,7 +110,7 @@ class SignedSelection:
 
     def encode(self, bias: Tensor | None, sign_scale: str) -> tuple[SparseDelta, Errors]:
         """Signs of the kept entries, and one scale a row by a key of ``SIGN_SCALES``."""
-        kept = self.settled.kept
+        kept = self.settled.kept.copy()
         num_kept = row_counts(kept)
         square = self.sums[:, 0]
         magnitudes, squares = self.sums[:, 1] + self.settled.extra_sum, self.sums[:, 2] + self.settled.extra_square
@@ -185,16 +194,15 @@ def kept_bits(bitmap: Bitmap, kept: Bitmap, num_columns: int) -> Bitmap:
 
 
 def choose(bitmap: Bitmap, choice: NDArray[np.bool_], num_columns: int) -> Bitmap:
-    """As :func:`chosen_ones`, by the compiled loops where they are."""
+    """As :func:`chosen_ones`, by the compiled loops where they are; these write it over the bitmap."""
     loops = compiled()
     if loops is None:
         return chosen_ones(bitmap, choice, num_columns)
-    chosen = np.empty_like(bitmap)
     # A word more, as the loop reads whole words from any place.
     bits = np.zeros(choice.size // 8 + 16, np.uint8)
     bits[: (choice.size + 7) // 8] = np.packbits(choice, bitorder="little")
-    loops.put_bits(bits, bitmap.reshape(-1), chosen.reshape(-1))
-    return chosen
+    loops.put_bits(bits, bitmap.reshape(-1))
+    return bitmap
 
 
 def errors_of(delta: Tensor, packed: SparseDelta) -> Errors:

@@ -18,7 +18,7 @@ from ..methods.conflict import CONFLICT_SCORES
 from ..methods.conflict.statistics import Statistics
 from ..methods.rounding import ROUNDINGS
 from ..methods.sparsifying.magnitude import largest_mask
-from ..methods.sparsifying.selection import TINY, Bracket, smallest_kept_of_tiles
+from ..methods.sparsifying.selection import TINY, Bracket, bitmap_shape, smallest_kept_of_tiles
 from ..settings import CORRECTION, FALLBACK_EXPERT, MediatorSettings
 from .checkpoints import Checkpoint
 from .signed import WIDE_SLACK, Errors, Marking, SignedSelection, errors_of
@@ -195,8 +195,9 @@ class _OnePass:
         self.work = work
         self.tiles = tiles
         self.task = task
-        self.trims: list[SignedSelection] = []
-        self.deltas: list[SignedSelection] = []
+        self.selections: list[SignedSelection] = []
+        """Of the experts' task vectors where these are measured, then of the columns' deltas."""
+        self._num_trims = 0
         self._energies = np.empty(tiles.shape[0])
         self._numbers = [work.weight_number(column) for column in work.columns] if with_deltas else []
         if task.measure or with_deltas:
@@ -205,19 +206,23 @@ class _OnePass:
     def _open(self) -> None:
         """Guess from a sample where the smallest kept entries lie."""
         sample = self.tiles.sample()
-        shape = self.tiles.shape
-        if self.task.measure:
-            density = self.work.config.conflict_density
-            self.trims = [SignedSelection(shape, density, vector) for vector in sample.task_vectors()]
+        shape, task = self.tiles.shape, self.task
+        wanted = []
+        if task.measure:
+            wanted = [(self.work.config.conflict_density, vector) for vector in sample.task_vectors()]
+        self._num_trims = len(wanted)
         for column, number in zip(self.work.columns, self._numbers, strict=False):
-            self.deltas.append(SignedSelection(shape, self.task.density_of(column), sample.delta(number)))
+            wanted.append((task.density_of(column), sample.delta(number)))
+        # Fresh memory for each tensor would cost as much as the marking.
+        bitmaps = self.work._space.take("bitmaps", (len(wanted), 3, *bitmap_shape(shape)), torch.uint8).numpy()
+        for (density, values), place in zip(wanted, bitmaps, strict=True):
+            self.selections.append(SignedSelection(shape, density, values, place))
 
     def run(self) -> None:
         """The pass; a second one for any selection whose bracket missed."""
         task, work = self.task, self.work
         held: list[Tensor] = []
-        selections = [*self.trims, *self.deltas]
-        marking = Marking(selections, work._space)
+        marking = Marking(self.selections, work._space)
         for tile in self.tiles:
             work.check_finite(task.name, tile)
             self._energies[tile.start : tile.stop] = tile.energies
@@ -226,18 +231,18 @@ class _OnePass:
             else:
                 rest = self.tiles.stored_shape[1:]
                 work.write(task.name, tile.start, tile.backbone.reshape(-1, *rest))
-            if selections:
+            if self.selections:
                 marking.add(tile.start, self._pairs(tile))
         if held:
             work.write(task.name, 0, torch.cat(held).T.contiguous())
-        for place, signed in enumerate(selections):
+        for place, signed in enumerate(self.selections):
             if not signed.settle():
                 self._mend(signed, place)
 
     def _pairs(self, tile: Tile) -> list[tuple[Tensor, Tensor]]:
         """What the selections look at: task vectors, and differences of checkpoints and backbone."""
         merged = tile.merged()
-        pairs = [(tile.rows[1 + number], tile.rows[0]) for number in range(len(self.trims))]
+        pairs = [(tile.rows[1 + number], tile.rows[0]) for number in range(self._num_trims)]
         return pairs + [(tile.rows[number], merged) for number in self._numbers]
 
     def _mend(self, signed: SignedSelection, place: int) -> None:
@@ -262,13 +267,14 @@ class _OnePass:
 
     def statistics(self) -> Statistics:
         """For the conflict scores."""
-        kept, negative = [trim.settled.kept for trim in self.trims], [trim.negative for trim in self.trims]
-        energies = np.array([trim.squared_norm for trim in self.trims])
+        trims = self.selections[: self._num_trims]
+        kept, negative = [trim.settled.kept for trim in trims], [trim.negative for trim in trims]
+        energies = np.array([trim.squared_norm for trim in trims])
         return Statistics(kept, negative, energies, float(self._energies.sum()))
 
     def signs(self, number: int, bias: Tensor | None) -> tuple[SparseDelta, Errors]:
         """One column's delta, coded as signs and scales; the twin of ``VALUES["sign"].encode``."""
-        return self.deltas[number].encode(bias, self.work.config.sign_scale)
+        return self.selections[self._num_trims + number].encode(bias, self.work.config.sign_scale)
 
 
 def is_one_pass(config: MediatorSettings) -> bool:

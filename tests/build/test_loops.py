@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from mediator_peft.build import checkpoints, loops, signed, tiles
+from mediator_peft.build import loops, signed, tiles
 from mediator_peft.build.loops import compiled
 from mediator_peft.methods.sparsifying.selection import chosen_ones
-from tests.build.helpers import EXPERTS, build, digests
+from tests.build.helpers import EXPERTS, InMemory, build, digests
 from tests.tiny import write_tiny_checkpoints
 
 pytestmark = pytest.mark.skipif(compiled() is None, reason="numba is not there")
@@ -92,25 +92,11 @@ def test_marking_writes_nothing_beyond_the_rows():
     for columns in (1, 7, 8, 9, 16, 17, 24, 25):
         frame = np.full((4, (columns + 7) // 8), 170, np.uint8)
         selection = selections_of((4, columns), [(0.5, 1.0)])[0]
-        selection.negative = selection.selection.above = selection.selection.inside = frame
+        selection.negative, selection.selection.above, selection.selection.inside = frame, frame, frame
         ones = torch.ones(2, columns)
         signed.Marking([selection], tiles.Workspace()).add(1, [(ones, 0 * ones)])
         np.testing.assert_array_equal(frame[[0, 3]], 170)
         assert not (frame[1:3] == 170).any()
-
-
-class InMemory(checkpoints.Checkpoint):
-    """A checkpoint of one tensor."""
-
-    def __init__(self, tensor):
-        self.label = self.source = "here"
-        self.tensor = tensor
-        self.tensors = {"w": checkpoints.TensorInfo(tuple(tensor.shape), tensor.dtype)}
-
-    def read_rows(self, name, start, stop):
-        return self.tensor[start:stop]
-
-    config = None
 
 
 @pytest.mark.parametrize("num_experts", [1, 2, 5])
@@ -126,7 +112,9 @@ def test_merging_a_tile_is_what_torch_does(num_experts, shape, method, monkeypat
     found = []
     for loops_or_none in (compiled(), None):
         monkeypatch.setattr(tiles, "compiled", lambda given=loops_or_none: given)
-        seen = tiles.TensorTiles("w", [InMemory(each) for each in stored], torch.bfloat16, method, tiles.Workspace())
+        seen = tiles.TensorTiles(
+            "w", [InMemory({"w": each}) for each in stored], torch.bfloat16, method, tiles.Workspace()
+        )
         found.append([(tile.backbone.clone().view(torch.int16), torch.from_numpy(tile.energies)) for tile in seen])
     for fast, slow in zip(*found, strict=True):
         for one, other in zip(fast, slow, strict=True):

@@ -116,6 +116,11 @@ def pack_rows(bits: NDArray[np.bool_]) -> Bitmap:
     return np.packbits(bits, axis=1, bitorder="little")
 
 
+def bitmap_shape(shape: tuple[int, int]) -> tuple[int, int]:
+    """Shape of the bitmap of a matrix (O, I)."""
+    return shape[0], (shape[1] + 7) // 8
+
+
 def unpack_rows(bitmap: Bitmap, num_columns: int) -> NDArray[np.bool_]:
     """The reverse of :func:`pack_rows`."""
     if num_columns % 8 == 0 and bitmap.flags.c_contiguous:
@@ -138,7 +143,14 @@ class Settled(NamedTuple):
 
 
 class TopSelection:
-    """The ``num_kept`` largest entries of an (O, I) matrix whose rows come in order, some at a time."""
+    """The ``num_kept`` largest entries of an (O, I) matrix whose rows come in order, some at a time.
+
+    Args:
+        shape: (O, I)
+        num_kept: how many.
+        bracket: around the smallest of them.
+        bitmaps: (2, O, ceil(I / 8)) to be used for ``above`` and ``inside``; the outcome may lie in it as well.
+    """
 
     above: Bitmap
     """(O, ceil(I / 8)), ones where a magnitude lies above the bracket."""
@@ -146,13 +158,11 @@ class TopSelection:
     inside: Bitmap
     """(O, ceil(I / 8)), ones where it lies in the bracket."""
 
-    def __init__(self, shape: tuple[int, int], num_kept: int, bracket: Bracket) -> None:
+    def __init__(self, shape: tuple[int, int], num_kept: int, bracket: Bracket, bitmaps: Bitmap | None = None) -> None:
         self.shape = shape
         self.num_kept = num_kept
         self.bracket = bracket if num_kept else Bracket(float("inf"), float("inf"))
-        row_bytes = (shape[1] + 7) // 8
-        self.above = np.empty((shape[0], row_bytes), np.uint8)
-        self.inside = np.empty((shape[0], row_bytes), np.uint8)
+        self.above, self.inside = np.empty((2, *bitmap_shape(shape)), np.uint8) if bitmaps is None else bitmaps
         self._num_above = self._num_inside = 0
         self._values: list[Floats] = []
 
@@ -191,7 +201,7 @@ class TopSelection:
         """The outcome after the last row; None where the bracket missed.
 
         Args:
-            choose: a faster twin of :func:`chosen_ones`.
+            choose: a faster twin of :func:`chosen_ones`; it may write over the bitmap.
         """
         low, high = self.bracket
         num_reached = self._num_above + self._num_inside
