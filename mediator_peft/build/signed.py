@@ -91,7 +91,7 @@ class SignedSelection:
         magnitudes = np.abs(delta)
         self.selection.add(start, magnitudes)
         self.negative[rows] = pack_rows(delta < 0)
-        above = np.where(magnitudes > np.float32(self.selection.bracket.high), magnitudes, np.float32(0))
+        above = torch.threshold(torch.from_numpy(magnitudes), self.selection.bracket.high, 0.0).numpy()
         for number, matrix in enumerate((magnitudes * magnitudes, above, above * above)):
             self.sums[rows, number] = row_sums(matrix)
 
@@ -141,10 +141,7 @@ class Marking:
         self._loops = compiled() if selections else None
         if self._loops is None:
             return
-        written = [
-            (each.negative, each.selection.above, each.selection.inside, each.sums)  # as the loop wants them
-            for each in selections
-        ]
+        written = [(each.negative, each.selection.above, each.selection.inside, each.sums) for each in selections]
         self._addresses = np.array([[array.ctypes.data for array in arrays] for arrays in written], np.int64)
         self._strides = np.array([[array.strides[0] for array in arrays] for arrays in written], np.int64)
         self._brackets = np.array([each.selection.bracket for each in selections], np.float32)
@@ -158,8 +155,9 @@ class Marking:
             pairs: for each selection a minuend and a subtrahend, (r, I); all bfloat16 or all float32.
         """
         if self._loops is None:
+            wide = {id(rows): rows.float().numpy() for pair in pairs for rows in pair}
             for selection, (minuend, subtrahend) in zip(self._selections, pairs, strict=True):
-                selection.add(start, minuend.float().numpy() - subtrahend.float().numpy())
+                selection.add(start, wide[id(minuend)] - wide[id(subtrahend)])
             return
         rows, columns = pairs[0][0].shape
         # Most of it is never touched, so that it takes no memory.

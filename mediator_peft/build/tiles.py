@@ -203,4 +203,4 @@ class TensorTiles:
             merged = self.merge(task_vectors.transpose(1, 2).contiguous()).T
         else:
             merged = self.merge(task_vectors.reshape(-1, *self.stored_shape))
-        return (base + merged.reshape(self.shape)).to(self.dtype)
+        return (base + merged.reshape(self.shape)).to(self.dtype).contiguous()
