@@ -94,11 +94,34 @@ def _deposit_bits(bits: Any, mask: Any) -> Any:
     return result
 
 
-def _deposit(context: Any, builder: Any, bits: Any, mask: Any) -> Any:
+def deposit(context: Any, builder: Any, bits: Any, mask: Any) -> Any:
+    """The lowest bits of a 64-bit word, in order, at the set bits of a mask."""
     if _has_feature("bmi2"):
         return call_llvm(builder, "llvm.x86.bmi.pdep.64", INT64, [bits, mask])
     signature = types.uint64(types.uint64, types.uint64)
     return context.compile_internal(builder, _deposit_bits, signature, (bits, mask))
+
+
+def _extract_bits(bits: Any, mask: Any) -> Any:
+    """The reverse of :func:`_deposit_bits`: those of ``bits`` at the set bits of ``mask``, closed up."""
+    result = mask ^ mask
+    one = (result ^ result) + types.uint64(1)
+    target = one
+    while mask != 0:
+        lowest = mask & (~mask + one)
+        if bits & lowest != 0:
+            result |= target
+        target <<= one
+        mask ^= lowest
+    return result
+
+
+def extract(context: Any, builder: Any, bits: Any, mask: Any) -> Any:
+    """The bits of a 64-bit word at the set bits of a mask, closed up."""
+    if _has_feature("bmi2"):
+        return call_llvm(builder, "llvm.x86.bmi.pext.64", INT64, [bits, mask])
+    signature = types.uint64(types.uint64, types.uint64)
+    return context.compile_internal(builder, _extract_bits, signature, (bits, mask))
 
 
 def _sign_word(context: Any, builder: Any, source: Any, position: Any, mask: Any) -> Any:
@@ -109,7 +132,7 @@ def _sign_word(context: Any, builder: Any, source: Any, position: Any, mask: Any
     # A shift by 64 is undefined, so the ninth byte moves by one bit and by the rest.
     ninth = builder.zext(builder.load(at(builder, source, builder.add(start, constant(8))), typ=_i8, align=1), INT64)
     high = builder.shl(builder.shl(ninth, constant(1)), builder.sub(constant(63), shift))
-    return _deposit(context, builder, builder.or_(builder.lshr(low, shift), high), mask)
+    return deposit(context, builder, builder.or_(builder.lshr(low, shift), high), mask)
 
 
 def _lane_bits(builder: Any, word: Any, quarter: int) -> Any:

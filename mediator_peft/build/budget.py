@@ -98,8 +98,8 @@ def estimated_scores(merge: Merge) -> list[float]:
         tiles = TensorTiles(task.name, checkpoints, job.dtype, "average", space, task.is_transposed)
         size = prod(tiles.shape)
         sample = tiles.sample()
-        weight = size / max(1, sample.rounded.numel())
-        counts = score.counts(task_vector_statistics(sample.task_vectors, config.conflict_density)) * weight
+        weight = size / max(1, sample.backbone.numel())
+        counts = score.counts(task_vector_statistics(sample.task_vectors(), config.conflict_density)) * weight
         block = merge.blocks[task.name.removesuffix(".weight")]
         totals[block] = totals[block] + counts if block in totals else counts
     return [score.score(totals[block]) for block in range(job.structure.num_blocks)]
@@ -150,7 +150,7 @@ def sampled(merge: Merge) -> Merge:
         # Sorted, so that nothing hangs on the order of the experts.
         for column in sorted(deltas_needed(config)):
             number = 0 if column == FALLBACK_EXPERT else 1 + names.index(column)
-            magnitudes = (sample.weights[number] - sample.rounded).abs().flatten()
+            magnitudes = sample.delta(number).abs().flatten()
             if magnitudes.numel() >= 2 * _SAMPLED:
                 # An odd stride does not stay in a few columns.
                 magnitudes = magnitudes[:: (magnitudes.numel() // _SAMPLED) | 1]

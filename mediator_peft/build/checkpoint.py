@@ -64,6 +64,10 @@ class Checkpoint(ABC):
         """The files of weights that it is read from; none for a model in memory."""
         return []
 
+    def place(self, name: str) -> tuple[Path, int] | None:
+        """The file in which a tensor lies, and where it ends there; None where it lies in no plain file."""
+        return None
+
     @property
     @abstractmethod
     def config(self) -> PretrainedConfig:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint, TensorInfo
-from .headers import DTYPES, Stored, read_header, read_into
+from .headers import DTYPES, Stored, read_header, read_into, read_json
 from .outline import is_known
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class FolderCheckpoint(Checkpoint):
         self.label = label
         self.source = source or str(folder)
         faults: list[str] = []
-        self._raw_config = _read_json(folder / "config.json")
+        self._raw_config = read_json(folder / "config.json")
         # transformers is asked at once where it may refuse, and else only where its answer is needed.
         self._config = None if is_known(self._raw_config) else self._read_config(faults)
         self._stored: dict[str, tuple[Path, Stored]] = {}
@@ -117,6 +117,10 @@ class FolderCheckpoint(Checkpoint):
     def files(self) -> list[Path]:
         return sorted({path for path, _ in self._stored.values()})
 
+    def place(self, name: str) -> tuple[Path, int] | None:
+        found = self._stored.get(name)
+        return None if found is None else (found[0], found[1].offset + found[1].num_bytes)
+
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         return self.read_groups(name, [(start, stop)])
 
@@ -180,12 +184,3 @@ class PickleCheckpoint(FolderCheckpoint):
 
     def read_groups(self, name: str, groups: Sequence[tuple[int, int]]) -> Tensor:
         return Checkpoint.read_groups(self, name, groups)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}

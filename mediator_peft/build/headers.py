@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -102,6 +103,14 @@ def lay_out(
         for name, (begin, end) in places.items()
     }
     return head, stored
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none."""
+    with suppress(OSError, ValueError, RecursionError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    return {}
 
 
 def read_into(descriptor: int, buffer: memoryview, offset: int) -> None:

@@ -16,14 +16,36 @@ CHECKSUM_FILE = "checksums.json"
 _CHUNK = 1 << 18
 
 
+class RunningDigest:
+    """SHA-256 of a file that is read on little by little, close behind others who read it: it is in memory still."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._digest = hashlib.sha256()
+        self._place = 0
+
+    def advance(self, stop: int | None = None) -> None:
+        """Read on to a place in the file, by default to its end; what was read is not read again."""
+        left = self.path.stat().st_size - self._place if stop is None else stop - self._place
+        if left <= 0:
+            return
+        buffer = memoryview(bytearray(min(_CHUNK, left)))
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self._place)
+            while left > 0 and (count := file.readinto(buffer[: min(_CHUNK, left)])):
+                self._digest.update(buffer[:count])
+                self._place += count
+                left -= count
+
+    def hexdigest(self) -> str:
+        """The checksum of the whole file."""
+        self.advance()
+        return self._digest.hexdigest()
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(_CHUNK))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
+    return RunningDigest(path).hexdigest()
 
 
 def bank_sha256(path: Path) -> str:

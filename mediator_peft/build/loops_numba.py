@@ -1,7 +1,6 @@
 """Inner loops of a build, compiled: one look at each entry instead of one for each step.
 
-Each gives bit for bit what the plain steps give that stand beside its call; what is summed up is not touched here, so
-that no sum depends on how it was computed.
+Each gives bit for bit what the plain steps give that stand beside its call.
 """
 
 from __future__ import annotations
@@ -10,30 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import config, njit, types
 from numba.extending import intrinsic
 
-from ..bank.kernels_intrinsics import count_bits, pointer_to
-from ..bank.kernels_ir import (
-    BFLOAT16,
-    FLOATS,
-    INT64,
-    LANES,
-    VECTOR_TYPE,
-    at,
-    broadcast,
-    call_llvm,
-    constant,
-    from_float,
-    splat,
-    to_float,
-)
+from ..bank.kernels_intrinsics import count_bits, load_word, pointer_to
+from ..bank.kernels_ir import BFLOAT16, FLOAT32, INT64, deposit, extract
+from .loops_ir import MarkedRow, MergedRow, mark_row, merge_row
 
 if getattr(config, "DISABLE_JIT", False):
     raise ImportError("numba is switched off by NUMBA_DISABLE_JIT")
-
-_SHORTS = ir.IntType(LANES)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,55 +27,65 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return njit(error_model="numpy", nogil=True)(function)
 
 
-def _mark(builder: Any, delta: Any, low: Any, high: Any, targets: Any) -> tuple[Any, Any, Any]:
-    """Bits of ``LANES`` values: negative, above the bracket, reaching it; written to three addresses.
+@intrinsic
+def _merge_row(
+    typingctx: Any, sources: Any, num_experts: Any, offset: Any, columns: Any, is_mean: Any, count: Any, backbone: Any
+) -> Any:
+    """:func:`loops_ir.merge_row`."""
 
-    Returns:
-        (magnitudes, which are above, a bit for each that lies in the bracket)
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return merge_row(builder, MergedRow(*args))
+
+    number = types.int64
+    return types.float64(number, number, number, number, types.boolean, types.float32, number), generate
+
+
+@_compiled
+def merge_tile(sources, is_mean, shape, backbone, energies):  # type: ignore[no-untyped-def]
+    """One tile of bfloat16 weights: subtracted, averaged and rounded; see ``TensorTiles``.
+
+    Args:
+        sources: (K + 1,) addresses of the rows of base and experts, bfloat16, each without gaps.
+        is_mean: whether the backbone is the mean of the experts; else it is the base.
+        shape: (r, I)
+        backbone: address of (r, I) bfloat16, written.
+        energies: (r,) float64, written: squared norm of each row of the sum of the task vectors.
     """
-    magnitude = call_llvm(builder, f"llvm.fabs.v{LANES}f32", FLOATS, [delta])
-    negative = builder.fcmp_ordered("<", delta, splat(0.0))
-    above = builder.fcmp_ordered(">", magnitude, broadcast(builder, high))
-    reach = builder.fcmp_ordered(">=", magnitude, broadcast(builder, low))
-    for found, target in zip((negative, above, reach), targets, strict=True):
-        builder.store(builder.bitcast(found, _SHORTS), at(builder, target, constant(0)), align=1)
-    inside = builder.zext(builder.bitcast(builder.xor(above, reach), _SHORTS), INT64)
-    return magnitude, above, inside
-
-
-def _load(builder: Any, address: Any) -> Any:
-    return builder.load(at(builder, address, constant(0)), typ=FLOATS, align=4)
+    rows, columns = shape
+    num_experts = sources.size - 1
+    for row in range(rows):
+        offset = 2 * row * columns
+        energies[row] = _merge_row(
+            sources.ctypes.data, num_experts, offset, columns, is_mean, np.float32(num_experts), backbone + offset
+        )
 
 
 @intrinsic
-def _mark_values(typingctx: Any, values: Any, low: Any, high: Any, negative: Any, above: Any, reach: Any) -> Any:
-    """Mark ``LANES`` values at an address; a bit for each in the bracket."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _mark(builder, _load(builder, args[0]), args[1], args[2], args[3:])[2]
-
-    number = types.int64
-    return types.uint64(number, types.float32, types.float32, number, number, number), generate
-
-
-@intrinsic
-def _mark_differences(
-    typingctx: Any, minuend: Any, subtrahend: Any, low: Any, high: Any, negative: Any, above: Any, reach: Any,
-    delta: Any, kept: Any,
+def _mark_row(
+    typingctx: Any, is_half: Any, minuend: Any, subtrahend: Any, columns: Any, low: Any, high: Any, negative: Any,
+    above: Any, inside: Any, sums: Any, slots: Any, slot_bits: Any,
 ) -> Any:  # fmt: skip
-    """Mark ``LANES`` differences; write them, and their magnitudes above the bracket, to two more addresses."""
+    """:func:`loops_ir.mark_row` for rows of bfloat16 or float32."""
+    number = types.int64
+    result = types.UniTuple(number, 3)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        difference = builder.fsub(_load(builder, args[0]), _load(builder, args[1]))
-        magnitude, above, inside = _mark(builder, difference, args[2], args[3], args[4:7])
-        builder.store(difference, at(builder, args[7], constant(0)), align=4)
-        kept = builder.select(above, magnitude, splat(0.0))
-        builder.store(kept, at(builder, args[8], constant(0)), align=4)
-        return inside
+        row = MarkedRow(*args[1:])
+        with builder.if_else(args[0]) as (if_half, if_float):
+            with if_half:
+                of_halves, end_of_halves = mark_row(builder, BFLOAT16, row), builder.block
+            with if_float:
+                of_floats, end_of_floats = mark_row(builder, FLOAT32, row), builder.block
+        found = []
+        for half, whole in zip(of_halves, of_floats, strict=True):
+            either = builder.phi(INT64)
+            either.add_incoming(half, end_of_halves)
+            either.add_incoming(whole, end_of_floats)
+            found.append(either)
+        return context.make_tuple(builder, result, found)
 
-    number = types.int64
-    signature = types.uint64(number, number, types.float32, types.float32, *[number] * 5)
-    return signature, generate
+    edge = types.float32
+    return result(types.boolean, number, number, number, edge, edge, *[number] * 6), generate
 
 
 @_compiled
@@ -100,207 +94,119 @@ def _lowest_bit(bits):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def mark_values(values, low, high, negative, above, reach, inside):  # type: ignore[no-untyped-def]
-    """Mark the rows of a matrix against a bracket; see ``TopSelection.add``.
+def mark_tile(is_half, shape, jobs, brackets, counts):  # type: ignore[no-untyped-def]
+    """Mark some rows of several differences against a bracket each, and sum them up; see ``Marking.add``.
 
     Args:
-        values: (r, I) float32
-        low, high: float32, of the bracket.
-        negative, above, reach: (r, ceil(I / 8)) uint8, written: signs, magnitudes > high, magnitudes >= low.
-        inside: (r * I,) float32, written: the magnitudes in the bracket, in order.
-
-    Returns:
-        How many those are.
+        is_half: whether the numbers are bfloat16; else they are float32.
+        shape: (r, I)
+        jobs: (n, 7) int64, addresses. Read: minuend and subtrahend, (r, I) without gaps. Written, for
+            ``minuend - subtrahend``: three bitmaps (r, ceil(I / 8)) uint8, namely signs, magnitudes > high, and other
+            magnitudes >= low; (r, 3) float64, for each row the sum of squares, and of magnitudes > high and their
+            squares; with room for r * I float32 the magnitudes that lie in the bracket, in order, if low < high.
+        brackets: (n, 2) float32, low and high.
+        counts: (n, 2) int64, written: how many lie above the bracket, how many in it.
     """
-    rows, columns = values.shape
-    count = 0
-    for row in range(rows):
-        first, byte = values[row].ctypes.data, 0
-        for start in range(0, columns - 15, 16):
-            byte = start >> 3
-            found = _mark_values(
-                first + 4 * start,
-                low,
-                high,
-                negative[row].ctypes.data + byte,
-                above[row].ctypes.data + byte,
-                reach[row].ctypes.data + byte,
-            )
-            while found != 0:
-                inside[count] = abs(values[row, start + _lowest_bit(found)])
-                count += 1
-                found &= found - np.uint64(1)
-        for start in range(columns // 16 * 16, columns, 8):
-            bits, more_bits, signs = 0, 0, 0
-            for column in range(start, min(start + 8, columns)):
-                value = values[row, column]
-                bit, magnitude = 1 << (column & 7), abs(value)
-                signs |= bit * (value < 0)
-                bits |= bit * (magnitude > high)
-                more_bits |= bit * (magnitude >= low)
-                if magnitude >= low and not magnitude > high:
-                    inside[count] = magnitude
-                    count += 1
-            negative[row, start >> 3], above[row, start >> 3], reach[row, start >> 3] = signs, bits, more_bits
-    return count
+    rows, columns = shape
+    row_bytes, item = (columns + 7) // 8, 2 if is_half else 4
+    slots, slot_bits = np.empty((columns + 15) // 16 * 16, np.float32), np.empty((columns + 15) // 16, np.uint16)
+    for number in range(len(jobs)):
+        minuend, subtrahend, negative, above, inside = jobs[number, :5]
+        sums, values = jobs[number, 5], pointer_to(jobs[number, 6], np.float32(0))
+        num_above, num_inside, num_values = 0, 0, 0
+        for row in range(rows):
+            place, byte = row * columns * item, row * row_bytes
+            num_slots, more_above, more_inside = _mark_row(
+                is_half, minuend + place, subtrahend + place, columns, brackets[number, 0], brackets[number, 1],
+                negative + byte, above + byte, inside + byte, sums + 24 * row, slots.ctypes.data, slot_bits.ctypes.data,
+            )  # fmt: skip
+            num_above += more_above
+            num_inside += more_inside
+            for slot in range(num_slots):
+                found = np.uint64(slot_bits[slot])
+                while found != 0:
+                    values[num_values] = slots[16 * slot + _lowest_bit(found)]
+                    num_values += 1
+                    found &= found - np.uint64(1)
+        counts[number, 0], counts[number, 1] = num_above, num_inside
+
+
+@intrinsic
+def _extract(typingctx: Any, bits: Any, mask: Any) -> Any:
+    """:func:`kernels_ir.extract`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return extract(context, builder, args[0], args[1])
+
+    return types.uint64(types.uint64, types.uint64), generate
+
+
+@intrinsic
+def _deposit(typingctx: Any, bits: Any, mask: Any) -> Any:
+    """:func:`kernels_ir.deposit`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return deposit(context, builder, args[0], args[1])
+
+    return types.uint64(types.uint64, types.uint64), generate
 
 
 @_compiled
-def mark_differences(minuend, subtrahend, low, high, negative, above, reach, inside, delta, kept):  # type: ignore[no-untyped-def]
-    """As :func:`mark_values` for ``minuend - subtrahend``, which is written to ``delta`` (r, I).
-
-    ``kept`` (r, I) receives the magnitudes above the bracket, and 0 elsewhere.
-    """
-    rows, columns = minuend.shape
-    count = 0
-    for row in range(rows):
-        for start in range(0, columns - 15, 16):
-            byte, place = start >> 3, 4 * start
-            found = _mark_differences(
-                minuend[row].ctypes.data + place,
-                subtrahend[row].ctypes.data + place,
-                low,
-                high,
-                negative[row].ctypes.data + byte,
-                above[row].ctypes.data + byte,
-                reach[row].ctypes.data + byte,
-                delta[row].ctypes.data + place,
-                kept[row].ctypes.data + place,
-            )
-            while found != 0:
-                inside[count] = abs(delta[row, start + _lowest_bit(found)])
-                count += 1
-                found &= found - np.uint64(1)
-        for start in range(columns // 16 * 16, columns, 8):
-            bits, more_bits, signs = 0, 0, 0
-            for column in range(start, min(start + 8, columns)):
-                value = minuend[row, column] - subtrahend[row, column]
-                bit, magnitude = 1 << (column & 7), abs(value)
-                signs |= bit * (value < 0)
-                bits |= bit * (magnitude > high)
-                more_bits |= bit * (magnitude >= low)
-                delta[row, column], kept[row, column] = value, magnitude if magnitude > high else np.float32(0)
-                if magnitude >= low and not magnitude > high:
-                    inside[count] = magnitude
-                    count += 1
-            negative[row, start >> 3], above[row, start >> 3], reach[row, start >> 3] = signs, bits, more_bits
-    return count
+def _partial_word(bitmap, start):  # type: ignore[no-untyped-def]
+    """The bytes of a bitmap from ``start`` on, fewer than eight."""
+    word = np.uint64(0)
+    for index in range(start, bitmap.size):
+        word |= np.uint64(bitmap[index]) << np.uint64(8 * (index - start))
+    return word
 
 
 @_compiled
-def take_bits(bitmap, mask, table, target):  # type: ignore[no-untyped-def]
+def take_bits(bitmap, mask, target):  # type: ignore[no-untyped-def]
     """The bits of ``bitmap`` that stand where ``mask`` has ones, closed up; see ``kept_bits``.
 
     Args:
         bitmap, mask: (n,) uint8
-        table: (256, 256) uint8, what :func:`bit_table` gives.
-        target: (m,) uint8 with room for all of them, written.
+        target: (m,) uint64 with room for all of them, written.
     """
-    held, word, place = 0, np.uint64(0), 0
-    for index in range(mask.size):
-        ones = mask[index]
-        word |= np.uint64(table[ones, bitmap[index]]) << np.uint64(held)
-        held += count_bits(np.uint64(ones))
-        while held >= 8:
-            target[place] = np.uint8(word & np.uint64(255))
-            word >>= np.uint64(8)
-            held -= 8
+    words = mask.size // 8
+    word, held, place = np.uint64(0), 0, 0
+    for index in range(words + 1):
+        if index < words:
+            ones, bits = load_word(mask.ctypes.data + 8 * index), load_word(bitmap.ctypes.data + 8 * index)
+        else:
+            ones, bits = _partial_word(mask, 8 * words), _partial_word(bitmap, 8 * words)
+        taken = _extract(bits, ones)
+        count = count_bits(ones)
+        word |= taken << np.uint64(held)
+        held += count
+        if held >= 64:
+            target[place] = word
             place += 1
-    if held > 0:
-        target[place] = np.uint8(word)
-
-
-def bit_table() -> np.ndarray[Any, Any]:
-    """[mask, byte] → the bits of the byte where the mask has ones, closed up: (256, 256) uint8."""
-    masks, values = np.arange(256)[:, None], np.arange(256)[None, :]
-    table, filled = np.zeros((256, 256), np.int64), np.zeros((256, 1), np.int64)
-    for bit in range(8):
-        has = masks >> bit & 1
-        table |= (values >> bit & has) << filled
-        filled += has
-    return table.astype(np.uint8)
-
-
-@intrinsic
-def _widen(typingctx: Any, source: Any, target: Any) -> Any:
-    """``LANES`` numbers of bfloat16 at one address, as float32 at another."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        stored = builder.load(at(builder, args[0], constant(0)), typ=VECTOR_TYPE[BFLOAT16], align=1)
-        builder.store(to_float(builder, stored, BFLOAT16), at(builder, args[1], constant(0)), align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), generate
-
-
-@intrinsic
-def _subtract(typingctx: Any, weight: Any, base: Any, vector: Any, total: Any, is_first: Any) -> Any:
-    """``vector = weight - base; total += vector`` for ``LANES`` numbers at these addresses; the first sets it."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vector = builder.fsub(_load(builder, args[0]), _load(builder, args[1]))
-        total = builder.select(args[4], vector, builder.fadd(_load(builder, args[3]), vector))
-        builder.store(vector, at(builder, args[2], constant(0)), align=4)
-        builder.store(total, at(builder, args[3], constant(0)), align=4)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4, types.boolean), generate
-
-
-@intrinsic
-def _round(typingctx: Any, total: Any, base: Any, count: Any, is_mean: Any, stored: Any, rounded: Any) -> Any:
-    """``total / count + base``, or the base, rounded to bfloat16, for ``LANES`` numbers at these addresses."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        base = _load(builder, args[1])
-        mean = builder.fadd(builder.fdiv(_load(builder, args[0]), broadcast(builder, args[2])), base)
-        halves = from_float(builder, builder.select(args[3], mean, base), BFLOAT16)
-        builder.store(halves, at(builder, args[4], constant(0)), align=1)
-        builder.store(to_float(builder, halves, BFLOAT16), at(builder, args[5], constant(0)), align=4)
-        return context.get_dummy_value()
-
-    number = types.int64
-    return types.void(number, number, types.float32, types.boolean, number, number), generate
+            held -= 64
+            # A shift by 64 is undefined.
+            word = taken >> np.uint64(count - held) if held else np.uint64(0)
+    if held:
+        target[place] = word
 
 
 @_compiled
-def merge_means(sources, is_mean, weights, task_vectors, total, stored, rounded):  # type: ignore[no-untyped-def]
-    """One tile of bfloat16 weights: widened, subtracted, averaged and rounded; see ``TensorTiles``.
+def put_bits(bits, mask):  # type: ignore[no-untyped-def]
+    """The reverse of :func:`take_bits`: bits that follow each other, where ``mask`` has ones; see ``choose``.
 
     Args:
-        sources: (K + 1,) addresses of the n numbers of base and experts, bfloat16.
-        is_mean: whether the backbone is the mean of the experts; else it is the base.
-        weights: (K + 1, n) float32, written.
-        task_vectors: (K, n) float32, written.
-        total: (n,) float32, written: their sum, in the order of the experts.
-        stored: (n,) uint16, written: the bits of the backbone.
-        rounded: (n,) float32, written: the backbone.
+        bits: (m,) uint8, with 9 bytes more than there are bits for.
+        mask: (n,) uint8, written over; its zeros stay zeros.
     """
-    num_experts, size = task_vectors.shape
-    whole = size // 16 * 16
-    count = np.float32(num_experts)
-    base, totals, halves, floats = weights.ctypes.data, total.ctypes.data, stored.ctypes.data, rounded.ctypes.data
-    vectors = task_vectors.ctypes.data
-    for start in range(0, whole, 16):
-        place = 4 * start
-        _widen(sources[0] + 2 * start, base + place)
-        for number in range(num_experts):
-            weight = base + 4 * (number + 1) * size + place
-            _widen(sources[number + 1] + 2 * start, weight)
-            vector = vectors + 4 * number * size + place
-            _subtract(weight, base + place, vector, totals + place, number == 0)
-        _round(totals + place, base + place, count, is_mean, halves + 2 * start, floats + place)
-    weight_bits, rounded_bits = weights.view(np.uint32), rounded.view(np.uint32)
-    merged = np.empty(1, np.float32)
-    for index in range(whole, size):
-        for number in range(num_experts + 1):
-            bits = pointer_to(sources[number], np.uint16(0))[index]
-            weight_bits[number, index] = np.uint32(bits) << np.uint32(16)
-        for number in range(num_experts):
-            task_vectors[number, index] = weights[number + 1, index] - weights[0, index]
-            vector = task_vectors[number, index]
-            total[index] = vector if number == 0 else total[index] + vector
-        merged[0] = total[index] / count + weights[0, index] if is_mean else weights[0, index]
-        bits = merged.view(np.uint32)[0]
-        bits = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        stored[index], rounded_bits[index] = bits, bits << np.uint32(16)
+    words, place = mask.size // 8, 0
+    whole = pointer_to(mask.ctypes.data, np.uint64(0))
+    for index in range(words + 1):
+        ones = load_word(mask.ctypes.data + 8 * index) if index < words else _partial_word(mask, 8 * words)
+        shift = np.uint64(place & 7)
+        # A shift by 64 is undefined, so the ninth byte moves by one bit and by the rest.
+        ninth = (np.uint64(bits[(place >> 3) + 8]) << np.uint64(1)) << (np.uint64(63) - shift)
+        put = _deposit((load_word(bits.ctypes.data + (place >> 3)) >> shift) | ninth, ones)
+        if index < words:
+            whole[index] = put
+        for byte in range(8 * words, mask.size if index == words else 0):
+            mask[byte] = np.uint8((put >> np.uint64(8 * (byte - 8 * words))) & np.uint64(255))
+        place += count_bits(ones)

@@ -29,7 +29,7 @@ from .memory import parse_bytes, workers_within
 from .pieces import Finished, PieceStore, finished
 from .plan import read_plan
 from .prediction import predicted_bytes
-from .provenance import write_provenance
+from .provenance import InputDigests, inputs, write_provenance
 from .ranks import Ranks
 from .report import BuildReport, write_report
 from .shards import BackboneFiles
@@ -71,7 +71,8 @@ def build_mediator(
             share them as well.
         max_memory: e.g. ``"4GiB"``: fewer workers are used, or the build is refused, rather than exceed it.
         allow_pickle: also read ``.bin`` files (with ``weights_only=True``: plain tensors, no code).
-        hash_inputs: write the sha256 of every input file into the output; it reads them once more.
+        hash_inputs: write the sha256 of every input file into the output; they are read for it once more, by a single
+            process close behind the merging.
 
     Returns:
         What was decided and made; also written to ``output/mediator/report``.
@@ -139,7 +140,7 @@ class _Build:
 
     def __init__(self, merge: Merge, folder: Path, hash_inputs: bool) -> None:
         self.merge = merge
-        self.hash_inputs = hash_inputs
+        self.digests = InputDigests(inputs(merge).values(), hash_inputs)
         self.folder = folder
         job = merge.job
         self.shapes = {name: job.base.tensors[name].shape for name in job.names}
@@ -161,9 +162,22 @@ class _Build:
     def run(self, todo: list[int], workers: int, show_progress: bool) -> None:
         """Merge these tensors."""
         progress = bar_progress if show_progress else no_progress
+        merge_one = self._merge_one
+        if workers == 1 and len(todo) == len(self.merge.tasks):
+            # In the order of the files, which are then read for their checksums at the same time.
+            todo, merge_one = sorted(todo, key=self._place), self._merge_and_digest
         with single_thread(), progress("merging", len(todo)) as advance:
-            for _ in run_all(self._merge_one, todo, workers):
+            for _ in run_all(merge_one, todo, workers):
                 advance()
+
+    def _place(self, number: int) -> tuple[str, int, int]:
+        """Where a tensor lies in the base's files."""
+        path, end = self.merge.job.base.place(self.merge.tasks[number].name) or ("", 0)
+        return str(path), end, number
+
+    def _merge_and_digest(self, number: int) -> None:
+        self._merge_one(number)
+        self.digests.follow(self.merge.tasks[number].name)
 
     def _merge_one(self, number: int) -> None:
         task = self.merge.tasks[number]
@@ -192,7 +206,7 @@ class _Build:
             copy_side_files(source.folder, folder)
         built.base_model_name_or_path = ".."
         write_config(adapter, built)
-        write_provenance(adapter, self.merge, self.hash_inputs)
+        write_provenance(adapter, self.merge, self.digests)
         report.output = target
         report.seconds = time.perf_counter() - started
         (adapter / "README.md").write_text(model_card(built, report), encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 from ..settings import MediatorSettings
 from .builder import Merge
 from .checkpoints import Checkpoint, MeanCheckpoint
-from .integrity import file_sha256
+from .integrity import RunningDigest
 from .plan import PLAN_VERSION
 
 PROVENANCE_FILE, PIPELINE_FILE, PLAN_FILE = "provenance.json", "pipeline.yaml", "plan.json"
@@ -25,20 +25,58 @@ _PACKAGES = ("mediator_peft", "torch", "numpy", "safetensors", "transformers", "
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def write_provenance(adapter: Path, merge: Merge, hash_inputs: bool) -> None:
+class InputDigests:
+    """The checksums of the input files of weights, taken while these are read.
+
+    Args:
+        checkpoints: the inputs.
+        is_wanted: whether files that do not carry their checksum in their name are read for it.
+    """
+
+    def __init__(self, checkpoints: Iterable[Checkpoint], is_wanted: bool) -> None:
+        self._checkpoints = list(checkpoints)
+        self.is_wanted = is_wanted
+        self._running: dict[Path, RunningDigest] = {}
+
+    def follow(self, name: str) -> None:
+        """Read on in every file to the end of a tensor that was just read."""
+        for checkpoint in self._checkpoints if self.is_wanted else ():
+            place = checkpoint.place(name)
+            if place is not None and _named_sha256(place[0]) is None:
+                self._of(place[0]).advance(place[1])
+
+    def sha256(self, path: Path) -> str | None:
+        """Checksum of an input file; None where it is not wanted."""
+        return _named_sha256(path) or (self._of(path).hexdigest() if self.is_wanted else None)
+
+    def _of(self, path: Path) -> RunningDigest:
+        return self._running.setdefault(path, RunningDigest(path))
+
+
+def inputs(merge: Merge) -> dict[str, Checkpoint]:
+    """Label → checkpoint of all that is read."""
+    job = merge.job
+    return {**({} if isinstance(job.base, MeanCheckpoint) else {"base": job.base}), **job.experts}
+
+
+def _named_sha256(path: Path) -> str | None:
+    """The hub's cache names large files by their checksum."""
+    name = path.resolve().name if path.is_symlink() else ""
+    return name if _SHA256.fullmatch(name) else None
+
+
+def write_provenance(adapter: Path, merge: Merge, digests: InputDigests) -> None:
     """Write ``provenance.json`` and ``pipeline.yaml``, and ``plan.json`` where a plan was obeyed.
 
     Args:
         adapter: the adapter's folder.
         merge: the work.
-        hash_inputs: whether files that do not carry their checksum in their name are read for it.
+        digests: of the input files.
     """
-    job = merge.job
-    labelled = {} if isinstance(job.base, MeanCheckpoint) else {"base": job.base}
     known = {
         "inputs": {
-            label: {"source": checkpoint.source, "files": dict(_files(checkpoint, hash_inputs))}
-            for label, checkpoint in {**labelled, **job.experts}.items()
+            label: {"source": checkpoint.source, "files": dict(_files(checkpoint, digests))}
+            for label, checkpoint in inputs(merge).items()
         },
         "packages": {name: _version(name) for name in _PACKAGES},
         "python": platform.python_version(),
@@ -84,17 +122,14 @@ def _pinned(checkpoint: Checkpoint) -> str:
     return str(folder.absolute()) if folder.is_dir() else checkpoint.source
 
 
-def _files(checkpoint: Checkpoint, hash_inputs: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def _files(checkpoint: Checkpoint, digests: InputDigests) -> Iterator[tuple[str, dict[str, Any]]]:
     folder: Path | None = getattr(checkpoint, "folder", None)
     beside = [folder / name for name in _SETTINGS_FILES] if folder is not None else []
     for path in [*checkpoint.files, *(path for path in beside if path.is_file())]:
         entry: dict[str, Any] = {"bytes": path.stat().st_size}
-        # The hub's cache names large files by their checksum.
-        name = path.resolve().name
-        if path.is_symlink() and _SHA256.fullmatch(name):
-            entry["sha256"] = name
-        elif hash_inputs:
-            entry["sha256"] = file_sha256(path)
+        sha256 = digests.sha256(path)
+        if sha256 is not None:
+            entry["sha256"] = sha256
         yield path.name, entry
 
 

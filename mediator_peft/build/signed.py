@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..bank.scales import SIGN_SCALES, RowSums
@@ -17,12 +18,13 @@ from ..methods.sparsifying.selection import (
     Floats,
     Settled,
     TopSelection,
+    bitmap_shape,
     bracket_from_sample,
+    chosen_ones,
     count_ones,
     pack_rows,
     row_counts,
-    row_products,
-    row_squares,
+    row_sums,
     unpack_rows,
 )
 from .loops import compiled
@@ -49,10 +51,25 @@ class Errors(NamedTuple):
 
 
 class SignedSelection:
-    """The largest entries of one matrix, their signs, and sums over its rows."""
+    """The largest entries of one matrix, their signs, and sums over its rows; :class:`Marking` shows it the rows.
 
-    def __init__(self, shape: tuple[int, int], density: float, sample: Tensor) -> None:
+    Args:
+        shape: (O, I)
+        density: share of the entries that is kept.
+        sample: some of them.
+        bitmaps: (3, O, ceil(I / 8)) uint8 to be used, with what is settled lying in it.
+    """
+
+    negative: Bitmap
+    """(O, ceil(I / 8)), ones where an entry is negative."""
+
+    sums: NDArray[np.float64]
+    """(O, 3): of the squares of each row, of its magnitudes above the bracket, of their squares."""
+
+    def __init__(self, shape: tuple[int, int], density: float, sample: Tensor, bitmaps: Bitmap | None = None) -> None:
         self.shape = shape
+        self._bitmaps = np.empty((3, *bitmap_shape(shape)), np.uint8) if bitmaps is None else bitmaps
+        self.negative = self._bitmaps[0]
         self.num_kept = round(density * shape[0] * shape[1])
         self.settled: Settled
         self._density = density
@@ -65,60 +82,27 @@ class SignedSelection:
 
     def restart(self, bracket: Bracket) -> None:
         """Begin anew with another bracket."""
-        self._selection = TopSelection(self.shape, self.num_kept, bracket)
-        self.negative = np.empty((self.shape[0], (self.shape[1] + 7) // 8), np.uint8)
-        self._square, self._above_sum, self._above_square = (np.zeros(self.shape[0]) for _ in range(3))
+        self.selection = TopSelection(self.shape, self.num_kept, bracket, self._bitmaps[1:])
+        self.sums = np.empty((self.shape[0], 3))
 
-    def add(self, start: int, minuend: Tensor, subtrahend: Tensor | None, space: Workspace) -> None:
-        """The next rows of ``minuend - subtrahend``. Sums over rows are kept for differences alone."""
-        shape = (minuend.shape[0], minuend.shape[1])
-        stop = start + shape[0]
-        loops = compiled()
-        if loops is not None:
-            self._mark(loops, start, stop, minuend, subtrahend, space)
-            return
-        bits, more_bits = (space.take(name, shape, torch.bool).numpy() for name in ("bits", "more bits"))
-        magnitudes = space.take("magnitudes", shape).numpy()
-        if subtrahend is None:
-            delta = minuend.numpy()
-        else:
-            delta = space.take("delta", shape).numpy()
-            np.subtract(minuend.numpy(), subtrahend.numpy(), out=delta)
-        np.less(delta, 0, out=bits)
-        self.negative[start:stop] = pack_rows(bits)
-        np.abs(delta, out=magnitudes)
-        self._selection.add(start, magnitudes, bits, more_bits)
-        if subtrahend is not None:
-            torch.threshold_(space.take("magnitudes", shape), self._selection.bracket.high, 0.0)
-            self._sum_rows(start, stop, delta, magnitudes, space)
+    def add(self, start: int, delta: Floats) -> None:
+        """Take the next rows, (r, I) from row ``start`` on: the plain twin of the loop that marks."""
+        rows = slice(start, start + len(delta))
+        magnitudes = np.abs(delta)
+        self.selection.add(start, magnitudes)
+        self.negative[rows] = pack_rows(delta < 0)
+        above = torch.threshold(torch.from_numpy(magnitudes), self.selection.bracket.high, 0.0).numpy()
+        for number, matrix in enumerate((magnitudes * magnitudes, above, above * above)):
+            self.sums[rows, number] = row_sums(matrix)
 
-    def _mark(
-        self, loops: Any, start: int, stop: int, minuend: Tensor, subtrahend: Tensor | None, space: Workspace
-    ) -> None:
-        """As :meth:`add`, by the compiled loops."""
-        shape = (minuend.shape[0], minuend.shape[1])
-        low, high = (np.float32(edge) for edge in self._selection.bracket)
-        inside = space.array("inside", (shape[0] * shape[1],))
-        bitmaps = (self.negative[start:stop], *self._selection.rows(start, stop))
-        if subtrahend is None:
-            count = loops.mark_values(minuend.numpy(), low, high, *bitmaps, inside)
-        else:
-            delta, above = space.array("delta", shape), space.array("magnitudes", shape)
-            pair = (minuend.numpy(), subtrahend.numpy())
-            count = loops.mark_differences(*pair, low, high, *bitmaps, inside, delta, above)
-            self._sum_rows(start, stop, delta, above, space)
-        if low != high:
-            self._selection.take(inside[:count].copy())
-
-    def _sum_rows(self, start: int, stop: int, delta: Floats, above: Floats, space: Workspace) -> None:
-        """Sums over rows: of the whole delta, and of the magnitudes above the bracket."""
-        self._square[start:stop] = row_squares(delta)
-        self._above_sum[start:stop] = row_products(above, space.ones(delta.shape[1]))
-        self._above_square[start:stop] = row_squares(above)
+    @property
+    def squared_norm(self) -> float:
+        """Of the whole matrix."""
+        return float(self.sums[:, 0].sum())
 
     def settle(self) -> bool:
         """Decide what is kept; False where the bracket missed."""
-        settled = self._selection.settle()
+        settled = self.selection.settle(choose)
         if settled is None:
             return False
         self.settled = settled
@@ -126,16 +110,16 @@ class SignedSelection:
 
     def encode(self, bias: Tensor | None, sign_scale: str) -> tuple[SparseDelta, Errors]:
         """Signs of the kept entries, and one scale a row by a key of ``SIGN_SCALES``."""
-        kept = self.settled.kept
+        kept = self.settled.kept.copy()
         num_kept = row_counts(kept)
-        sums = self._above_sum + self.settled.extra_sum
-        stored = torch.from_numpy(SIGN_SCALES[sign_scale](RowSums(self._square, sums, num_kept))).bfloat16()
+        square = self.sums[:, 0]
+        magnitudes, squares = self.sums[:, 1] + self.settled.extra_sum, self.sums[:, 2] + self.settled.extra_square
+        stored = torch.from_numpy(SIGN_SCALES[sign_scale](RowSums(square, magnitudes, num_kept))).bfloat16()
         scales = stored.double().numpy()
-        squares = self._above_square + self.settled.extra_square
         errors = Errors(
-            norm=float(self._square.sum()),
+            norm=float(square.sum()),
             packed=float((scales * scales * num_kept).sum()),
-            inner=float((scales * sums).sum()),
+            inner=float((scales * magnitudes).sum()),
             kept=float(squares.sum()),
         )
         signs = kept_bits(self.negative, kept, self.shape[1])
@@ -143,14 +127,61 @@ class SignedSelection:
         return SparseDelta(self.shape, "sign", torch.from_numpy(kept), parts, bias), errors
 
 
+class Marking:
+    """Shows rows of several differences of one shape to their selections, all in one look at them.
+
+    Args:
+        selections: the differences' own. They must not be restarted meanwhile.
+        space: buffers.
+    """
+
+    def __init__(self, selections: Sequence[SignedSelection], space: Workspace) -> None:
+        self._selections = selections
+        self._space = space
+        self._loops = compiled() if selections else None
+        if self._loops is None:
+            return
+        written = [(each.negative, each.selection.above, each.selection.inside, each.sums) for each in selections]
+        self._addresses = np.array([[array.ctypes.data for array in arrays] for arrays in written], np.int64)
+        self._strides = np.array([[array.strides[0] for array in arrays] for arrays in written], np.int64)
+        self._brackets = np.array([each.selection.bracket for each in selections], np.float32)
+        self._counts = np.empty((len(selections), 2), np.int64)
+
+    def add(self, start: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Show the next rows.
+
+        Args:
+            start: number of the first.
+            pairs: for each selection a minuend and a subtrahend, (r, I); all bfloat16 or all float32.
+        """
+        if self._loops is None:
+            wide = {id(rows): rows.float().numpy() for pair in pairs for rows in pair}
+            for selection, (minuend, subtrahend) in zip(self._selections, pairs, strict=True):
+                selection.add(start, wide[id(minuend)] - wide[id(subtrahend)])
+            return
+        rows, columns = pairs[0][0].shape
+        # Most of it is never touched, so that it takes no memory.
+        inside = self._space.take("inside", (len(pairs), rows * columns)).numpy()
+        jobs = np.empty((len(pairs), 7), np.int64)
+        jobs[:, :2] = [[minuend.data_ptr(), subtrahend.data_ptr()] for minuend, subtrahend in pairs]
+        jobs[:, 2:6] = self._addresses + start * self._strides
+        jobs[:, 6] = inside.ctypes.data + inside.strides[0] * np.arange(len(pairs))
+        is_half = pairs[0][0].dtype == torch.bfloat16
+        self._loops.mark_tile(is_half, (rows, columns), jobs, self._brackets, self._counts)
+        for selection, values, (num_above, num_inside) in zip(
+            self._selections, inside, self._counts.tolist(), strict=True
+        ):
+            selection.selection.take(num_above, num_inside, values)
+
+
 def kept_bits(bitmap: Bitmap, kept: Bitmap, num_columns: int) -> Bitmap:
     """The bits of a bitmap that stand where another has ones, row by row and closed up: (ceil(num_kept / 8),)."""
     loops = compiled()
     if loops is not None:
         num_ones = count_ones(kept)
-        target = np.empty((num_ones + 7) // 8, np.uint8)
-        loops.take_bits(bitmap.reshape(-1), kept.reshape(-1), _bit_table(), target)
-        return target
+        target = np.empty((num_ones + 63) // 64, np.uint64)
+        loops.take_bits(bitmap.reshape(-1), kept.reshape(-1), target)
+        return target.view(np.uint8)[: (num_ones + 7) // 8]
     pieces = []
     step = max(1, (1 << 20) // max(1, num_columns))
     for start in range(0, len(kept), step):
@@ -160,11 +191,16 @@ def kept_bits(bitmap: Bitmap, kept: Bitmap, num_columns: int) -> Bitmap:
     return np.packbits(np.concatenate(pieces), bitorder="little") if pieces else np.empty(0, np.uint8)
 
 
-@cache
-def _bit_table() -> Bitmap:
+def choose(bitmap: Bitmap, choice: NDArray[np.bool_], num_columns: int) -> Bitmap:
+    """As :func:`chosen_ones`, by the compiled loops where they are; these write it over the bitmap."""
     loops = compiled()
-    assert loops is not None
-    return loops.bit_table()
+    if loops is None:
+        return chosen_ones(bitmap, choice, num_columns)
+    # A word more, as the loop reads whole words from any place.
+    bits = np.zeros(choice.size // 8 + 16, np.uint8)
+    bits[: (choice.size + 7) // 8] = np.packbits(choice, bitorder="little")
+    loops.put_bits(bits, bitmap.reshape(-1))
+    return bitmap
 
 
 def errors_of(delta: Tensor, packed: SparseDelta) -> Errors:

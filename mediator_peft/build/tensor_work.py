@@ -18,10 +18,10 @@ from ..methods.conflict import CONFLICT_SCORES
 from ..methods.conflict.statistics import Statistics
 from ..methods.rounding import ROUNDINGS
 from ..methods.sparsifying.magnitude import largest_mask
-from ..methods.sparsifying.selection import TINY, Bracket, row_squares, smallest_kept_of_tiles
+from ..methods.sparsifying.selection import TINY, Bracket, bitmap_shape, smallest_kept_of_tiles
 from ..settings import CORRECTION, FALLBACK_EXPERT, MediatorSettings
 from .checkpoints import Checkpoint
-from .signed import WIDE_SLACK, Errors, SignedSelection, errors_of
+from .signed import WIDE_SLACK, Errors, Marking, SignedSelection, errors_of
 from .thinning import own_factors, pack_delta
 from .tiles import TensorTiles, Tile, Workspace
 
@@ -138,7 +138,7 @@ class TensorWork:
             self.check_finite(name, tile)
             self.write(name, tile.start, tile.backbone.flatten())
             for column in self.columns if want_deltas else ():
-                deltas[column].append((tile.weights[self.weight_number(column)] - tile.rounded).flatten())
+                deltas[column].append(tile.delta(self.weight_number(column)).flatten())
         return {column: torch.cat(parts) for column, parts in deltas.items() if parts}
 
     def _any_delta(
@@ -146,7 +146,7 @@ class TensorWork:
     ) -> tuple[SparseDelta, Errors]:
         """One column's delta by any sparsifier and coding, as a whole matrix: slow and clear."""
         number = self.weight_number(column)
-        delta = torch.cat([tile.weights[number] - tile.rounded for tile in tiles])
+        delta = torch.cat([tile.delta(number) for tile in tiles])
         factors = own_factors(self.config, self.checkpoints[number], task.name, task.is_transposed)
         if factors is not None:
             packed = SparseDelta.from_factors(*factors, bias)
@@ -175,10 +175,10 @@ class TensorWork:
         Raises:
             CheckpointError: there is one; the checkpoint and their number are named.
         """
-        for checkpoint, weight in zip(self.checkpoints, tile.weights, strict=True):
-            # A sum is finite only if every term is. It may overflow for all that: then each term is looked at.
-            if np.isfinite(np.add.reduce(weight.numpy().reshape(-1))):
-                continue
+        if np.isfinite(tile.energies).all():
+            return
+        # What is summed up may overflow for all that: each term is looked at.
+        for checkpoint, weight in zip(self.checkpoints, tile.rows, strict=True):
             num_bad = int((~torch.isfinite(weight)).sum())
             if num_bad:
                 raise CheckpointError(
@@ -195,106 +195,86 @@ class _OnePass:
         self.work = work
         self.tiles = tiles
         self.task = task
-        num_experts = len(work.experts)
-        self.energies = np.zeros(num_experts)
-        self.energy_of_sum = 0.0
-        self.trims: list[SignedSelection] = []
-        self.deltas: list[SignedSelection] = []
+        self.selections: list[SignedSelection] = []
+        """Of the experts' task vectors where these are measured, then of the columns' deltas."""
+        self._num_trims = 0
+        self._energies = np.empty(tiles.shape[0])
         self._numbers = [work.weight_number(column) for column in work.columns] if with_deltas else []
         if task.measure or with_deltas:
-            self._open(num_experts)
+            self._open()
 
-    def _open(self, num_experts: int) -> None:
+    def _open(self) -> None:
         """Guess from a sample where the smallest kept entries lie."""
         sample = self.tiles.sample()
-        if self.task.measure:
-            density = self.work.config.conflict_density
-            self.trims = [
-                SignedSelection(self.tiles.shape, density, sample.task_vectors[k]) for k in range(num_experts)
-            ]
-        if self.task.density is not None:
-            self.deltas = [
-                SignedSelection(self.tiles.shape, self.task.density_of(column), sample.weights[number] - sample.rounded)
-                for column, number in zip(self.work.columns, self._numbers, strict=False)
-            ]
+        shape, task = self.tiles.shape, self.task
+        wanted = []
+        if task.measure:
+            wanted = [(self.work.config.conflict_density, vector) for vector in sample.task_vectors()]
+        self._num_trims = len(wanted)
+        for column, number in zip(self.work.columns, self._numbers, strict=False):
+            wanted.append((task.density_of(column), sample.delta(number)))
+        # Fresh memory for each tensor would cost as much as the marking.
+        bitmaps = self.work._space.take("bitmaps", (len(wanted), 3, *bitmap_shape(shape)), torch.uint8).numpy()
+        for (density, values), place in zip(wanted, bitmaps, strict=True):
+            self.selections.append(SignedSelection(shape, density, values, place))
 
     def run(self) -> None:
         """The pass; a second one for any selection whose bracket missed."""
-        task, work, space = self.task, self.work, self.work._space
+        task, work = self.task, self.work
         held: list[Tensor] = []
+        marking = Marking(self.selections, work._space)
         for tile in self.tiles:
-            if task.measure:
-                self._measure(tile)
-            else:
-                work.check_finite(task.name, tile)
+            work.check_finite(task.name, tile)
+            self._energies[tile.start : tile.stop] = tile.energies
             if task.is_transposed:
                 held.append(tile.backbone.clone())
             else:
                 rest = self.tiles.stored_shape[1:]
                 work.write(task.name, tile.start, tile.backbone.reshape(-1, *rest))
-            for number, delta in zip(self._numbers, self.deltas, strict=True):
-                delta.add(tile.start, tile.weights[number], tile.rounded, space)
+            if self.selections:
+                marking.add(tile.start, self._pairs(tile))
         if held:
             work.write(task.name, 0, torch.cat(held).T.contiguous())
-        self._mend()
+        for place, signed in enumerate(self.selections):
+            if not signed.settle():
+                self._mend(signed, place)
 
-    def _measure(self, tile: Tile) -> None:
-        space = self.work._space
-        for number, trim in enumerate(self.trims):
-            vector = tile.task_vectors[number].numpy()
-            self.energies[number] += float(row_squares(vector).sum(dtype=np.float64))
-            trim.add(tile.start, tile.task_vectors[number], None, space)
-        total = torch.sum(tile.task_vectors, dim=0).numpy()
-        self.energy_of_sum += float(row_squares(total).sum(dtype=np.float64))
-        if not np.isfinite(self.energies).all():
-            self.work.check_finite(self.task.name, tile)
+    def _pairs(self, tile: Tile) -> list[tuple[Tensor, Tensor]]:
+        """What the selections look at: task vectors, and differences of checkpoints and backbone."""
+        merged = tile.merged()
+        pairs = [(tile.rows[1 + number], tile.rows[0]) for number in range(self._num_trims)]
+        return pairs + [(tile.rows[number], merged) for number in self._numbers]
 
-    def _mend(self) -> None:
-        """Settle every selection; those whose bracket missed get an exact one and see the tensor again."""
-        pairs: list[tuple[SignedSelection, int | None]] = [(trim, None) for trim in self.trims]
-        pairs += list(zip(self.deltas, self._numbers, strict=True))
-        for place, (signed, number) in enumerate(pairs):
+    def _mend(self, signed: SignedSelection, place: int) -> None:
+        """Settle a selection whose bracket missed: it gets another one, in the end an exact one, and all rows again."""
+        for bracket in (signed.bracket(WIDE_SLACK), None):
+            signed.restart(bracket or self._exact_bracket(place, signed.num_kept))
+            marking = Marking([signed], self.work._space)
+            for tile in self.tiles:
+                marking.add(tile.start, [self._pairs(tile)[place]])
             if signed.settle():
-                continue
-            parts = _parts_of(place, number)
+                return
+        raise AssertionError("an exact bracket cannot miss")
 
-            for bracket in (signed.bracket(WIDE_SLACK), None):
-                signed.restart(bracket or self._exact_bracket(parts, signed.num_kept))
-                for tile in self.tiles:
-                    signed.add(tile.start, *parts(tile), self.work._space)
-                if signed.settle():
-                    break
-            else:
-                raise AssertionError("an exact bracket cannot miss")
-
-    def _exact_bracket(self, parts: Parts, num_kept: int) -> Bracket:
+    def _exact_bracket(self, place: int, num_kept: int) -> Bracket:
         def magnitudes() -> Iterator[NDArray[np.float32]]:
             for tile in self.tiles:
-                minuend, subtrahend = parts(tile)
-                delta = minuend if subtrahend is None else minuend - subtrahend
-                yield delta.abs().numpy().reshape(-1)
+                minuend, subtrahend = self._pairs(tile)[place]
+                yield (minuend.float() - subtrahend.float()).abs_().numpy().reshape(-1)
 
         edge = max(smallest_kept_of_tiles(magnitudes, num_kept), TINY)
         return Bracket(edge, edge)
 
     def statistics(self) -> Statistics:
         """For the conflict scores."""
-        kept = [trim.settled.kept for trim in self.trims]
-        return Statistics(kept, [trim.negative for trim in self.trims], self.energies, self.energy_of_sum)
+        trims = self.selections[: self._num_trims]
+        kept, negative = [trim.settled.kept for trim in trims], [trim.negative for trim in trims]
+        energies = np.array([trim.squared_norm for trim in trims])
+        return Statistics(kept, negative, energies, float(self._energies.sum()))
 
     def signs(self, number: int, bias: Tensor | None) -> tuple[SparseDelta, Errors]:
         """One column's delta, coded as signs and scales; the twin of ``VALUES["sign"].encode``."""
-        return self.deltas[number].encode(bias, self.work.config.sign_scale)
-
-
-Parts = Callable[[Tile], "tuple[Tensor, Tensor | None]"]
-
-
-def _parts_of(expert: int, number: int | None) -> Parts:
-    """What a selection looks at: an expert's task vector, or the difference of a checkpoint and the backbone."""
-    if number is None:
-        return lambda tile: (tile.task_vectors[expert], None)
-    return lambda tile: (tile.weights[number], tile.rounded)
+        return self.selections[self._num_trims + number].encode(bias, self.work.config.sign_scale)
 
 
 def is_one_pass(config: MediatorSettings) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from ..errors import CheckpointError
 from ..methods.merging import ENTRYWISE, MERGE_METHODS
 from ..methods.merging.average import average
 from ..methods.merging.base import keep_base
+from ..methods.merging.summing import sum_in_order
+from ..methods.sparsifying.selection import row_sums
 from .checkpoints import Checkpoint
 from .loops import compiled
 
@@ -35,17 +37,30 @@ class Tile(NamedTuple):
 
     start: int
     stop: int
-    weights: Tensor
-    """(K + 1, r, I) float32, the base first, rounded to the storage dtype."""
-
-    task_vectors: Tensor
-    """(K, r, I) float32"""
+    rows: Sequence[Tensor]
+    """K + 1 times (r, I), the base first: rounded to the storage dtype, and in it if it is bfloat16; else float32."""
 
     backbone: Tensor
     """(r, I) in the storage dtype."""
 
-    rounded: Tensor
-    """(r, I) float32, the same numbers as ``backbone``."""
+    energies: NDArray[np.float64]
+    """(r,) squared norm of each row of the sum of the task vectors; not finite where a weight is not."""
+
+    def weight(self, number: int) -> Tensor:
+        """The rows of one checkpoint in float32."""
+        return self.rows[number].float()
+
+    def merged(self) -> Tensor:
+        """The backbone as :attr:`rows` are: in bfloat16, or else in float32."""
+        return self.backbone if self.backbone.dtype == torch.bfloat16 else self.backbone.float()
+
+    def delta(self, number: int) -> Tensor:
+        """What a checkpoint adds to the backbone: (r, I) float32."""
+        return self.weight(number) - self.backbone.float()
+
+    def task_vectors(self) -> Tensor:
+        """(K, r, I) float32"""
+        return torch.stack([row.float() for row in self.rows[1:]]).sub_(self.rows[0].float())
 
 
 class Workspace:
@@ -54,8 +69,6 @@ class Workspace:
     def __init__(self) -> None:
         self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
         self._views: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = {}
-        self._arrays: dict[tuple[str, tuple[int, ...]], tuple[Tensor, NDArray[np.float32]]] = {}
-        self._ones = np.empty(0, np.float32)
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         """A buffer of this shape; its former content is lost."""
@@ -68,20 +81,6 @@ class Workspace:
                 self._views = {key: old for key, old in self._views.items() if key[0] != name}
             view = self._views[name, shape, dtype] = flat[:size].view(shape)
         return view
-
-    def array(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """The same buffer as :meth:`take` gives, as numpy sees it."""
-        tensor = self.take(name, shape)
-        known = self._arrays.get((name, shape))
-        if known is None or known[0] is not tensor:
-            known = self._arrays[name, shape] = (tensor, tensor.numpy())
-        return known[1]
-
-    def ones(self, length: int) -> NDArray[np.float32]:
-        """A vector of ones, not to be changed."""
-        if len(self._ones) < length:
-            self._ones = np.ones(length, np.float32)
-        return self._ones[:length]
 
 
 class TensorTiles:
@@ -117,51 +116,19 @@ class TensorTiles:
         self._space = workspace
         self._transposed = self._whole_transposed() if is_transposed else None
         self._whole_backbone = None if merge_method in ENTRYWISE else self._merged_whole()
-        self._is_plain = (
-            not is_transposed
-            and self.merge in (average, keep_base)
-            and {torch.bfloat16} == {dtype, *(checkpoint.tensors[name].dtype for checkpoint in checkpoints)}
-            and compiled() is not None
-        )
+        is_bfloat = dtype == torch.bfloat16
+        self._loops = compiled() if is_bfloat and self.merge in (average, keep_base) else None
 
     def __iter__(self) -> Iterator[Tile]:
         for start in range(0, self.shape[0], self.rows_per_tile):
             stop = min(start + self.rows_per_tile, self.shape[0])
-            if self._is_plain:
-                yield self._plain_tile(start, stop)
+            # Each stays where it is until the next rows of its checkpoint are read.
+            rows = [self._rows(number, [(start, stop)]) for number in range(len(self.checkpoints))]
+            if self._loops is not None:
+                yield self._merged_by_loops(self._loops, start, stop, rows)
                 continue
-            weights = self._space.take("weights", (len(self.checkpoints), stop - start, self.shape[1]))
-            for number in range(len(self.checkpoints)):
-                self._load(weights[number], number, [(start, stop)])
             backbone = None if self._whole_backbone is None else self._whole_backbone[start:stop]
-            yield self._tile(start, stop, weights, backbone)
-
-    def _plain_tile(self, start: int, stop: int) -> Tile:
-        """As :meth:`_load` and :meth:`_tile`, by the compiled loops."""
-        loops, take = compiled(), self._space.take
-        assert loops is not None
-        shape = (stop - start, self.shape[1])
-        num_experts, size = len(self.checkpoints) - 1, prod(shape)
-        # They stay where they are until the next rows are read.
-        rows = [self._read(number, [(start, stop)]) for number in range(num_experts + 1)]
-        sources = np.array([some.data_ptr() for some in rows], np.int64)
-        loops.merge_means(
-            sources,
-            self.merge is average,
-            self._space.array("weights", (num_experts + 1, size)),
-            self._space.array("task vectors", (num_experts, size)),
-            self._space.array("total", (size,)),
-            take("backbone", (size,), torch.bfloat16).view(torch.uint16).numpy(),
-            self._space.array("rounded", (size,)),
-        )
-        return Tile(
-            start,
-            stop,
-            take("weights", (num_experts + 1, size)).view(num_experts + 1, *shape),
-            take("task vectors", (num_experts, size)).view(num_experts, *shape),
-            take("backbone", (size,), torch.bfloat16).view(shape),
-            take("rounded", (size,)).view(shape),
-        )
+            yield self._tile(start, stop, rows, backbone)
 
     def sample(self) -> Tile:
         """Some rows from all over the tensor, and some of their columns, as one tile."""
@@ -173,32 +140,36 @@ class TensorTiles:
             ranges = [(start, start + group) for start in starts]
         num_rows = sum(stop - start for start, stop in ranges)
         stride = max(1, num_rows * columns // _SAMPLED_ENTRIES)
-        width = len(range(0, columns, stride))
-        weights = self._space.take("weights", (len(self.checkpoints), num_rows, width))
-        for number in range(len(self.checkpoints)):
-            self._load(weights[number], number, ranges, stride)
+        # Cloned: reading one checkpoint may read another, and take its buffer.
+        sampled = [self._rows(number, ranges)[:, ::stride].clone() for number in range(len(self.checkpoints))]
         backbone = None
         if self._whole_backbone is not None:
             backbone = torch.cat([self._whole_backbone[start:stop, ::stride] for start, stop in ranges])
-        return self._tile(0, num_rows, weights, backbone)
+        return self._tile(0, num_rows, sampled, backbone)
 
-    def _tile(self, start: int, stop: int, weights: Tensor, backbone: Tensor | None) -> Tile:
-        shape = weights.shape[1:]
-        task_vectors = self._space.take("task vectors", (len(weights) - 1, *shape))
-        torch.sub(weights[1:], weights[0], out=task_vectors)
+    def _tile(self, start: int, stop: int, rows: Sequence[Tensor], backbone: Tensor | None) -> Tile:
+        task_vectors = torch.stack([row.float() for row in rows[1:]]).sub_(rows[0].float())
+        energies = row_sums(sum_in_order(task_vectors).square_().numpy())
         if backbone is None:
-            merged = self.merge(task_vectors).add_(weights[0])
-            backbone = self._space.take("backbone", tuple(shape), self.dtype).copy_(merged)
-        rounded = self._space.take("rounded", tuple(shape)).copy_(backbone)
-        return Tile(start, stop, weights, task_vectors, backbone, rounded)
+            backbone = self.merge(task_vectors).add_(rows[0].float()).to(self.dtype)
+        return Tile(start, stop, rows, backbone, energies)
 
-    def _load(self, target: Tensor, number: int, groups: Sequence[tuple[int, int]], stride: int = 1) -> None:
-        """Groups of rows of one checkpoint as float32, rounded to the storage dtype on the way."""
+    def _merged_by_loops(self, loops: Any, start: int, stop: int, rows: Sequence[Tensor]) -> Tile:
+        """As :meth:`_tile`, by the compiled loops."""
+        shape = (stop - start, self.shape[1])
+        backbone, energies = self._space.take("backbone", shape, torch.bfloat16), np.empty(stop - start)
+        sources = np.array([row.data_ptr() for row in rows], np.int64)
+        loops.merge_tile(sources, self.merge is average, shape, backbone.data_ptr(), energies)
+        return Tile(start, stop, rows, backbone, energies)
+
+    def _rows(self, number: int, groups: Sequence[tuple[int, int]]) -> Tensor:
+        """Groups of rows of one checkpoint, without gaps, as :attr:`Tile.rows` are."""
         if self._transposed is not None:
             rows = torch.cat([self._transposed[number][start:stop] for start, stop in groups])
         else:
-            rows = self._read(number, groups).reshape(len(target), self.shape[1])
-        target.copy_((rows if stride == 1 else rows[:, ::stride]).to(self.dtype))
+            num_rows = sum(stop - start for start, stop in groups)
+            rows = self._read(number, groups).reshape(num_rows, self.shape[1]).to(self.dtype)
+        return (rows if self.dtype == torch.bfloat16 else rows.float()).contiguous()
 
     def _read(self, number: int, groups: Sequence[tuple[int, int]]) -> Tensor:
         checkpoint = self.checkpoints[number]
@@ -232,4 +203,4 @@ class TensorTiles:
             merged = self.merge(task_vectors.transpose(1, 2).contiguous()).T
         else:
             merged = self.merge(task_vectors.reshape(-1, *self.stored_shape))
-        return (base + merged.reshape(self.shape)).to(self.dtype)
+        return (base + merged.reshape(self.shape)).to(self.dtype).contiguous()

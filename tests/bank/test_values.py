@@ -10,7 +10,7 @@ from mediator_peft.bank.layer_bank import LayerBank, check_parts, from_disk, to_
 from mediator_peft.bank.scales import NUMBER_SCALES, SIGN_SCALES, RowSums
 from mediator_peft.bank.sparse_delta import SparseDelta
 from mediator_peft.bank.values import Precision
-from mediator_peft.build.signed import SignedSelection
+from mediator_peft.build.signed import Marking, SignedSelection
 from mediator_peft.build.tiles import Workspace
 from mediator_peft.errors import AdapterError
 from mediator_peft.methods.sparsifying.magnitude import largest_mask
@@ -29,10 +29,10 @@ def by_the_build(delta, density, sign_scale):
     """As the build makes it: from tiles, by selection."""
     selection = SignedSelection(tuple(delta.shape), density, delta)
     selection.restart(selection.bracket(1.0))
-    space = Workspace()
+    marking = Marking([selection], Workspace())
     for start in range(0, len(delta), 4):
         rows = delta[start : start + 4].contiguous()
-        selection.add(start, rows, torch.zeros_like(rows), space)
+        marking.add(start, [(rows, torch.zeros_like(rows))])
     assert selection.settle()
     return selection.encode(None, sign_scale)[0]
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mediator_peft import MediatorConfig, build_mediator
+from mediator_peft.build.checkpoints import Checkpoint, TensorInfo
 from tests.tiny import fine_tuned
 
 EXPERTS = ("math", "code", "law")
@@ -27,6 +28,20 @@ def write_larger(folder: Path, scales: Mapping[str, float], vocab_size: int) -> 
     for number, (name, scale) in enumerate(scales.items()):
         fine_tuned(base, number, scale=scale).bfloat16().save_pretrained(folder / name)
     return {name: folder / name for name in ("base", *scales)}
+
+
+class InMemory(Checkpoint):
+    """A checkpoint of tensors at hand."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], label: str = "here") -> None:
+        self.label = self.source = label
+        self.weights = weights
+        self.tensors = {name: TensorInfo(tuple(weight.shape), weight.dtype) for name, weight in weights.items()}
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.weights[name][start:stop]
+
+    config = None  # type: ignore[assignment]
 
 
 def experts_of(paths: dict[str, Path]) -> dict[str, Path]:

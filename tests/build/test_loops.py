@@ -10,7 +10,8 @@ import torch
 
 from mediator_peft.build import loops, signed, tiles
 from mediator_peft.build.loops import compiled
-from tests.build.helpers import EXPERTS, build, digests
+from mediator_peft.methods.sparsifying.selection import chosen_ones
+from tests.build.helpers import EXPERTS, InMemory, build, digests
 from tests.tiny import write_tiny_checkpoints
 
 pytestmark = pytest.mark.skipif(compiled() is None, reason="numba is not there")
@@ -30,45 +31,100 @@ def values_of(shape, seed):
     return values
 
 
+def selections_of(shape, brackets):
+    """One selection for each bracket, with rubbish where the marks will be."""
+    selections = [signed.SignedSelection(shape, 1.0, torch.ones(3)) for _ in brackets]
+    for selection, bracket in zip(selections, brackets, strict=True):
+        selection.restart(signed.Bracket(*bracket))
+        for array in (selection.negative, selection.selection.above, selection.selection.inside, selection.sums):
+            array.fill(255)
+    return selections
+
+
+BRACKETS = [(0.5, 1.25), (1.25, 1.25), (1e-45, np.inf), (np.inf, np.inf)]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("bracket", [(0.5, 1.25), (1.25, 1.25), (1e-45, np.inf), (np.inf, np.inf)])
-def test_marking_is_comparing(shape, bracket):
-    first, second = values_of(shape, 0), values_of(shape, 1)
-    low, high = np.float32(bracket[0]), np.float32(bracket[1])
-    bitmaps = [np.full((shape[0], (shape[1] + 7) // 8), 255, np.uint8) for _ in range(3)]
-    inside, delta, kept = (np.full(first.size, np.nan, np.float32) for _ in range(3))
-    delta, kept = delta.reshape(shape), kept.reshape(shape)
-    for values in (first, first - second):
-        if values is first:
-            count = compiled().mark_values(first, low, high, *bitmaps, inside)
-        else:
-            count = compiled().mark_differences(first, second, low, high, *bitmaps, inside, delta, kept)
-            np.testing.assert_array_equal(delta, values)
-            np.testing.assert_array_equal(kept, np.where(abs(values) > high, abs(values), 0))
-        magnitudes = abs(values)
-        for found, expected in zip(bitmaps, (values < 0, magnitudes > high, magnitudes >= low), strict=True):
-            np.testing.assert_array_equal(found, packed(expected))
-        np.testing.assert_array_equal(inside[:count], magnitudes[(magnitudes >= low) & ~(magnitudes > high)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("use_loops", [True, False])
+def test_marking_is_comparing_and_summing(shape, dtype, use_loops, monkeypatch):
+    if not use_loops:
+        monkeypatch.setattr(signed, "compiled", lambda: None)
+    pairs = [
+        (torch.from_numpy(values_of(shape, seed)).to(dtype), torch.from_numpy(values_of(shape, seed + 9)).to(dtype))
+        for seed in range(len(BRACKETS))
+    ]
+    pairs[1] = (pairs[1][0], torch.zeros(shape, dtype=dtype))  # many entries on the edge, some of them -0.0
+    selections = selections_of(shape, BRACKETS)
+    marking = signed.Marking(selections, tiles.Workspace())
+    for start in range(0, shape[0], 2):
+        marking.add(start, [(a[start : start + 2].clone(), b[start : start + 2].clone()) for a, b in pairs])
+    for selection, (low, high), (minuend, subtrahend) in zip(selections, BRACKETS, pairs, strict=True):
+        values = (minuend.float() - subtrahend.float()).numpy()
+        magnitudes = abs(values).astype(np.float64)
+        above, inside = magnitudes > high, (magnitudes >= np.float32(low)) & ~(magnitudes > high)
+        np.testing.assert_array_equal(selection.negative, packed(values < 0))
+        np.testing.assert_array_equal(selection.selection.above, packed(above))
+        np.testing.assert_array_equal(selection.selection.inside, packed(inside))
+        assert (selection.selection._num_above, selection.selection._num_inside) == (above.sum(), inside.sum())
+        if low != high:
+            np.testing.assert_array_equal(np.concatenate(selection.selection._values), magnitudes[inside])
+        sums = [(magnitudes**2).sum(1), (magnitudes * above).sum(1), (magnitudes**2 * above).sum(1)]
+        np.testing.assert_allclose(selection.sums, np.stack(sums, axis=1), rtol=2e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 4096), (3, 5001)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_marks_and_sums_are_the_same_to_the_last_bit(shape, dtype, monkeypatch):
+    first, second = (torch.from_numpy(values_of(shape, seed)).to(dtype) for seed in (3, 4))
+    found = []
+    for loops_or_none in (compiled(), None):
+        monkeypatch.setattr(signed, "compiled", lambda given=loops_or_none: given)
+        selections = selections_of(shape, BRACKETS)
+        signed.Marking(selections, tiles.Workspace()).add(0, [(first, second)] * len(BRACKETS))
+        found.append([array for each in selections for array in (each.sums, each.negative, each.selection.above)])
+    for fast, slow in zip(*found, strict=True):
+        np.testing.assert_array_equal(fast, slow)
+
+
+def test_marking_writes_nothing_beyond_the_rows():
+    """The last byte of the last row is followed by numbers that are not its own."""
+    for columns in (1, 7, 8, 9, 16, 17, 24, 25):
+        frame = np.full((4, (columns + 7) // 8), 170, np.uint8)
+        selection = selections_of((4, columns), [(0.5, 1.0)])[0]
+        selection.negative, selection.selection.above, selection.selection.inside = frame, frame, frame
+        ones = torch.ones(2, columns)
+        signed.Marking([selection], tiles.Workspace()).add(1, [(ones, 0 * ones)])
+        np.testing.assert_array_equal(frame[[0, 3]], 170)
+        assert not (frame[1:3] == 170).any()
 
 
 @pytest.mark.parametrize("num_experts", [1, 2, 5])
-@pytest.mark.parametrize("size", [1, 15, 16, 77, 4096])
-@pytest.mark.parametrize("is_mean", [True, False])
-def test_merging_a_tile_is_what_torch_does(num_experts, size, is_mean):
-    torch.manual_seed(size)
-    stored = [torch.randn(size).bfloat16() for _ in range(num_experts + 1)]
-    weights = np.empty((num_experts + 1, size), np.float32)
-    vectors, total = np.empty((num_experts, size), np.float32), np.empty(size, np.float32)
-    bits, rounded = np.empty(size, np.uint16), np.empty(size, np.float32)
-    sources = np.array([tensor.data_ptr() for tensor in stored], np.int64)
-    compiled().merge_means(sources, is_mean, weights, vectors, total, bits, rounded)
-    expected = [tensor.float() for tensor in stored]
-    differences = [tensor - expected[0] for tensor in expected[1:]]
-    merged = expected[0] + sum(differences) / num_experts if is_mean else expected[0]
-    np.testing.assert_array_equal(weights, torch.stack(expected).numpy())
-    np.testing.assert_array_equal(vectors, torch.stack(differences).numpy())
-    np.testing.assert_array_equal(bits, merged.bfloat16().view(torch.uint16).numpy())
-    np.testing.assert_array_equal(rounded, merged.bfloat16().float().numpy())
+@pytest.mark.parametrize("shape", [(1,), (77,), *SHAPES, (5, 4096), (3, 2, 9)])
+@pytest.mark.parametrize("method", ["average", "base"])
+def test_merging_a_tile_is_what_torch_does(num_experts, shape, method, monkeypatch):
+    torch.manual_seed(num_experts)
+    stored = [torch.randn(shape).bfloat16() for _ in range(num_experts + 1)]
+    for number, tensor in enumerate(stored):
+        tensor.view(-1)[number % 2 :: 3] = -0.0
+        tensor.view(-1)[2::7] = 0.5
+    monkeypatch.setattr(tiles, "TILE_ENTRIES", 64)
+    found = []
+    for loops_or_none in (compiled(), None):
+        monkeypatch.setattr(tiles, "compiled", lambda given=loops_or_none: given)
+        seen = tiles.TensorTiles(
+            "w", [InMemory({"w": each}) for each in stored], torch.bfloat16, method, tiles.Workspace()
+        )
+        found.append([(tile.backbone.clone().view(torch.int16), torch.from_numpy(tile.energies)) for tile in seen])
+    for fast, slow in zip(*found, strict=True):
+        for one, other in zip(fast, slow, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+    differences = torch.stack([tensor.float() - stored[0].float() for tensor in stored[1:]])
+    merged = stored[0].float() + (sum(differences) / num_experts if method == "average" else 0)
+    backbone = torch.cat([part for part, _ in found[0]]).view(torch.bfloat16)
+    torch.testing.assert_close(backbone, merged.bfloat16().reshape(backbone.shape), rtol=0, atol=0)
+    energy = float(torch.cat([part for _, part in found[0]]).sum())
+    assert energy == pytest.approx(float(differences.double().sum(dim=0).square().sum()), rel=1e-6, abs=1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -77,6 +133,18 @@ def test_taking_bits_is_choosing_by_a_mask(shape):
     bits, mask = generator.random(shape) < 0.5, generator.random(shape) < 0.3
     expected = np.packbits(bits[mask], bitorder="little")
     np.testing.assert_array_equal(signed.kept_bits(packed(bits), packed(mask), shape[1]), expected)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 64), (3, 128), (40, 200)])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_choosing_ones_is_what_numpy_does(shape, share):
+    generator = np.random.default_rng(3)
+    mask = generator.random(shape) < share
+    choice = generator.random(int(mask.sum())) < 0.5
+    expected = mask.copy()
+    expected[mask] = choice
+    for found in (signed.choose(packed(mask), choice, shape[1]), chosen_ones(packed(mask), choice, shape[1])):
+        np.testing.assert_array_equal(found, packed(expected))
 
 
 @pytest.mark.parametrize("settings", [{}, {"merge_method": "base"}, {"values": "float", "density": 1.0}])
@@ -121,8 +189,9 @@ def test_sign_coding_is_its_formula(use_loops, shape, density, monkeypatch):
     for bracket in (None, (0.0, np.inf)):  # a small sample may miss; the whole line cannot
         if bracket is not None:
             selection.restart(signed.Bracket(1e-45, float("inf")))
+        marking = signed.Marking([selection], space)
         for start in range(0, shape[0], 2):
-            selection.add(start, minuend[start : start + 2], subtrahend[start : start + 2], space)
+            marking.add(start, [(minuend[start : start + 2], subtrahend[start : start + 2])])
         if selection.settle():
             break
     packed_delta, errors = selection.encode(None, "norm")

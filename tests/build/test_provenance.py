@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from mediator_peft import plan_mediator
+from mediator_peft.build.integrity import RunningDigest
 from mediator_peft.build.pipeline import read_pipeline
-from mediator_peft.build.provenance import _files
+from mediator_peft.build.provenance import InputDigests, _files
 from mediator_peft.errors import ConfigError
 from tests.build.helpers import build, digests, experts_of
 from tests.tiny import write_tiny_checkpoints
@@ -42,6 +43,31 @@ def test_checksums_can_be_left_out(paths, tmp_path):
     assert all("sha256" not in entry for known in found["inputs"].values() for entry in known["files"].values())
 
 
+def test_a_checksum_may_be_taken_step_by_step(tmp_path):
+    data = bytes(range(256)) * 3000
+    (tmp_path / "file").write_bytes(data)
+    digest = RunningDigest(tmp_path / "file")
+    for stop in (0, 5, 3, 300_000, 300_001, 299_000):
+        digest.advance(stop)
+    assert digest.hexdigest() == hashlib.sha256(data).hexdigest() == digest.hexdigest()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_one_process_reads_on_in_the_inputs_as_it_merges(workers, paths, tmp_path, monkeypatch):
+    left = []
+    original = RunningDigest.hexdigest
+
+    def hexdigest(digest):
+        if digest.path.name == "model.safetensors" and digest.path.parent.parent == tmp_path / "in":
+            left.append(digest.path.stat().st_size - digest._place)
+        return original(digest)
+
+    monkeypatch.setattr(RunningDigest, "hexdigest", hexdigest)
+    build(paths, tmp_path / "out", workers=workers)
+    assert len(left) == 3
+    assert all(count == 0 if workers == 1 else count > 0 for count in left)
+
+
 def test_the_hubs_cache_is_taken_at_its_word(tmp_path):
     class Cached:
         folder = tmp_path
@@ -49,7 +75,7 @@ def test_the_hubs_cache_is_taken_at_its_word(tmp_path):
 
     (tmp_path / ("ab" * 32)).write_bytes(b"x")
     Cached.files[0].symlink_to(tmp_path / ("ab" * 32))
-    assert dict(_files(Cached(), hash_inputs=False)) == {"model.safetensors": {"bytes": 1, "sha256": "ab" * 32}}
+    assert dict(_files(Cached(), InputDigests([], False))) == {"model.safetensors": {"bytes": 1, "sha256": "ab" * 32}}
 
 
 @pytest.mark.parametrize("settings", [{}, {"density": 0.4, "routed_layers": [0, 2], "target_modules": ["q_proj"]}])

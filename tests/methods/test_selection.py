@@ -16,8 +16,7 @@ from mediator_peft.methods.sparsifying.selection import (
     count_ones,
     first_ones,
     pack_rows,
-    row_products,
-    row_squares,
+    row_sums,
     smallest_kept,
     smallest_kept_of_tiles,
     unpack_rows,
@@ -65,7 +64,7 @@ def select(delta: torch.Tensor, density: float, bracket: Bracket, rows: int) -> 
     selection = TopSelection(shape, round(density * delta.numel()), bracket)
     for start in range(0, shape[0], rows):
         magnitudes = delta[start : start + rows].abs().contiguous().numpy()
-        selection.add(start, magnitudes, np.empty(magnitudes.shape, bool), np.empty(magnitudes.shape, bool))
+        selection.add(start, magnitudes)
     settled = selection.settle()
     if settled is None:
         return None
@@ -106,7 +105,7 @@ def test_sums_over_rows_of_what_lay_in_the_bracket(kind):
     high = float(np.quantile(magnitudes, 0.95))
     for bracket in (Bracket(edge, edge), Bracket(edge / 2, max(high, edge))):
         selection = TopSelection((37, 19), 141, bracket)
-        selection.add(0, magnitudes.copy(), np.empty((37, 19), bool), np.empty((37, 19), bool))
+        selection.add(0, magnitudes)
         settled = selection.settle()
         assert settled is not None
         inside = unpack_rows(settled.kept, 19) & (magnitudes <= np.float32(bracket.high))
@@ -128,14 +127,21 @@ def test_bits_survive_packing(columns):
         )
 
 
-@pytest.mark.parametrize("columns", [1, 31, 4096, 9000])
-def test_products_of_rows(columns):
-    left, right = (np.random.default_rng(seed).standard_normal((3, columns)).astype(np.float32) for seed in (0, 1))
-    np.testing.assert_allclose(
-        row_products(left, right), (left.astype(float) * right).sum(axis=1), rtol=1e-3, atol=1e-3
-    )
-    np.testing.assert_allclose(row_products(left, right[0]), left.astype(float) @ right[0], rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(row_squares(left), (left.astype(float) ** 2).sum(axis=1), rtol=1e-5)
+@pytest.mark.parametrize("columns", [0, 1, 15, 16, 31, 33, 4096, 9000])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_sums_of_rows_are_sixteen_sums_in_order(rows, columns):
+    matrix = np.random.default_rng(columns).random((rows, columns), np.float32)
+    found = row_sums(matrix)
+    np.testing.assert_allclose(found, matrix.sum(axis=1, dtype=np.float64), rtol=3e-6)
+    for row, number in zip(matrix, found, strict=True):
+        lanes = [np.float32(0)] * 16
+        for column, value in enumerate(row):
+            lanes[column % 16] += value
+        totals = [float(lane) for lane in lanes]
+        while len(totals) > 1:
+            half = len(totals) // 2
+            totals = [low + high for low, high in zip(totals[:half], totals[half:], strict=True)]
+        assert number == totals[0]
 
 
 @pytest.mark.parametrize("density", [0.05, 0.5, 0.99])
