@@ -84,6 +84,7 @@ def cross_fit(
     folds: Tensor,
     background: Tensor | None = None,
     background_folds: Tensor | None = None,
+    variations: Tensor | None = None,
 ) -> tuple[HeldOut, HeldOut | None]:
     """Scores, novelty and distance of every text, by a router fitted on the other folds.
 
@@ -94,6 +95,7 @@ def cross_fit(
         folds: (N,) number of the fold that holds each text out.
         background: (M, H) features of ordinary prompts, or None.
         background_folds: (M,)
+        variations: (V, N, H) features of altered copies of the texts, which are fitted on with these and never judged.
 
     Returns:
         What was said of the texts, and of the ordinary prompts.
@@ -108,7 +110,7 @@ def cross_fit(
             rest = background[background_folds != fold]
             judged.append((background, background_folds == fold))
         router = make_router()
-        router.fit(features[~held_out], labels[~held_out], rest)
+        router.fit(*_with_variations(features, labels, variations, ~held_out), rest)
         for kind, (some, chosen) in enumerate(judged):
             rows[kind].append(_judged(router, some[chosen]))
             places[kind].append(chosen.nonzero().flatten())
@@ -123,6 +125,16 @@ def cross_fit(
         HeldOut(texts[:, 2:], texts[:, 0], texts[:, 1], folds),
         HeldOut(ordinary[:, 2:], ordinary[:, 0], ordinary[:, 1], background_folds),
     )
+
+
+def _with_variations(
+    features: Tensor, labels: Tensor, variations: Tensor | None, chosen: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Features and labels of the chosen texts, below them those of their altered copies."""
+    if variations is None:
+        return features[chosen], labels[chosen]
+    rows = torch.cat([features[chosen], variations[:, chosen].flatten(0, 1)])
+    return rows, labels[chosen].repeat(1 + len(variations))
 
 
 @torch.no_grad()
@@ -142,6 +154,7 @@ def calibrate(
     seed: int,
     ood_alpha: float,
     background: Tensor | None = None,
+    variations: Tensor | None = None,
 ) -> CalibrationReport:
     """Fit ``router`` on everything; take temperature and yardsticks of novelty from folds it was not fitted on.
 
@@ -156,6 +169,8 @@ def calibrate(
         seed: gives other folds.
         ood_alpha: share of known prompts that may be flagged as unknown.
         background: (M, H) features of ordinary prompts that belong to no expert, or None.
+        variations: (V, N, H) features of altered copies of the texts, or None. They share their text's fold; the
+            yardsticks are taken from the texts alone.
     """
     labels = labels.cpu()
     folds = torch.tensor(hash_folds(keys, labels.tolist(), router.num_folds, seed))
@@ -163,9 +178,10 @@ def calibrate(
         background = None
     present = folds.unique()
     spread = None if background is None else present[torch.arange(len(background)) % len(present)]
-    held_out, ordinary = cross_fit(make_router, features, labels, folds, background, spread)
+    held_out, ordinary = cross_fit(make_router, features, labels, folds, background, spread, variations)
     temperature = fit_temperature(held_out.scores, labels)
-    router.fit(features, labels.to(features.device), background)
+    everything = torch.ones(len(labels), dtype=torch.bool)
+    router.fit(*_with_variations(features, labels.to(features.device), variations, everything), background)
     known = known_of(held_out, labels, ordinary)
     router.set_known(known, temperature)
     router.evidence = _evidence(held_out, ordinary, known, temperature, ood_alpha)

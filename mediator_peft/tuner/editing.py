@@ -22,7 +22,7 @@ from ..errors import CheckpointError, ConfigError, RoutingError, UnsupportedErro
 from ..routing.data import Columns, hash_folds
 from ..routing.routers import Router
 from ..settings import CORRECTION
-from .fitting import read_texts, settle, text_features
+from .fitting import read_texts, row_features, settle, token_rows, varied_rows
 from .folding import plain_weight
 from .layer import MediatorLayer
 from .persistence import backbone_state
@@ -211,33 +211,38 @@ def _extended(
         raise RoutingError(f"give the texts of {name!r} alone, not a dict.")
     seed = model._config.seed
     data = read_texts({name: texts}, [name], tokenizer, Columns(text_column), None, seed, "train")
-    features = text_features(model, tokenizer, data.texts, batch_size, max_length, None, False)
+    rows = token_rows(tokenizer, data.texts, max_length)
+    rows += varied_rows(model, tokenizer, rows, max_length)
+    features = row_features(model, rows, batch_size, None, False)
     folds = torch.tensor(hash_folds(data.texts, data.labels, router.num_folds, seed))
-    larger = extend_router(router, features.to(router.known_novelty.device), folds)
+    size = len(data.texts)
+    by_way = features.to(router.known_novelty.device).unflatten(0, (-1, size))
+    larger = extend_router(router, by_way[0], folds, by_way[1:])
     settle(larger, model)
     return larger
 
 
-def extend_router(router: Router, features: Tensor, folds: Tensor) -> Router:
+def extend_router(router: Router, features: Tensor, folds: Tensor, variations: Tensor) -> Router:
     """A copy of a fitted router with one more expert, whose yardstick is taken fold by fold.
 
     Args:
         router: left as it is.
         features: (N, H) of the new expert's texts.
         folds: (N,) number of the fold that holds each text out.
+        variations: (V, N, H) of altered copies of the texts; V may be 0.
     """
     novelty, distance = (torch.zeros(len(features), device=features.device) for _ in range(2))
     for fold in folds.unique().tolist():
         held_out = folds == fold
         trial = copy.deepcopy(router)
-        trial.add_class(features[~held_out])
+        trial.add_class(torch.cat([features[~held_out], variations[:, ~held_out].flatten(0, 1)]))
         with torch.no_grad():
             novelty[held_out], distance[held_out] = (
                 trial.novelty(features[held_out]),
                 trial.distance(features[held_out]),
             )
     larger = copy.deepcopy(router)
-    larger.add_class(features)
+    larger.add_class(torch.cat([features, variations.flatten(0, 1)]))
     known = router.known
     more = known._replace(
         novelty=torch.cat([known.novelty, novelty.to(known.novelty)]),

@@ -18,6 +18,7 @@ from ..routing.calibration import CalibrationReport, calibrate
 from ..routing.data import Columns, LabelledTexts, labelled_texts
 from ..routing.feature_cache import FeatureCache
 from ..routing.routers import Router
+from ..routing.variations import VARIATIONS, vary
 from .turns import user_turns
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def fit_router(
     split: str,
     cache_folder: str | os.PathLike[str] | None,
     background: Sequence[str] | None,
+    variations: bool,
     show_progress: bool,
     ranks: Ranks,
 ) -> CalibrationReport:
@@ -47,19 +49,22 @@ def fit_router(
     data = read_texts(dataset, names, tokenizer, columns, max_samples, config.seed, split)
     model.learn_turns(tokenizer)
     ordinary = background_texts(model, tokenizer, data.texts, background)
-    texts = data.texts + ordinary
-    features = text_features(model, tokenizer, texts, batch_size, max_length, cache_folder, show_progress, ranks)
+    rows = token_rows(tokenizer, data.texts + ordinary, max_length)
+    num_texts, num_prompts = len(data.texts), len(rows)
+    rows += varied_rows(model, tokenizer, rows[:num_texts], max_length) if variations else []
+    features = row_features(model, rows, batch_size, cache_folder, show_progress, ranks)
     router = model.router
     report = calibrate(
         lambda: type(router)(router.num_experts, router.num_features, config.seed),
         router,
-        features[: len(data.texts)],
+        features[:num_texts],
         torch.tensor(data.labels),
         data.groups or data.texts,
         names,
         config.seed,
         config.ood_alpha,
-        features[len(data.texts) :] if ordinary else None,
+        features[num_texts:num_prompts] if ordinary else None,
+        features[num_prompts:].unflatten(0, (-1, num_texts)) if len(rows) > num_prompts else None,
     )
     settle(router, model)
     return report
@@ -102,9 +107,8 @@ def background_texts(
     plain = getattr(tokenizer, "func", tokenizer)
     prompts = list(BACKGROUND_PROMPTS if background is None else background)
     if background is None:
-        unknown = getattr(plain, "unk_token_id", None)
         ids = [token for row in tokenizer(prompts)["input_ids"] for token in row]
-        if unknown is not None and ids.count(unknown) > _MOST_UNKNOWN * len(ids):
+        if _is_unknown(ids, getattr(plain, "unk_token_id", None)):
             return []
     markers = model._config.turn_markers
     if markers is None or not prompts or not user_turns(tokenizer(texts[:1])["input_ids"][0], markers):
@@ -113,11 +117,45 @@ def background_texts(
     return [plain.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
 
 
+def _is_unknown(ids: list[int], unknown: int | None) -> bool:
+    return unknown is not None and ids.count(unknown) > _MOST_UNKNOWN * len(ids)
+
+
 def settle(router: Router, model: MediatorModel) -> None:
     """Put a fitted router where its model lies, trainable if the model is."""
     for parameter in router.parameters():
         parameter.requires_grad_(not model._config.inference_mode)
     router.to(next(model.model.parameters()).device)
+
+
+def token_rows(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    """Token ids of each text."""
+    rows: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    return rows
+
+
+def varied_rows(model: MediatorModel, tokenizer: Any, rows: list[list[int]], max_length: int) -> list[list[int]]:
+    """Altered copies of prompts, each way of altering them as long as ``rows``; what users wrote is altered alone.
+
+    A way is left out where the tokenizer does not know the words that come of it: they would all look alike.
+    """
+    plain, seed = getattr(tokenizer, "func", tokenizer), model._config.seed
+    if not hasattr(plain, "decode"):
+        return []
+    markers, unknown = model._config.turn_markers, getattr(plain, "unk_token_id", None)
+    copies: list[list[list[int]]] = [[list(row) for row in rows] for _ in VARIATIONS]
+    for number, row in enumerate(rows):
+        turns = user_turns(row, markers) if markers is not None else []
+        opening, close = (len(marker) for marker in markers) if markers is not None and turns else (0, 0)
+        # From the last turn on, so that the places of the others stay as they are.
+        for start, stop in reversed(turns or [(0, len(row))]):
+            place = slice(start + opening, stop - close)
+            texts = vary(plain.decode(row[place], skip_special_tokens=True), seed)
+            ids = plain(texts, add_special_tokens=not turns)["input_ids"]
+            for way, new in zip(copies, ids, strict=True):
+                way[number][place] = new
+    known = [way for way in copies if not _is_unknown([token for row in way for token in row], unknown)]
+    return [row[:max_length] for way in known for row in way]
 
 
 def text_features(
@@ -130,12 +168,24 @@ def text_features(
     show_progress: bool,
     ranks: Ranks | None = None,
 ) -> Tensor:
-    """Pooled features of many texts, in their order: (N, H) float32 on the CPU. Each different text is read once.
+    """Pooled features of many texts, in their order; see :func:`row_features`."""
+    rows = token_rows(tokenizer, texts, max_length)
+    return row_features(model, rows, batch_size, cache_folder, show_progress, ranks)
+
+
+def row_features(
+    model: MediatorModel,
+    rows: list[list[int]],
+    batch_size: int,
+    cache_folder: str | os.PathLike[str] | None,
+    show_progress: bool,
+    ranks: Ranks | None = None,
+) -> Tensor:
+    """Pooled features of tokenised texts, in their order: (N, H) float32 on the CPU. Each different one is read once.
 
     Ranks share whole batches, so that no number depends on how many there are.
     """
     cache = _cache(model, cache_folder)
-    rows = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
     keys = [cache.key(row) for row in rows]
     new = {key: row for key, row in zip(keys, rows, strict=True) if cache.get(key) is None}
     # Texts of like length share a batch, so that little is padded.

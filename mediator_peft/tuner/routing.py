@@ -175,6 +175,7 @@ class PromptRouting:
         split: str = "train",
         cache_folder: str | os.PathLike[str] | None = None,
         background: Sequence[str] | None = None,
+        variations: bool = True,
         over_ranks: bool = False,
     ) -> CalibrationReport:
         """Fit the router on texts with known experts.
@@ -196,6 +197,8 @@ class PromptRouting:
             cache_folder: keep features there, by content, for later fits on the same backbone.
             background: ordinary prompts that belong to no expert, as a user would write them. None takes eighty of
                 ours, in English for the most part, unless the tokenizer cannot read them; an empty list takes none.
+            variations: fit on altered copies of the texts as well: words left out, letters mistyped, something said
+                around it. So other wordings of a known task are known. Reading takes four times as long.
             over_ranks: share the reading of texts among the processes that torchrun started; each of them must call
                 this with the same arguments, and ends with the same router.
 
@@ -216,6 +219,7 @@ class PromptRouting:
             split=split,
             cache_folder=cache_folder,
             background=background,
+            variations=variations,
             show_progress=show_progress,
             ranks=Ranks() if over_ranks else Ranks.alone(),
         )

@@ -33,16 +33,16 @@ KNOWN = KINDS[:3]
 SETTINGS = GateSettings(ood_alpha=0.01, top_p=0.5, fallback_column=True)
 
 
-def fitted(data, layer=3, name="gaussian", per_expert=100, with_background=True):
+def fitted(data, layer=3, name="gaussian", per_expert=100, with_background=True, with_variations=True):
     place = data["layers"].index(layer)
     rows = torch.cat([(data["labels"] == label).nonzero().flatten()[:per_expert] for label in range(3)])
     x, labels = data["x"][rows, place], data["labels"][rows]
     background = data["background"][:, place] if with_background else None
     router = ROUTERS[name](3, x.shape[1])
     texts = [data["texts"][row] for row in rows.tolist()]
-    report = calibrate(
-        lambda: ROUTERS[name](3, x.shape[1]), router, x, labels, texts, TASKS, 0, SETTINGS.ood_alpha, background
-    )
+    variations = data["variations"][:, rows, place] if with_variations else None
+    make = lambda: ROUTERS[name](3, x.shape[1])  # noqa: E731
+    report = calibrate(make, router, x, labels, texts, TASKS, 0, SETTINGS.ood_alpha, background, variations)
     return router, report
 
 
@@ -102,9 +102,10 @@ def gate_variants(data, layer=3):
     header += [f"flagged at {100 * alpha:g} %" for alpha in (0.01, 0.02, 0.05)]
     rows = []
     kept = GaussianRouter.num_folds, gaussian._LEAST_SHRINKAGE
-    for num_folds, top_p, shrinkage in ((5, 0.9, 0), (5, 0.5, 0), (20, 0.5, 0), (20, 0.5, 0.5), (50, 0.5, 0.5)):
+    variants = (5, 0.9, 0, False), (5, 0.5, 0, False), (20, 0.5, 0, False), (20, 0.5, 0.5, False), (20, 0.5, 0.5, True)
+    for num_folds, top_p, shrinkage, varied in variants:
         GaussianRouter.num_folds, gaussian._LEAST_SHRINKAGE = num_folds, shrinkage
-        router, _ = fitted(data, layer)
+        router, _ = fitted(data, layer, with_variations=varied)
         GaussianRouter.num_folds, gaussian._LEAST_SHRINKAGE = kept
         found = judged(data, router, layer, SETTINGS._replace(top_p=top_p))
         row = []
@@ -116,15 +117,15 @@ def gate_variants(data, layer=3):
             flags = judged(data, router, layer, SETTINGS._replace(ood_alpha=alpha))
             seen = [one["route"].is_ood.float() for one in flags.values() if one["kind"] == "many seen"]
             row.append(float(torch.cat(seen).mean()) if seen else float("nan"))
-        rows.append(
-            (f"{num_folds} folds, top_p {top_p}, shrinkage >= {shrinkage}", [f"{100 * value:.1f}" for value in row])
-        )
+        label = f"{num_folds} folds, top_p {top_p}, shrinkage >= {shrinkage}{', copies' if varied else ''}"
+        rows.append((label, [f"{100 * value:.1f}" for value in row]))
     print_table("gate", header, rows)
 
 
 def tables(data):
     routers = [(name, {"name": name}) for name in ROUTERS]
-    variants = [(f"{name}, no background", {"name": name, "with_background": False}) for name in ROUTERS]
+    variants = [(f"{name}, no copies", {"name": name, "with_variations": False}) for name in ROUTERS]
+    variants += [(f"{name}, no background", {"name": name, "with_background": False}) for name in ROUTERS]
     rows = [(label, summary(data, fitted(data, **options)[0])) for label, options in routers + variants]
     print_table("router", HEADER, rows)
     rows = [(f"{layer}", summary(data, fitted(data, layer)[0], layer)) for layer in data["layers"]]
@@ -223,7 +224,9 @@ def parsed():
     parser.add_argument("--experts", action="store_true")
     parser.add_argument("--outcome", type=Path, metavar="OUT")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="of the model that answers")
     parser.add_argument("--per-set", type=int, default=100)
+    parser.add_argument("--skip", nargs="*", default=[], choices=TASKS, help="tasks whose own sets are left out")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--json", type=Path, default=Path("outcome.json"))
     return parser.parse_args()
@@ -237,7 +240,9 @@ def main():
         many_experts()
     elif asked.outcome is not None:
         seeds = (11, 12) if asked.seeds == (1, 2) else tuple(asked.seeds)
-        outcome(asked.outcome, asked.device, asked.per_set, asked.json, seeds, asked.batch_size)
+        outcome(
+            asked.outcome, asked.device, asked.per_set, asked.json, seeds, asked.batch_size, asked.skip, asked.dtype
+        )
     else:
         if not asked.features.is_file():
             layers = ALL_LAYERS if asked.all_layers else FEW_LAYERS

@@ -9,6 +9,7 @@ from fresh_prompts import fresh_sets
 
 from mediator_peft.demo.hard_prompts import TASKS, PromptSet, calibration_prompts, hard_sets
 from mediator_peft.routing.background import BACKGROUND_PROMPTS
+from mediator_peft.routing.variations import vary
 
 ALL_LAYERS = [0, 1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 25, 29]
 FEW_LAYERS = [2, 3, 4, 6, 8]
@@ -53,9 +54,14 @@ def make_features(out: Path, path: Path, seeds: tuple[int, int], layers: list[in
     folder = out.parent / "materials"
     prompts = calibration_prompts(200, seeds[0], folder)
     x, texts = features([prompt.messages for prompt in prompts])
+    copies = [vary(prompt.messages[-1]["content"], 0) for prompt in prompts]
+    variations = [
+        features([[{"role": "user", "content": text}] for text in way])[0] for way in zip(*copies, strict=True)
+    ]
     background, _ = features([[{"role": "user", "content": text}] for text in BACKGROUND_PROMPTS])
     labels = torch.tensor([TASKS.index(prompt.experts[0]) for prompt in prompts])
     data = {"layers": layers, "x": x, "texts": texts, "labels": labels, "background": background, "sets": {}}
+    data["variations"] = torch.stack(variations)
     new_names = set(fresh_sets(1, seeds[1], folder))
     for name, (kind, some) in prompt_sets(100, seeds[1], folder, many_seen).items():
         found, words = features([prompt.messages for prompt in some])

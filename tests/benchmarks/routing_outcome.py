@@ -15,18 +15,18 @@ from mediator_peft.bank.sparse_delta import SparseDelta
 from mediator_peft.demo.hard_prompts import TASKS, calibration_prompts
 from mediator_peft.evaluation.generation import Memo, answer_prompts
 from mediator_peft.evaluation.scoring import MATCHERS
-from mediator_peft.routing.gate import GateSettings, gate
+from mediator_peft.routing.gate import gate
 from mediator_peft.routing.novelty import trust_of
 from mediator_peft.tuner.fitting import text_features
 
-SYSTEMS = ("base", "backbone", "own expert", "nearest expert", "routed, hard threshold", "routed, top_p 0.9", "routed")
+SYSTEMS = ("base", "backbone", "own expert", "nearest expert", "routed, hard threshold", "routed")
 RIVALS = ("base", "backbone", "nearest expert")
 ROOM = {"last_number": 160, "exact": 32, "contains": 32}
 """New tokens by way of matching: a word problem's answer is worked out before its number."""
 KINDS = ("seen", "unseen", "shifted", "near", "far")
 
 
-def outcome(out, device, per_set, path, seeds=(11, 12), batch_size=64):
+def outcome(out, device, per_set, path, seeds=(11, 12), batch_size=64, skip=(), dtype="float32"):
     """Answer every judged prompt with every system; write a JSON file and print the table.
 
     Args:
@@ -36,10 +36,12 @@ def outcome(out, device, per_set, path, seeds=(11, 12), batch_size=64):
         path: of the JSON file, with all answers.
         seeds: of the calibration prompts and of the test sets.
         batch_size: prompts generated at once.
+        skip: tasks whose own sets are left out.
+        dtype: of the model.
     """
     started = time.perf_counter()
     folder = out.parent / "materials"
-    model, tokenizer = load_mediator(out, dtype=torch.float32)
+    model, tokenizer = load_mediator(out, dtype=getattr(torch, dtype))
     model = model.to(device)
     if torch.device(device).type != "cpu":
         _unpack(model)
@@ -47,7 +49,7 @@ def outcome(out, device, per_set, path, seeds=(11, 12), batch_size=64):
         {"set": name, "kind": kind, "prompt": prompt.messages[-1]["content"], "answer": prompt.answer,
          "match": prompt.match, "own": prompt.experts[0] if prompt.experts else None}
         for name, (kind, prompts) in prompt_sets(per_set, seeds[1], folder, 0).items()
-        for prompt in prompts if prompt.answer is not None
+        for prompt in prompts if prompt.answer is not None and not {*prompt.experts} & {*skip}
     ]  # fmt: skip
     _fit(model, tokenizer, calibration_prompts(100, seeds[0], folder))
     weights, notes = _expert_weights(model, tokenizer, rows)
@@ -101,7 +103,6 @@ def _expert_weights(model, tokenizer, rows):
         "own expert": one_hot(torch.where(own < 0, nearest, own)),
         "nearest expert": one_hot(nearest),
         "routed, hard threshold": one_hot(torch.where(found.is_ood, width - 1, nearest)),
-        "routed, top_p 0.9": gate(*judged, GateSettings(settings.ood_alpha, 0.9, True)).expert_weights,
         "routed": gate(*judged, settings).expert_weights,
     }
     notes = {
