@@ -17,6 +17,7 @@ from mediator_peft.cli import app
 from mediator_peft.commands.common import exit_code, explain
 from mediator_peft.commands.merge_options import parse_routed_layers
 from mediator_peft.errors import ConfigError
+from mediator_peft.evaluation.generation import answer_prompts, route_prompts
 
 COMMANDS = ["build", "calibrate", "generate", "eval", "inspect", "demo"]
 
@@ -115,6 +116,40 @@ def test_calibration_changes_the_router_and_nothing_else(folder):
     old, new = (json.loads(files["adapter_config.json"]) for files in (before, after))
     assert new["base_model_name_or_path"] == old["base_model_name_or_path"]
     assert not list((folder / "fresh").glob(".*"))
+
+
+def test_prompts_with_answers_go_to_whoever_answers_them_right(folder):
+    build(folder, "answered-out")
+    plain = json.loads(calibrate(folder, "answered-out", "--json").stdout)
+    assert "outcomes" not in plain
+    model, tokenizer = load_mediator(folder / "answered-out")
+    prompts = [f"{number} times what is {number} then" for number in range(30)]
+    nearest = [route.nearest for route in route_prompts(model, tokenizer, prompts)]
+    by_base = answer_prompts(model, tokenizer, prompts, expert_weights="base")
+    by_expert = [
+        answer_prompts(model, tokenizer, [prompt], expert_weights=name)[0]
+        for prompt, name in zip(prompts, nearest, strict=True)
+    ]
+    # Each is answered right by the base; by the expert too where both say the same.
+    pairs = [(one, two) for one, two in zip(by_base, by_expert, strict=True) if one.strip()]
+    lines = [{"prompt": prompt, "answer": one} for prompt, one in zip(prompts, by_base, strict=True) if one.strip()]
+    (folder / "others.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    num_different = sum(one.strip() != two.strip() for one, two in pairs)
+    assert num_different > 20
+    done = calibrate(folder, "answered-out", "--answered", folder / "others.jsonl", "--json")
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["outcomes"] == {
+        "experts": {"math": 0, "code": 0},
+        "ordinary": num_different,
+        "undecided": len(pairs) - num_different,
+    }
+    again, _ = load_mediator(folder / "answered-out")
+    assert len(again.router.background_novelty) == len(model.router.background_novelty) + num_different
+    before, after = (
+        sum(route.expert_weights["base"] for route in route_prompts(one, tokenizer, prompts)) for one in (model, again)
+    )
+    assert after > before
 
 
 def test_a_calibrated_folder_can_be_moved(folder, tmp_path):

@@ -15,7 +15,7 @@ from .memory import parse_bytes
 from .plan import planned_settings
 
 _SECTIONS = ("build", "calibrate", "eval")
-_PATHS = ("build.output", "build.plan", "eval.report")
+_PATHS = ("build.output", "build.plan", "calibrate.answered", "eval.report")
 
 
 @dataclass
@@ -43,6 +43,10 @@ class CalibrateSection:
     """Expert name → file of prompts."""
 
     text_column: str = "prompt"
+    answered: str | None = None
+    """File of other prompts, with answers."""
+
+    match: str = "exact"
     raw: bool = False
     batch_size: int = 16
     dtype: str = "auto"
@@ -123,6 +127,8 @@ def read_pipeline(path: str | os.PathLike[str], overrides: Mapping[str, Any] | N
     pipeline = Pipeline(build)
     if content.get("calibrate") is not None:
         pipeline.calibrate = CalibrateSection(**content["calibrate"])
+        if pipeline.calibrate.answered is not None:
+            pipeline.calibrate.answered = str(folder / Path(pipeline.calibrate.answered).expanduser())
     if content.get("eval") is not None:
         pipeline.eval = EvalSection(**content["eval"])
         if pipeline.eval.report is not None:

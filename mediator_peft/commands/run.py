@@ -97,13 +97,15 @@ def _require_data(pipeline: Any, steps: list[str]) -> None:
     """
     from ..errors import ConfigError
 
-    missing = [
-        f"{step}.data.{name}: no file {path!r}"
+    named = {
+        f"{step}.data.{name}": path
         for step in steps
         if step != "build"
         for name, path in getattr(pipeline, step).data.items()
-        if not Path(path).is_file()
-    ]
+    }
+    if "calibrate" in steps and pipeline.calibrate.answered is not None:
+        named["calibrate.answered"] = pipeline.calibrate.answered
+    missing = [f"{key}: no file {path!r}" for key, path in named.items() if not Path(path).is_file()]
     if missing:
         raise ConfigError("the pipeline names files that are not there:\n- " + "\n- ".join(missing))
 

@@ -46,6 +46,9 @@ class Route(NamedTuple):
     is_ood: bool
     """Whether the gate takes the prompt for an unknown one."""
 
+    nearest: str
+    """The expert with the best score, however little it is trusted."""
+
 
 class Memo(NamedTuple):
     """What one model was asked before, so that no answer is computed twice. One memo belongs to one model."""
@@ -106,7 +109,9 @@ def _route(names: list[str], rest: str, decided: Any, place: int) -> Route:
     weights = dict(zip(names, decided.expert_weights[place].tolist(), strict=True))
     shares = {**weights, rest: 1.0 - sum(weights.values())}
     chosen = max(shares, key=lambda name: shares[name])
-    return Route(chosen, shares[chosen], weights, float(decided.uncertainty[place]), bool(decided.is_ood[place]))
+    nearest = names[int(decided.scores[place].argmax())]
+    uncertainty, is_ood = float(decided.uncertainty[place]), bool(decided.is_ood[place])
+    return Route(chosen, shares[chosen], weights, uncertainty, is_ood, nearest)
 
 
 def weight_rows(

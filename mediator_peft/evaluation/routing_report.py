@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..routing.calibration import CalibrationReport, Evidence
 from ..routing.metrics import ReliabilityBins, auroc, false_positive_rate, reliability_bins
+from .outcomes import Outcomes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,13 +23,16 @@ _BINS = 20
 _BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "0.6"
 
 
-def write_routing_report(folder: Path, report: CalibrationReport, evidence: Evidence) -> dict[str, Any]:
+def write_routing_report(
+    folder: Path, report: CalibrationReport, evidence: Evidence, outcomes: Outcomes | None = None
+) -> dict[str, Any]:
     """Write ``routing.json``, CSV files and, where matplotlib is installed, ``routing.png`` of a fit.
 
     Args:
         folder: made if need be.
         report: what ``fit_router`` returned.
         evidence: ``model.router.evidence`` after it.
+        outcomes: what became of prompts that came with answers; None where there were none.
 
     Returns:
         What ``routing.json`` holds.
@@ -37,6 +41,13 @@ def write_routing_report(folder: Path, report: CalibrationReport, evidence: Evid
     names = list(report.num_texts)
     bins, table = reliability(evidence), confusion(evidence, len(names))
     summary = {**report._asdict(), **detection(evidence), "columns": [*names, OOD], "confusion_with_unknown": table}
+    if outcomes is not None:
+        counts_by_expert = {name: len(prompts) for name, prompts in outcomes.experts.items()}
+        summary["outcomes"] = {
+            "experts": counts_by_expert,
+            "ordinary": len(outcomes.ordinary),
+            "undecided": outcomes.num_undecided,
+        }
     (folder / "routing.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     _write_csv(
         folder / "confusion.csv",

@@ -40,7 +40,8 @@ class FakeMediator(torch.nn.Module):
         length = attention_mask.sum(dim=1)
         table = torch.tensor([[1.0, 0.0, 0.0], [0.25, 0.5, 0.25], [0.0, 0.0, 1.0]])
         weights = table[length % 3]
-        return SimpleNamespace(expert_weights=weights, uncertainty=1 - weights.amax(dim=1), is_ood=weights[:, 2] > 0)
+        unsure, is_ood = 1 - weights.amax(dim=1), weights[:, 2] > 0
+        return SimpleNamespace(expert_weights=weights, scores=weights[:, :2], uncertainty=unsure, is_ood=is_ood)
 
     def generate(self, input_ids, **kwargs):
         table = self.active.expand(len(input_ids), -1).tolist()
@@ -141,7 +142,7 @@ def test_weights_of_routes_are_rounded_to_hundredths(tokenizer):
     model = FakeMediator(tiny_model())
     table = torch.tensor([[0.9996, 0.0001, 0.0003], [0.333, 0.333, 0.334]])
     model.route = lambda input_ids, attention_mask: SimpleNamespace(
-        expert_weights=table[: len(input_ids)], uncertainty=torch.zeros(9), is_ood=[False] * 9
+        expert_weights=table[: len(input_ids)], scores=table, uncertainty=torch.zeros(9), is_ood=[False] * 9
     )
     routes = route_prompts(model, tokenizer, ["aa", "bb"])
     assert weight_rows(model, ROUTED, 2, routes) == [(1.0, 0.0, 0.0), (0.33, 0.33, 0.33)]
@@ -149,8 +150,9 @@ def test_weights_of_routes_are_rounded_to_hundredths(tokenizer):
 
 def test_the_rest_of_a_row_that_does_not_sum_to_one_is_the_backbones(tokenizer):
     model = FakeMediator(tiny_model())
+    tenth = torch.full((1, 3), 0.1)
     model.route = lambda input_ids, attention_mask: SimpleNamespace(
-        expert_weights=torch.full((len(input_ids), 3), 0.1), uncertainty=torch.ones(len(input_ids)), is_ood=[True] * 9
+        expert_weights=tenth, scores=tenth, uncertainty=torch.ones(1), is_ood=[True]
     )
     route = route_prompts(model, tokenizer, ["a"])[0]
     assert route.expert == "backbone"

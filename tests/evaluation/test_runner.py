@@ -13,7 +13,9 @@ from mediator_peft.evaluation.runner import EvalTask, answer_room, score_system,
 
 
 def route(expert, *weights, is_ood=False, uncertainty=0.0):
-    return Route(expert, max(weights), dict(zip(["math", "code", "base"], weights, strict=True)), uncertainty, is_ood)
+    return Route(
+        expert, max(weights), dict(zip(["math", "code", "base"], weights, strict=True)), uncertainty, is_ood, "math"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,8 @@ def test_routing_is_counted_by_task_and_column():
 
 def test_the_backbone_gets_a_column_where_prompts_went_there():
     tasks = [EvalTask("else", [TaskItem("p", "a")])]
-    found = summarise_routes(["math", "code"], tasks, {"else": [Route("backbone", 1.0, {"math": 0.0}, 1.0, True)]})
+    found = summarise_routes(
+        ["math", "code"], tasks, {"else": [Route("backbone", 1.0, {"math": 0.0}, 1.0, True, "math")]}
+    )
     assert found.columns == ["math", "code", "backbone"]
     assert found.overall is None

@@ -1,0 +1,92 @@
+"""Calibration prompts whose expert nobody named: who answers them right decides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..build.ranks import Ranks
+from ..progress import Advance
+from ..settings import FALLBACK_EXPERT
+from .generation import Memo, answer_prompts, route_prompts
+from .prompts import TaskItem
+from .scoring import MATCHERS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Outcomes(NamedTuple):
+    """What answers say of prompts."""
+
+    experts: dict[str, list[str]]
+    """Expert → prompts that it answers right and the fallback does not."""
+
+    ordinary: list[str]
+    """Prompts that the fallback answers right and the nearest expert does not."""
+
+    num_undecided: int
+    """Prompts that both of them answer right, or neither."""
+
+
+def judge_outcomes(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[TaskItem],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    use_template: bool = True,
+    advance: Advance = lambda: None,
+    ranks: Ranks | None = None,
+) -> Outcomes:
+    """Answer each prompt once by its nearest expert and once by the fallback, greedily.
+
+    A distance cannot say whether a prompt that is unlike the calibration texts is a new wording that its expert serves
+    well, or a neighbour of its task that it spoils; its answer can (our choice, measured in ``docs/routing.md``).
+
+    Args:
+        model: a Mediator model whose router is fitted; that says which expert is the nearest.
+        tokenizer: of its backbone.
+        items: prompts of any kind, with reference answers.
+        max_new_tokens: an answer is cut off here.
+        batch_size: prompts generated at once.
+        use_template: whether prompts are rendered with the tokenizer's chat template, where it has one.
+        advance: called twice for every prompt.
+        ranks: processes that share the batches.
+
+    Raises:
+        RoutingError: the router is not fitted.
+    """
+    prompts, memo = [item.prompt for item in items], Memo.empty()
+    routes = route_prompts(model, tokenizer, prompts, batch_size=batch_size, use_template=use_template, ranks=ranks)
+    fallback = FALLBACK_EXPERT if FALLBACK_EXPERT in model.expert_names else None
+
+    def right(expert: str | None, places: Sequence[int]) -> list[bool]:
+        answers = answer_prompts(
+            model,
+            tokenizer,
+            [prompts[place] for place in places],
+            expert_weights=expert,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            use_template=use_template,
+            memo=memo,
+            advance=advance,
+            ranks=ranks,
+        )
+        return [
+            MATCHERS[items[place].match](answer, items[place].answer)
+            for place, answer in zip(places, answers, strict=True)
+        ]
+
+    by_fallback = right(fallback, range(len(items)))
+    found = Outcomes({name: [] for name in model.expert_names if name != FALLBACK_EXPERT}, [], 0)
+    num_decided = 0
+    for name, own in found.experts.items():
+        places = [place for place, route in enumerate(routes) if route.nearest == name]
+        for place, by_expert in zip(places, right(name, places), strict=True):
+            if by_expert != by_fallback[place]:
+                num_decided += 1
+                (own if by_expert else found.ordinary).append(prompts[place])
+    return found._replace(num_undecided=len(items) - num_decided)
