@@ -12,14 +12,16 @@ from routing_features import prompt_sets
 
 from mediator_peft import load_mediator
 from mediator_peft.bank.sparse_delta import SparseDelta
-from mediator_peft.demo.hard_prompts import TASKS, calibration_prompts
+from mediator_peft.demo.hard_prompts import TASKS, calibration_prompts, hard_sets
 from mediator_peft.evaluation.generation import Memo, answer_prompts
+from mediator_peft.evaluation.outcomes import judge_outcomes
+from mediator_peft.evaluation.prompts import TaskItem
 from mediator_peft.evaluation.scoring import MATCHERS
+from mediator_peft.routing.background import BACKGROUND_PROMPTS
 from mediator_peft.routing.gate import gate
-from mediator_peft.routing.novelty import trust_of
 from mediator_peft.tuner.fitting import text_features
 
-SYSTEMS = ("base", "backbone", "own expert", "nearest expert", "routed, hard threshold", "routed")
+SYSTEMS = ("base", "backbone", "own expert", "nearest expert", "routed, no copies", "routed", "routed, answers learnt")
 RIVALS = ("base", "backbone", "nearest expert")
 ROOM = {"last_number": 160, "exact": 32, "contains": 32}
 """New tokens by way of matching: a word problem's answer is worked out before its number."""
@@ -51,8 +53,21 @@ def outcome(out, device, per_set, path, seeds=(11, 12), batch_size=64, skip=(), 
         for name, (kind, prompts) in prompt_sets(per_set, seeds[1], folder, 0).items()
         for prompt in prompts if prompt.answer is not None and not {*prompt.experts} & {*skip}
     ]  # fmt: skip
-    _fit(model, tokenizer, calibration_prompts(100, seeds[0], folder))
-    weights, notes = _expert_weights(model, tokenizer, rows)
+    texts = _texts(tokenizer, calibration_prompts(100, seeds[0], folder))
+    weights = {}
+    model.fit_router(texts, tokenizer, batch_size=32, variations=False)
+    weights["routed, no copies"], _ = _judged(model, tokenizer, rows)
+    model.fit_router(texts, tokenizer, batch_size=32)
+    weights["routed"], notes = _judged(model, tokenizer, rows)
+    weights |= _fixed(model, rows, notes)
+    found = judge_outcomes(model, tokenizer, _answered(seeds[0], folder, rows), batch_size=batch_size)
+    counts = {name: len(some) for name, some in found.experts.items()}
+    print(f"by their answers: {counts}, {len(found.ordinary)} ordinary, {found.num_undecided} undecided", flush=True)
+    more = {task: texts[task] + _rendered(tokenizer, found.experts[task]) for task in TASKS}
+    background = [*BACKGROUND_PROMPTS, *found.ordinary]
+    model.fit_router(more, tokenizer, batch_size=32, background=background)
+    weights["routed, answers learnt"], learnt = _judged(model, tokenizer, rows)
+    notes["expert_weights, answers learnt"] = learnt["expert_weights"]
     for number, row in enumerate(rows):
         row |= {key: values[number] for key, values in notes.items()} | {"outputs": {}, "right": {}}
     memo = Memo.empty()
@@ -72,49 +87,64 @@ def outcome(out, device, per_set, path, seeds=(11, 12), batch_size=64, skip=(), 
     print_outcome(found)
 
 
-def _fit(model, tokenizer, prompts):
+def _rendered(tokenizer, prompts):
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+
+
+def _texts(tokenizer, prompts):
     texts = {task: [] for task in TASKS}
     for prompt in prompts:
-        chat = tokenizer.apply_chat_template(list(prompt.messages), tokenize=False, add_generation_prompt=True)
-        texts[prompt.experts[0]].append(chat)
-    model.fit_router(texts, tokenizer, batch_size=32)
+        texts[prompt.experts[0]] += _rendered(tokenizer, [prompt.messages[-1]["content"]])
+    return texts
+
+
+def _answered(seed, folder, rows):
+    """Items of the unknown kinds that a gate may be developed on, none of whose prompts or answers is judged."""
+    taken = {row["prompt"] for row in rows} | {row["answer"] for row in rows if row["own"] is None}
+    return [
+        TaskItem(prompt.messages[-1]["content"], prompt.answer, prompt.match)
+        for kind, prompts in hard_sets(100, seed, folder).values()
+        for prompt in prompts
+        if kind in ("near", "far") and prompt.answer is not None
+        if not {prompt.messages[-1]["content"], prompt.answer} & taken
+    ]
 
 
 @torch.no_grad()
-def _expert_weights(model, tokenizer, rows):
-    """System → (N, K + 1) expert weights, the base's column last, and what the gate said of each prompt."""
-    chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
-    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+def _judged(model, tokenizer, rows):
+    """Expert weights (N, K + 1), the base's column last, and what the gate said of each prompt."""
     router, settings = model.router.to("cpu"), model._gate_settings
+    texts = _rendered(tokenizer, [row["prompt"] for row in rows])
     x = text_features(model, tokenizer, texts, 32, 2048, None, False)
     scores, novelty, distance = router.calibrated(x), router.novelty(x), router.distance(x)
-    judged = (scores, novelty, distance, router.known)
-    nearest = scores.argmax(dim=1)
-    width = len(model.expert_names)
-    own = torch.tensor([TASKS.index(row["own"]) if row["own"] else -1 for row in rows])
-    found = trust_of(novelty, distance, nearest, router.known, settings.ood_alpha)
-
-    def one_hot(columns):
-        return F.one_hot(torch.as_tensor(columns).expand(len(rows)), width).float()
-
-    weights = {
-        "base": one_hot(torch.tensor(width - 1)),
-        "backbone": torch.zeros(len(rows), width),
-        "own expert": one_hot(torch.where(own < 0, nearest, own)),
-        "nearest expert": one_hot(nearest),
-        "routed, hard threshold": one_hot(torch.where(found.is_ood, width - 1, nearest)),
-        "routed": gate(*judged, settings).expert_weights,
-    }
+    routed = gate(scores, novelty, distance, router.known, settings)
     notes = {
-        "nearest": [TASKS[number] for number in nearest.tolist()],
+        "nearest": [TASKS[number] for number in scores.argmax(dim=1).tolist()],
         "novelty": novelty.tolist(),
         "distance": distance.tolist(),
         "scores": scores.tolist(),
-        "trust": found.trust.tolist(),
-        "is_ood": found.is_ood.tolist(),
-        "expert_weights": weights["routed"].tolist(),
+        "is_ood": routed.is_ood.tolist(),
+        "expert_weights": routed.expert_weights.tolist(),
     }
-    return weights, notes
+    return routed.expert_weights, notes
+
+
+def _fixed(model, rows, notes):
+    """Weights of the systems that do not fall back."""
+    width = len(model.expert_names)
+    nearest = torch.tensor([TASKS.index(name) for name in notes["nearest"]])
+    own = torch.tensor([TASKS.index(row["own"]) if row["own"] else -1 for row in rows])
+
+    def one_hot(columns):
+        return F.one_hot(columns, width).float()
+
+    return {
+        "base": one_hot(torch.full((len(rows),), width - 1)),
+        "backbone": torch.zeros(len(rows), width),
+        "own expert": one_hot(torch.where(own < 0, nearest, own)),
+        "nearest expert": one_hot(nearest),
+    }
 
 
 @dataclass(frozen=True)
@@ -150,17 +180,17 @@ def _by_set(rows):
 
 
 def print_outcome(found):
-    """Shares by set; a star where routing loses more than a point to the best of its rivals."""
+    """Shares by set; a star where a way of routing loses more than a point to the best of its rivals."""
     print(f"\n| set | n | {' | '.join(SYSTEMS)} |\n|{'---|' * (len(SYSTEMS) + 2)}")
     totals = {}
     for name, one in found["sets"].items():
         share = {system: one["right"][system] / one["n"] for system in SYSTEMS}
-        loses = share["routed"] < max(share[system] for system in RIVALS) - 0.01
-        if one["kind"] in ("near", "far"):
-            cells = ["" if system == "own expert" else f"{share[system]:.3f}" for system in SYSTEMS]
-        else:
-            cells = [f"{share[system]:.3f}" for system in SYSTEMS]
-        print(f"| {name} ({one['kind']}) | {one['n']} | {' | '.join(cells)}{' *' if loses else ''} |")
+        least = max(share[system] for system in RIVALS) - 0.01
+        cells = [
+            f"{share[system]:.3f}{' *' if system.startswith('routed') and share[system] < least else ''}"
+            for system in SYSTEMS
+        ]
+        print(f"| {name} ({one['kind']}) | {one['n']} | {' | '.join(cells)} |")
         totals.setdefault(one["kind"], []).append(share)
     for kind in KINDS:
         if kind in totals:
