@@ -81,9 +81,41 @@ def test_background_log_odds_are_those_of_two_gaussians():
     router.fit(features, labels, background=other)
     covariance = torch.linalg.inv((router.whitening @ router.whitening.T).double())
     best = router.scores(features).argmax(dim=1)
-    ordinary = MultivariateNormal(router.background_mean.double(), covariance).log_prob(features.double())
+    nearest = router.scores(other).argmax(dim=1)
+    groups = [other, *(other[nearest == expert] for expert in range(3))]
+    means = [group.double().mean(dim=0) for group in groups if len(group) >= 5]
+    ordinary = torch.stack([MultivariateNormal(mean, covariance).log_prob(features.double()) for mean in means])
     expert = MultivariateNormal(router.means.double()[best], covariance).log_prob(features.double())
-    torch.testing.assert_close(router.novelty(features).double(), ordinary - expert, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(router.novelty(features).double(), ordinary.amax(0) - expert, rtol=1e-3, atol=1e-3)
+
+
+def test_a_few_ordinary_prompts_near_an_expert_show_where_it_ends():
+    features, labels = blobs(gap=8.0, per_class=80)
+    far, _ = blobs(num_classes=1, per_class=60, gap=8.0, seed=9)
+    # Beside the first expert, on the side that looks away from all others.
+    away = features[labels == 0].mean(dim=0) - features.mean(dim=0)
+    near = features[labels == 0][:40] + 0.7 * away
+    novelty = []
+    for count in (0, 4, 10):
+        router = GaussianRouter(3, 12)
+        router.fit(features, labels, background=torch.cat([far, near[:count]]))
+        assert (router.scores(near).argmax(dim=1) == 0).all()
+        own = router.novelty(features[labels == 0])
+        novelty.append(auroc(own, router.novelty(near[20:])))
+    assert novelty[2] > 0.95 > novelty[0]
+
+
+def test_a_router_of_an_earlier_version_is_read():
+    features, labels = blobs()
+    other, _ = blobs(num_classes=1, seed=9)
+    router = GaussianRouter(3, 12)
+    router.fit(features, labels, background=other)
+    router.set_known(known_rows(router, features, labels), 1.0)
+    stored = {key: value.detach().flatten() for key, value in router.state_dict().items()}
+    del stored["background_means"]
+    loaded = GaussianRouter(3, 12)
+    loaded.load_flat({**stored, "background_mean": router.background_means[-1]})
+    assert torch.equal(loaded.background_means, router.background_means[-1:].repeat(4, 1))
 
 
 @pytest.mark.parametrize("name", ROUTERS)

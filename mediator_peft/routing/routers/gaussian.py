@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ _LEAST_SHRINKAGE = 0.5
 _TEXTS_A_FEATURE = 5
 """With more texts than so many a feature, the covariance is trusted more and more."""
 
+_FEWEST_NEAR = 5
+"""Ordinary prompts that are needed near an expert for a mean of their own."""
+
 
 class GaussianRouter(Router):
     r"""Posterior of K Gaussians with means :math:`\mu_k`, equal priors and one shrunk covariance.
@@ -22,8 +25,9 @@ class GaussianRouter(Router):
     .. math:: s_k(z) = \mu_k^\top \Sigma^{-1} z - \tfrac12 \mu_k^\top \Sigma^{-1} \mu_k
 
     ``weight`` and ``bias`` hold these linear scores and are trainable; what is behind the novelty is not. Ordinary
-    prompts are one Gaussian more of the same covariance. That stays the experts' own: with the ordinary prompts' part
-    in it, known and unknown were told apart less well.
+    prompts are further Gaussians of the same covariance: one for all of them, and one for those nearest to each expert,
+    so that few prompts near its task can show where it ends. The covariance stays the experts' own: with the ordinary
+    prompts' part in it, known and unknown were told apart less well.
     """
 
     trainable = ("weight", "bias")
@@ -31,13 +35,13 @@ class GaussianRouter(Router):
     bias: Tensor
     means: Tensor
     whitening: Tensor
-    background_mean: Tensor
+    background_means: Tensor
     has_background: Tensor
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         k, h = self.num_experts, self.num_features
         shapes: dict[str, tuple[int, ...]] = {"weight": (k, h), "bias": (k,), "means": (k, h), "whitening": (h, h)}
-        return {**shapes, "background_mean": (h,), "has_background": (1,)}
+        return {**shapes, "background_means": (k + 1, h), "has_background": (1,)}
 
     def fit(self, features: Tensor, labels: Tensor, background: Tensor | None = None) -> None:
         self.fit_batches([(features, labels)], background)
@@ -54,9 +58,28 @@ class GaussianRouter(Router):
         self._set("bias", bias)
         self._set("means", moments.means.float())
         self._set("whitening", whitening.float())
-        ordinary = torch.zeros(self.num_features) if background is None else background.double().mean(dim=0)
-        self._set("background_mean", ordinary.float())
+        ordinary = torch.zeros(self.num_experts + 1, self.num_features)
+        if background is not None:
+            ordinary = self._ordinary_means(background.double().cpu())
+        self._set("background_means", ordinary.float())
         self._set("has_background", torch.tensor([float(background is not None)]))
+
+    def _ordinary_means(self, background: Tensor) -> Tensor:
+        """Means (K + 1, H) of the ordinary prompts nearest to each expert, and of all; of all where these are few."""
+        nearest = self.scores(background.to(self.weight.device)).argmax(dim=1).cpu()
+        means = background.mean(dim=0).repeat(self.num_experts + 1, 1)
+        for expert in range(self.num_experts):
+            near = background[nearest == expert]
+            if len(near) >= _FEWEST_NEAR:
+                means[expert] = near.mean(dim=0)
+        return means
+
+    def load_flat(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        old = "background_mean"  # of the versions that had one mean of all ordinary prompts
+        if old in stored and "background_means" not in stored:
+            rest = {name: value for name, value in stored.items() if name != old}
+            stored = {**rest, "background_means": stored[old].flatten().repeat(self.num_experts + 1)}
+        return super().load_flat(stored)
 
     def add_class(self, features: Tensor) -> None:
         # The covariance stays as it was: it is what the other experts' yardsticks were taken with.
@@ -66,12 +89,15 @@ class GaussianRouter(Router):
         self._set("weight", torch.cat([self.weight, weight]))
         self._set("bias", torch.cat([self.bias, bias]))
         self._set("means", torch.cat([self.means, mean.float()]))
+        near, everything = self.background_means[:-1], self.background_means[-1:]
+        self._set("background_means", torch.cat([near, everything, everything]))
 
     def remove_class(self, number: int) -> None:
         stay = [row for row in range(self.num_experts) if row != number]
         self.num_experts -= 1
         for name in ("weight", "bias", "means"):
             self._set(name, getattr(self, name)[stay])
+        self._set("background_means", self.background_means[[*stay, -1]])
 
     def scores(self, features: Tensor) -> Tensor:
         return torch.nn.functional.linear(features.float(), self.weight, self.bias)
@@ -84,10 +110,9 @@ class GaussianRouter(Router):
         if not self.has_background:
             return self.distance(features)
         nearest = self.scores(features).argmax(dim=1, keepdim=True)
-        centres = torch.cat([self.means, self.background_mean.unsqueeze(0)])
-        squared = self._squared(features, centres)
+        to_experts, to_ordinary = self._squared(features, self.means), self._squared(features, self.background_means)
         # Half the difference of two squared distances is the log-odds of two Gaussians of one covariance.
-        return 0.5 * (squared.gather(1, nearest).squeeze(1) - squared[:, -1])
+        return 0.5 * (to_experts.gather(1, nearest).squeeze(1) - to_ordinary.amin(dim=1))
 
     def _squared(self, features: Tensor, centres: Tensor) -> Tensor:
         # Centred before whitening: the common offset of hidden states is large and would cost digits.
