@@ -100,8 +100,9 @@ def _texts(tokenizer, prompts):
 
 
 def _answered(seed, folder, rows):
-    """Items of the unknown kinds that a gate may be developed on, none of whose prompts or answers is judged."""
-    taken = {row["prompt"] for row in rows} | {row["answer"] for row in rows if row["own"] is None}
+    """Items of the unknown kinds that a gate may be developed on, none of whose prompts or words is judged."""
+    words = {row["answer"] for row in rows if row["own"] is None and row["match"] != "last_number"}
+    taken = {row["prompt"] for row in rows} | words
     return [
         TaskItem(prompt.messages[-1]["content"], prompt.answer, prompt.match)
         for kind, prompts in hard_sets(100, seed, folder).values()
