@@ -142,10 +142,10 @@ def fit_and_save(
     from ..evaluation.prompts import render
     from ..evaluation.routing_report import write_routing_report
     from ..progress import bar_progress
-    from ..routing.background import BACKGROUND_PROMPTS
+    from ..tuner.fitting import our_background
 
     # A template writes the special tokens itself; they must not come twice.
-    some = next(text for texts in prompts.values() for text in texts)
+    some = next((text for texts in prompts.values() for text in texts), "")
     encode = partial(tokenizer, add_special_tokens=render(tokenizer, some, use_template).add_special_tokens)
 
     def fit(prompts: Mapping[str, Sequence[str]], background: Sequence[str] | None) -> Any:
@@ -159,7 +159,7 @@ def fit_and_save(
             shared: dict[str, Any] = {"use_template": use_template, "batch_size": batch_size, "ranks": Ranks()}
             outcomes = judge_outcomes(model, tokenizer, answered, advance=advance, **shared)
         more = {name: [*texts, *outcomes.experts[name]] for name, texts in prompts.items()}
-        report = fit(more, [*BACKGROUND_PROMPTS, *outcomes.ordinary])
+        report = fit(more, [*our_background(encode), *outcomes.ordinary])
 
     def save() -> dict[str, Any]:
         save_router(model, adapter)

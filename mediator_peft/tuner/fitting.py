@@ -19,7 +19,7 @@ from ..routing.data import Columns, LabelledTexts, labelled_texts
 from ..routing.feature_cache import FeatureCache
 from ..routing.routers import Router
 from ..routing.variations import VARIATIONS, vary
-from .turns import user_turns
+from .turns import unwrapped, user_turns
 
 if TYPE_CHECKING:
     from .model import MediatorModel
@@ -80,7 +80,7 @@ def read_texts(
     split: str,
 ) -> LabelledTexts:
     """Calibration texts of a model's experts; chats are rendered with the tokenizer's template."""
-    template: Any = getattr(getattr(tokenizer, "func", tokenizer), "apply_chat_template", None)
+    template: Any = getattr(unwrapped(tokenizer), "apply_chat_template", None)
 
     def render(chat: list[dict[str, str]]) -> str:
         text: str = template(chat, tokenize=False, add_generation_prompt=True)
@@ -100,24 +100,26 @@ def read_texts(
 def background_texts(
     model: MediatorModel, tokenizer: Any, texts: list[str], background: Sequence[str] | None
 ) -> list[str]:
-    """Ordinary prompts in the form of the calibration texts: as chats if those are chats.
-
-    Ours are left out where the tokenizer does not know their words: they would all look alike.
-    """
-    plain = getattr(tokenizer, "func", tokenizer)
-    prompts = list(BACKGROUND_PROMPTS if background is None else background)
-    if background is None:
-        ids = [token for row in tokenizer(prompts)["input_ids"] for token in row]
-        if _is_unknown(ids, getattr(plain, "unk_token_id", None)):
-            return []
+    """Ordinary prompts in the form of the calibration texts: as chats if those are chats."""
+    prompts = our_background(tokenizer) if background is None else list(background)
     markers = model._config.turn_markers
     if markers is None or not prompts or not user_turns(tokenizer(texts[:1])["input_ids"][0], markers):
         return prompts
+    template = unwrapped(tokenizer).apply_chat_template
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return [plain.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    return [template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
 
 
-def _is_unknown(ids: list[int], unknown: int | None) -> bool:
+def our_background(tokenizer: Any) -> list[str]:
+    """The ordinary prompts of the library; none where the tokenizer does not know their words."""
+    prompts = list(BACKGROUND_PROMPTS)
+    return [] if _are_unknown(tokenizer, tokenizer(prompts)["input_ids"]) else prompts
+
+
+def _are_unknown(tokenizer: Any, rows: Sequence[Sequence[int]]) -> bool:
+    """Whether too many tokens of some texts are unknown ones."""
+    unknown = getattr(unwrapped(tokenizer), "unk_token_id", None)
+    ids = [token for row in rows for token in row]
     return unknown is not None and ids.count(unknown) > _MOST_UNKNOWN * len(ids)
 
 
@@ -139,10 +141,9 @@ def varied_rows(model: MediatorModel, tokenizer: Any, rows: list[list[int]], max
 
     A way is left out where the tokenizer does not know the words that come of it: they would all look alike.
     """
-    plain, seed = getattr(tokenizer, "func", tokenizer), model._config.seed
+    plain, seed, markers = unwrapped(tokenizer), model._config.seed, model._config.turn_markers
     if not hasattr(plain, "decode"):
         return []
-    markers, unknown = model._config.turn_markers, getattr(plain, "unk_token_id", None)
     copies: list[list[list[int]]] = [[list(row) for row in rows] for _ in VARIATIONS]
     for number, row in enumerate(rows):
         turns = user_turns(row, markers) if markers is not None else []
@@ -154,8 +155,7 @@ def varied_rows(model: MediatorModel, tokenizer: Any, rows: list[list[int]], max
             ids = plain(texts, add_special_tokens=not turns)["input_ids"]
             for way, new in zip(copies, ids, strict=True):
                 way[number][place] = new
-    known = [way for way in copies if not _is_unknown([token for row in way for token in row], unknown)]
-    return [row[:max_length] for way in known for row in way]
+    return [row[:max_length] for way in copies if not _are_unknown(plain, way) for row in way]
 
 
 def text_features(

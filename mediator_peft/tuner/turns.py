@@ -11,12 +11,17 @@ from torch import Tensor
 _WORDS = ("A", "B")
 
 
+def unwrapped(tokenizer: Any) -> Any:
+    """The tokenizer itself, where settings were bound to its call by ``functools.partial``."""
+    return getattr(tokenizer, "func", tokenizer)
+
+
 def turn_markers(tokenizer: Any) -> list[list[int]] | None:
     """Token ids that open and close a user turn in a tokenizer's chat template; None where it has none.
 
     They are what two chats of the same form and different words have in common around the words.
     """
-    tokenizer = getattr(tokenizer, "func", tokenizer)
+    tokenizer = unwrapped(tokenizer)
     words = _two_words(tokenizer) if getattr(tokenizer, "chat_template", None) is not None else None
     if words is None:
         return None

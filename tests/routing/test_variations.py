@@ -6,10 +6,12 @@ import pytest
 import torch
 from tokenizer import tiny_tokenizer
 
+from mediator_peft.commands.calibrate import fit_and_save
+from mediator_peft.evaluation.prompts import TaskItem
 from mediator_peft.routing.calibration import calibrate, cross_fit
 from mediator_peft.routing.routers import ROUTERS
 from mediator_peft.routing.variations import VARIATIONS, leave_words_out, mistype, say_more, vary
-from mediator_peft.tuner.fitting import varied_rows
+from mediator_peft.tuner.fitting import our_background, varied_rows
 
 TEXT = " ".join(f"word{number} costs {number} euros, at least;" for number in range(400))
 
@@ -157,3 +159,13 @@ def test_texts_with_less_in_them_are_known_to_a_router_that_saw_copies(build, to
         short = tokenizer([text.split()[0] for text in two["math"]], return_tensors="pt")
         shares.append(float(model.route(**short).is_ood.float().mean()))
     assert shares[1] < shares[0]
+
+
+def test_ordinary_prompts_of_unknown_words_stay_away_with_answers_too(build, topics, tokenizer, tmp_path):
+    model = build(folder="answers")
+    texts = {name: topics[name] for name in ("math", "code")}
+    items = [TaskItem("w5 w6 w7", "w8"), TaskItem("w40 w41", "w42")]
+    assert our_background(tokenizer) == []
+    fit_and_save(model, tokenizer, texts, tmp_path / "answers" / "mediator", answered=items)
+    assert len(model.router.known_novelty) >= 80
+    assert len(model.router.background_novelty) == 0
