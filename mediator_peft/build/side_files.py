@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from .headers import read_json
 
 _TOKEN_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token")
 _CONFIG_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
@@ -63,7 +63,7 @@ def _vocabulary(label: str, reference: Path, folder: Path) -> list[str]:
 def _settings(
     label: str, base_label: str, name: str, keys: tuple[str, ...], reference: Path, folder: Path
 ) -> list[str]:
-    ours, theirs = _json(reference / name), _json(folder / name)
+    ours, theirs = read_json(reference / name), read_json(folder / name)
     return [
         f"{label} has {key} = {theirs[key]!r} in {name}, {base_label} has {ours[key]!r}; the output takes the latter"
         for key in keys
@@ -73,7 +73,7 @@ def _settings(
 
 def vocabulary(folder: Path) -> dict[str, int] | None:
     """Token → id, from ``tokenizer.json``; None where there is none, or none of the known form."""
-    tokenizer = _json(folder / "tokenizer.json")
+    tokenizer = read_json(folder / "tokenizer.json")
     model = tokenizer.get("model")
     if not isinstance(model, dict):
         return None
@@ -95,7 +95,7 @@ def chat_template(folder: Path) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8", errors="replace")
-    template = _json(folder / "tokenizer_config.json").get("chat_template")
+    template = read_json(folder / "tokenizer_config.json").get("chat_template")
     return template if isinstance(template, str) else None
 
 
@@ -113,11 +113,3 @@ def licence(folder: Path) -> str | None:
         if line.startswith("license:"):
             return line.removeprefix("license:").strip().strip("\"'") or None
     return None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return loaded if isinstance(loaded, dict) else {}

@@ -25,17 +25,10 @@ from mediator_peft.errors import (
     OutputExistsError,
     UnsupportedError,
 )
-from tests.tiny import tiny_model, write_tiny_checkpoints
+from tests.tiny import tiny_model
 
 WEIGHTS = "model.safetensors"
 MATRIX = "model.layers.1.mlp.up_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pristine")
-    write_tiny_checkpoints(folder, ("base", "math", "code"), dtype=torch.bfloat16)
-    return folder
 
 
 @pytest.fixture

@@ -15,20 +15,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from mediator_peft.cli import app
-from tests.tiny import write_tiny_checkpoints
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MATRIX = "model.layers.1.mlp.up_proj.weight"
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
 ENTRY = {"dtype": "BF16", "shape": [4, 8], "data_offsets": [0, 64]}
 DEEP = b"[" * 100_000
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pristine")
-    write_tiny_checkpoints(folder, ("base", "math", "code"), dtype=torch.bfloat16)
-    return folder
 
 
 @pytest.fixture
