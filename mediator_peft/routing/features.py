@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import threading
 
 import torch
 from torch import Tensor, nn
+
+from .tap import BlockTap
 
 
 class _Reached(Exception):
@@ -18,13 +19,14 @@ class _Reached(Exception):
 
 
 def hidden_state(
-    model: nn.Module, blocks: nn.ModuleList, layer: int, input_ids: Tensor, attention_mask: Tensor
+    model: nn.Module, blocks: nn.ModuleList, tap: BlockTap, layer: int, input_ids: Tensor, attention_mask: Tensor
 ) -> Tensor:
     """Hidden state of ``model`` after its first ``layer`` blocks; the others are not run.
 
     Args:
         model: the transformer without its language-model head.
         blocks: its repeated blocks.
+        tap: of this model.
         layer: how many of them to run, from 0 (embedding alone) to all.
         input_ids: (B, T)
         attention_mask: (B, T), 1 for real tokens, padding on either side.
@@ -33,31 +35,20 @@ def hidden_state(
         (B, T, H)
     """
 
-    # Another thread may be inside the same blocks on its own business.
-    owner = threading.get_ident()
+    def stop(hidden: Tensor) -> None:
+        raise _Reached(hidden)
 
-    def stop_before(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        if threading.get_ident() == owner:
-            raise _Reached(args[0] if args else kwargs["hidden_states"])
-
-    def stop_after(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        if threading.get_ident() == owner:
-            raise _Reached(output if isinstance(output, Tensor) else output[0])
-
-    if layer < len(blocks):
-        handle = blocks[layer].register_forward_pre_hook(stop_before, with_kwargs=True)
-    else:
-        handle = blocks[-1].register_forward_hook(stop_after)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     # Positions count real tokens, so that padding on the left changes nothing where positions are absolute.
     if "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    tap.start(blocks, layer, stop)
     try:
         model(**inputs)
     except _Reached as reached:
         return reached.hidden
     finally:
-        handle.remove()
+        tap.stop()
     raise RuntimeError("the model ran without reaching its blocks")
 
 

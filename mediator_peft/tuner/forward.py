@@ -13,12 +13,14 @@ from typing_extensions import Self
 from ..bank.residency import ExpertStore
 from ..config import MediatorConfig
 from ..errors import RoutingError
+from ..routing.features import mean_over_tokens
 from ..routing.gate import RouteOutput
 from ..routing.routers import Router
+from ..routing.tap import BlockTap
 from .caches import cache_weights, empty_cache, tag_cache
 from .layer import MediatorLayer
 from .requests import Pending, RouteBoard
-from .single_pass import read_in_passing, readable_mask
+from .single_pass import readable_mask
 from .turns import turn_mask
 from .weights import ExpertWeights, LayerRoute, expand_rows, expert_weight_rows, make_route
 
@@ -28,6 +30,7 @@ class RoutedForward:
 
     model: Any
     _board: RouteBoard
+    _tap: BlockTap
     _adapters_off: bool
     _execution: str | None
     expert_store: ExpertStore | None
@@ -154,13 +157,13 @@ class RoutedForward:
         prompt = without_answers(inputs, mask, kwargs.get("labels"))
         pooled = turn_mask(inputs, mask if prompt is None else prompt, self._config.turn_markers, self._config.route_on)
 
-        def decide(features: Tensor) -> None:
-            table = self._judge(features).expert_weights
+        def decide(hidden: Tensor) -> None:
+            table = self._judge(mean_over_tokens(hidden, pooled)).expert_weights
             if pending is not None:
                 self._board.settle(table)
             self._post(self._made_route(table, len(inputs), pending is not None))
 
-        self._board.reading = read_in_passing(self._blocks()[self.router_layer], pooled, decide)
+        self._tap.start(self._blocks(), self.router_layer, decide)
         return True
 
     def _made_route(self, table: Tensor, batch_size: int, is_request: bool) -> LayerRoute:
@@ -200,9 +203,8 @@ class RoutedForward:
         return self.route(input_ids, mask).expert_weights
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if self._board.reading is not None:
-            self._board.reading.remove()
-            self._board.reading = None
+        if self._tap.stop() and output is not None:
+            raise RuntimeError("the model ran without reaching the block at which this prompt was to be routed")
         route = self._board.route
         if route is not None:
             cache = getattr(output, "past_key_values", None)

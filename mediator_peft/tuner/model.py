@@ -18,6 +18,7 @@ from ..config import MediatorConfig
 from ..errors import RoutingError, UnsupportedError
 from ..methods.rounding import ROUNDINGS
 from ..registration import PREFIX
+from ..routing.tap import BlockTap
 from . import persistence
 from .embedding import MediatorEmbedding, tie_head, untie_head
 from .execution import check_execution
@@ -52,6 +53,7 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self._board = RouteBoard()
+        self._tap = BlockTap()
         self._adapters_off = False
         self._execution: str | None = None
         self.expert_store: ExpertStore | None = None
@@ -240,6 +242,7 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
         untie_head(self.model)
         for handle in self._hooks:
             handle.remove()
+        self._tap.remove()
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model

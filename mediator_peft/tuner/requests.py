@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from .weights import LayerRoute, expand_rows, make_route
 
@@ -54,15 +53,6 @@ class RouteBoard:
     @route.setter
     def route(self, route: LayerRoute | None) -> None:
         self._local.route = route
-
-    @property
-    def reading(self) -> RemovableHandle | None:
-        """The hook that will decide the route of this thread's forward pass, where it is decided half-way."""
-        return getattr(self._local, "reading", None)
-
-    @reading.setter
-    def reading(self, handle: RemovableHandle | None) -> None:
-        self._local.reading = handle
 
     def keep_for_backward(self, route: LayerRoute | None) -> None:
         """Remember the route of a pass that gradients will flow through."""

@@ -18,6 +18,7 @@ from ..routing.explanation import Explanation, explain_rows
 from ..routing.features import hidden_state, mean_over_tokens
 from ..routing.gate import GateSettings, RouteOutput, gate
 from ..routing.routers import ROUTERS, Router
+from ..routing.tap import BlockTap
 from ..structure import find_blocks
 from .editing import add_expert, remove_expert
 from .fitting import fit_router, padded
@@ -34,6 +35,7 @@ class PromptRouting:
     active_adapters: list[str]
     mediator_router: nn.ModuleDict
     _board: RouteBoard
+    _tap: BlockTap
 
     if TYPE_CHECKING:
 
@@ -78,7 +80,7 @@ class PromptRouting:
             rows, mask = routing_rows(input_ids, mask, markers, route_on)
             pooled = mask
         with self._board.no_route():
-            hidden = hidden_state(self.model.base_model, self._blocks(), self.router_layer, rows, mask)
+            hidden = hidden_state(self.model.base_model, self._blocks(), self._tap, self.router_layer, rows, mask)
         return mean_over_tokens(hidden, pooled)
 
     @property

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from ..routing.features import mean_over_tokens
 from .caches import cache_weights
 from .layer import MediatorLayer
 
@@ -48,23 +44,3 @@ def readable_mask(kwargs: dict[str, Any], input_ids: Tensor | None) -> Tensor | 
         return None
     pads_left = bool((mask[:, 0] == 0).any())
     return None if pads_left and kwargs.get("position_ids") is None else mask
-
-
-def read_in_passing(block: nn.Module, mask: Tensor, decide: Callable[[Tensor], None]) -> RemovableHandle:
-    """Call ``decide`` with the pooled features (B, H) of the prompts when this thread's pass gets to ``block``.
-
-    Args:
-        block: the first block above the router's layer.
-        mask: (B, T), 1 for tokens that are routed on.
-        decide: puts the route on the board.
-
-    Returns:
-        To be removed after the pass.
-    """
-    owner = threading.get_ident()
-
-    def reached(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        if threading.get_ident() == owner:
-            decide(mean_over_tokens(args[0] if args else kwargs["hidden_states"], mask))
-
-    return block.register_forward_pre_hook(reached, with_kwargs=True)

@@ -1,11 +1,14 @@
 """Where nothing routed lies below the router's layer, a prompt is judged inside its own forward pass: same answers."""
 
+import copy
+import sys
 import threading
 
 import pytest
 import torch
 
 from mediator_peft.errors import RouterNotFittedError
+from mediator_peft.routing.tap import BlockTap
 
 ABOVE = {"router_layer": 1, "routed_layers": [1, 2], "top_p": 1.0}  # so that a small change of features shows
 
@@ -65,7 +68,6 @@ def test_one_pass_decides_as_two_do(build, chat_tokenizer, two, asked, route_on)
     assert len(calls) == found.shape[1] - asked["input_ids"].shape[1]
     with torch.no_grad():
         torch.testing.assert_close(model(**asked, position_ids=positions).logits, named)
-    assert not model._blocks()[1]._forward_pre_hooks
 
 
 def test_routed_blocks_below_the_router_cost_a_second_look(build, chat_tokenizer, two, asked):
@@ -120,19 +122,96 @@ def test_an_unfitted_router_is_refused_and_leaves_no_request(build, asked):
     model.generate(**asked, max_new_tokens=1, expert_weights="math")
 
 
-def test_threads_decide_each_for_itself(build, chat_tokenizer, two, asked):
-    model = build(**ABOVE)
+@pytest.fixture
+def hasty():
+    """Threads that take turns as often as Python lets them."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("settings", [ABOVE, ABOVE | {"routed_layers": "all"}], ids=["in passing", "second look"])
+def test_threads_decide_each_for_itself(build, chat_tokenizer, two, asked, hasty, settings):
+    model = build(**settings)
     model.fit_router(two, chat_tokenizer)
     parts = [{key: value[row : row + 1] for key, value in asked.items()} for row in range(3)] * 4
-    expected = [model.generate(**part, max_new_tokens=4, do_sample=False).tolist() for part in parts]
+    alone = copy.deepcopy(model)
+    expected = [alone.generate(**part, max_new_tokens=4, do_sample=False).tolist() for part in parts]
+    assert len({str(tokens) for tokens in expected}) == 3
     found: dict[int, list] = {}
+    faults = []
 
     def ask(number):
-        found[number] = model.generate(**parts[number], max_new_tokens=4, do_sample=False).tolist()
+        try:
+            found[number] = model.generate(**parts[number], max_new_tokens=4, do_sample=False).tolist()
+        except Exception as fault:  # pytest would only warn of it
+            faults.append(fault)
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(parts))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert faults == []
     assert [found.get(number) for number in range(len(parts))] == expected
+
+
+class AddOne(torch.nn.Module):
+    def forward(self, x):
+        return x + torch.tensor([0, 1])
+
+
+def test_threads_that_look_at_one_block_at_once_see_their_own_pass(hasty):
+    # Hooks that came and went with each pass failed here: torch gave two threads the same number.
+    blocks = torch.nn.ModuleList([AddOne() for _ in range(3)])
+    tap, start, wrong = BlockTap(), threading.Barrier(8), []
+
+    def look(number):
+        start.wait()
+        for step in range(300):
+            mine, heard = torch.tensor([number, step]), []
+            tap.start(blocks, step % 4, heard.append)
+            hidden = mine
+            for block in blocks:
+                hidden = block(hidden)
+            if tap.stop() or len(heard) != 1 or heard[0].tolist() != [number, step + step % 4]:
+                wrong.append((number, step))
+
+    threads = [threading.Thread(target=look, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    tap.remove()
+    assert not any(block._forward_pre_hooks or block._forward_hooks for block in blocks)
+
+
+def test_blocks_compiled_one_by_one_route_the_same(build, chat_tokenizer, two, asked):
+    model = build(**ABOVE)
+    model.fit_router(two, chat_tokenizer)
+    with torch.no_grad():
+        expected = model(**asked).logits
+        for block in model._blocks():
+            block.compile(backend="eager")
+        torch.testing.assert_close(model(**asked).logits, expected)
+        named = model(**asked, expert_weights="math").logits
+    assert not torch.equal(named, expected)
+
+
+def test_a_pass_that_never_reached_its_block_is_no_answer(build, chat_tokenizer, two, asked):
+    model = build(**ABOVE)
+    model.fit_router(two, chat_tokenizer)
+    model._tap.remove()
+    model._tap.start = lambda *args: setattr(model._tap._local, "listening", args)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="without reaching"):
+        model(**asked)
+
+
+def test_nothing_stays_on_an_unloaded_model(build, chat_tokenizer, two, asked):
+    model = build(**ABOVE)
+    model.fit_router(two, chat_tokenizer)
+    model.generate(**asked, max_new_tokens=1)
+    plain = model.unload()
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in plain.modules())
