@@ -85,6 +85,7 @@ def cross_fit(
     background: Tensor | None = None,
     background_folds: Tensor | None = None,
     variations: Tensor | None = None,
+    neighbours: Tensor | None = None,
 ) -> tuple[HeldOut, HeldOut | None]:
     """Scores, novelty and distance of every text, by a router fitted on the other folds.
 
@@ -96,6 +97,7 @@ def cross_fit(
         background: (M, H) features of ordinary prompts, or None.
         background_folds: (M,)
         variations: (V, N, H) features of altered copies of the texts, which are fitted on with these and never judged.
+        neighbours: (W, N, H) features of other requests about the texts' subjects, likewise.
 
     Returns:
         What was said of the texts, and of the ordinary prompts.
@@ -110,7 +112,8 @@ def cross_fit(
             rest = background[background_folds != fold]
             judged.append((background, background_folds == fold))
         router = make_router()
-        router.fit(*_with_variations(features, labels, variations, ~held_out), rest)
+        near = None if neighbours is None else neighbours[:, ~held_out]
+        router.fit(*_with_variations(features, labels, variations, ~held_out), rest, near)
         for kind, (some, chosen) in enumerate(judged):
             rows[kind].append(_judged(router, some[chosen]))
             places[kind].append(chosen.nonzero().flatten())
@@ -155,6 +158,7 @@ def calibrate(
     ood_alpha: float,
     background: Tensor | None = None,
     variations: Tensor | None = None,
+    neighbours: Tensor | None = None,
 ) -> CalibrationReport:
     """Fit ``router`` on everything; take temperature and yardsticks of novelty from folds it was not fitted on.
 
@@ -171,6 +175,7 @@ def calibrate(
         background: (M, H) features of ordinary prompts that belong to no expert, or None.
         variations: (V, N, H) features of altered copies of the texts, or None. They share their text's fold; the
             yardsticks are taken from the texts alone.
+        neighbours: (W, N, H) features of other requests about the texts' subjects, or None; in their text's fold.
     """
     labels = labels.cpu()
     folds = torch.tensor(hash_folds(keys, labels.tolist(), router.num_folds, seed))
@@ -178,10 +183,10 @@ def calibrate(
         background = None
     present = folds.unique()
     spread = None if background is None else present[torch.arange(len(background)) % len(present)]
-    held_out, ordinary = cross_fit(make_router, features, labels, folds, background, spread, variations)
+    held_out, ordinary = cross_fit(make_router, features, labels, folds, background, spread, variations, neighbours)
     temperature = fit_temperature(held_out.scores, labels)
     everything = torch.ones(len(labels), dtype=torch.bool)
-    router.fit(*_with_variations(features, labels.to(features.device), variations, everything), background)
+    router.fit(*_with_variations(features, labels.to(features.device), variations, everything), background, neighbours)
     known = known_of(held_out, labels, ordinary)
     router.set_known(known, temperature)
     router.evidence = _evidence(held_out, ordinary, known, temperature, ood_alpha)

@@ -22,7 +22,7 @@ from ..errors import CheckpointError, ConfigError, RoutingError, UnsupportedErro
 from ..routing.data import Columns, hash_folds
 from ..routing.routers import Router
 from ..settings import CORRECTION
-from .fitting import read_texts, row_features, settle, token_rows, varied_rows
+from .fitting import neighbour_rows, read_texts, row_features, settle, token_rows, varied_rows
 from .folding import plain_weight
 from .layer import MediatorLayer
 from .persistence import backbone_state
@@ -212,17 +212,19 @@ def _extended(
     seed = model._config.seed
     data = read_texts({name: texts}, [name], tokenizer, Columns(text_column), None, seed, "train")
     rows = token_rows(tokenizer, data.texts, max_length)
-    rows += varied_rows(model, tokenizer, rows, max_length)
-    features = row_features(model, rows, batch_size, None, False)
+    size = len(rows)
+    varied = varied_rows(model, tokenizer, rows, max_length)
+    near = neighbour_rows(model, tokenizer, rows, data.labels, max_length)
+    features = row_features(model, rows + varied + near, batch_size, None, False)
     folds = torch.tensor(hash_folds(data.texts, data.labels, router.num_folds, seed))
-    size = len(data.texts)
     by_way = features.to(router.known_novelty.device).unflatten(0, (-1, size))
-    larger = extend_router(router, by_way[0], folds, by_way[1:])
+    num_ways = 1 + len(varied) // size
+    larger = extend_router(router, by_way[0], folds, by_way[1:num_ways], by_way[num_ways:])
     settle(larger, model)
     return larger
 
 
-def extend_router(router: Router, features: Tensor, folds: Tensor, variations: Tensor) -> Router:
+def extend_router(router: Router, features: Tensor, folds: Tensor, variations: Tensor, neighbours: Tensor) -> Router:
     """A copy of a fitted router with one more expert, whose yardstick is taken fold by fold.
 
     Args:
@@ -230,19 +232,21 @@ def extend_router(router: Router, features: Tensor, folds: Tensor, variations: T
         features: (N, H) of the new expert's texts.
         folds: (N,) number of the fold that holds each text out.
         variations: (V, N, H) of altered copies of the texts; V may be 0.
+        neighbours: (W, N, H) of other requests about the texts' subjects; W may be 0.
     """
     novelty, distance = (torch.zeros(len(features), device=features.device) for _ in range(2))
     for fold in folds.unique().tolist():
         held_out = folds == fold
         trial = copy.deepcopy(router)
-        trial.add_class(torch.cat([features[~held_out], variations[:, ~held_out].flatten(0, 1)]))
+        rest = torch.cat([features[~held_out], variations[:, ~held_out].flatten(0, 1)])
+        trial.add_class(rest, neighbours[:, ~held_out])
         with torch.no_grad():
             novelty[held_out], distance[held_out] = (
                 trial.novelty(features[held_out]),
                 trial.distance(features[held_out]),
             )
     larger = copy.deepcopy(router)
-    larger.add_class(torch.cat([features, variations.flatten(0, 1)]))
+    larger.add_class(torch.cat([features, variations.flatten(0, 1)]), neighbours)
     known = router.known
     more = known._replace(
         novelty=torch.cat([known.novelty, novelty.to(known.novelty)]),

@@ -17,6 +17,7 @@ from ..routing.background import BACKGROUND_PROMPTS
 from ..routing.calibration import CalibrationReport, calibrate
 from ..routing.data import Columns, LabelledTexts, labelled_texts
 from ..routing.feature_cache import FeatureCache
+from ..routing.neighbours import NEIGHBOURS, neighbours
 from ..routing.routers import Router
 from ..routing.variations import VARIATIONS, vary
 from .turns import unwrapped, user_turns
@@ -40,6 +41,7 @@ def fit_router(
     cache_folder: str | os.PathLike[str] | None,
     background: Sequence[str] | None,
     variations: bool,
+    neighbours: bool,
     show_progress: bool,
     ranks: Ranks,
 ) -> CalibrationReport:
@@ -52,6 +54,9 @@ def fit_router(
     rows = token_rows(tokenizer, data.texts + ordinary, max_length)
     num_texts, num_prompts = len(data.texts), len(rows)
     rows += varied_rows(model, tokenizer, rows[:num_texts], max_length) if variations else []
+    num_own = len(rows)
+    if neighbours and ordinary:
+        rows += neighbour_rows(model, tokenizer, rows[:num_texts], data.labels, max_length)
     features = row_features(model, rows, batch_size, cache_folder, show_progress, ranks)
     router = model.router
     report = calibrate(
@@ -64,7 +69,10 @@ def fit_router(
         config.seed,
         config.ood_alpha,
         features[num_texts:num_prompts] if ordinary else None,
-        features[num_prompts:].unflatten(0, (-1, num_texts)) if len(rows) > num_prompts else None,
+        *(
+            features[start:stop].unflatten(0, (-1, num_texts)) if stop > start else None
+            for start, stop in ((num_prompts, num_own), (num_own, len(rows)))
+        ),
     )
     settle(router, model)
     return report
@@ -102,8 +110,13 @@ def background_texts(
 ) -> list[str]:
     """Ordinary prompts in the form of the calibration texts: as chats if those are chats."""
     prompts = our_background(tokenizer) if background is None else list(background)
+    return in_the_form_of(model, tokenizer, tokenizer(texts[:1])["input_ids"][0], prompts) if prompts else prompts
+
+
+def in_the_form_of(model: MediatorModel, tokenizer: Any, row: list[int], prompts: list[str]) -> list[str]:
+    """Prompts as chats, if the tokens of a calibration text are a chat's."""
     markers = model._config.turn_markers
-    if markers is None or not prompts or not user_turns(tokenizer(texts[:1])["input_ids"][0], markers):
+    if markers is None or not user_turns(row, markers):
         return prompts
     template = unwrapped(tokenizer).apply_chat_template
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
@@ -146,16 +159,54 @@ def varied_rows(model: MediatorModel, tokenizer: Any, rows: list[list[int]], max
         return []
     copies: list[list[list[int]]] = [[list(row) for row in rows] for _ in VARIATIONS]
     for number, row in enumerate(rows):
-        turns = user_turns(row, markers) if markers is not None else []
-        opening, close = (len(marker) for marker in markers) if markers is not None and turns else (0, 0)
+        turns, opening, close = _user_places(row, markers)
         # From the last turn on, so that the places of the others stay as they are.
-        for start, stop in reversed(turns or [(0, len(row))]):
+        for start, stop in reversed(turns):
             place = slice(start + opening, stop - close)
             texts = vary(plain.decode(row[place], skip_special_tokens=True), seed)
-            ids = plain(texts, add_special_tokens=not turns)["input_ids"]
+            ids = plain(texts, add_special_tokens=opening == 0)["input_ids"]
             for way, new in zip(copies, ids, strict=True):
                 way[number][place] = new
     return [row[:max_length] for way in copies if not _are_unknown(plain, way) for row in way]
+
+
+def neighbour_rows(
+    model: MediatorModel, tokenizer: Any, rows: list[list[int]], labels: Sequence[int], max_length: int
+) -> list[list[int]]:
+    """Other requests about what each text is about, each way of putting them as long as ``rows``.
+
+    None where the tokenizer knows the words of one of these ways too little.
+    """
+    plain, markers = unwrapped(tokenizer), model._config.turn_markers
+    if not hasattr(plain, "decode"):
+        return []
+    texts = [_user_text(plain, row, markers) for row in rows]
+    requests: list[list[str]] = [[""] * len(rows) for _ in NEIGHBOURS]
+    for label in sorted(set(labels)):
+        own = [number for number, other in enumerate(labels) if other == label]
+        for way, found in zip(requests, neighbours([texts[number] for number in own], model._config.seed), strict=True):
+            for number, request in zip(own, found, strict=True):
+                way[number] = request
+    asked = [request for way in requests for request in way]
+    if _are_unknown(plain, plain(asked)["input_ids"]):
+        return []
+    return token_rows(tokenizer, in_the_form_of(model, tokenizer, rows[0], asked), max_length)
+
+
+def _user_text(tokenizer: Any, row: list[int], markers: Any) -> str:
+    """What the user wrote in a prompt, all turns."""
+    turns, opening, close = _user_places(row, markers)
+    parts = [tokenizer.decode(row[start + opening : stop - close], skip_special_tokens=True) for start, stop in turns]
+    return "\n".join(parts)
+
+
+def _user_places(row: list[int], markers: Any) -> tuple[list[tuple[int, int]], int, int]:
+    """Places of the user's turns in a prompt, and how many tokens at either end are the template's; else all of it."""
+    turns = user_turns(row, markers) if markers is not None else []
+    if not turns:
+        return [(0, len(row))], 0, 0
+    opening, close = markers
+    return turns, len(opening), len(close)
 
 
 def text_features(

@@ -178,6 +178,7 @@ class PromptRouting:
         cache_folder: str | os.PathLike[str] | None = None,
         background: Sequence[str] | None = None,
         variations: bool = True,
+        neighbours: bool = True,
         over_ranks: bool = False,
     ) -> CalibrationReport:
         """Fit the router on texts with known experts.
@@ -201,6 +202,9 @@ class PromptRouting:
                 ours, in English for the most part, unless the tokenizer cannot read them; an empty list takes none.
             variations: fit on altered copies of the texts as well: words left out, letters mistyped, something said
                 around it. So other wordings of a known task are known. Reading takes four times as long.
+            neighbours: fit on other requests about the texts' words and numbers, too ("What does … mean?"), as prompts
+                of no expert. So requests near to a task are more often left to the base. Twice as many texts, short
+                ones, are read besides. Only beside ordinary prompts, and not used by ``prototype``.
             over_ranks: share the reading of texts among the processes that torchrun started; each of them must call
                 this with the same arguments, and ends with the same router.
 
@@ -222,6 +226,7 @@ class PromptRouting:
             cache_folder=cache_folder,
             background=background,
             variations=variations,
+            neighbours=neighbours,
             show_progress=show_progress,
             ranks=Ranks() if over_ranks else Ranks.alone(),
         )

@@ -25,6 +25,7 @@ from mediator_peft.demo.hard_prompts import TASKS
 from mediator_peft.routing.calibration import calibrate
 from mediator_peft.routing.gate import GateSettings, gate
 from mediator_peft.routing.metrics import auroc, false_positive_rate
+from mediator_peft.routing.novelty import trust_of
 from mediator_peft.routing.routers import ROUTERS, gaussian
 from mediator_peft.routing.routers.gaussian import GaussianRouter
 
@@ -33,16 +34,27 @@ KNOWN = KINDS[:3]
 SETTINGS = GateSettings(ood_alpha=0.01, top_p=0.5, fallback_column=True)
 
 
-def fitted(data, layer=3, name="gaussian", per_expert=100, with_background=True, with_variations=True):
+def fitted(
+    data,
+    layer=3,
+    name="gaussian",
+    per_expert=100,
+    with_background=True,
+    with_variations=True,
+    with_neighbours=True,
+    rows=None,
+):
     place = data["layers"].index(layer)
-    rows = torch.cat([(data["labels"] == label).nonzero().flatten()[:per_expert] for label in range(3)])
+    if rows is None:
+        rows = torch.cat([(data["labels"] == label).nonzero().flatten()[:per_expert] for label in range(3)])
     x, labels = data["x"][rows, place], data["labels"][rows]
     background = data["background"][:, place] if with_background else None
     router = ROUTERS[name](3, x.shape[1])
     texts = [data["texts"][row] for row in rows.tolist()]
     variations = data["variations"][:, rows, place] if with_variations else None
+    neighbours = data["neighbours"][:, rows, place] if with_neighbours and with_background else None
     make = lambda: ROUTERS[name](3, x.shape[1])  # noqa: E731
-    report = calibrate(make, router, x, labels, texts, TASKS, 0, SETTINGS.ood_alpha, background, variations)
+    report = calibrate(make, router, x, labels, texts, TASKS, 0, SETTINGS.ood_alpha, background, variations, neighbours)
     return router, report
 
 
@@ -102,10 +114,17 @@ def gate_variants(data, layer=3):
     header += [f"flagged at {100 * alpha:g} %" for alpha in (0.01, 0.02, 0.05)]
     rows = []
     kept = GaussianRouter.num_folds, gaussian._LEAST_SHRINKAGE
-    variants = (5, 0.9, 0, False), (5, 0.5, 0, False), (20, 0.5, 0, False), (20, 0.5, 0.5, False), (20, 0.5, 0.5, True)
-    for num_folds, top_p, shrinkage, varied in variants:
+    variants = (
+        (5, 0.9, 0, False, False),
+        (5, 0.5, 0, False, False),
+        (20, 0.5, 0, False, False),
+        (20, 0.5, 0.5, False, False),
+        (20, 0.5, 0.5, True, False),
+        (20, 0.5, 0.5, True, True),
+    )
+    for num_folds, top_p, shrinkage, varied, near in variants:
         GaussianRouter.num_folds, gaussian._LEAST_SHRINKAGE = num_folds, shrinkage
-        router, _ = fitted(data, layer, with_variations=varied)
+        router, _ = fitted(data, layer, with_variations=varied, with_neighbours=near)
         GaussianRouter.num_folds, gaussian._LEAST_SHRINKAGE = kept
         found = judged(data, router, layer, SETTINGS._replace(top_p=top_p))
         row = []
@@ -117,14 +136,16 @@ def gate_variants(data, layer=3):
             flags = judged(data, router, layer, SETTINGS._replace(ood_alpha=alpha))
             seen = [one["route"].is_ood.float() for one in flags.values() if one["kind"] == "many seen"]
             row.append(float(torch.cat(seen).mean()) if seen else float("nan"))
-        label = f"{num_folds} folds, top_p {top_p}, shrinkage >= {shrinkage}{', copies' if varied else ''}"
+        label = f"{num_folds} folds, top_p {top_p}, shrinkage >= {shrinkage}"
+        label += f"{', copies' if varied else ''}{', neighbours' if near else ''}"
         rows.append((label, [f"{100 * value:.1f}" for value in row]))
     print_table("gate", header, rows)
 
 
 def tables(data):
     routers = [(name, {"name": name}) for name in ROUTERS]
-    variants = [(f"{name}, no copies", {"name": name, "with_variations": False}) for name in ROUTERS]
+    variants = [(f"{name}, no neighbours", {"name": name, "with_neighbours": False}) for name in ROUTERS]
+    variants += [(f"{name}, no copies", {"name": name, "with_variations": False}) for name in ROUTERS]
     variants += [(f"{name}, no background", {"name": name, "with_background": False}) for name in ROUTERS]
     rows = [(label, summary(data, fitted(data, **options)[0])) for label, options in routers + variants]
     print_table("router", HEADER, rows)
@@ -142,6 +163,37 @@ def tables(data):
         rows.append((f"{name} ({one['kind']})", ["" if value is None else f"{100 * value:.0f}" for value in values]))
     print_table("set", ["right", "sent", "base", "flagged"], rows)
     print_table("baseline", ["right: seen", "unseen", "shifted", "base: near", "far"], baselines(data))
+
+
+@torch.no_grad()
+def rates(data, layer=3, draws=8):
+    """Share of known prompts that is flagged, beside the stated one, over random choices of calibration texts.
+
+    One choice of 100 texts leaves the share uncertain by half of it at 1 %, whatever the method: only the mean can tell
+    whether it is kept.
+    """
+    place = data["layers"].index(layer)
+    many = [one for one in data["sets"].values() if one["kind"] == "many seen"]
+    alphas, rows = (0.01, 0.02, 0.05, 0.1), []
+    for per_expert in (45, 100, 150):
+        for varied in (False, True):
+            shares = []
+            for seed in range(draws):
+                order = torch.randperm(len(data["labels"]), generator=torch.Generator().manual_seed(seed))
+                chosen = torch.cat([order[data["labels"][order] == label][:per_expert] for label in range(3)])
+                rest = torch.ones(len(order), dtype=torch.bool).index_fill(0, chosen, False)
+                router, _ = fitted(data, layer, with_variations=varied, with_neighbours=varied, rows=chosen)
+                x = torch.cat([data["x"][rest, place], *(one["x"][:, place] for one in many)])
+                labels = torch.cat([data["labels"][rest], *(one["labels"] for one in many)])
+                novelty, distance, nearest = router.novelty(x), router.distance(x), router.scores(x).argmax(dim=1)
+                flags = [trust_of(novelty, distance, nearest, router.known, alpha).is_ood.float() for alpha in alphas]
+                shares.append(
+                    [torch.stack([flag[labels == label].mean() for label in range(3)]).mean() for flag in flags]
+                )
+            found = 100 * torch.tensor(shares)
+            cells = [f"{mean:.1f} ± {sd:.1f}" for mean, sd in zip(found.mean(dim=0), found.std(dim=0), strict=True)]
+            rows.append((f"{per_expert}{', copies, neighbours' if varied else ''}", cells))
+    print_table("texts an expert", [f"{100 * alpha:g} % stated" for alpha in alphas], rows)
 
 
 @torch.no_grad()
@@ -253,6 +305,8 @@ def main():
             sets = {n: one for n, one in data["sets"].items() if one["is_fresh"] == is_fresh or one["kind"] == "seen"}
             gate_variants({**data, "sets": sets | {n: o for n, o in data["sets"].items() if o["kind"] == "many seen"}})
             tables({**data, "sets": sets})
+        if any(one["kind"] == "many seen" for one in data["sets"].values()):
+            rates(data)
 
 
 if __name__ == "__main__":

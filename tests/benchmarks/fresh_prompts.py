@@ -105,6 +105,21 @@ say said|see saw|sell sold|send sent|sing sang|sit sat|sleep slept|speak spoke|s
 take took|teach taught|tell told|think thought|throw threw|understand understood|wear wore|win won"""
 
 
+COMPARATIVES = """big bigger|small smaller|fast faster|slow slower|tall taller|short shorter|old older|young younger
+long longer|cold colder|warm warmer|hard harder|soft softer|strong stronger|weak weaker|rich richer|poor poorer
+happy happier|easy easier|heavy heavier|good better|bad worse|deep deeper|clean cleaner|dark darker"""
+YOUNG_ANIMALS = """dog puppy|cat kitten|cow calf|sheep lamb|horse foal|hen chick|duck duckling|bear cub|deer fawn|goat kid
+frog tadpole|butterfly caterpillar|kangaroo joey|goose gosling|swan cygnet|pig piglet|owl owlet|eagle eaglet|fish fry"""
+FEMININE = """king queen|prince princess|actor actress|father mother|brother sister|son daughter|uncle aunt|boy girl
+husband wife|nephew niece|waiter waitress|host hostess|duke duchess|emperor empress|god goddess|lion lioness|man woman
+hero heroine|heir heiress|widower widow|grandfather grandmother|bull cow|rooster hen|wizard witch"""
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+MONTHS = (
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "December",
+)  # fmt: skip
+
+
 def _user(text: str) -> tuple[dict[str, str], ...]:
     return ({"role": "user", "content": text},)
 
@@ -199,3 +214,52 @@ def _equations(rng: Random) -> Iterator[tuple[str, str, str]]:
     while True:
         a, x, b = rng.randint(2, 9), rng.randint(1, 12), rng.randint(1, 20)
         yield f"Solve for x: {a}x + {b} = {a * x + b}", str(x), "last_number"
+
+
+def later_sets(size: int, seed: int) -> dict[str, PromptSet]:
+    """Near unknown kinds that were written after the router had been given neighbours, and before it saw any of these.
+
+    None of their requests is among ``mediator_peft/routing/neighbours.py``'s.
+    """
+    rng = Random(f"later-{seed}")
+    sources = {
+        "comparatives": _pairs(COMPARATIVES, "Write the comparative of {x}.", "What is the comparative of {x}?"),
+        "young animals": _pairs(YOUNG_ANIMALS, "What is a young {x} called?", "Name the young of this animal: {x}"),
+        "feminine forms": _pairs(FEMININE, "What is the feminine of {x}?", "Give the feminine form of this noun: {x}"),
+        "products": _products(rng),
+        "hours": _hours(rng),
+        "next in the calendar": _next_in_the_calendar(),
+    }
+    return {
+        name: PromptSet("later", [HardPrompt(_user(t), (), answer, m, name) for t, answer, m in _first(source, size)])
+        for name, source in sources.items()
+    }
+
+
+def _pairs(words: str, *wordings: str) -> Iterator[tuple[str, str, str]]:
+    pairs = [pair.split() for line in words.splitlines() for pair in line.split("|")]
+    for turn in range(len(wordings)):
+        for number, (word, answer) in enumerate(pairs):
+            yield wordings[(number + turn) % len(wordings)].replace("{x}", word), answer, "contains"
+
+
+def _products(rng: Random) -> Iterator[tuple[str, str, str]]:
+    while True:
+        a, b = rng.randint(2, 12), rng.randint(2, 12)
+        yield f"{('What is', 'Compute')[(a + b) % 2]} {a} times {b}", str(a * b), "last_number"
+
+
+def _hours(rng: Random) -> Iterator[tuple[str, str, str]]:
+    while True:
+        number, big, small, each = rng.choice(
+            [(rng.randint(2, 12), "hours", "minutes", 60), (rng.randint(2, 9), "weeks", "days", 7),
+             (rng.randint(2, 6), "days", "hours", 24), (rng.randint(2, 9), "years", "months", 12)]
+        )  # fmt: skip
+        yield f"How many {small} are {number} {big}?", str(number * each), "last_number"
+
+
+def _next_in_the_calendar() -> Iterator[tuple[str, str, str]]:
+    for kind, names in (("day", DAYS), ("month", MONTHS)):
+        for number, name in enumerate(names):
+            yield f"Which {kind} comes after {name}?", names[(number + 1) % len(names)], "contains"
+            yield f"Which {kind} comes before {name}?", names[number - 1], "contains"

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from fresh_prompts import fresh_sets
+from fresh_prompts import fresh_sets, later_sets
 
 from mediator_peft.demo.hard_prompts import TASKS, PromptSet, calibration_prompts, hard_sets
 from mediator_peft.routing.background import BACKGROUND_PROMPTS
+from mediator_peft.routing.neighbours import NEIGHBOURS, neighbours
 from mediator_peft.routing.variations import vary
 
 ALL_LAYERS = [0, 1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 25, 29]
@@ -20,7 +21,7 @@ def prompt_sets(size: int, seed: int, folder: Path, many_seen: int) -> dict[str,
 
     Chats of several turns are left out: routed on their last turn, they are the same prompts.
     """
-    sets = hard_sets(size, seed, folder) | fresh_sets(size, seed, folder)
+    sets = hard_sets(size, seed, folder) | fresh_sets(size, seed, folder) | later_sets(size, seed)
     if many_seen:
         many = calibration_prompts(many_seen, seed + 1000, folder)
         for task in TASKS:
@@ -62,13 +63,28 @@ def make_features(out: Path, path: Path, seeds: tuple[int, int], layers: list[in
     labels = torch.tensor([TASKS.index(prompt.experts[0]) for prompt in prompts])
     data = {"layers": layers, "x": x, "texts": texts, "labels": labels, "background": background, "sets": {}}
     data["variations"] = torch.stack(variations)
-    new_names = set(fresh_sets(1, seeds[1], folder))
+    requests = [[""] * len(prompts) for _ in NEIGHBOURS]
+    for task in TASKS:
+        own = [number for number, prompt in enumerate(prompts) if prompt.experts == (task,)]
+        found = neighbours([prompts[number].messages[-1]["content"] for number in own], 0)
+        for way, texts_of_way in zip(requests, found, strict=True):
+            for number, text in zip(own, texts_of_way, strict=True):
+                way[number] = text
+    data["neighbours"] = torch.stack(
+        [features([[{"role": "user", "content": text}] for text in way])[0] for way in requests]
+    )
+    new_names = {*fresh_sets(1, seeds[1], folder), *later_sets(1, seeds[1])}
     for name, (kind, some) in prompt_sets(100, seeds[1], folder, many_seen).items():
         found, words = features([prompt.messages for prompt in some])
         fresh = torch.tensor([text not in set(texts) for text in words])
         experts = torch.tensor([TASKS.index(prompt.experts[0]) if prompt.experts else -1 for prompt in some])
         is_new = name in new_names
-        data["sets"][name] = {"kind": kind, "is_fresh": is_new, "x": found[fresh], "labels": experts[fresh]}
+        data["sets"][name] = {
+            "kind": "near" if kind == "later" else kind,
+            "is_fresh": is_new,
+            "x": found[fresh],
+            "labels": experts[fresh],
+        }
         print(name, len(some), int((~fresh).sum()), "also in calibration, left out", flush=True)
     torch.save(data, path)
 

@@ -21,11 +21,19 @@ from mediator_peft.routing.background import BACKGROUND_PROMPTS
 from mediator_peft.routing.gate import gate
 from mediator_peft.tuner.fitting import text_features
 
-SYSTEMS = ("base", "backbone", "own expert", "nearest expert", "routed, no copies", "routed", "routed, answers learnt")
+SYSTEMS = (
+    "base",
+    "backbone",
+    "own expert",
+    "nearest expert",
+    "routed, no neighbours",
+    "routed",
+    "routed, answers learnt",
+)
 RIVALS = ("base", "backbone", "nearest expert")
 ROOM = {"last_number": 160, "exact": 32, "contains": 32}
 """New tokens by way of matching: a word problem's answer is worked out before its number."""
-KINDS = ("seen", "unseen", "shifted", "near", "far")
+KINDS = ("seen", "unseen", "shifted", "near", "later", "far")
 
 
 def outcome(out, device, per_set, path, seeds=(11, 12), batch_size=64, skip=(), dtype="float32"):
@@ -55,8 +63,8 @@ def outcome(out, device, per_set, path, seeds=(11, 12), batch_size=64, skip=(), 
     ]  # fmt: skip
     texts = _texts(tokenizer, calibration_prompts(100, seeds[0], folder))
     weights = {}
-    model.fit_router(texts, tokenizer, batch_size=32, variations=False)
-    weights["routed, no copies"], _ = _judged(model, tokenizer, rows)
+    model.fit_router(texts, tokenizer, batch_size=32, neighbours=False)
+    weights["routed, no neighbours"], _ = _judged(model, tokenizer, rows)
     model.fit_router(texts, tokenizer, batch_size=32)
     weights["routed"], notes = _judged(model, tokenizer, rows)
     weights |= _fixed(model, rows, notes)

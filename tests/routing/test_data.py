@@ -123,10 +123,10 @@ def test_nothing_is_judged_by_a_router_that_saw_it():
     seen = []
 
     class Spy(ROUTERS["gaussian"]):
-        def fit(self, features, labels, background=None):
+        def fit(self, features, labels, background=None, neighbours=None):
             # While it is fitted it may look at what it is fitted on.
             self.rows = set()
-            super().fit(features, labels, background)
+            super().fit(features, labels, background, neighbours)
             self.rows = set(features[:, 0].tolist()) | (set() if background is None else set(background[:, 0].tolist()))
 
         def scores(self, features):

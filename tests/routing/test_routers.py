@@ -115,7 +115,11 @@ def test_a_router_of_an_earlier_version_is_read():
     del stored["background_means"]
     loaded = GaussianRouter(3, 12)
     loaded.load_flat({**stored, "background_mean": router.background_means[-1]})
-    assert torch.equal(loaded.background_means, router.background_means[-1:].repeat(4, 1))
+    assert torch.equal(loaded.background_means, router.background_means[-1:].repeat(10, 1))
+    near = router.background_means[[0, 1, 2, -1]]
+    loaded.load_flat({**stored, "background_means": near.flatten()})
+    assert torch.equal(loaded.background_means, torch.cat([near[:3], near[3:].repeat(7, 1)]))
+    assert torch.equal(loaded.novelty(features), router.novelty(features))
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -111,11 +111,11 @@ def test_copies_share_their_texts_fold_and_are_never_judged():
     seen = []
 
     class Spy(ROUTERS["gaussian"]):
-        def fit(self, features, labels, background=None):
+        def fit(self, features, labels, background=None, neighbours=None):
             # The first feature numbers the text, for copies too.
             self.texts = set(features[:, 0].tolist())
             self.count = len(features)
-            super().fit(features, labels, background)
+            super().fit(features, labels, background, neighbours)
 
         def scores(self, features):
             seen.append((self.texts & set(features[:, 0].tolist()), self.count, len(features)))

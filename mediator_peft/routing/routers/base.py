@@ -57,13 +57,17 @@ class Router(nn.Module, ABC):
         return getattr(self, "known_novelty", None) is not None
 
     @abstractmethod
-    def fit(self, features: Tensor, labels: Tensor, background: Tensor | None = None) -> None:
+    def fit(
+        self, features: Tensor, labels: Tensor, background: Tensor | None = None, neighbours: Tensor | None = None
+    ) -> None:
         """Fit to (N, H) float features and (N,) integer labels, each expert at least once.
 
         Args:
             features: (N, H)
             labels: (N,)
             background: (M, H) features of ordinary prompts that belong to no expert, one class more; None for none.
+            neighbours: (W, N', H) features of other requests about the experts' subjects, by the way they are put; they
+                belong to no expert either. Taken only beside ``background``.
         """
 
     @abstractmethod
@@ -85,8 +89,12 @@ class Router(nn.Module, ABC):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name → shape of each tensor of a fitted router, the yardstick apart."""
 
-    def add_class(self, features: Tensor) -> None:
+    def add_class(self, features: Tensor, neighbours: Tensor | None = None) -> None:
         """Take in one more expert from its (N, H) features, the others' tensors left as they are, bit for bit.
+
+        Args:
+            features: (N, H)
+            neighbours: (W, N', H) of other requests about the new expert's subjects, or None.
 
         Raises:
             UnsupportedError: this router cannot; it has to be fitted again.

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from ..neighbours import NEIGHBOURS
 from ..uncertainty import squared_mahalanobis
 from .base import Router
 from .moments import Moments
@@ -18,6 +19,9 @@ _TEXTS_A_FEATURE = 5
 _FEWEST_NEAR = 5
 """Ordinary prompts that are needed near an expert for a mean of their own."""
 
+_KINDS = 1 + len(NEIGHBOURS)
+"""Kinds of prompts that have a mean near each expert: ordinary ones, and each way of neighbours."""
+
 
 class GaussianRouter(Router):
     r"""Posterior of K Gaussians with means :math:`\mu_k`, equal priors and one shrunk covariance.
@@ -25,9 +29,10 @@ class GaussianRouter(Router):
     .. math:: s_k(z) = \mu_k^\top \Sigma^{-1} z - \tfrac12 \mu_k^\top \Sigma^{-1} \mu_k
 
     ``weight`` and ``bias`` hold these linear scores and are trainable; what is behind the novelty is not. Ordinary
-    prompts are further Gaussians of the same covariance: one for all of them, and one for those nearest to each expert,
-    so that few prompts near its task can show where it ends. The covariance stays the experts' own: with the ordinary
-    prompts' part in it, known and unknown were told apart less well.
+    prompts are further Gaussians of the same covariance: one for all of them, and for each expert one for those nearest
+    to it and one for each way of other requests about its subjects, so that few prompts near its task can show where
+    it ends. The covariance stays the experts' own: with the ordinary prompts' part in it, known and unknown were told
+    apart less well.
     """
 
     trainable = ("weight", "bias")
@@ -41,12 +46,19 @@ class GaussianRouter(Router):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         k, h = self.num_experts, self.num_features
         shapes: dict[str, tuple[int, ...]] = {"weight": (k, h), "bias": (k,), "means": (k, h), "whitening": (h, h)}
-        return {**shapes, "background_means": (k + 1, h), "has_background": (1,)}
+        return {**shapes, "background_means": (_KINDS * k + 1, h), "has_background": (1,)}
 
-    def fit(self, features: Tensor, labels: Tensor, background: Tensor | None = None) -> None:
-        self.fit_batches([(features, labels)], background)
+    def fit(
+        self, features: Tensor, labels: Tensor, background: Tensor | None = None, neighbours: Tensor | None = None
+    ) -> None:
+        self.fit_batches([(features, labels)], background, neighbours)
 
-    def fit_batches(self, batches: Iterable[tuple[Tensor, Tensor]], background: Tensor | None = None) -> None:
+    def fit_batches(
+        self,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        background: Tensor | None = None,
+        neighbours: Tensor | None = None,
+    ) -> None:
         """As :meth:`fit`, from (features, labels) batches that are seen once and not kept."""
         moments = Moments(self.num_experts, self.num_features)
         for features, labels in batches:
@@ -58,46 +70,63 @@ class GaussianRouter(Router):
         self._set("bias", bias)
         self._set("means", moments.means.float())
         self._set("whitening", whitening.float())
-        ordinary = torch.zeros(self.num_experts + 1, self.num_features)
+        ordinary = torch.zeros(self.shapes()["background_means"])
         if background is not None:
-            ordinary = self._ordinary_means(background.double().cpu())
+            ordinary = self._ordinary_means(background.double().cpu(), neighbours)
         self._set("background_means", ordinary.float())
         self._set("has_background", torch.tensor([float(background is not None)]))
 
-    def _ordinary_means(self, background: Tensor) -> Tensor:
-        """Means (K + 1, H) of the ordinary prompts nearest to each expert, and of all; of all where these are few."""
-        nearest = self.scores(background.to(self.weight.device)).argmax(dim=1).cpu()
-        means = background.mean(dim=0).repeat(self.num_experts + 1, 1)
-        for expert in range(self.num_experts):
-            near = background[nearest == expert]
-            if len(near) >= _FEWEST_NEAR:
-                means[expert] = near.mean(dim=0)
-        return means
+    def _ordinary_means(self, background: Tensor, neighbours: Tensor | None) -> Tensor:
+        """Means (_KINDS * K + 1, H): of ordinary prompts nearest to each expert, of each way of neighbours likewise, of
+        all ordinary prompts. The last stands in where there are too few."""
+        everything = background.mean(dim=0, keepdim=True)
+        ways = list(neighbours.double().cpu()) if neighbours is not None else []
+        means = [self._means_by_nearest(some, everything) for some in (background, *ways)]
+        missing = everything.repeat((_KINDS - len(means)) * self.num_experts, 1)
+        return torch.cat([*means, missing, everything])
+
+    def _means_by_nearest(self, features: Tensor, otherwise: Tensor) -> Tensor:
+        nearest = self.scores(features.to(self.weight.device)).argmax(dim=1).cpu()
+        groups = [features[nearest == expert] for expert in range(self.num_experts)]
+        return torch.cat([g.mean(dim=0, keepdim=True) if len(g) >= _FEWEST_NEAR else otherwise for g in groups])
 
     def load_flat(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        old = "background_mean"  # of the versions that had one mean of all ordinary prompts
-        if old in stored and "background_means" not in stored:
-            rest = {name: value for name, value in stored.items() if name != old}
-            stored = {**rest, "background_means": stored[old].flatten().repeat(self.num_experts + 1)}
-        return super().load_flat(stored)
+        # Earlier versions had a mean of all ordinary prompts alone, then those nearest to each expert as well.
+        kept = {name: value for name, value in stored.items() if name != "background_mean"}
+        old = stored.get("background_mean", stored.get("background_means"))
+        rows, size = self.shapes()["background_means"]
+        if old is not None and old.numel() in (size, (self.num_experts + 1) * size):
+            near, everything = old.reshape(-1, size)[:-1], old.reshape(-1, size)[-1:]
+            kept["background_means"] = torch.cat([near, everything.repeat(rows - len(near), 1)]).flatten()
+        return super().load_flat(kept)
 
-    def add_class(self, features: Tensor) -> None:
+    def add_class(self, features: Tensor, neighbours: Tensor | None = None) -> None:
         # The covariance stays as it was: it is what the other experts' yardsticks were taken with.
         mean = features.double().mean(dim=0, keepdim=True).to(self.means.device)
         weight, bias = linear_scores(mean, self.whitening.double())
+        kinds, everything = self._kinds_of_means()
         self.num_experts += 1
         self._set("weight", torch.cat([self.weight, weight]))
         self._set("bias", torch.cat([self.bias, bias]))
         self._set("means", torch.cat([self.means, mean.float()]))
-        near, everything = self.background_means[:-1], self.background_means[-1:]
-        self._set("background_means", torch.cat([near, everything, everything]))
+        new = everything.repeat(_KINDS, 1)
+        for way, some in enumerate(neighbours if neighbours is not None and self.has_background else ()):
+            new[way + 1] = self._means_by_nearest(some.double().cpu(), everything.double().cpu())[-1]
+        self._set(
+            "background_means", torch.cat([torch.cat([kinds, new.unsqueeze(1)], dim=1).flatten(0, 1), everything])
+        )
 
     def remove_class(self, number: int) -> None:
         stay = [row for row in range(self.num_experts) if row != number]
+        kinds, everything = self._kinds_of_means()
         self.num_experts -= 1
         for name in ("weight", "bias", "means"):
             self._set(name, getattr(self, name)[stay])
-        self._set("background_means", self.background_means[[*stay, -1]])
+        self._set("background_means", torch.cat([kinds[:, stay].flatten(0, 1), everything]))
+
+    def _kinds_of_means(self) -> tuple[Tensor, Tensor]:
+        """(_KINDS, K, H) means near each expert, and (1, H) that of all ordinary prompts."""
+        return self.background_means[:-1].unflatten(0, (_KINDS, -1)), self.background_means[-1:]
 
     def scores(self, features: Tensor) -> Tensor:
         return torch.nn.functional.linear(features.float(), self.weight, self.bias)

@@ -44,11 +44,15 @@ class MlpRouter(Router):
             "has_background": (1,),
         }
 
-    def fit(self, features: Tensor, labels: Tensor, background: Tensor | None = None) -> None:
+    def fit(
+        self, features: Tensor, labels: Tensor, background: Tensor | None = None, neighbours: Tensor | None = None
+    ) -> None:
         features, labels = features.float(), labels.long()
         self._set("has_background", torch.tensor([float(background is not None)]))
         num_classes = self.num_experts
         if background is not None:  # one class more, of its own output
+            if neighbours is not None:
+                background = torch.cat([background, neighbours.flatten(0, 1)])
             num_classes += 1
             features = torch.cat([features, background.float()])
             labels = torch.cat([labels, torch.full((len(background),), self.num_experts).to(labels)])

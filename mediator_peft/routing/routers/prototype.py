@@ -31,7 +31,9 @@ class PrototypeRouter(Router):
         k, h = self.num_experts, self.num_features
         return {"prototypes": (k, h), "centre": (h,), "scale": (h,), "background": (h,)}
 
-    def fit(self, features: Tensor, labels: Tensor, background: Tensor | None = None) -> None:
+    def fit(
+        self, features: Tensor, labels: Tensor, background: Tensor | None = None, neighbours: Tensor | None = None
+    ) -> None:
         features = features.double()
         means = torch.stack([features[labels == label].mean(dim=0) for label in range(self.num_experts)])
         centre = means.mean(dim=0)
@@ -51,7 +53,7 @@ class PrototypeRouter(Router):
             ordinary = F.normalize((background.double().mean(dim=0) - centre) / scale, dim=0)
         self._set("background", ordinary.float())
 
-    def add_class(self, features: Tensor) -> None:
+    def add_class(self, features: Tensor, neighbours: Tensor | None = None) -> None:
         mean = features.float().mean(dim=0, keepdim=True).to(self.centre.device)
         self.num_experts += 1
         new = F.normalize((mean - self.centre) / self.scale, dim=1)
