@@ -106,4 +106,5 @@ def _request(way: tuple[tuple[str, ...], tuple[str, ...]], words: list[str], rng
     word = rng.choice(words)
     if not word.isdigit():
         return rng.choice(of_words).format(word)
-    return rng.choice(of_numbers).format(word, rng.choice([other for other in words if other.isdigit()]))
+    others = [other for other in words if other.isdigit() and other != word]
+    return rng.choice(of_numbers).format(word, rng.choice(others or [word]))

@@ -108,8 +108,9 @@ take took|teach taught|tell told|think thought|throw threw|understand understood
 COMPARATIVES = """big bigger|small smaller|fast faster|slow slower|tall taller|short shorter|old older|young younger
 long longer|cold colder|warm warmer|hard harder|soft softer|strong stronger|weak weaker|rich richer|poor poorer
 happy happier|easy easier|heavy heavier|good better|bad worse|deep deeper|clean cleaner|dark darker"""
-YOUNG_ANIMALS = """dog puppy|cat kitten|cow calf|sheep lamb|horse foal|hen chick|duck duckling|bear cub|deer fawn|goat kid
-frog tadpole|butterfly caterpillar|kangaroo joey|goose gosling|swan cygnet|pig piglet|owl owlet|eagle eaglet|fish fry"""
+YOUNG_ANIMALS = """dog puppy|cat kitten|cow calf|sheep lamb|horse foal|hen chick|duck duckling|bear cub|deer fawn
+goat kid|frog tadpole|butterfly caterpillar|kangaroo joey|goose gosling|swan cygnet|pig piglet|owl owlet
+eagle eaglet|fish fry"""
 FEMININE = """king queen|prince princess|actor actress|father mother|brother sister|son daughter|uncle aunt|boy girl
 husband wife|nephew niece|waiter waitress|host hostess|duke duchess|emperor empress|god goddess|lion lioness|man woman
 hero heroine|heir heiress|widower widow|grandfather grandmother|bull cow|rooster hen|wizard witch"""
