@@ -41,6 +41,11 @@ class FolderCheckpoint(Checkpoint):
         self._raw_config = read_json(folder / "config.json")
         # transformers is asked at once where it may refuse, and else only where its answer is needed.
         self._config = None if is_known(self._raw_config) else self._read_config(faults)
+        if self._raw_config.get("quantization_config"):
+            faults.append(
+                "its config.json has a quantization_config. Give the unquantised checkpoint; if its weights are plain, "
+                "delete that entry."
+            )
         self._stored: dict[str, tuple[Path, Stored]] = {}
         self._descriptors: dict[Path, int] = {}
         self._buffer = np.empty(0, np.uint8)

@@ -64,7 +64,7 @@ def check_free(path: Path) -> None:
     Raises:
         OutputExistsError: it does.
     """
-    if path.exists():
+    if os.path.lexists(path):  # a link to nowhere is in the way, too
         raise OutputExistsError(f"output {str(path)!r} exists. Choose another folder, or delete this one first.")
 
 

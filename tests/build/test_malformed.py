@@ -124,6 +124,10 @@ CHECKPOINTS = {
     "header too deep": (header(DEEP), "no JSON"),
     "header in no encoding": (header(b'{"\xff":1}'), "no JSON"),
     "a file without tensors": (put(WEIGHTS, struct.pack("<Q", 2) + b"{}"), "lacks tensors"),
+    "plain weights said to be quantised": (
+        settings(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "has a quantization_config",
+    ),
     "no rows": (tensor(lambda matrix: matrix[:0]), "other shapes"),
     "a number for a matrix": (tensor(lambda matrix: matrix[0, 0]), "other shapes"),
     "a vector for a matrix": (tensor(torch.flatten), "other shapes"),
@@ -292,6 +296,8 @@ def test_a_pipeline_that_cannot_be_read_ends_the_command(content, folder):
 
 ARGUMENTS = {
     "output is a file": (["--output", "file"], "exists"),
+    "output is a link to itself": (["--output", "loop"], "exists"),
+    "output is a link to nothing": (["--output", "nowhere"], "exists"),
     "output below a file": (["--output", "file/out"], "cannot be written"),
     "output with a long name": (["--output", "x" * 300], "name too long"),
     "base with a long name": (["--base", "x" * 5000], "no path"),
@@ -306,6 +312,8 @@ ARGUMENTS = {
 def test_a_wrong_argument_ends_the_command(kind, folder, monkeypatch):
     arguments, message = ARGUMENTS[kind]
     (folder / "file").touch()
+    (folder / "loop").symlink_to("loop")
+    (folder / "nowhere").symlink_to("not there")
     monkeypatch.chdir(folder)
     refused(["build", *inputs(folder), "--output", "out", *arguments], folder, message)
 
