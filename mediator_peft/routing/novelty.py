@@ -9,7 +9,7 @@ from torch import Tensor
 
 _SHARE_IN_TAIL = 0.2
 _SMALLEST_TAIL = 5
-_TRUSTED_SHARE, _UNKNOWN_SHARE = 0.15, 0.3
+_TRUSTED_SHARE, _UNKNOWN_SHARE = 0.15, 0.25
 _DISTANCE_MARGIN = 1.4
 
 
@@ -111,7 +111,7 @@ class Trust(NamedTuple):
 def trust_of(novelty: Tensor, distance: Tensor, nearest: Tensor, known: Known, ood_alpha: float) -> Trust:
     r"""Trust in the experts for each prompt.
 
-    .. math:: t = g \max\bigl(\min(1, \pi/\alpha),\; \min(1, \max(0, 2 - \beta / 0.15))\bigr)
+    .. math:: t = g \max\bigl(\min(1, \pi/\alpha),\; \min(1, \max(0, 2.5 - \beta / 0.1))\bigr)
 
     :math:`\pi` is the share of the nearest expert's known prompts that are at least as novel, :math:`\beta` the share
     of ordinary prompts that are at most as novel; so a new wording that is less ordinary than nearly all of these

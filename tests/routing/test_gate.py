@@ -63,11 +63,11 @@ def test_each_expert_has_its_own_yardstick():
 def test_new_prompts_that_are_unlike_ordinary_ones_are_trusted():
     background = torch.linspace(10, 20, 101)
     known = known_of(torch.linspace(-20, -10, 50), background=background, excess=torch.linspace(0, 5, 101))
-    novelty = torch.tensor([-15.0, 0.0, 11.4, 12.25, 13.0, 15.0])
+    novelty = torch.tensor([-15.0, 0.0, 11.4, 12.05, 12.6, 15.0])
     near = torch.full((6,), -15.0)
     found = trust_of(novelty, near, torch.zeros(6, dtype=torch.long), known, 0.01)
-    # 23 of the 101 ordinary prompts are at most as novel as 12.25: about half the way from 0.15 to 0.3.
-    expected = torch.tensor([1.0, 1.0, 1.0, (0.3 - 23 / 101) / 0.15, 0.0, 0.0])
+    # 21 of the 101 ordinary prompts are at most as novel as 12.05: about half the way from 0.15 to 0.25.
+    expected = torch.tensor([1.0, 1.0, 1.0, (0.25 - 21 / 101) / 0.1, 0.0, 0.0])
     torch.testing.assert_close(found.trust, expected)
     assert found.is_ood.tolist() == [False, True, True, True, True, True]
     # What is farther off than every ordinary prompt is not trusted, however un-ordinary it is.
