@@ -69,13 +69,16 @@ def fit_router(
         config.seed,
         config.ood_alpha,
         features[num_texts:num_prompts] if ordinary else None,
-        *(
-            features[start:stop].unflatten(0, (-1, num_texts)) if stop > start else None
-            for start, stop in ((num_prompts, num_own), (num_own, len(rows)))
-        ),
+        _by_way(features[num_prompts:num_own], num_texts),
+        _by_way(features[num_own:], num_texts),
     )
     settle(router, model)
     return report
+
+
+def _by_way(features: Tensor, num_texts: int) -> Tensor | None:
+    """(W * N, H) → (W, N, H); None for none."""
+    return features.unflatten(0, (-1, num_texts)) if len(features) else None
 
 
 def read_texts(
@@ -175,7 +178,7 @@ def neighbour_rows(
 ) -> list[list[int]]:
     """Other requests about what each text is about, each way of putting them as long as ``rows``.
 
-    None where the tokenizer knows the words of one of these ways too little.
+    Nothing comes of it where the tokenizer does not know the words of these requests.
     """
     plain, markers = unwrapped(tokenizer), model._config.turn_markers
     if not hasattr(plain, "decode"):
