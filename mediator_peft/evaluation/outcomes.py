@@ -82,11 +82,10 @@ def judge_outcomes(
 
     by_fallback = right(fallback, range(len(items)))
     found = Outcomes({name: [] for name in model.expert_names if name != FALLBACK_EXPERT}, [], 0)
-    num_decided = 0
     for name, own in found.experts.items():
         places = [place for place, route in enumerate(routes) if route.nearest == name]
         for place, by_expert in zip(places, right(name, places), strict=True):
             if by_expert != by_fallback[place]:
-                num_decided += 1
                 (own if by_expert else found.ordinary).append(prompts[place])
+    num_decided = len(found.ordinary) + sum(len(own) for own in found.experts.values())
     return found._replace(num_undecided=len(items) - num_decided)

@@ -68,33 +68,39 @@ NEIGHBOURS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (_ASKED, _TOLD
 a colon lie far apart."""
 
 
-def own_words(texts: Sequence[str]) -> list[list[str]]:
-    """Words and numbers of each text that few of the texts share: what it is about, not how it is put.
+def own_words(texts: Sequence[str], labels: Sequence[int]) -> list[list[str]]:
+    """Words and numbers of each text that few of its expert's texts share: what it is about, not how it is put.
 
     Args:
-        texts: of one expert, as users wrote them.
+        texts: as users wrote them.
+        labels: number of each text's expert.
 
     Returns:
         For each text one word at least; all of its words where it shares them all.
     """
     found = [_WORDS.findall(text) for text in texts]
-    counts = Counter(word for words in found for word in set(words))
-    most = max(1.0, _SHARED_BY_AT_MOST * len(texts))
-    own = [[word for word in words if counts[word] <= most and len(word) > 1] for words in found]
+    sizes = Counter(labels)
+    counts = Counter((label, word) for words, label in zip(found, labels, strict=True) for word in set(words))
+
+    def is_own(word: str, label: int) -> bool:
+        return len(word) > 1 and counts[label, word] <= max(1.0, _SHARED_BY_AT_MOST * sizes[label])
+
+    own = [[word for word in words if is_own(word, label)] for words, label in zip(found, labels, strict=True)]
     return [few or words or ["this"] for few, words in zip(own, found, strict=True)]
 
 
-def neighbours(texts: Sequence[str], seed: int) -> list[list[str]]:
+def neighbours(texts: Sequence[str], labels: Sequence[int], seed: int) -> list[list[str]]:
     """Other requests about a word or number of each text, by each of ``NEIGHBOURS``.
 
     Args:
-        texts: of one expert, as users wrote them; their order does not matter.
+        texts: as users wrote them; their order does not matter.
+        labels: number of each text's expert.
         seed: gives other requests.
 
     Returns:
         One list a way, each as long as ``texts``.
     """
-    about = own_words(texts)
+    about = own_words(texts, labels)
     return [
         [_request(way, words, Random(f"{seed} {text}")) for text, words in zip(texts, about, strict=True)]
         for way in NEIGHBOURS

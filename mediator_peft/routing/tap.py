@@ -23,7 +23,7 @@ class BlockTap:
     def __init__(self) -> None:
         self._local = threading.local()
         self._lock = threading.Lock()
-        self._handles: dict[tuple[int, bool], RemovableHandle] = {}
+        self._handles: dict[int, RemovableHandle] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of a model carry the hooks; what threads listen for is not copied.
@@ -45,8 +45,8 @@ class BlockTap:
         is_last = layer == len(blocks)
         block = blocks[-1 if is_last else layer]
         with self._lock:
-            if (layer, is_last) not in self._handles:
-                self._handles[layer, is_last] = (
+            if layer not in self._handles:
+                self._handles[layer] = (
                     block.register_forward_hook(self._after)
                     if is_last
                     else block.register_forward_pre_hook(self._before, with_kwargs=True)

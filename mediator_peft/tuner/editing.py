@@ -214,7 +214,9 @@ def _extended(
     rows = token_rows(tokenizer, data.texts, max_length)
     size = len(rows)
     varied = varied_rows(model, tokenizer, rows, max_length)
-    near = neighbour_rows(model, tokenizer, rows, data.labels, max_length)
+    # A router that was fitted without ordinary prompts takes no neighbours.
+    takes_neighbours = router.uses_neighbours and len(router.background_novelty)
+    near = neighbour_rows(model, tokenizer, rows, data.labels, max_length) if takes_neighbours else []
     features = row_features(model, rows + varied + near, batch_size, None, False)
     folds = torch.tensor(hash_folds(data.texts, data.labels, router.num_folds, seed))
     by_way = features.to(router.known_novelty.device).unflatten(0, (-1, size))

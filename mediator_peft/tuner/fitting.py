@@ -17,7 +17,7 @@ from ..routing.background import BACKGROUND_PROMPTS
 from ..routing.calibration import CalibrationReport, calibrate
 from ..routing.data import Columns, LabelledTexts, labelled_texts
 from ..routing.feature_cache import FeatureCache
-from ..routing.neighbours import NEIGHBOURS, neighbours
+from ..routing.neighbours import neighbours
 from ..routing.routers import Router
 from ..routing.variations import VARIATIONS, vary
 from .turns import unwrapped, user_turns
@@ -55,7 +55,7 @@ def fit_router(
     num_texts, num_prompts = len(data.texts), len(rows)
     rows += varied_rows(model, tokenizer, rows[:num_texts], max_length) if variations else []
     num_own = len(rows)
-    if neighbours and ordinary:
+    if neighbours and ordinary and model.router.uses_neighbours:
         rows += neighbour_rows(model, tokenizer, rows[:num_texts], data.labels, max_length)
     features = row_features(model, rows, batch_size, cache_folder, show_progress, ranks)
     router = model.router
@@ -184,13 +184,7 @@ def neighbour_rows(
     if not hasattr(plain, "decode"):
         return []
     texts = [_user_text(plain, row, markers) for row in rows]
-    requests: list[list[str]] = [[""] * len(rows) for _ in NEIGHBOURS]
-    for label in sorted(set(labels)):
-        own = [number for number, other in enumerate(labels) if other == label]
-        for way, found in zip(requests, neighbours([texts[number] for number in own], model._config.seed), strict=True):
-            for number, request in zip(own, found, strict=True):
-                way[number] = request
-    asked = [request for way in requests for request in way]
+    asked = [request for way in neighbours(texts, labels, model._config.seed) for request in way]
     if _are_unknown(plain, plain(asked)["input_ids"]):
         return []
     return token_rows(tokenizer, in_the_form_of(model, tokenizer, rows[0], asked), max_length)

@@ -9,7 +9,7 @@ from fresh_prompts import fresh_sets, later_sets
 
 from mediator_peft.demo.hard_prompts import TASKS, PromptSet, calibration_prompts, hard_sets
 from mediator_peft.routing.background import BACKGROUND_PROMPTS
-from mediator_peft.routing.neighbours import NEIGHBOURS, neighbours
+from mediator_peft.routing.neighbours import neighbours
 from mediator_peft.routing.variations import vary
 
 ALL_LAYERS = [0, 1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 25, 29]
@@ -63,13 +63,7 @@ def make_features(out: Path, path: Path, seeds: tuple[int, int], layers: list[in
     labels = torch.tensor([TASKS.index(prompt.experts[0]) for prompt in prompts])
     data = {"layers": layers, "x": x, "texts": texts, "labels": labels, "background": background, "sets": {}}
     data["variations"] = torch.stack(variations)
-    requests = [[""] * len(prompts) for _ in NEIGHBOURS]
-    for task in TASKS:
-        own = [number for number, prompt in enumerate(prompts) if prompt.experts == (task,)]
-        found = neighbours([prompts[number].messages[-1]["content"] for number in own], 0)
-        for way, texts_of_way in zip(requests, found, strict=True):
-            for number, text in zip(own, texts_of_way, strict=True):
-                way[number] = text
+    requests = neighbours([prompt.messages[-1]["content"] for prompt in prompts], labels.tolist(), 0)
     data["neighbours"] = torch.stack(
         [features([[{"role": "user", "content": text}] for text in way])[0] for way in requests]
     )

@@ -1,7 +1,6 @@
 """Answers and losses in batches: equal to those of one prompt at a time."""
 
 from collections import Counter
-from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from character_tokenizer import CHAT_TEMPLATE, character_tokenizer
+from fake_mediator import TakesExperts
 from tiny import tiny_model
 
 from mediator_peft.errors import RoutingError
@@ -17,7 +17,7 @@ from mediator_peft.evaluation.generation import ROUTED, Memo, answer_losses, ans
 PROMPTS = ["a", "what is 12 + 7?", "spell it", "a", "the longest of these prompts, by far"]
 
 
-class FakeMediator(torch.nn.Module):
+class FakeMediator(TakesExperts):
     """A model with two experts and a fallback, which notes what it was asked under which weights."""
 
     expert_names = ["math", "code", "base"]
@@ -27,14 +27,7 @@ class FakeMediator(torch.nn.Module):
         self.inner = model
         self.generation_config = model.generation_config
         self.asked = Counter()
-        self.active = None
         self.num_calls = 0
-
-    @contextmanager
-    def use_experts(self, weights):
-        self.active = weights
-        yield
-        self.active = None
 
     def route(self, input_ids, attention_mask):
         length = attention_mask.sum(dim=1)

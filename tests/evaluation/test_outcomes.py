@@ -1,17 +1,17 @@
 """Prompts with answers: whoever answers right gets them."""
 
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 from character_tokenizer import CHAT_TEMPLATE, character_tokenizer
+from fake_mediator import TakesExperts
 
 from mediator_peft.evaluation.outcomes import judge_outcomes
 from mediator_peft.evaluation.prompts import TaskItem
 
 
-class Canned(torch.nn.Module):
+class Canned(TakesExperts):
     """Every column has one answer to everything; prompts with a digit are nearest to math, others to code."""
 
     answers = {"math": "one", "code": "two", "base": "three"}
@@ -21,13 +21,7 @@ class Canned(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.generation_config = SimpleNamespace(eos_token_id=None)
         self.tokenizer, self.expert_names = tokenizer, names
-        self.active, self.num_generated = None, 0
-
-    @contextmanager
-    def use_experts(self, weights):
-        self.active = weights
-        yield
-        self.active = None
+        self.num_generated = 0
 
     def route(self, input_ids, attention_mask):
         digits = torch.tensor(self.tokenizer("0123456789", add_special_tokens=False)["input_ids"])

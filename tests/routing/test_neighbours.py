@@ -13,6 +13,7 @@ from mediator_peft.routing.metrics import auroc
 from mediator_peft.routing.neighbours import NEIGHBOURS, neighbours, own_words
 from mediator_peft.routing.routers import ROUTERS
 from mediator_peft.routing.routers.gaussian import GaussianRouter
+from mediator_peft.tuner import fitting
 from mediator_peft.tuner.editing import extend_router
 from mediator_peft.tuner.fitting import neighbour_rows
 
@@ -21,14 +22,16 @@ TEXTS = [f"Correct the spelling: {word}" for word in ANIMALS]
 
 
 def test_a_text_is_about_the_words_it_does_not_share():
-    assert own_words(TEXTS) == [[word] for word in ANIMALS]
-    assert own_words(["Add 12 and 30!", "Add 7 and 455!"]) == [["12", "30"], ["455"]]
-    assert own_words(["Hello there", "Hello there"]) == [["Hello", "there"]] * 2
-    assert own_words(["", "?!"]) == [["this"]] * 2
+    assert own_words(TEXTS, [0] * 12) == [[word] for word in ANIMALS]
+    assert own_words(["Add 12 and 30!", "Add 7 and 455!"], [0, 0]) == [["12", "30"], ["455"]]
+    assert own_words(["An ant", "An ant", "An ant"], [0, 0, 1]) == [["An", "ant"]] * 3
+    assert own_words(["to ant", "to bee", "to ant"], [0, 0, 1]) == [["ant"], ["bee"], ["to", "ant"]]
+    assert own_words(["Hello there", "Hello there"], [0, 0]) == [["Hello", "there"]] * 2
+    assert own_words(["", "?!"], [0, 0]) == [["this"]] * 2
 
 
 def test_each_way_asks_something_about_each_text():
-    asked, told = neighbours(TEXTS, 0)
+    asked, told = neighbours(TEXTS, [0] * 12, 0)
     for way, requests in zip(NEIGHBOURS, (asked, told), strict=True):
         of_words = {template.format(word) for template in way[0] for word in ANIMALS}
         assert set(requests) <= of_words
@@ -37,7 +40,7 @@ def test_each_way_asks_something_about_each_text():
 
 
 def test_numbers_are_asked_about_as_numbers():
-    for way, requests in zip(NEIGHBOURS, neighbours(["12 + 30", "455 - 78"], 3), strict=True):
+    for way, requests in zip(NEIGHBOURS, neighbours(["12 + 30", "455 - 78"], [0, 0], 3), strict=True):
         numbers = {template.format(a, b) for template in way[1] for a in (12, 30, 455, 78) for b in (12, 30, 455, 78)}
         assert set(requests) <= numbers
 
@@ -45,14 +48,16 @@ def test_numbers_are_asked_about_as_numbers():
 def test_requests_follow_from_text_and_seed_and_not_from_the_order():
     order = list(range(len(TEXTS)))
     Random(1).shuffle(order)
-    for one, other in zip(neighbours(TEXTS, 0), neighbours([TEXTS[place] for place in order], 0), strict=True):
+    labels = [place % 2 for place in range(12)]
+    moved = neighbours([TEXTS[place] for place in order], [labels[place] for place in order], 0)
+    for one, other in zip(neighbours(TEXTS, labels, 0), moved, strict=True):
         assert [one[place] for place in order] == other
-    assert neighbours(TEXTS, 0) != neighbours(TEXTS, 1)
+    assert neighbours(TEXTS, labels, 0) != neighbours(TEXTS, labels, 1)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "{0} {x}", "だんらん", "é è", "a", "7"])
 def test_whatever_the_text_something_is_asked(text):
-    assert all(len(way) == 1 and way[0].strip() for way in neighbours([text], 0))
+    assert all(len(way) == 1 and way[0].strip() for way in neighbours([text], [0], 0))
 
 
 def groups(seed=0, per_class=60, size=8):
@@ -203,6 +208,15 @@ def test_words_that_the_tokenizer_does_not_know_are_not_asked(build, topics):
     model = build()
     rows = tokenizer(topics["math"])["input_ids"]
     assert neighbour_rows(model, tokenizer, rows, [0] * len(rows), 1000) == []
+
+
+@pytest.mark.parametrize("router", ["gaussian", "prototype"])
+def test_they_are_read_only_where_they_make_a_difference(build, monkeypatch, router):
+    model = build(router=router)
+    read = []
+    monkeypatch.setattr(fitting, "neighbour_rows", lambda *args: read.append(args) or [])
+    model.fit_router({"math": TEXTS[:6], "code": TEXTS[6:]}, character_tokenizer(CHAT_TEMPLATE))
+    assert len(read) == (router == "gaussian")
 
 
 def test_fitting_a_model_uses_them_and_can_do_without(build):

@@ -43,6 +43,9 @@ class Router(nn.Module, ABC):
     the final one will: with 5 folds and 100 texts an expert, a tenth of the stated rate was flagged; with 20, nearly
     all of it (``docs/routing.md``)."""
 
+    uses_neighbours: bool = True
+    """Whether ``neighbours`` make a difference: they need not be read for a router that leaves them aside."""
+
     def __init__(self, num_experts: int, num_features: int, seed: int = 0) -> None:
         super().__init__()
         self.num_experts = num_experts

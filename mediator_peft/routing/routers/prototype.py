@@ -22,6 +22,7 @@ class PrototypeRouter(Router):
     """
 
     trainable = ("prototypes",)
+    uses_neighbours = False
     prototypes: Tensor
     centre: Tensor
     scale: Tensor
