@@ -3,6 +3,7 @@
 import copy
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -139,22 +140,12 @@ def test_threads_decide_each_for_itself(build, chat_tokenizer, two, asked, hasty
     alone = copy.deepcopy(model)
     expected = [alone.generate(**part, max_new_tokens=4, do_sample=False).tolist() for part in parts]
     assert len({str(tokens) for tokens in expected}) == 3
-    found: dict[int, list] = {}
-    faults = []
 
-    def ask(number):
-        try:
-            found[number] = model.generate(**parts[number], max_new_tokens=4, do_sample=False).tolist()
-        except Exception as fault:  # pytest would only warn of it
-            faults.append(fault)
+    def ask(part):
+        return model.generate(**part, max_new_tokens=4, do_sample=False).tolist()
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(parts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert faults == []
-    assert [found.get(number) for number in range(len(parts))] == expected
+    with ThreadPoolExecutor(len(parts)) as pool:
+        assert list(pool.map(ask, parts)) == expected
 
 
 class AddOne(torch.nn.Module):
@@ -178,11 +169,8 @@ def test_threads_that_look_at_one_block_at_once_see_their_own_pass(hasty):
             if tap.stop() or len(heard) != 1 or heard[0].tolist() != [number, step + step % 4]:
                 wrong.append((number, step))
 
-    threads = [threading.Thread(target=look, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(look, range(8)))
     assert wrong == []
     tap.remove()
     assert not any(block._forward_pre_hooks or block._forward_hooks for block in blocks)

@@ -1,6 +1,6 @@
 """What differs on a GPU: kernels of its own, ways of applying deltas, moves between devices. Skips without one."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -161,11 +161,8 @@ def test_two_threads_at_once(tmp_path):
             if not torch.equal(model.generate(prompts, expert_weights=name, **SETTINGS), expected[name]):
                 wrong.append(name)
 
-    threads = [threading.Thread(target=work, args=(name,)) for name in expected]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(expected)) as pool:
+        list(pool.map(work, expected))
     assert not wrong
 
 

@@ -1,6 +1,6 @@
 """One decision per prompt, reused for the whole generation."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -114,11 +114,8 @@ def test_two_threads_generate_with_different_experts_at_once(model):
         for _ in range(5):
             results[number].append(model.generate(prompts, expert_weights=[names[number]] * 2, **SETTINGS))
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(names))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(work, range(len(names))))
     for number, tokens in enumerate(results):
         assert len(tokens) == 5
         assert all(torch.equal(one, expected[number]) for one in tokens)
