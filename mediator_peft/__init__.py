@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 from .registration import register_with_peft
 
 if TYPE_CHECKING:
-    from .api import get_mediator_model, load_mediator
-    from .build.offline import build_mediator
-    from .build.preflight import BuildPlan, plan_mediator
-    from .build.report import BuildReport
-    from .build.verify import Verification, verify_mediator
-    from .config import MediatorConfig
+    from .config import MediatorSettings
+    from .merge.offline import build_mediator
+    from .merge.preflight import BuildPlan, plan_mediator
+    from .merge.report import BuildReport
+    from .merge.verify import Verification, verify_mediator
     from .routing.gate import RouteOutput
-    from .settings import MediatorSettings
+    from .tuner.config import MediatorConfig
     from .tuner.layer import MediatorLayer
+    from .tuner.loading import get_mediator_model, load_mediator
     from .tuner.model import MediatorModel
 
 register_with_peft()
@@ -41,19 +41,19 @@ __all__ = [
 
 # Where each name lives. Importing PEFT and transformers takes seconds, so it waits until something needs them.
 _HOMES = {
-    "BuildPlan": "build.preflight",
-    "BuildReport": "build.report",
-    "MediatorConfig": "config",
+    "BuildPlan": "merge.preflight",
+    "BuildReport": "merge.report",
+    "MediatorConfig": "tuner.config",
     "MediatorLayer": "tuner.layer",
     "MediatorModel": "tuner.model",
-    "MediatorSettings": "settings",
+    "MediatorSettings": "config",
     "RouteOutput": "routing.gate",
-    "Verification": "build.verify",
-    "build_mediator": "build.offline",
-    "get_mediator_model": "api",
-    "load_mediator": "api",
-    "plan_mediator": "build.preflight",
-    "verify_mediator": "build.verify",
+    "Verification": "merge.verify",
+    "build_mediator": "merge.offline",
+    "get_mediator_model": "tuner.loading",
+    "load_mediator": "tuner.loading",
+    "plan_mediator": "merge.preflight",
+    "verify_mediator": "merge.verify",
 }
 
 

@@ -34,7 +34,7 @@ def _import_command() -> Callable[[], None]:
     # Modules make a great many objects that stay: looking through them for garbage, again and again, would take longer
     # than some builds.
     gc.disable()
-    from .cli import main as run
+    from .cli.app import main as run
 
     gc.freeze()
     gc.set_threshold(100_000, 20, 100)

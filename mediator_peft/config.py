@@ -1,69 +1,333 @@
-"""The settings as PEFT takes them."""
+"""The settings of a Mediator model, checked when made. Plain data: building needs them and needs no PEFT."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from pathlib import Path
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from math import isfinite
 from typing import Any
 
-from peft import PeftConfig
+from .errors import AdapterError, ConfigError
+from .methods.conflict import CONFLICT_SCORES
+from .methods.encoding.scales import SIGN_SCALES
+from .methods.encoding.values import VALUES
+from .methods.merging import MERGE_METHODS
+from .methods.rounding import ROUNDINGS
+from .methods.sparsifying import LOW_RANK, SPARSIFIERS
+from .routing.routers import ROUTERS
+from .tables import unknown_name
 
-from .registration import peft_type, register
-from .settings import FALLBACK_EXPERT, FORMAT_VERSION, MediatorSettings, check_saved, expert_name_faults
+FORMAT_VERSION = 1
+"""Version of the adapter's files. A newer one is refused, an older one is migrated."""
 
-__all__ = ["FALLBACK_EXPERT", "FORMAT_VERSION", "MediatorConfig", "expert_name_faults"]
+FALLBACKS = ("base", "backbone")
+DENSITY_SCOPES = ("matrix", "model")
+ROUTE_ON = ("last", "first", "all")
+FALLBACK_EXPERT = "base"
+"""Name of the expert-weight column that stands for the base model."""
+
+CORRECTION = "_correction"
+"""Name of the delta that takes back rounding errors of a quantised backbone; no expert can have it."""
+
+_BUDGET = re.compile(r"\d+(\.\d+)?\s*(x|b|[kmgt]i?b)?")
+_EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\- ]{0,63}")
 
 
 @dataclass(init=False)
-class MediatorConfig(MediatorSettings, PeftConfig):
-    """What to merge, how to thin out the deltas, and how to route: :class:`MediatorSettings` as a ``PeftConfig``.
+class MediatorSettings:
+    """What to merge, how to thin out the deltas, and how to route.
 
     Raises:
         ConfigError: a field is unknown, out of range or contradicts another; all such faults are listed at once.
     """
 
+    experts: dict[str, str] = field(default_factory=dict)
+    """Expert name → folder (or hub id) of its checkpoint. The names become the columns of the expert weights, in this
+    order. Letters, digits, ``_``, ``-`` and spaces; ``base`` is taken by the fallback."""
+
+    merge_method: str = "average"
+    """A key of ``MERGE_METHODS``: how the experts become the dense backbone. ``"base"`` keeps the base as it is."""
+
+    conflict_score: str = "sign"
+    """A key of ``CONFLICT_SCORES``: what ranks the blocks. Larger means more conflict."""
+
+    conflict_density: float = 0.2
+    """Share of a task vector's largest entries that vote in the conflict score, in (0, 1]."""
+
+    conflict_threshold: float = 0.1
+    """With ``routed_layers="auto"``: a block is routed when its conflict score reaches this."""
+
+    routed_layers: str | float | list[int] = "auto"
+    """Which blocks get sparse experts: ``"auto"`` (by threshold), ``"all"``, a share of blocks in (0, 1] (those with
+    the most conflict), or a list of block numbers. The others use the backbone alone."""
+
+    target_modules: list[str] | str | None = None
+    """Names, or last parts of names, of the matrices that get deltas, e.g. ``["q_proj", "mlp.down_proj"]``. ``None``
+    and ``"all-linear"`` take every linear layer of a routed block. Embeddings and ``lm_head`` get deltas when named
+    (``["all-linear", "embed_tokens"]``); tied ones are one matrix, and either name stands for both."""
+
+    sparsifier: str = "magnitude"
+    """A key of ``SPARSIFIERS``: what of a delta is kept. ``"magnitude"`` keeps the largest entries, ``"random"`` some
+    by chance (DARE), ``"svd"`` the largest singular values."""
+
+    density: float = 0.2
+    """Share of a delta's entries that is kept, in (0, 1]; 0.2 keeps one weight in five. With a budget, what came of it
+    is written here."""
+
+    density_scope: str = "matrix"
+    """Where ``density`` holds: in each ``"matrix"``, or in the ``"model"``: one threshold for all routed matrices and
+    experts, so that bytes go where the experts differ most."""
+
+    budget: str | int | None = None
+    """Bytes of the built weights, backbone and adapter together, to which ``density`` is fitted: ``"1.5x"`` the
+    backbone alone, ``"400MB"``, or a number of bytes. ``None`` takes ``density`` as it is."""
+
+    values: str = "sign"
+    """A key of ``VALUES``: how kept entries are stored. ``"sign"`` is one bit each and one scale a row; ``"float"`` is
+    exact at density 1. ``"svd"`` stores ``"factors"``, whatever stands here by default."""
+
+    sign_scale: str = "projection"
+    """A key of ``SIGN_SCALES``: how large kept entries are made, signs or numbers. ``"projection"`` keeps the delta's
+    full effect, ``"norm"`` the norm of each row, ``"mean"`` the mean of what is kept: numbers as they are."""
+
+    rank: int | None = None
+    """With ``sparsifier="svd"``: rank of every delta. ``None`` takes as many bytes as signs of this density."""
+
+    for_quantization: str | None = None
+    """A key of ``ROUNDINGS``: the quantisation that the backbone is meant for. One more delta, shared by all experts,
+    then takes back the largest of its rounding errors where the backbone is loaded so."""
+
+    correction_density: float = 0.5
+    """Share of the rounding errors that is taken back, in (0, 1]."""
+
+    router: str = "gaussian"
+    """A key of ``ROUTERS``."""
+
+    router_layer: int | None = None
+    """The router reads the backbone's hidden state after this many blocks; 0 is the embedding. ``None`` takes a tenth
+    of the depth."""
+
+    route_on: str = "last"
+    """What of a chat decides its route, where its turns can be told apart: the ``"last"`` user turn (each turn is
+    routed anew), the ``"first"`` (one route a chat), or ``"all"`` tokens so far."""
+
+    ood_alpha: float = 0.01
+    """Share of known prompts that may be taken for unknown, in (0, 1)."""
+
+    top_p: float = 0.5
+    """The gate keeps the fewest experts whose probability reaches this, in (0, 1]; 1.0 keeps all. At 0.5 an expert more
+    likely than all others together answers alone."""
+
+    fallback: str = "base"
+    """Where an unknown prompt goes: ``"base"`` (one more sparse delta, back to the base) or ``"backbone"``."""
+
+    seed: int = 0
+    """Seeds whatever is drawn: random sparsifiers, the router's splits."""
+
+    max_resident_experts: int | None = None
+    """Most experts whose deltas are held in memory, the last used; the others lie in mapped files. ``None`` holds all.
+    It belongs to the machine at hand: given to ``load_mediator``, it is not saved."""
+
+    expert_folder: str | None = None
+    """Where the mapped files go, with ``max_resident_experts``: a folder on a local disk. ``None`` takes the system's
+    temporary one. Not saved."""
+
+    format_version: int = FORMAT_VERSION
+    """Version of the saved files."""
+
+    expert_names: list[str] | None = None
+    """Columns of the expert weights. Written by the build."""
+
+    routed_modules: list[str] | None = None
+    """Full names of the layers that carry deltas. Written by the build."""
+
+    num_blocks: int | None = None
+    """How many repeated blocks the model has. Written by the build."""
+
+    turn_markers: list[list[int]] | None = None
+    """Token ids that open and close a user turn. Written when the router is fitted."""
+
+    backbone_fingerprint: dict[str, Any] | None = None
+    """Shapes and sampled values of the backbone the deltas belong to. Written by the build."""
+
+    provenance: dict[str, Any] | None = None
+    """Where base and experts came from. Written by the build."""
+
+    base_model_name_or_path: str | None = None
+    """Where the backbone lies: a hub id, or a folder, relative to the adapter's."""
+
+    def __init__(self, **settings: Any) -> None:
+        known = {item.name: item for item in fields(type(self))}
+        unknown = [name for name in settings if name not in known]
+        if unknown:
+            raise ConfigError("\n".join(unknown_name(name, known, "field of MediatorConfig") for name in unknown))
+        for name, item in known.items():
+            if name in settings:
+                setattr(self, name, settings[name])
+            else:
+                setattr(self, name, item.default_factory() if callable(item.default_factory) else item.default)
+        self.__post_init__()
+
     def __post_init__(self) -> None:
-        self.task_type = self.task_type or "CAUSAL_LM"
-        PeftConfig.__post_init__(self)
-        self.peft_type = peft_type()
-        MediatorSettings.__post_init__(self)
+        if isinstance(self.sparsifier, str) and self.sparsifier in LOW_RANK and self.values == type(self).values:
+            self.values = "factors"
+        self.check()
 
-    def bind(self, on_save: Callable[[Path, MediatorConfig], None]) -> None:
-        """Call ``on_save(folder, config)`` before this configuration is written: the model saves what else belongs."""
-        self._on_save = on_save
+    def check(self) -> None:
+        """Raise a ``ConfigError`` that lists every fault of the settings, if there is one."""
+        faults = list(self._faults())
+        if faults:
+            raise ConfigError("\n".join(faults))
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy of the configuration is not a copy of the model behind it.
-        return {key: value for key, value in self.__dict__.items() if key != "_on_save"}
+    def _faults(self) -> Iterator[str]:
+        """Every fault of the settings, one message each."""
+        yield from expert_name_faults(self.experts)
+        for name, table, kind in (
+            ("merge_method", MERGE_METHODS, "merge method"),
+            ("conflict_score", CONFLICT_SCORES, "conflict score"),
+            ("sparsifier", SPARSIFIERS, "sparsifier"),
+            ("values", VALUES, "values"),
+            ("sign_scale", SIGN_SCALES, "sign_scale"),
+            ("router", ROUTERS, "router"),
+            ("fallback", FALLBACKS, "fallback"),
+            ("route_on", ROUTE_ON, "route_on"),
+            ("density_scope", DENSITY_SCOPES, "density_scope"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                yield f"{name} must be a name, one of {', '.join(table)}, got {value!r}."
+            elif value not in table:
+                yield unknown_name(value, table, kind)
+        wanted = self.for_quantization
+        if wanted is not None and not (isinstance(wanted, str) and wanted in ROUNDINGS):
+            yield unknown_name(str(wanted), ROUNDINGS, "for_quantization")
+        for name, hint in (
+            ("density", "1.0 keeps every weight"),
+            ("correction_density", "1.0 corrects every weight"),
+            ("conflict_density", "1.0 lets every entry vote"),
+            ("top_p", "1.0 keeps every expert"),
+        ):
+            if not _is_share(getattr(self, name)):
+                yield f"{name} must be in (0, 1], got {getattr(self, name)!r}. Use a share: {hint}."
+        if not (_is_share(self.ood_alpha) and self.ood_alpha < 1):
+            yield (f"ood_alpha must be in (0, 1), got {self.ood_alpha!r}. 0.01 lets 1 known prompt in 100 fall back.")
+        if not (isinstance(self.conflict_threshold, (int, float)) and isfinite(self.conflict_threshold)):
+            yield f"conflict_threshold must be a finite number, got {self.conflict_threshold!r}."
+        if self.router_layer is not None and (isinstance(self.router_layer, bool) or not _is_count(self.router_layer)):
+            yield f"router_layer must be a whole number of blocks, 0 or more, got {self.router_layer!r}."
+        if not _is_count(self.seed) or self.seed >= 2**63:
+            yield f"seed must be a whole number, 0 or more and below 2**63, got {self.seed!r}."
+        targets = self.target_modules
+        if not (targets is None or isinstance(targets, str)) and not _are_names(targets):
+            yield f"target_modules must be a name or a list of names, got {targets!r}."
+        limit = self.max_resident_experts
+        if limit is not None and (not _is_count(limit) or limit < 1):
+            yield f"max_resident_experts must be a whole number, 1 or more, or None for all, got {limit!r}."
+        yield from self._form_faults()
+        yield from self._routed_layers_faults()
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write ``adapter_config.json``; for a model's own configuration, also its card and, if need be, backbone."""
-        reference = self.base_model_name_or_path
-        on_save = getattr(self, "_on_save", None)
-        if on_save is not None:
-            on_save(Path(save_directory), self)
-        here = (self.max_resident_experts, self.expert_folder)
-        self.max_resident_experts = self.expert_folder = None
-        super().save_pretrained(save_directory, **kwargs)
-        self.max_resident_experts, self.expert_folder = here
-        self.base_model_name_or_path = reference
+    def _form_faults(self) -> Iterator[str]:
+        if self.budget is not None and not _is_budget(self.budget):
+            yield f"budget must be like '1.5x' (the backbone), '400MB' or a number of bytes, got {self.budget!r}."
+        if self.rank is not None and (not _is_count(self.rank) or self.rank < 1):
+            yield f"rank must be a whole number, 1 or more, or None, got {self.rank!r}."
+        is_known = all(isinstance(name, str) for name in (self.values, self.sparsifier))
+        is_known = is_known and self.values in VALUES and self.sparsifier in SPARSIFIERS
+        is_low_rank = is_known and self.sparsifier in LOW_RANK
+        if is_known and is_low_rank != (self.values == "factors"):
+            yield (
+                f"sparsifier {self.sparsifier!r} does not go with values {self.values!r}: 'svd' stores 'factors', and "
+                "nothing else does. Leave values out with 'svd'."
+            )
+        if is_known and self.rank is not None and not is_low_rank:
+            yield f"rank is for sparsifier='svd', not for {self.sparsifier!r}. Use density."
+        if self.rank is not None and (self.budget is not None or self.density_scope != "matrix"):
+            yield "rank fixes the size of every delta: leave out budget and density_scope, or leave out rank."
+        if self.for_quantization is not None and is_low_rank:
+            yield "for_quantization needs positions: rounding errors have no low rank. Use another sparsifier."
 
-    @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """Refuse a saved configuration that this version cannot read (called by PEFT with the raw file).
+    def _routed_layers_faults(self) -> Iterator[str]:
+        choice = self.routed_layers
+        if isinstance(choice, str):
+            if choice not in ("auto", "all"):
+                yield unknown_name(choice, ("auto", "all"), "routed_layers")
+        elif isinstance(choice, (list, tuple)):
+            if not choice or not all(_is_count(number) for number in choice) or len(set(choice)) != len(choice):
+                yield f"routed_layers must list different block numbers, 0 or more, got {list(choice)!r}."
+        elif not _is_share(choice):
+            yield (
+                "routed_layers must be 'auto', 'all', a share of blocks in (0, 1] or a list of block numbers, "
+                f"got {choice!r}."
+            )
 
-        Raises:
-            AdapterError: a newer format, or fields that are not known.
-        """
-        check_saved(kwargs, {item.name for item in fields(cls)})
-        return kwargs
+    @property
+    def is_built(self) -> bool:
+        """Whether this describes a bank that exists, rather than one to be built."""
+        return self.routed_modules is not None
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the expert-weight columns: the experts, then ``"base"`` where that is the fallback."""
+        names = list(self.expert_names or self.experts)
+        return [*names, FALLBACK_EXPERT] if self.fallback == FALLBACK_EXPERT else names
 
 
-def _register() -> None:
-    from .tuner.model import MediatorModel
+_WRITTEN_BY_BUILD = frozenset({"expert_names", "routed_modules", "num_blocks", "backbone_fingerprint", "provenance"})
+SETTABLE = (
+    frozenset(item.name for item in fields(MediatorSettings))
+    - _WRITTEN_BY_BUILD
+    - {"experts", "base_model_name_or_path", "format_version"}
+)
+"""Fields that a person sets in a file; the others have their own place, or are written by the build."""
 
-    register(MediatorConfig, MediatorModel)
+
+def check_saved(fields_found: Mapping[str, object], known: Collection[str]) -> None:
+    """Refuse a saved configuration that this version cannot read.
+
+    Args:
+        fields_found: what the file says.
+        known: names of fields that may be in it.
+
+    Raises:
+        AdapterError: a newer format, or fields that are not known.
+    """
+    version = fields_found.get("format_version", FORMAT_VERSION)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise AdapterError(
+            f"this adapter has format version {version}, this mediator_peft reads up to {FORMAT_VERSION}. "
+            "Upgrade it: pip install -U mediator_peft"
+        )
+    unknown = [name for name in fields_found if name not in known]
+    if unknown:
+        raise AdapterError("\n".join(unknown_name(name, known, "field in adapter_config.json") for name in unknown))
 
 
-_register()
+def expert_name_faults(names: Mapping[str, object]) -> Iterator[str]:
+    """What is wrong with the names of experts, one message each."""
+    for name in names:
+        if not isinstance(name, str) or not _EXPERT_NAME.fullmatch(name):
+            yield (
+                f"expert name {name!r} cannot be used: take letters, digits, '_', '-' and spaces, at most 64, starting "
+                "with a letter or digit (no dots or slashes: names become parts of tensor names)."
+            )
+        elif name == FALLBACK_EXPERT:
+            yield f"expert name {name!r} is taken by the fallback column. Choose another name."
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, Collection) and all(isinstance(name, str) for name in value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_budget(value: object) -> bool:
+    if isinstance(value, str):
+        return _BUDGET.fullmatch(value.strip().lower()) is not None
+    return _is_count(value) and value != 0

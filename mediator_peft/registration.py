@@ -64,9 +64,9 @@ def register_with_peft() -> None:
 
 
 def _register() -> None:
-    # A module of ours that imports PEFT is itself only half imported now: the last line of config.py registers then.
-    if f"{__package__}.config" not in sys.modules:
-        import_module(f"{__package__}.config")
+    # If a module of ours imported PEFT, the tuner package is half imported now: its last line registers then.
+    if f"{__package__}.tuner" not in sys.modules:
+        import_module(f"{__package__}.tuner")
 
 
 class _WhenImported(MetaPathFinder):

@@ -1,4 +1,4 @@
-"""The rules that carry the layout: which folder may import which, and how long a file may be."""
+"""The rules that carry the layout: imports go one way, no modules import each other, private names stay private."""
 
 import ast
 import subprocess
@@ -9,62 +9,109 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mediator_peft"
 
-# Part → parts it may import, besides itself. Data go one way.
-ALLOWED = {
-    "errors": set(),
-    "tables": {"errors"},
-    "progress": set(),
-    "structure": {"errors"},
-    "registration": set(),
-    "optional": {"errors"},
-    "methods": {"errors", "optional"},
-    "bank": {"errors", "optional", "settings"},
-    "routing": {"errors", "tables", "progress"},
-    "settings": {"errors", "tables", "methods", "bank", "routing"},
-    # The one step back: a configuration is of use to PEFT only with its tuner, so it registers both.
-    "config": {"settings", "registration", "tuner"},
-    "build": {"errors", "tables", "progress", "structure", "settings", "methods", "bank"},
-    "tuner": {"errors", "tables", "progress", "structure", "registration", "config", "settings", "methods", "bank"}
-    | {"build", "routing"},
-    "api": {"errors", "config", "bank", "build", "routing", "tuner"},
-}
-USER_SIDE = {"cli", "commands", "demo", "evaluation", "__init__", "__main__"}
+# Parts of the package, in the order of the data: each may import from the parts above it, and from itself.
+ORDER = (
+    *("errors", "tables", "progress", "optional", "ranks", "structure", "registration", "reference"),
+    *("methods", "kernels", "routing", "config", "checkpoints", "bank", "merge", "tuner"),
+    *("evaluation", "demo", "cli"),
+)
+# What starts the package: they import any part, and none imports them.
+ENTRY = ("__init__", "__main__")
 
 
-def part_of(path):
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def imported_parts(path):
-    """Parts of the package that a file imports, whatever the level of the relative import."""
-    here = ("mediator_peft", *path.relative_to(PACKAGE).parts[:-1])
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            stem = here[: len(here) - node.level + 1] if node.level else ()
-            full = [*stem, *(node.module.split(".") if node.module else [])]
-            if full[:1] == ["mediator_peft"]:
-                names = [full[1]] if len(full) > 1 else [alias.name for alias in node.names]
-                yield from names
-        elif isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("mediator_peft."))
+def module_name(path):
+    """Dotted name of a file, without the package's own."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_follow_the_data(path):
-    part = part_of(path)
-    if part in USER_SIDE:
+MODULES = {module_name(path): path for path in FILES}
+
+
+def imported_modules(path):
+    """Modules of the package that a file imports, at its top, in functions and under ``TYPE_CHECKING``."""
+    here = path.relative_to(PACKAGE).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            if node.level:
+                stem = here[: len(here) - node.level + 1]
+            elif (node.module or "").split(".")[0] == "mediator_peft":
+                stem = ()
+            else:
+                continue
+            own = (node.module or "").split(".")[0 if node.level else 1 :] if node.module else []
+            module = ".".join([*stem, *own])
+            for alias in node.names:
+                inner = f"{module}.{alias.name}".lstrip(".")
+                yield (inner if inner in MODULES else module), alias.name
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("mediator_peft."):
+                    yield alias.name.removeprefix("mediator_peft."), None
+
+
+IMPORTS = {
+    name: {module for module, _ in imported_modules(path) if module and module != name}
+    for name, path in MODULES.items()
+}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_go_one_way(name):
+    part = name.split(".")[0]
+    if part in ENTRY:
         return
-    allowed = ALLOWED[part] | {part}
-    wrong = set(imported_parts(path)) - allowed
-    assert not wrong, f"{part} must not import {sorted(wrong)}"
+    allowed = ORDER[: ORDER.index(part) + 1]
+    wrong = sorted(module for module in IMPORTS[name] if module.split(".")[0] not in allowed)
+    assert not wrong, f"{name} must not import {wrong}: parts may import what stands above them in ORDER"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_files_stay_short(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 360
+def cycles(imports):
+    """Circles of modules that import each other (Tarjan's strongly connected components of two or more)."""
+    index, low, stack, found = {}, {}, [], []
+
+    def visit(name):
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for other in sorted(imports.get(name, ())):
+            if other not in index:
+                visit(other)
+                low[name] = min(low[name], low[other])
+            elif other in stack:
+                low[name] = min(low[name], index[other])
+        if low[name] == index[name]:
+            circle = stack[stack.index(name) :]
+            del stack[stack.index(name) :]
+            if len(circle) > 1:
+                found.append(sorted(circle))
+
+    for name in sorted(imports):
+        if name not in index:
+            visit(name)
+    return found
+
+
+def test_a_cycle_is_found():
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert cycles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_modules_import_each_other():
+    # A package's ``__init__`` is imported with each of its modules, but only names re-exported from it are edges here.
+    assert cycles(IMPORTS) == []
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_private_names_stay_in_their_file(name):
+    private = sorted(
+        f"{module}.{alias}"
+        for module, alias in imported_modules(MODULES[name])
+        if alias and alias.startswith("_") and not alias.startswith("__")
+    )
+    assert not private, f"{name} imports {private}: a leading underscore means this file only"
 
 
 def test_importing_needs_no_extra():
@@ -73,7 +120,7 @@ def test_importing_needs_no_extra():
         "for name in ('bitsandbytes', 'matplotlib', 'gguf', 'sklearn'):\n"
         "    sys.modules[name] = None\n"
         "import mediator_peft\n"
-        "assert 'numba' not in sys.modules and 'mediator_peft.cli' not in sys.modules\n"
+        "assert 'numba' not in sys.modules and 'mediator_peft.cli.app' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
@@ -82,7 +129,7 @@ SLOW_TO_IMPORT = ("peft", "transformers", "datasets", "accelerate", "bitsandbyte
 
 
 @pytest.mark.parametrize(
-    "code", ["import mediator_peft.cli", "from mediator_peft import build_mediator, plan_mediator"]
+    "code", ["import mediator_peft.cli.app", "from mediator_peft import build_mediator, plan_mediator"]
 )
 def test_building_needs_neither_peft_nor_transformers(code):
     code += (
@@ -96,11 +143,11 @@ def test_building_needs_neither_peft_nor_transformers(code):
     [
         "import mediator_peft, peft",
         "import peft, mediator_peft",
-        "import mediator_peft.cli, peft",
+        "import mediator_peft.cli.app, peft",
         "from mediator_peft import MediatorConfig",
-        "import mediator_peft.config",
+        "import mediator_peft.tuner",
         "import mediator_peft.tuner.layer",
-        "import mediator_peft.api",
+        "import mediator_peft.tuner.loading",
     ],
 )
 def test_peft_knows_the_method_whoever_is_imported_first(first):

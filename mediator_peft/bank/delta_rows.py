@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .packing import count_bits_by_row, unpack_bits
+from ..methods.encoding.bitmaps import count_bits_by_row, unpack_bits
 from .sparse_delta import SparseDelta
 
 

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..config import CORRECTION
 from ..errors import AdapterError
-from ..settings import CORRECTION
-from .kernels import GroupedProduct, PackedDelta, as_array, has_compiled
-from .packing import compress_mask, decompress_mask
+from ..kernels.dispatch import GroupedProduct, PackedDelta, as_array, has_compiled
+from ..methods.encoding.bitmaps import compress_mask, decompress_mask
+from ..methods.encoding.values import VALUES, parts_fault
 from .sparse_delta import SparseDelta, full_mask
-from .values import VALUES, parts_fault
 
 if TYPE_CHECKING:
-    from .kernels_triton import DeviceDeltas
+    from ..kernels.triton_kernels import DeviceDeltas
 
 # Parts of a delta become buffers "expert:part". A colon cannot stand in an expert's name, and unlike a dot it can stand
 # in a buffer's.
@@ -30,7 +30,7 @@ _MASK, _BIAS = "mask", "bias"
 def _kernels_triton() -> Any:
     """The GPU's kernels; None without Triton, where PyTorch's own operations do their work."""
     try:
-        from . import kernels_triton
+        from ..kernels import triton_kernels as kernels_triton
     except ImportError:
         return None
     return kernels_triton

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import kernels
-from .kernels import PackedDelta, as_array, row_offsets
-from .packing import unpack_bits
+from ..kernels import dispatch as kernels
+from ..kernels.dispatch import PackedDelta, as_array, row_offsets
+from ..methods.encoding.bitmaps import unpack_bits
 
 _MIN_FREE_BITS = 8
 """With fewer, too many entries do not come back by rounding."""
@@ -64,7 +64,7 @@ class ComputedBack:
 
     def add(self, weight: Tensor) -> bool:
         """Add the delta; False, and an untouched weight, where too many rows would have to be saved."""
-        from . import kernels_fold
+        from ..kernels import llvm_fold as kernels_fold
 
         self._change(kernels_fold.ADD_OR_MARK, weight)
         marked = torch.from_numpy(np.flatnonzero(self._marks))
@@ -77,7 +77,7 @@ class ComputedBack:
         return True
 
     def restore(self, weight: Tensor) -> None:
-        from . import kernels_fold
+        from ..kernels import llvm_fold as kernels_fold
 
         self._change(kernels_fold.TAKE_UNMARKED, weight)
         if self._rows is not None:
@@ -89,7 +89,7 @@ class ComputedBack:
         return self._marks.nbytes + (0 if self._rows is None else self._rows.nbytes)
 
     def _change(self, mode: int, weight: Tensor) -> None:
-        from . import kernels_fold
+        from ..kernels import llvm_fold as kernels_fold
 
         threads = torch.get_num_threads()
         fields, coefficient = self._delta.fields, self._coefficient
@@ -130,7 +130,7 @@ class KeptEntries:
         return unpack_bits(self._mask, weight.shape[1])
 
     def _move(self, mode: int, weight: Tensor) -> None:
-        from . import kernels_fold
+        from ..kernels import llvm_fold as kernels_fold
 
         assert self._offsets is not None
         arrays = as_array(weight), self._mask.numpy(), self._offsets, as_array(self._saved)

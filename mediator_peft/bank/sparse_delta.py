@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .packing import pack_bits, unpack_bits
-from .values import EXACT, VALUES, Parts, Precision, factor_matrices, store_factors
+from ..methods.encoding.bitmaps import pack_bits, unpack_bits
+from ..methods.encoding.values import EXACT, VALUES, Parts, Precision, factor_matrices, store_factors
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 
-from ..bank.adapter_file import give_usual_mode
-from ..build.writing import new_folder
+from ..checkpoints.adapter_files import give_usual_mode
+from ..checkpoints.output_folder import new_folder
 from ..errors import MissingPackageError
 from .materials import GGUF_FILE, find_package
 

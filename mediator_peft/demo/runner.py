@@ -10,10 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..bank.adapter_file import find_adapter
-from ..build.offline import build_mediator
-from ..commands.calibrate import fit_and_save
-from ..config import MediatorConfig
+from ..checkpoints.adapter_files import find_adapter
 from ..evaluation import (
     NAMED,
     ROUTED,
@@ -27,8 +24,11 @@ from ..evaluation import (
     score_system,
     write_json,
 )
+from ..evaluation.fit_and_save import fit_and_save
 from ..evaluation.sizes import AdapterInfo, read_adapter_info
+from ..merge.offline import build_mediator
 from ..progress import bar_progress
+from ..tuner.config import MediatorConfig
 from .base_model import convert_base
 from .data import make_tasks, write_data
 from .settings import DemoSettings
@@ -139,7 +139,7 @@ def _calibrate(
     """Load the built model, fit its router on calibration prompts and save it where it was built."""
     import torch
 
-    from ..api import load_mediator
+    from ..tuner.loading import load_mediator
 
     model, tokenizer = load_mediator(folder, dtype=torch.float32)
     prompts = {name: [item.prompt for item in tasks[name].calibration] for name in settings.recipes}

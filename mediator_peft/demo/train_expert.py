@@ -18,8 +18,8 @@ def main(job_file: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from ..bank.adapter_file import give_usual_mode
-    from ..build.writing import new_folder
+    from ..checkpoints.adapter_files import give_usual_mode
+    from ..checkpoints.output_folder import new_folder
     from .finetune import finetune
 
     logging.disable_progress_bar()

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..bank.kernels import has_compiled
-from ..build.ranks import Ranks
+from ..kernels.dispatch import has_compiled
 from ..progress import Advance
+from ..ranks import Ranks
 
 AnyModel = Any
 """A Mediator model, wrapped by PEFT or not, or any causal language model of transformers."""

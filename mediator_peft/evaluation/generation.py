@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..build.ranks import Ranks
 from ..errors import RoutingError
 from ..progress import Advance
+from ..ranks import Ranks
 from ..tables import unknown_name
 from .batching import AnyModel, Batch, WeightRow, answered, batches_of_like_length, by_weights, repeat
 from .prompts import pad_left, pad_token_id, render, token_ids

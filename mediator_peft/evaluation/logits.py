@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..api import load_mediator
-from ..build.checkpoints import Checkpoint, open_checkpoint
-from ..build.lora import LoraCheckpoint
+from ..checkpoints.lora import LoraCheckpoint
+from ..checkpoints.opening import Checkpoint, open_checkpoint
 from ..errors import CheckpointError
+from ..tuner.loading import load_mediator
 
 _PROMPTS, _LENGTH = 2, 16
 

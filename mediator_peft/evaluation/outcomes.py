@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..build.ranks import Ranks
+from ..config import FALLBACK_EXPERT
 from ..progress import Advance
-from ..settings import FALLBACK_EXPERT
+from ..ranks import Ranks
 from .generation import Memo, answer_prompts, route_prompts
 from .prompts import TaskItem
 from .scoring import MATCHERS

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from ..build.ranks import Ranks
 from ..progress import Progress, no_progress
+from ..ranks import Ranks
 from .generation import (
     AnyModel,
     ExpertChoice,

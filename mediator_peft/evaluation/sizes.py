@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..bank.adapter_file import (
+from ..checkpoints.adapter_files import (
     BANK_ATTRIBUTE,
     ROUTER_PREFIX,
     WEIGHTS_FILE,
@@ -17,8 +17,8 @@ from ..bank.adapter_file import (
     find_adapter,
     read_raw_config,
 )
+from ..config import CORRECTION, FALLBACK_EXPERT
 from ..errors import AdapterError
-from ..settings import CORRECTION, FALLBACK_EXPERT
 
 _HEADER_LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .data import hash_folds
+from .calibration_data import hash_folds
 from .metrics import brier_score, expected_calibration_error, fit_temperature
-from .novelty import Known, excess_distance, trust_of
+from .ood import Known, excess_distance, trust_of
 from .routers import Router
 from .uncertainty import normalised_entropy
 

@@ -7,7 +7,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from .tap import BlockTap
+from .block_hook import BlockTap
 
 
 class _Reached(Exception):

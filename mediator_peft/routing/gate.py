@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .novelty import Known, trust_of
+from .ood import Known, trust_of
 from .uncertainty import normalised_entropy
 
 
@@ -39,7 +39,7 @@ class RouteOutput(NamedTuple):
 
     is_ood: Tensor
     """(B,) bool, True where the prompt is more novel than all but a share ``ood_alpha`` of its nearest expert's known
-    prompts. It may be trusted for all that: see :func:`~mediator_peft.routing.novelty.trust_of`."""
+    prompts. It may be trusted for all that: see :func:`~mediator_peft.routing.ood.trust_of`."""
 
 
 def smallest_sufficient_set(probabilities: Tensor, top_p: float) -> Tensor:

@@ -1,4 +1,9 @@
-"""The PEFT tuner: a backbone whose routed layers add each prompt's mix of deltas."""
+"""The PEFT tuner: routed layers around a backbone. Importing this package registers the method with PEFT."""
 
-# First of all: config.py registers the tuner with PEFT when it is complete, and must not meet it half imported.
-from .. import config as _config  # noqa: F401
+from ..registration import register
+from .config import MediatorConfig
+from .model import MediatorModel
+
+__all__ = ["MediatorConfig", "MediatorModel"]
+
+register(MediatorConfig, MediatorModel)

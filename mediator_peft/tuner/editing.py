@@ -12,21 +12,21 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ..bank.layer_bank import LayerBank
-from ..bank.packing import count_bits
 from ..bank.sparse_delta import SparseDelta
-from ..build.checkpoints import Checkpoint, ModelCheckpoint, open_checkpoints
-from ..build.compatibility import check_job, coarsest
-from ..build.thinning import own_factors, pack_delta
-from ..config import FALLBACK_EXPERT, MediatorConfig, expert_name_faults
+from ..checkpoints.opening import Checkpoint, ModelCheckpoint, open_checkpoints
+from ..config import CORRECTION
 from ..errors import CheckpointError, ConfigError, RoutingError, UnsupportedError
-from ..routing.data import Columns, hash_folds
+from ..merge.compatibility import check_job, coarsest
+from ..merge.delta_packing import own_factors, pack_delta
+from ..methods.encoding.bitmaps import count_bits
+from ..routing.calibration_data import Columns, hash_folds
 from ..routing.routers import Router
-from ..settings import CORRECTION
+from .config import FALLBACK_EXPERT, MediatorConfig, expert_name_faults
 from .fitting import neighbour_rows, read_texts, row_features, settle, token_rows, varied_rows
-from .folding import plain_weight
 from .layer import MediatorLayer
-from .persistence import backbone_state
+from .merged_weight import plain_weight
 from .quantized import is_plain
+from .saving import backbone_state
 
 if TYPE_CHECKING:
     from .model import MediatorModel

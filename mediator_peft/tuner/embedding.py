@@ -11,10 +11,10 @@ from ..bank.delta_rows import DeltaRows
 from ..bank.layer_bank import LayerBank
 from ..errors import UnsupportedError
 from . import execution
+from .expert_weights import LayerRoute
 from .few_rows import DeviceRows, FewRows
 from .layer import MediatorLayer
 from .requests import RouteBoard
-from .weights import LayerRoute
 
 
 class MediatorEmbedding(MediatorLayer):

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from ..bank.layer_bank import LayerBank
 from ..bank.sparse_delta import SparseDelta
+from ..config import CORRECTION
 from ..errors import ConfigError, UnsupportedError
-from ..settings import CORRECTION
 from .differentiable import mixed_output
+from .expert_weights import LayerRoute
 from .few_rows import MOST_DEVICE_ROWS, DeviceRows, FewRows
-from .folding import Fold, mixed_bias, mixed_biases, mixed_delta, mixed_weight
-from .kept import KeptWeights
+from .merged_weight import Fold, mixed_bias, mixed_biases, mixed_delta, mixed_weight
+from .merged_weight_cache import KeptWeights
 from .quantized import quantization_of, readable_weight
-from .weights import LayerRoute
 
 EXECUTIONS = ("fold", "sparse", "densify")
 

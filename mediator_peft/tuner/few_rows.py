@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..bank.layer_bank import LayerBank
-from ..settings import CORRECTION
-from .folding import mixed_biases
-from .weights import LayerRoute
+from ..config import CORRECTION
+from .expert_weights import LayerRoute
+from .merged_weight import mixed_biases
 
 MOST_ROWS = 16
 """Up to this many rows a loop that reads each weight once beats a general matrix product, which repacks it first."""

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..build.ranks import Ranks
 from ..progress import bar_progress, no_progress
+from ..ranks import Ranks
+from ..routing.augmentation import VARIATIONS, vary
 from ..routing.background import BACKGROUND_PROMPTS
 from ..routing.calibration import CalibrationReport, calibrate
-from ..routing.data import Columns, LabelledTexts, labelled_texts
+from ..routing.calibration_data import Columns, LabelledTexts, labelled_texts
 from ..routing.feature_cache import FeatureCache
-from ..routing.neighbours import neighbours
+from ..routing.hard_negatives import neighbours
 from ..routing.routers import Router
-from ..routing.variations import VARIATIONS, vary
-from .turns import unwrapped, user_turns
+from .chat_turns import unwrapped, user_turns
 
 if TYPE_CHECKING:
     from .model import MediatorModel

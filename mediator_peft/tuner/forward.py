@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..bank.residency import ExpertStore
-from ..config import MediatorConfig
+from ..bank.expert_store import ExpertStore
 from ..errors import RoutingError
+from ..routing.block_hook import BlockTap
 from ..routing.features import mean_over_tokens
 from ..routing.gate import RouteOutput
 from ..routing.routers import Router
-from ..routing.tap import BlockTap
 from .caches import cache_weights, empty_cache, tag_cache
+from .chat_turns import turn_mask
+from .config import MediatorConfig
+from .expert_weights import ExpertWeights, LayerRoute, expand_rows, expert_weight_rows, make_route
 from .layer import MediatorLayer
 from .requests import Pending, RouteBoard
 from .single_pass import readable_mask
-from .turns import turn_mask
-from .weights import ExpertWeights, LayerRoute, expand_rows, expert_weight_rows, make_route
 
 
 class RoutedForward:

@@ -14,12 +14,12 @@ from transformers.pytorch_utils import Conv1D
 from ..bank.layer_bank import LayerBank
 from ..errors import UnsupportedError
 from . import execution
+from .expert_weights import LayerRoute
 from .few_rows import DeviceRows, FewRows
-from .folding import Fold, mixed_bias, mixed_delta, plain_weight
-from .kept import KeptWeights
+from .merged_weight import Fold, mixed_bias, mixed_delta, plain_weight
+from .merged_weight_cache import KeptWeights
 from .quantized import is_plain
 from .requests import RouteBoard
-from .weights import LayerRoute
 
 _NOT_COPIED = ("_lock", "_fold", "_kept", "_few_rows")
 

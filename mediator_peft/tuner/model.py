@@ -12,23 +12,23 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..bank.residency import ExpertStore
-from ..build.builder import Bank
-from ..config import MediatorConfig
+from ..bank.expert_store import ExpertStore
 from ..errors import RoutingError, UnsupportedError
+from ..merge.builder import Bank
 from ..methods.rounding import ROUNDINGS
 from ..registration import PREFIX
-from ..routing.tap import BlockTap
-from . import persistence
+from ..routing.block_hook import BlockTap
+from . import saving as persistence
+from .build_in_memory import build_in_memory
+from .config import MediatorConfig
 from .embedding import MediatorEmbedding, tie_head, untie_head
 from .execution import check_execution
+from .expert_weights import ExpertWeights, make_route
 from .forward import RoutedForward
 from .layer import MediatorLayer
-from .memory_build import build_in_memory
 from .quantized import lay_out_plainly, quantization_of
 from .requests import RouteBoard
 from .routing import PromptRouting
-from .weights import ExpertWeights, make_route
 
 
 def _before_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:

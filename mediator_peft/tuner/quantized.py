@@ -9,7 +9,7 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from .folding import plain_weight
+from .merged_weight import plain_weight
 
 
 def is_plain(base_layer: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .weights import LayerRoute, expand_rows, make_route
+from .expert_weights import LayerRoute, expand_rows, make_route
 
 Mix = tuple[tuple[float, ...], ...]
 

@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..build.ranks import Ranks
-from ..config import MediatorConfig
 from ..errors import RouterNotFittedError, RoutingError
+from ..ranks import Ranks
+from ..routing.block_hook import BlockTap
 from ..routing.calibration import CalibrationReport
-from ..routing.data import Columns
-from ..routing.explanation import Explanation, explain_rows
+from ..routing.calibration_data import Columns
+from ..routing.explain import Explanation, explain_rows
 from ..routing.features import hidden_state, mean_over_tokens
 from ..routing.gate import GateSettings, RouteOutput, gate
 from ..routing.routers import ROUTERS, Router
-from ..routing.tap import BlockTap
 from ..structure import find_blocks
+from .chat_turns import routing_rows, turn_markers, turn_mask
+from .config import MediatorConfig
 from .editing import add_expert, remove_expert
 from .fitting import fit_router, padded
 from .requests import RouteBoard
 from .single_pass import lies_above
-from .turns import routing_rows, turn_markers, turn_mask
 
 
 class PromptRouting:

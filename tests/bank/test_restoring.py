@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from mediator_peft.bank import kernels
 from mediator_peft.bank.restoring import ComputedBack, KeptEntries, free_low_bits
+from mediator_peft.kernels import dispatch as kernels
 
-from .test_kernels import random_delta
+from ..kernels.test_kernels import random_delta
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
 SHAPES = [(3, 5), (33, 65), (64, 576), (20, 130)]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import triton
 from bench_model import random_delta
 
-from mediator_peft.bank.kernels_triton import DeviceDelta, DeviceDeltas
+from mediator_peft.kernels.triton_kernels import DeviceDelta, DeviceDeltas
 
 SHAPES = [(576, 576), (1536, 576), (2048, 2048), (8192, 2048), (4096, 4096), (14336, 4096)]
 ROWS = [1, 8, 16, 64]

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mediator_peft.bank import kernels
-from mediator_peft.bank.kernels import GroupedProduct, PackedDelta, add_to, row_offsets
+from mediator_peft.kernels import dispatch as kernels
+from mediator_peft.kernels.dispatch import GroupedProduct, PackedDelta, add_to, row_offsets
 
 MODELS = {
     "135M": {(576, 576): 2, (192, 576): 2, (1536, 576): 2, (576, 1536): 1},
@@ -136,7 +136,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.helpers:
-        from mediator_peft.bank import kernels_team
+        from mediator_peft.kernels import llvm_team as kernels_team
 
         setattr(kernels_team, "_torch_team", lambda: None)  # noqa: B010
     rng = np.random.default_rng(0)

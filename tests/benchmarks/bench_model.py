@@ -23,7 +23,6 @@ from peft import LoraConfig, ShiraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mediator_peft import MediatorConfig, load_mediator
-from mediator_peft.bank.packing import pack_bits
 from mediator_peft.bank.sparse_delta import SparseDelta
 from mediator_peft.evaluation.speed import (
     DENSE,
@@ -35,6 +34,7 @@ from mediator_peft.evaluation.speed import (
     plain_twin,
     take_turns,
 )
+from mediator_peft.methods.encoding.bitmaps import pack_bits
 
 SHAPE_1B = dict(
     hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8,
@@ -196,7 +196,7 @@ def resident_bytes(out: str, what: str) -> int:
         "out, what = sys.argv[1:]\n"
         "with torch.inference_mode():\n"
         "    if what == 'dense':\n"
-        "        import mediator_peft.bank.kernels as kernels; kernels.has_compiled()\n"
+        "        import mediator_peft.kernels.dispatch as kernels; kernels.has_compiled()\n"
         "        model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)\n"
         "        for size in (4, 1): model(input_ids=ids[:size])\n"
         "    else:\n"

@@ -25,7 +25,7 @@ from mediator_peft.demo.hard_prompts import TASKS
 from mediator_peft.routing.calibration import calibrate
 from mediator_peft.routing.gate import GateSettings, gate
 from mediator_peft.routing.metrics import auroc, false_positive_rate
-from mediator_peft.routing.novelty import trust_of
+from mediator_peft.routing.ood import trust_of
 from mediator_peft.routing.routers import ROUTERS, gaussian
 from mediator_peft.routing.routers.gaussian import GaussianRouter
 

@@ -10,14 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from mediator_peft.demo.hard_prompts import (
-    TASKS,
-    HardPrompt,
-    PromptSet,
-    _described,
-    bare_items,
-    with_typos,
-)
+from mediator_peft.demo.hard_prompts import TASKS, HardPrompt, PromptSet, _described, bare_items, with_typos
 from mediator_peft.demo.tasks import EXPERT_TASKS
 
 WORDINGS = {

@@ -8,9 +8,9 @@ import torch
 from fresh_prompts import fresh_sets, later_sets
 
 from mediator_peft.demo.hard_prompts import TASKS, PromptSet, calibration_prompts, hard_sets
+from mediator_peft.routing.augmentation import vary
 from mediator_peft.routing.background import BACKGROUND_PROMPTS
-from mediator_peft.routing.neighbours import neighbours
-from mediator_peft.routing.variations import vary
+from mediator_peft.routing.hard_negatives import neighbours
 
 ALL_LAYERS = [0, 1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 25, 29]
 FEW_LAYERS = [2, 3, 4, 6, 8]
@@ -41,7 +41,7 @@ def make_features(out: Path, path: Path, seeds: tuple[int, int], layers: list[in
         many_seen: prompts more an expert in seen wordings, for rates of a hundredth.
     """
     from mediator_peft import load_mediator
-    from mediator_peft.tuner.turns import turn_markers
+    from mediator_peft.tuner.chat_turns import turn_markers
 
     model, tokenizer = load_mediator(out, dtype=torch.float32)
     markers = turn_markers(tokenizer)
@@ -86,8 +86,8 @@ def make_features(out: Path, path: Path, seeds: tuple[int, int], layers: list[in
 @torch.no_grad()
 def pooled_states(backbone, tokenizer, texts, markers, layers, batch_size=16):
     """(N, len(layers), H) of the texts' last user turns."""
+    from mediator_peft.tuner.chat_turns import user_turns
     from mediator_peft.tuner.fitting import padded
-    from mediator_peft.tuner.turns import user_turns
 
     rows = []
     for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:

@@ -12,7 +12,14 @@ from fake_mediator import TakesExperts
 from tiny import tiny_model
 
 from mediator_peft.errors import RoutingError
-from mediator_peft.evaluation.generation import ROUTED, Memo, answer_losses, answer_prompts, route_prompts, weight_rows
+from mediator_peft.evaluation.generation import (
+    ROUTED,
+    Memo,
+    answer_losses,
+    answer_prompts,
+    route_prompts,
+    weight_rows,
+)
 
 PROMPTS = ["a", "what is 12 + 7?", "spell it", "a", "the longest of these prompts, by far"]
 

@@ -7,7 +7,15 @@ import torch
 from character_tokenizer import CHAT_TEMPLATE, character_tokenizer
 
 from mediator_peft.errors import MediatorError
-from mediator_peft.evaluation.prompts import DataFileError, TaskItem, encode, read_prompts, read_task, render, token_ids
+from mediator_peft.evaluation.prompts import (
+    DataFileError,
+    TaskItem,
+    encode,
+    read_prompts,
+    read_task,
+    render,
+    token_ids,
+)
 
 
 def write(path, *lines):

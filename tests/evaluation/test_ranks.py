@@ -15,8 +15,8 @@ from character_tokenizer import CHAT_TEMPLATE, character_tokenizer
 from tiny import write_tiny_checkpoints
 
 from mediator_peft import MediatorConfig, build_mediator
-from mediator_peft.build.ranks import Ranks
 from mediator_peft.evaluation.batching import answered
+from mediator_peft.ranks import Ranks
 
 TEXTS = {"math": "{0} + {1} is", "code": "def f{0}(x{1}):", "other": "Who was {0} of {1}?"}
 

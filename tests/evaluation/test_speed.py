@@ -8,7 +8,7 @@ from tiny import random_prompts, write_tiny_checkpoints
 from typer.testing import CliRunner
 
 from mediator_peft import MediatorConfig, build_mediator, load_mediator
-from mediator_peft.cli import app
+from mediator_peft.cli.app import app
 from mediator_peft.evaluation.speed import DENSE, SpeedSettings, measure_speed, mixed_rows, num_rounds, plain_twin
 
 QUICK = SpeedSettings(prompt_tokens=6, context=4, batch_size=3, rounds=1, steps=1)

@@ -6,7 +6,7 @@ from tokenizer import tiny_tokenizer, topic_texts
 from transformers import DynamicCache
 
 from mediator_peft.errors import ConfigError, RoutingError
-from mediator_peft.tuner.turns import routing_rows, turn_markers, user_turns
+from mediator_peft.tuner.chat_turns import routing_rows, turn_markers, user_turns
 
 
 def chat(*contents):

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from mediator_peft.routing.explanation import explain_rows
+from mediator_peft.routing.explain import explain_rows
 from mediator_peft.routing.gate import GateSettings, gate, smallest_sufficient_set
-from mediator_peft.routing.novelty import Known, fit_tail, tail_share, threshold, trust_of
+from mediator_peft.routing.ood import Known, fit_tail, tail_share, threshold, trust_of
 
 NONE = torch.zeros(0)
 

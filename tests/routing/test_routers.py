@@ -11,7 +11,7 @@ from torch.distributions import MultivariateNormal
 
 from mediator_peft.errors import AdapterError, UnsupportedError
 from mediator_peft.routing.metrics import auroc
-from mediator_peft.routing.novelty import Known
+from mediator_peft.routing.ood import Known
 from mediator_peft.routing.routers import ROUTERS
 from mediator_peft.routing.routers.gaussian import GaussianRouter, inverse_root, oas_shrinkage
 from mediator_peft.routing.routers.moments import Moments

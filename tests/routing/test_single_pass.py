@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mediator_peft.errors import RouterNotFittedError
-from mediator_peft.routing.tap import BlockTap
+from mediator_peft.routing.block_hook import BlockTap
 
 ABOVE = {"router_layer": 1, "routed_layers": [1, 2], "top_p": 1.0}  # so that a small change of features shows
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mediator_peft.routing.calibration import calibrate
-from mediator_peft.routing.novelty import trust_of
+from mediator_peft.routing.ood import trust_of
 from mediator_peft.routing.routers.gaussian import GaussianRouter, inverse_root, oas_shrinkage
 
 SIZE, PER_EXPERT, ALPHA = 150, 50, 0.05

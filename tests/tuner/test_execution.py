@@ -6,8 +6,8 @@ from reference import mixed_model
 from tiny import random_prompts, tiny_model, write_tiny_checkpoints
 
 from mediator_peft import MediatorConfig, build_mediator, load_mediator
-from mediator_peft.bank import kernels
 from mediator_peft.errors import RoutingError, UnsupportedError
+from mediator_peft.kernels import dispatch as kernels
 
 SETTINGS = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
 MIXES = [{"math": 1.0}, {"code": 1.0}, {"math": 0.3, "code": 0.6}, {}]

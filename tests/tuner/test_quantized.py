@@ -9,8 +9,8 @@ from tiny import ARCHITECTURES, random_prompts, write_tiny_checkpoints
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from mediator_peft import MediatorConfig, build_mediator, get_mediator_model, load_mediator
-from mediator_peft.build import tiles
 from mediator_peft.errors import BackboneMismatchError, CheckpointError, UnsupportedError
+from mediator_peft.merge import tiles
 from mediator_peft.tuner.quantized import readable_weight
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

@@ -9,10 +9,10 @@ from peft import get_peft_model
 from tiny import random_prompts, tiny_model
 
 from mediator_peft import MediatorConfig, load_mediator
-from mediator_peft.bank.packing import pack_bits
-from mediator_peft.bank.residency import ExpertStore
+from mediator_peft.bank.expert_store import ExpertStore
 from mediator_peft.bank.sparse_delta import SparseDelta
 from mediator_peft.errors import ConfigError
+from mediator_peft.methods.encoding.bitmaps import pack_bits
 
 NUM_EXPERTS = 100
 

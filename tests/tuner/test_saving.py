@@ -14,7 +14,7 @@ from tiny import random_prompts, tiny_model, write_tiny_checkpoints
 from transformers import AutoModelForCausalLM
 
 from mediator_peft import MediatorConfig, build_mediator, get_mediator_model, load_mediator
-from mediator_peft.bank.adapter_file import give_usual_mode
+from mediator_peft.checkpoints.adapter_files import give_usual_mode
 from mediator_peft.errors import AdapterError, BackboneMismatchError, ConfigError, MediatorError
 from mediator_peft.routing.feature_cache import FeatureCache
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import AdapterError, UnsupportedError
-from ..novelty import Known
+from ..ood import Known
 
 _YARDSTICKS = {
     "known_novelty": (-1,),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ..neighbours import NEIGHBOURS
+from ..hard_negatives import NEIGHBOURS
 from ..uncertainty import squared_mahalanobis
 from .base import Router
 from .moments import Moments

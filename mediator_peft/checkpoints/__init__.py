@@ -1,0 +1,1 @@
+"""Model files: Hugging Face folders, LoRA adapters, names, vocabularies, the adapter's own files."""

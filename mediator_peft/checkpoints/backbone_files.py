@@ -1,0 +1,106 @@
+"""The backbone's files: laid out before any tensor is there, and filled in any order by any process."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .headers import DTYPES, Stored, lay_out, write_from
+from .opening import INDEX_FILE, SINGLE_FILE
+
+SHARD_BYTES = 1 << 30
+
+
+class BackboneFiles:
+    """Shards of one dtype, in the layout that ``safetensors`` itself would choose.
+
+    Args:
+        folder: where they lie.
+        shapes: tensor name → shape; with ``shard_bytes`` this fixes where each tensor goes.
+        dtype: of all tensors.
+        shard_bytes: size from which on a new shard is begun.
+    """
+
+    def __init__(
+        self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        self.folder = folder
+        self.total = sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
+        shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+        filled = 0
+        for name in sorted(shapes):
+            size = prod(shapes[name]) * dtype.itemsize
+            if filled and filled + size > shard_bytes:
+                shards.append({})
+                filled = 0
+            shards[-1][name] = (dtype, tuple(shapes[name]))
+            filled += size
+        self.paths = [folder / _file_name(number, len(shards)) for number in range(len(shards))]
+        self._heads: dict[Path, bytes] = {}
+        self._places: dict[str, tuple[Path, Stored]] = {}
+        for path, tensors in zip(self.paths, shards, strict=True):
+            self._heads[path], stored = lay_out(tensors)
+            self._places.update({name: (path, place) for name, place in stored.items()})
+        self._descriptors: dict[Path, int] = {}
+
+    def create(self) -> None:
+        """Write the headers and the index, and take the room for the data: a full disk shows itself here."""
+        for path, head in self._heads.items():
+            end = max(place.offset + place.num_bytes for where, place in self._places.values() if where == path)
+            with open(path, "wb") as file:
+                file.write(head)
+                file.flush()
+                _allocate(file.fileno(), max(end, len(head)))
+        if len(self.paths) > 1:
+            weight_map = {name: path.name for name, (path, _) in sorted(self._places.items())}
+            index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
+            (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Write a whole tensor."""
+        self.write_rows(name, 0, tensor)
+
+    def write_rows(self, name: str, start: int, rows: Tensor) -> None:
+        """Write rows of a tensor, the first of them being row ``start``."""
+        path, place = self._places[name]
+        row_bytes = place.num_bytes // max(1, place.shape[0] if place.shape else 1)
+        data = rows.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        write_from(self._open(path), data.data, place.offset + start * row_bytes)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor as it was written; it is mapped, so that only what is looked at is read."""
+        path, place = self._places[name]
+        if not place.num_bytes:
+            return torch.empty(place.shape, dtype=DTYPES[place.dtype])
+        mapped = np.memmap(path, np.uint8, "c", place.offset, (place.num_bytes,))
+        return torch.from_numpy(mapped).view(DTYPES[place.dtype]).reshape(place.shape)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def _open(self, path: Path) -> int:
+        if path not in self._descriptors:
+            self._descriptors[path] = os.open(path, os.O_RDWR)
+        return self._descriptors[path]
+
+
+def _file_name(number: int, num_shards: int) -> str:
+    return SINGLE_FILE if num_shards == 1 else f"model-{number + 1:05}-of-{num_shards:05}.safetensors"
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except (AttributeError, OSError) as fault:
+        if isinstance(fault, OSError) and fault.errno not in (22, 95):  # file systems that cannot take room ahead
+            raise
+        os.ftruncate(descriptor, size)

@@ -1,0 +1,65 @@
+"""``mediator-peft``: the command line."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+from .bench import bench
+from .build import build
+from .calibrate import calibrate
+from .common import GuardedGroup
+from .demo import demo
+from .evaluate import evaluate
+from .generate import generate
+from .inspect import inspect
+from .plan import plan
+from .run import run
+from .verify import verify
+
+app = typer.Typer(
+    name="mediator-peft",
+    cls=GuardedGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Merge fine-tuned models of one base into a backbone plus sparse experts, routed per prompt by uncertainty.",
+    epilog="Exit codes: 0 done, 2 wrong command line, 3 bad input, 4 out of memory or disk.",
+)
+
+app.command()(plan)
+app.command()(build)
+app.command()(run)
+app.command()(calibrate)
+app.command()(generate)
+app.command("eval")(evaluate)
+app.command()(inspect)
+app.command()(verify)
+app.command()(bench)
+app.command()(demo)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            print(version("mediator_peft"))
+        except PackageNotFoundError:
+            print("not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()

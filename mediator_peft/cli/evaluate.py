@@ -1,0 +1,117 @@
+"""``mediator-peft eval``: score a built model on tasks."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .common import (
+    AsJson,
+    BatchSize,
+    Device,
+    Dtype,
+    OutputFolder,
+    Quantize,
+    Raw,
+    console,
+    load,
+    parse_pairs,
+    print_json,
+    say,
+)
+
+
+def evaluate(
+    out: OutputFolder,
+    data: Annotated[
+        list[str],
+        typer.Option(
+            metavar="TASK=FILE",
+            help="A JSONL file with prompt, answer and, if need be, match; once each. A task with an expert's name "
+            "belongs to that expert, any other is one that no expert knows.",
+            show_default=False,
+        ),
+    ],
+    match: Annotated[
+        str, typer.Option(help="How answers are judged where a line does not say: exact, contains, last_number.")
+    ] = "exact",
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Answers are cut off here. Without it: half as long again as references.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write results, answers and a figure to this folder.", show_default=False)
+    ] = None,
+    only_routed: Annotated[
+        bool, typer.Option("--only-routed", help="Leave out the comparisons: averaged backbone, expert named.")
+    ] = False,
+    raw: Raw = False,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    quantize: Quantize = None,
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy of OUT per task, beside the averaged backbone and the experts named; and where prompts were routed.
+
+    Example:
+      mediator-peft eval out --data math=math.test.jsonl --data cron=cron.test.jsonl
+    """
+    from ..evaluation.prompts import read_task
+    from ..evaluation.report import EvaluationReport, accuracy_table, loss_table, routing_table
+    from ..evaluation.runner import EvalTask
+    from ..ranks import Ranks
+
+    files = parse_pairs(data, "--data")
+    # Read before the model is loaded: what is wrong with them is told at once.
+    items = {name: read_task(path, match) for name, path in files.items()}
+    model, tokenizer = load(out, dtype, device, quantize)
+    tasks = [EvalTask.of_items(name, items[name], model.expert_names, tokenizer, max_new_tokens) for name in files]
+    result = EvaluationReport(tasks)
+    _score(result, model, tokenizer, only_routed, {"batch_size": batch_size, "use_template": not raw})
+    if report is not None:
+        Ranks().first(partial(_write, result, report))
+    if as_json:
+        print_json(result.to_dict())
+        return
+    target = console()
+    names = [task.name for task in tasks]
+    target.print(accuracy_table(result, names, title="Accuracy"))
+    target.print(loss_table(result, names, title="Answer loss"))
+    if result.routing is not None:
+        target.print(routing_table(result.routing, title="Where prompts were routed"))
+        if result.routing.overall is not None:
+            target.print(f"routing accuracy: {result.routing.overall:.1%}", highlight=False)
+
+
+def _score(result: Any, model: Any, tokenizer: Any, only_routed: bool, shared: dict[str, Any]) -> None:
+    from ..evaluation.generation import ROUTED, Memo
+    from ..evaluation.runner import NAMED, score_routing, score_system
+    from ..progress import bar_progress
+    from ..ranks import Ranks
+
+    shared = {**shared, "progress": bar_progress, "ranks": Ranks()}
+    # The cheap part first: it fails at once where the router has not been fitted.
+    result.routing, _ = score_routing(model, tokenizer, result.tasks, **shared)
+    scored: dict[str, Any] = {**shared, "memo": Memo.empty()}
+    if not only_routed:
+        result.systems.append(score_system("averaged backbone", model, tokenizer, result.tasks, **scored))
+        known = [task for task in result.tasks if task.expert]
+        if known:
+            result.systems.append(score_system("expert named", model, tokenizer, known, expert_weights=NAMED, **scored))
+    result.systems.append(score_system("routed", model, tokenizer, result.tasks, expert_weights=ROUTED, **scored))
+
+
+def _write(result: Any, folder: Path) -> None:
+    from ..errors import MissingPackageError
+    from ..evaluation.report import draw_report, write_json
+
+    write_json(result.to_dict(), folder / "results.json")
+    write_json(result.answers(), folder / "answers.json")
+    try:
+        draw_report(result, folder / "results.png")
+    except MissingPackageError as fault:
+        say(f"note: the figure was left out: {fault}")
+    say(f"written to {folder}")

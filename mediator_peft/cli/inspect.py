@@ -1,0 +1,100 @@
+"""``mediator-peft inspect``: what an artefact holds, from its headers alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..config import CORRECTION
+from .common import AsJson, OutputFolder, console, print_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..evaluation.sizes import AdapterInfo
+
+_LEVELS = " ▁▂▃▄▅▆▇█"
+
+
+def inspect(out: OutputFolder, as_json: AsJson = False) -> None:
+    """Sizes by part, settings and layer plan of OUT; reads JSON and file headers and builds no model.
+
+    Example:
+      mediator-peft inspect out
+    """
+    from ..evaluation.sizes import read_adapter_info
+
+    info = read_adapter_info(out)
+    if as_json:
+        print_json(info.to_dict())
+    else:
+        print_info(info, console())
+
+
+def print_info(info: AdapterInfo, target: Console) -> None:
+    """An adapter's sizes, settings and plan as tables."""
+    from rich.table import Table
+
+    from ..evaluation.sizes import format_bytes
+
+    facts = info.to_dict()
+    table = Table.grid(padding=(0, 2))
+    for label, value in _facts(facts):
+        table.add_row(f"[dim]{label}[/dim]", value)
+    target.print(table)
+    sizes = Table(title="Bytes on disk", title_justify="left", pad_edge=False)
+    parts = sorted({part for column in info.column_bytes.values() for part in column})
+    for heading in ("part", *parts, "total"):
+        sizes.add_column(heading, justify="left" if heading == "part" else "right")
+    for name, column in info.column_bytes.items():
+        cells = [format_bytes(column.get(part, 0)) for part in parts]
+        label = "correction of the quantised backbone" if name == CORRECTION else f"delta of {name}"
+        sizes.add_row(label, *cells, format_bytes(sum(column.values())))
+    blank = [""] * len(parts)
+    sizes.add_row("router", *blank, format_bytes(info.router_bytes) if info.has_router else "not fitted")
+    sizes.add_row("adapter file", *blank, format_bytes(info.adapter_bytes))
+    sizes.add_row("backbone", *blank, format_bytes(info.backbone_bytes))
+    target.print(sizes)
+
+
+def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    from rich.markup import escape
+
+    settings = facts["settings"]
+    provenance = facts["provenance"] or {}
+    rows = [
+        ("adapter", escape(facts["adapter"])),
+        ("backbone", escape(facts["backbone"])),
+        ("base", escape(str(provenance.get("base", "unknown")))),
+        *((f"expert {name}", escape(str(path))) for name, path in (provenance.get("experts") or {}).items()),
+        ("columns", ", ".join(facts["columns"])),
+        (
+            "deltas",
+            f"{settings['density']:.0%} of entries by {settings['sparsifier']}, stored as {settings['values']}",
+        ),
+        ("backbone by", str(settings["merge_method"])),
+        ("router", f"{settings['router']}, {'fitted' if facts['has_router'] else 'not fitted yet: calibrate it'}"),
+        ("fallback", str(settings["fallback"])),
+        ("routed layers", _plan(facts)),
+    ]
+    if facts["bytes_per_routed_parameter_and_expert"] is not None:
+        each = facts["bytes_per_routed_parameter_and_expert"]
+        rows.append(("bytes", f"{each:.3f} a routed parameter and expert"))
+    conflict = (facts["conflict"] or {}).get(facts["conflict_score"])
+    if conflict:
+        bar = "".join(_LEVELS[min(8, int(score * 16))] for score in conflict)
+        rows.append(
+            ("conflict by block", f"{bar}  ({min(conflict):.2f} to {max(conflict):.2f}; full height is chance, 0.5)")
+        )
+    return rows
+
+
+def _plan(facts: dict[str, Any]) -> str:
+    routed, parameters = facts["routed_blocks"], facts["routed_parameters"]
+    text = f"{facts['num_routed_layers']}"
+    if routed is not None:
+        text += f" in {len(routed)} of {facts['num_blocks']} blocks"
+        if 0 < len(routed) < (facts["num_blocks"] or 0):
+            text += f" ({', '.join(map(str, routed))})"
+    if parameters is not None:
+        text += f", {parameters:,} parameters"
+    return text

@@ -1,0 +1,221 @@
+"""One file for the whole way: what to build, how to calibrate, what to evaluate. Strict keys, all faults at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..config import SETTABLE, MediatorSettings
+from ..errors import ConfigError
+from ..merge.block_plan import planned_settings
+from ..merge.memory import parse_bytes
+from ..tables import unknown_name
+
+_SECTIONS = ("build", "calibrate", "eval")
+_PATHS = ("build.output", "build.plan", "calibrate.answered", "eval.report")
+
+
+@dataclass
+class BuildSection:
+    """Arguments of ``build_mediator``."""
+
+    base: str | None = None
+    experts: dict[str, str] = field(default_factory=dict)
+    output: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Fields of ``MediatorConfig``."""
+
+    plan: str | None = None
+    workers: int = 1
+    max_memory: str | int | None = None
+    allow_pickle: bool = False
+    hash_inputs: bool = True
+
+
+@dataclass
+class CalibrateSection:
+    """Options of ``mediator-peft calibrate``."""
+
+    data: dict[str, str] = field(default_factory=dict)
+    """Expert name → file of prompts."""
+
+    text_column: str = "prompt"
+    answered: str | None = None
+    """File of other prompts, with answers."""
+
+    match: str = "exact"
+    raw: bool = False
+    batch_size: int = 16
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+@dataclass
+class EvalSection:
+    """Options of ``mediator-peft eval``."""
+
+    data: dict[str, str] = field(default_factory=dict)
+    """Task → file of prompts and answers; a task with an expert's name belongs to that expert."""
+
+    match: str = "exact"
+    max_new_tokens: int | None = None
+    report: str | None = None
+    only_routed: bool = False
+    raw: bool = False
+    batch_size: int = 16
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+@dataclass
+class Pipeline:
+    """A pipeline file, checked."""
+
+    build: BuildSection
+    calibrate: CalibrateSection | None = None
+    eval: EvalSection | None = None
+
+    @property
+    def config(self) -> MediatorSettings:
+        """The configuration of the build: what the file says goes before what its plan was made with.
+
+        Raises:
+            ConfigError: the plan cannot be read, or contradicts the file.
+        """
+        planned = {} if self.build.plan is None else planned_settings(Path(self.build.plan))
+        return MediatorSettings(**{**planned, **(self.build.config or {})})
+
+
+def read_pipeline(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Pipeline:
+    """Read a pipeline file.
+
+    Example::
+
+        build:
+          base: models/base
+          experts: {math: models/math, cron: models/cron}
+          output: out
+          config: {density: 0.2}
+        calibrate:
+          data: {math: math.jsonl, cron: cron.jsonl}
+
+    Args:
+        path: YAML. Relative paths in it count from its folder.
+        overrides: dotted key → value, e.g. ``{"build.config.density": 0.1}``; they win over the file.
+
+    Raises:
+        ConfigError: it cannot be read, or keys or values are wrong; all faults are listed.
+    """
+    path = Path(path).expanduser()
+    content = _load(path)
+    for key, value in (overrides or {}).items():
+        # What comes from a command line counts from where that was typed.
+        is_path = key in _PATHS and isinstance(value, str)
+        _put(content, key.split("."), str(Path(value).expanduser().absolute()) if is_path else value)
+    faults = list(_faults(content))
+    if faults:
+        raise ConfigError(f"pipeline {str(path)!r}:\n- " + "\n- ".join(faults))
+    folder = path.absolute().parent
+    build = BuildSection(**content["build"])
+    build.base = _local(build.base, folder)
+    build.experts = {name: _local(source, folder) or "" for name, source in build.experts.items()}
+    build.output = str(folder / Path(build.output).expanduser())
+    build.plan = None if build.plan is None else str(folder / Path(build.plan).expanduser())
+    pipeline = Pipeline(build)
+    if content.get("calibrate") is not None:
+        pipeline.calibrate = CalibrateSection(**content["calibrate"])
+        if pipeline.calibrate.answered is not None:
+            pipeline.calibrate.answered = str(folder / Path(pipeline.calibrate.answered).expanduser())
+    if content.get("eval") is not None:
+        pipeline.eval = EvalSection(**content["eval"])
+        if pipeline.eval.report is not None:
+            pipeline.eval.report = str(folder / Path(pipeline.eval.report).expanduser())
+    for section in (pipeline.calibrate, pipeline.eval):
+        if section is not None:
+            section.data = {key: _local(source, folder) or "" for key, source in section.data.items()}
+    return pipeline
+
+
+def _load(path: Path) -> dict[str, Any]:
+    import yaml  # huggingface_hub brings it along
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as fault:
+        raise ConfigError(f"pipeline {str(path)!r} cannot be read: {fault}") from fault
+    if not isinstance(content, dict):
+        raise ConfigError(f"pipeline {str(path)!r} must hold the sections {', '.join(_SECTIONS)}.")
+    return content
+
+
+def _put(content: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = content.get(key)
+        content[key] = inner if isinstance(inner, dict) else {}
+        content = content[key]
+    content[keys[-1]] = value
+
+
+def _faults(content: Mapping[str, Any]) -> list[str]:
+    faults = [unknown_name(key, _SECTIONS, "section") for key in content if key not in _SECTIONS]
+    build = content.get("build")
+    if not isinstance(build, dict):
+        return [*faults, "the section build is missing"]
+    faults += _section_faults("build", build, BuildSection)
+    for name in ("output", "experts"):
+        if not build.get(name):
+            faults.append(f"build.{name} is missing")
+    settings = build.get("config") or {}
+    if isinstance(settings, dict):
+        unknown = [key for key in settings if key not in SETTABLE]
+        faults += [unknown_name(key, SETTABLE, "key of build.config") for key in unknown]
+        try:
+            MediatorSettings(**{key: value for key, value in settings.items() if key in SETTABLE})
+        except ConfigError as fault:
+            faults += [f"build.config: {line}" for line in str(fault).splitlines()]
+    try:
+        parse_bytes(build.get("max_memory"))
+    except ConfigError as fault:
+        faults.append(f"build: {fault}")
+    for name, form in (("calibrate", CalibrateSection), ("eval", EvalSection)):
+        section = content.get(name)
+        if isinstance(section, dict):
+            faults += _section_faults(name, section, form)
+            if not section.get("data"):
+                faults.append(f"{name}.data is missing")
+        elif section is not None:
+            faults.append(f"{name} must be a section with data:, got {section!r}")
+    return faults
+
+
+def _section_faults(name: str, section: Mapping[str, Any], form: type) -> list[str]:
+    known = {item.name: item for item in fields(form)}
+    faults = [unknown_name(key, known, f"key of {name}") for key in section if key not in known]
+    for key, value in section.items():
+        if key not in known or value is None:
+            continue
+        item = known[key]
+        default = item.default_factory() if item.default_factory is not MISSING else item.default
+        if isinstance(default, dict) and not isinstance(value, dict):
+            faults.append(f"{name}.{key} must be pairs of name and value, got {value!r}")
+        elif item.type == "dict[str, str]":
+            odd = {inner: path for inner, path in value.items() if not isinstance(path, str)}
+            faults += [f"{name}.{key}.{inner} must be a path, got {path!r}" for inner, path in odd.items()]
+        elif item.type in ("str", "str | None") and not isinstance(value, str):
+            faults.append(f"{name}.{key} must be text, got {value!r}")
+        elif isinstance(default, bool) != isinstance(value, bool):
+            faults.append(f"{name}.{key} must be {'true or false' if isinstance(default, bool) else 'no truth value'}")
+        elif isinstance(default, int) and not isinstance(value, int):
+            faults.append(f"{name}.{key} must be a whole number, got {value!r}")
+    return faults
+
+
+def _local(source: str | None, folder: Path) -> str | None:
+    """A relative path counted from the file's folder, where something lies there; hub ids stay."""
+    if source is None:
+        return None
+    beside = folder / Path(str(source)).expanduser()
+    return str(beside) if beside.exists() else str(source)

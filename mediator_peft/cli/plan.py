@@ -1,0 +1,92 @@
+"""``mediator-peft plan``: what a build would do, need and give, before it is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import merge_options as merge
+from .common import BAD_INPUT, AsJson, console, print_json, quiet_transformers, say
+from .merge_options import DEFAULTS
+
+
+def plan(
+    ctx: typer.Context,
+    base: merge.Base,
+    expert: merge.Expert,
+    output: Annotated[Path | None, typer.Option(help="Where the build would write; its disk is looked at.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write the plan here, to be edited and given to build.")] = None,
+    merge_method: merge.MergeMethod = DEFAULTS.merge_method,
+    density: merge.Density = DEFAULTS.density,
+    density_scope: merge.DensityScope = DEFAULTS.density_scope,
+    budget: merge.Budget = None,
+    values: merge.Values = DEFAULTS.values,
+    sign_scale: merge.SignScale = DEFAULTS.sign_scale,
+    sparsifier: merge.Sparsifier = DEFAULTS.sparsifier,
+    rank: merge.Rank = None,
+    routed_layers: merge.RoutedLayers = str(DEFAULTS.routed_layers),
+    target_module: merge.TargetModule = None,
+    conflict_score: merge.ConflictScore = DEFAULTS.conflict_score,
+    conflict_density: merge.ConflictDensity = DEFAULTS.conflict_density,
+    conflict_threshold: merge.ConflictThreshold = DEFAULTS.conflict_threshold,
+    router: merge.Router = DEFAULTS.router,
+    router_layer: merge.RouterLayer = None,
+    ood_alpha: merge.OodAlpha = DEFAULTS.ood_alpha,
+    top_p: merge.TopP = DEFAULTS.top_p,
+    fallback: merge.Fallback = DEFAULTS.fallback,
+    for_quantization: merge.ForQuantization = None,
+    correction_density: merge.CorrectionDensity = DEFAULTS.correction_density,
+    seed: merge.Seed = DEFAULTS.seed,
+    plan_file: merge.PlanFile = None,
+    workers: merge.Workers = 1,
+    max_memory: merge.MaxMemory = None,
+    allow_pickle: merge.AllowPickle = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check base and experts by their headers, and predict size, time and memory of a build.
+
+    Lists every problem at once and ends with 3 if there is one. Conflict scores are estimated from samples.
+
+    Example:
+      mediator-peft plan --base base --expert math=math --expert cron=cron --save plan.json
+    """
+    from ..merge.preflight import plan_mediator
+
+    quiet_transformers()
+    found = plan_mediator(output=output, config=merge.merge_settings(ctx), **merge.merge_inputs(ctx))
+    if save is not None and found.is_ok:
+        found.save(save)
+        say(f"plan written to {save}; edit it and give it to `build --plan`")
+    show_plan(found, as_json)
+
+
+def show_plan(found: Any, as_json: bool) -> None:
+    """Print what a build would do; a plan with problems ends the command."""
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        _print_plan(found)
+    if not found.is_ok:
+        raise typer.Exit(BAD_INPUT)
+
+
+def _print_plan(found: Any) -> None:
+    from rich.table import Table
+
+    for problem in found.problems:
+        say(f"problem: {problem}")
+    for warning in found.warnings:
+        say(f"warning: {warning}")
+    if not found.is_ok:
+        return
+    routed = [block for block in found.blocks if block["routed"]]
+    table = Table(show_header=False, box=None)
+    table.add_row("blocks with experts", f"{len(routed)} of {len(found.blocks)}")
+    table.add_row("density", f"{found.density:.4f}")
+    for part, size in found.bytes.items():
+        table.add_row(f"bytes, {part}", f"{size / 1e6:,.1f} MB")
+    table.add_row("time", f"about {found.seconds:.0f} s")
+    table.add_row("largest memory", f"about {found.peak_memory_bytes / 1e9:.1f} GB")
+    console().print(table)

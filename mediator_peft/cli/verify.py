@@ -1,0 +1,57 @@
+"""``mediator-peft verify``: is an output whole, and how near are its experts to the originals?"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .common import BAD_INPUT, AsJson, OutputFolder, console, parse_pairs, print_json, quiet_transformers, say
+
+
+def verify(
+    out: OutputFolder,
+    against: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="Compare an expert with its original; once for each.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base of experts that are LoRAs.")] = None,
+    logits: Annotated[
+        bool, typer.Option(help="With --against: run both models and compare logits, too. Takes both in memory.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Check files, checksums and fingerprint of OUT; with --against also how far weights and logits are off.
+
+    Ends with 3 where something is damaged or missing. Differences are told, not judged: sparse deltas leave something
+    out. At density 1 with values=float they are rounding alone.
+
+    Example:
+      mediator-peft verify out --against math=math --against cron=cron
+    """
+    from ..merge.verify import verify_mediator
+
+    quiet_transformers()
+    originals = parse_pairs(against or [], "--against")
+    found = verify_mediator(out, against=originals, base=base)
+    if originals and logits and found.is_ok:
+        from ..evaluation.logits import logit_differences
+
+        for name, largest in logit_differences(out, originals, base).items():
+            found.differences[name]["max_logit_difference"] = largest
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        for problem in found.problems:
+            say(f"problem: {problem}")
+        if found.is_ok:
+            console().print("files, checksums and fingerprint are in order")
+        for name, difference in found.differences.items():
+            place = f" in {difference['tensor']}" if difference["tensor"] else ""
+            logit = difference.get("max_logit_difference")
+            console().print(
+                f"{name}: largest weight difference {difference['max_difference']:.3g}{place}, "
+                f"relative error of all weights {difference['relative_error']:.3g}"
+                + ("" if logit is None else f", largest logit difference {logit:.3g}")
+            )
+    if not found.is_ok:
+        raise typer.Exit(BAD_INPUT)

@@ -1,1 +1,0 @@
-"""The commands of ``mediator-peft``, one a file."""

@@ -1,0 +1,271 @@
+"""From checkpoints to a backbone and a bank of sparse deltas: which tensors, in which order, what they add up to."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..bank.sparse_delta import SparseDelta
+from ..checkpoints.fingerprint import sample, sampled_names
+from ..checkpoints.opening import Checkpoint, MeanCheckpoint
+from ..config import MediatorSettings
+from ..errors import ConfigError
+from ..methods.conflict import CONFLICT_SCORES
+from ..progress import Progress, no_progress
+from ..structure import OUTSIDE, select_layers, targets_in_blocks
+from .block_plan import BlockPlan, check_block_numbers, choose_blocks
+from .budget import shared_out
+from .compatibility import Job
+from .journal import Finished, finished
+from .merge_job import Merge
+from .report import BuildReport, summarize_errors
+from .tensor_work import Task, TensorWork
+
+
+@dataclass
+class Bank:
+    """Deltas by layer and column."""
+
+    deltas: dict[str, dict[str, SparseDelta]] = field(default_factory=dict)
+    """Layer name → column → delta."""
+
+
+def plan_merge(job: Job, config: MediatorSettings, plan: Sequence[BlockPlan] | None = None) -> Merge:
+    """List the work.
+
+    Args:
+        job: checkpoints that belong together.
+        config: what to do.
+        plan: decisions block by block, which then take the place of ``routed_layers`` and ``density``.
+
+    Raises:
+        ConfigError: a block or module of the configuration is not in the model.
+    """
+    require_experts(config)
+    layers = {layer.name: layer for layer in select_layers(job.structure, config.target_modules)}
+    if isinstance(config.routed_layers, (list, tuple)):
+        check_block_numbers(config.routed_layers, job.structure.num_blocks)
+    if config.router_layer is not None and config.router_layer > job.structure.num_blocks:
+        raise ConfigError(
+            f"router_layer {config.router_layer} is beyond this model, which has {job.structure.num_blocks} blocks."
+        )
+    densities = _block_densities(config, job.structure.num_blocks, plan)
+    blocks = {layer.name: layer.block for layer in (*job.structure.layers, *layers.values())}
+    biases = {f"{name}.bias" for name, layer in layers.items() if layer.has_bias}
+    tasks = []
+    for name in sorted(job.names):
+        if name in biases:
+            continue
+        owner = name.removesuffix(".weight")
+        layer = layers.get(owner) if name.endswith(".weight") else None
+        tasks.append(
+            Task(
+                name=name,
+                measure=owner in blocks and name.endswith(".weight"),
+                density=densities[layer.block] if layer is not None else None,
+                is_transposed=layer is not None and layer.is_transposed,
+                bias=f"{owner}.bias" if layer is not None and layer.has_bias else None,
+            )
+        )
+    return Merge(job, config, tasks, blocks, plan, frozenset(sampled_names(job.names)))
+
+
+def _block_densities(
+    config: MediatorSettings, num_blocks: int, plan: Sequence[BlockPlan] | None
+) -> dict[int, float | None]:
+    """Block → density of its deltas; None where it is certain to get none."""
+    outside: dict[int, float | None] = {OUTSIDE: config.density}
+    if plan is not None:
+        return outside | {block.block: block.density if block.routed else None for block in plan}
+    certain = set(config.routed_layers) if isinstance(config.routed_layers, (list, tuple)) else None
+    return outside | {
+        block: config.density if certain is None or block in certain else None for block in range(num_blocks)
+    }
+
+
+def merge_in_memory(
+    job: Job, config: MediatorSettings, progress: Progress = no_progress
+) -> tuple[Bank, dict[str, Tensor], MediatorSettings, BuildReport]:
+    """Merge all tensors and keep everything in memory.
+
+    Returns:
+        The bank; the backbone, name → tensor in the storage dtype; the configuration with what the build found out
+        filled in; the report.
+    """
+    started = time.perf_counter()
+    with single_thread():
+        merge = shared_out(plan_merge(job, config))
+    backbone = {name: torch.empty(job.base.tensors[name].shape, dtype=job.dtype) for name in job.names}
+
+    def write(name: str, start: int, rows: Tensor) -> None:
+        target = backbone[name].reshape(-1, *rows.shape[1:])
+        target[start : start + len(rows)] = rows
+
+    work = TensorWork(job.base, job.experts, config, job.dtype, write)
+    bank, done = Bank(), []
+    with single_thread(), progress("merging", len(merge.tasks)) as advance:
+        for task in merge.tasks:
+            result = work(task)
+            if result.deltas:
+                bank.deltas[task.name.removesuffix(".weight")] = result.deltas
+            names = [name for name in (task.name, task.bias) if name in merge.sampled]
+            done.append(finished(result, {name: sample(backbone[name]) for name in names if name is not None}))
+            advance()
+    built, report = conclude(merge, done)
+    bank.deltas = {name: bank.deltas[name] for name in built.routed_modules or []}
+    report.seconds = time.perf_counter() - started
+    return bank, backbone, built, report
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Let torch work in this thread alone: results do not depend on the number of cores, and none spins idly."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def conclude(merge: Merge, done: Sequence[Finished]) -> tuple[MediatorSettings, BuildReport]:
+    """Decide which blocks are routed and sum up, once every tensor is finished.
+
+    Args:
+        merge: the work.
+        done: what each of its tasks became, in their order.
+    """
+    job, config = merge.job, merge.config
+    num_blocks = job.structure.num_blocks
+    conflict = _conflict(merge, done)
+    if merge.plan is not None:
+        routed = [block.block for block in merge.plan if block.routed]
+    elif merge.routed is not None:
+        routed = merge.routed
+    else:
+        routed = choose_blocks(conflict[config.conflict_score], config.routed_layers, config.conflict_threshold)
+    in_bank = [
+        (task.name.removesuffix(".weight"), info)
+        for task, info in zip(merge.tasks, done, strict=True)
+        if task.density is not None and _is_routed(merge, task, info, routed)
+    ]
+    carried = {name for name, _ in in_bank}
+    samples = {name: value for info in done for name, value in info.samples.items()}
+    settings = {item.name: getattr(config, item.name) for item in fields(config)}
+    settings.update(
+        expert_names=list(config.experts),
+        target_modules=targets_in_blocks(job.structure, config.target_modules),
+        routed_modules=[layer.name for layer in (*job.structure.layers, *job.structure.outer) if layer.name in carried],
+        num_blocks=num_blocks,
+        backbone_fingerprint={name: samples[name] for name in sorted(samples)},
+        provenance=_provenance(job),
+    )
+    if merge.density is not None:
+        settings["density"] = merge.density
+    return type(config)(**settings), _report(merge, conflict, routed, [info for _, info in in_bank])
+
+
+def _is_routed(merge: Merge, task: Task, info: Finished, routed: Sequence[int]) -> bool:
+    """Whether a matrix with deltas keeps them: with its block; outside of the blocks, by its own conflict score."""
+    block, config = merge.blocks[task.name.removesuffix(".weight")], merge.config
+    if block != OUTSIDE:
+        return block in routed
+    score = CONFLICT_SCORES[config.conflict_score].score(info.counts[config.conflict_score])
+    return config.routed_layers != "auto" or score >= config.conflict_threshold
+
+
+def _conflict(merge: Merge, done: Sequence[Finished]) -> dict[str, list[float]]:
+    totals: dict[int, dict[str, NDArray[np.float64]]] = {}
+    for task, info in zip(merge.tasks, done, strict=True):
+        if task.measure:
+            total = totals.setdefault(merge.blocks[task.name.removesuffix(".weight")], {})
+            for name, counts in info.counts.items():
+                total[name] = total[name] + counts if name in total else counts
+    return {
+        name: [score.score(totals[block][name]) for block in range(merge.job.structure.num_blocks)]
+        for name, score in CONFLICT_SCORES.items()
+    }
+
+
+def _provenance(job: Job) -> dict[str, object]:
+    return {
+        "base": job.base.source,
+        "experts": {name: checkpoint.source for name, checkpoint in job.experts.items()},
+        "storage_dtype": str(job.dtype).removeprefix("torch."),
+    }
+
+
+def _report(
+    merge: Merge, conflict: dict[str, list[float]], routed: list[int], in_bank: Sequence[Finished]
+) -> BuildReport:
+    job, config = merge.job, merge.config
+    storage = str(job.dtype).removeprefix("torch.")
+    dtypes = {info.dtype for info in job.base.tensors.values() if info.dtype}
+    rounded = any(torch.finfo(dtype).eps < torch.finfo(job.dtype).eps for dtype in dtypes)
+    notes = list(job.notes)
+    if rounded:
+        notes.append(f"the base was rounded to {storage}, the experts' dtype, before differences were taken")
+    if isinstance(job.base, MeanCheckpoint):
+        notes.append("no base was given: differences were taken to the mean of the experts")
+    if not routed:
+        notes.append("no block is routed: the experts agree everywhere, and every prompt gets the backbone")
+    elif len(routed) < job.structure.num_blocks:
+        num_averaged = job.structure.num_blocks - len(routed)
+        notes.append(f"{num_averaged} blocks are not routed: every prompt gets the backbone there")
+    if merge.plan is not None:
+        notes.append("which blocks are routed, and at which density, was read from a plan")
+    if merge.density is not None:
+        where = "under one threshold" if config.density_scope == "model" else "the same share of every matrix"
+        fitted = "" if config.budget is None else f", fitted to a budget of {config.budget}"
+        notes.append(f"{merge.density:.4f} of all routed entries are kept, {where}{fitted}, by samples of the matrices")
+    columns = list(in_bank[0].errors) if in_bank else []
+    return BuildReport(
+        output=None,
+        experts=list(config.experts),
+        storage_dtype=storage,
+        base_was_rounded=rounded,
+        conflict=conflict,
+        conflict_score=config.conflict_score,
+        routed_blocks=routed,
+        num_blocks=job.structure.num_blocks,
+        routed_parameters=sum(info.num_parameters for info in in_bank),
+        bank_bytes=sum(info.num_bytes for info in in_bank),
+        delta_errors={column: summarize_errors([info.errors[column] for info in in_bank]) for column in columns},
+        peak_memory_bytes=peak_memory(),
+        notes=notes,
+    )
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def require_experts(config: MediatorSettings) -> None:
+    """Refuse a build without experts.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if not config.experts:
+        raise ConfigError("no experts: give at least one, e.g. {'math': 'path/to/math'}.")
+
+
+def label_checkpoints(base: str | None, experts: Mapping[str, str]) -> dict[str, str]:
+    """Label → path, as messages call them."""
+    labelled = {f"expert {name!r}": path for name, path in experts.items()}
+    return labelled if base is None else {"base": base, **labelled}
+
+
+def checkpoints_by_name(opened: Mapping[str, Checkpoint], experts: Iterable[str]) -> dict[str, Checkpoint]:
+    """The opened experts, by their own names."""
+    return {name: opened[f"expert {name!r}"] for name in experts}

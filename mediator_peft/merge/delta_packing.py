@@ -1,0 +1,69 @@
+"""A whole delta → its packed form, by any sparsifier and coding."""
+
+from __future__ import annotations
+
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from ..bank.sparse_delta import SparseDelta
+from ..checkpoints.checkpoint import Checkpoint
+from ..config import MediatorSettings
+from ..methods.encoding.values import Precision
+from ..methods.sparsifying import LOW_RANK, RESCALING, SPARSIFIERS
+from ..methods.sparsifying.svd import low_rank, rank_of_density
+
+
+def pack_delta(
+    config: MediatorSettings, name: str, delta: Tensor, density: float, dtype: torch.dtype, bias: Tensor | None
+) -> SparseDelta:
+    """Thin out a whole delta and pack it.
+
+    Args:
+        config: how.
+        name: of tensor and column: with the seed it decides what is drawn.
+        delta: (O, I) float32
+        density: share that is kept.
+        dtype: storage dtype.
+        bias: (O,) float32 or None.
+    """
+    generator = torch.Generator().manual_seed(crc32(f"{config.seed}/{name}".encode()))
+    if config.sparsifier in LOW_RANK:
+        rank = rank_of(config, (delta.shape[0], delta.shape[1]), density)
+        left, right = low_rank(delta, rank, generator)
+        stored = factor_dtype(config, density)
+        return SparseDelta.from_factors(left.to(stored), right.to(stored), bias)
+    kept = SPARSIFIERS[config.sparsifier](delta, density, generator) != 0
+    gain = 1 / density if config.sparsifier in RESCALING else 1.0
+    # At density 1 numbers are kept in float32, so that nothing is lost.
+    precision = Precision(None if density == 1.0 else dtype, config.sign_scale, gain)
+    return SparseDelta.from_dense(delta, kept, config.values, precision, bias)
+
+
+def rank_of(config: MediatorSettings, shape: tuple[int, int], density: float) -> int:
+    """Rank of a delta (O, I): the configuration's, or the one that goes with its density."""
+    return rank_of_density(shape, density) if config.rank is None else min(config.rank, *shape)
+
+
+def factor_dtype(config: MediatorSettings, density: float) -> torch.dtype:
+    """In which the factors of a low-rank delta are stored: float32 where all singular values are kept."""
+    return torch.float32 if density == 1.0 and config.rank is None else torch.bfloat16
+
+
+def own_factors(
+    config: MediatorSettings, checkpoint: Checkpoint, name: str, is_transposed: bool
+) -> tuple[Tensor, Tensor] | None:
+    """The factors (O, r) and (r, I) with which a LoRA expert was trained, where its delta is just their product.
+
+    So it is where the backbone is the base. They are kept in bfloat16 if that loses nothing, else in float32.
+    """
+    if config.sparsifier not in LOW_RANK or config.merge_method != "base":
+        return None
+    factors = checkpoint.factors(name)
+    if factors is None:
+        return None
+    left, right = (factors[1].T, factors[0].T) if is_transposed else factors
+    halves = [factor.bfloat16() for factor in (left, right)]
+    is_exact = all(torch.equal(half.float(), whole) for half, whole in zip(halves, (left, right), strict=True))
+    return (halves[0], halves[1]) if is_exact else (left, right)

@@ -1,0 +1,132 @@
+"""What each tensor became, one small file a tensor: the journal that lets a build go on after it was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..bank.layer_bank import delta_buffers, to_disk
+from ..checkpoints.adapter_files import bank_key
+from ..checkpoints.headers import DTYPES, Stored, lay_out, read_header, read_into
+from .signed_selection import Errors
+from .tensor_work import TensorResult
+
+_DTYPES = {**DTYPES, "U8": torch.uint8}
+_META = "mediator"
+
+
+@dataclass
+class Finished:
+    """What the builder must know of a tensor that is done."""
+
+    counts: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    errors: dict[str, Errors] = field(default_factory=dict)
+    samples: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """For the fingerprint: tensor name → shape and some values."""
+
+    num_parameters: int = 0
+    """Entries of the matrix that got deltas; 0 without."""
+
+    num_bytes: int = 0
+    """Of its deltas in memory."""
+
+    def to_json(self) -> str:
+        """As text that gives the same numbers back."""
+        plain = {**vars(self), "counts": {name: count.tolist() for name, count in self.counts.items()}}
+        return json.dumps(plain)
+
+    @classmethod
+    def from_json(cls, text: str) -> Finished:
+        """The reverse of :meth:`to_json`."""
+        plain = json.loads(text)
+        plain["counts"] = {name: np.array(count, np.float64) for name, count in plain["counts"].items()}
+        plain["errors"] = {name: Errors(*numbers) for name, numbers in plain["errors"].items()}
+        return cls(**plain)
+
+
+def finished(result: TensorResult, samples: dict[str, dict[str, Any]]) -> Finished:
+    """The small part of a result."""
+    shapes = {delta.shape for delta in result.deltas.values()}
+    return Finished(
+        counts=result.counts,
+        errors=result.errors,
+        samples=samples,
+        num_parameters=sum(rows * columns for rows, columns in shapes),
+        num_bytes=sum(delta.num_bytes for delta in result.deltas.values()),
+    )
+
+
+class PieceStore:
+    """The files of finished tensors in one folder. Files appear whole or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._known: dict[int, Finished] = {}
+
+    def path(self, number: int) -> Path:
+        """File of one tensor."""
+        return self.folder / f"{number:06}.safetensors"
+
+    def put(self, number: int, layer: str, result: TensorResult, info: Finished) -> None:
+        """Keep one tensor's result."""
+        tensors = {
+            bank_key(layer, buffer): to_disk(buffer, tensor).contiguous()
+            for column, delta in result.deltas.items()
+            for buffer, tensor in delta_buffers(column, delta).items()
+        }
+        shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        head, places = lay_out(shapes, {_META: info.to_json()})
+        target = self.path(number)
+        partial = target.with_suffix(f".{os.getpid()}")
+        with open(partial, "wb") as file:
+            file.write(head)
+            for name in sorted(tensors, key=lambda name: places[name].offset):
+                file.write(tensors[name].view(torch.uint8).numpy().data)
+        os.replace(partial, target)
+        self._known[number] = info
+
+    def get(self, number: int) -> Finished | None:
+        """The small part of one tensor's result; None where it is not finished or its file is damaged."""
+        if number in self._known:
+            return self._known[number]
+        try:
+            _, metadata = read_header(self.path(number))
+            return Finished.from_json(metadata[_META])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def join(self, numbers: Iterable[int], target: Path) -> None:
+        """Write the deltas of these tensors into one safetensors file, as the library itself would lay it out."""
+        sources: dict[str, tuple[Path, Stored]] = {}
+        for number in numbers:
+            header, _ = read_header(self.path(number))
+            sources.update({name: (self.path(number), stored) for name, stored in header.items()})
+        _join(sources, target)
+
+
+def _join(sources: Mapping[str, tuple[Path, Stored]], target: Path) -> None:
+    shapes = {name: (_DTYPES[stored.dtype], stored.shape) for name, (_, stored) in sources.items()}
+    # Nothing routed and no router yet: PEFT wants a file all the same.
+    head, places = lay_out(shapes or {"empty": (torch.float32, (0,))})
+    descriptors: dict[Path, int] = {}
+    try:
+        with open(target, "wb") as file:
+            file.write(head)
+            for name in sorted(sources, key=lambda name: places[name].offset):
+                path, stored = sources[name]
+                if path not in descriptors:
+                    descriptors[path] = os.open(path, os.O_RDONLY)
+                buffer = bytearray(stored.num_bytes)
+                read_into(descriptors[path], memoryview(buffer), stored.offset)
+                file.write(buffer)
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)

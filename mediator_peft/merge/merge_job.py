@@ -1,0 +1,42 @@
+"""What a build is going to do: the list of its work, known before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config import MediatorSettings
+from .block_plan import BlockPlan
+from .compatibility import Job
+from .tensor_work import Task
+
+
+@dataclass
+class Merge:
+    """Everything that is to be done, known before any weight is read."""
+
+    job: Job
+    config: MediatorSettings
+    tasks: list[Task]
+    blocks: dict[str, int]
+    """Layer name → block, for every linear layer of the blocks and what is targeted outside of them (``OUTSIDE``)."""
+
+    plan: Sequence[BlockPlan] | None
+    sampled: frozenset[str]
+    """Tensors whose values go into the fingerprint."""
+
+    routed: list[int] | None = None
+    """Blocks that were chosen beforehand; None where they are chosen by the scores of the pass."""
+
+    density: float | None = None
+    """Share of all routed entries that is kept, where densities were shared out."""
+
+    samples: dict[str, dict[str, NDArray[np.float32]]] = field(default_factory=dict)
+    """Tensor → column → some magnitudes of its delta, ascending, where they were looked at."""
+
+    def task(self, name: str) -> Task:
+        """The task of one tensor."""
+        return next(task for task in self.tasks if task.name == name)

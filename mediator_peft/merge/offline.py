@@ -1,0 +1,272 @@
+"""build_mediator(): base and experts on disk in, a folder that loads anywhere out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import fields
+from math import prod
+from pathlib import Path
+
+from ..checkpoints.adapter_files import SUBFOLDER, WEIGHTS_FILE, write_config
+from ..checkpoints.backbone_files import BackboneFiles
+from ..checkpoints.checksums import write_checksums
+from ..checkpoints.fingerprint import sample
+from ..checkpoints.lora import LoraCheckpoint
+from ..checkpoints.opening import Checkpoint, FolderCheckpoint, MeanCheckpoint, open_checkpoints
+from ..checkpoints.output_folder import (
+    JOURNAL,
+    check_free,
+    check_space,
+    copy_model_config,
+    copy_side_files,
+    resumable_folder,
+)
+from ..config import FALLBACK_EXPERT, FORMAT_VERSION, MediatorSettings
+from ..errors import ConfigError
+from ..progress import bar_progress, no_progress
+from ..ranks import Ranks
+from .block_plan import read_plan
+from .budget import shared_out
+from .builder import (
+    checkpoints_by_name,
+    conclude,
+    label_checkpoints,
+    plan_merge,
+    require_experts,
+    single_thread,
+)
+from .compatibility import Job, check_job
+from .journal import Finished, PieceStore, finished
+from .memory import parse_bytes, workers_within
+from .merge_job import Merge
+from .model_card import model_card
+from .provenance import InputDigests, inputs, write_provenance
+from .report import BuildReport, write_report
+from .size_prediction import predicted_bytes
+from .tensor_work import TensorWork
+from .workers import check_workers, run_all
+
+
+def build_mediator(
+    base: str | os.PathLike[str] | None,
+    experts: Mapping[str, str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    config: MediatorSettings | None = None,
+    show_progress: bool = False,
+    *,
+    plan: str | os.PathLike[str] | None = None,
+    workers: int = 1,
+    max_memory: int | str | None = None,
+    allow_pickle: bool = False,
+    hash_inputs: bool = True,
+) -> BuildReport:
+    """Merge fine-tuned models of one base into a backbone and a bank of sparse deltas, some rows at a time.
+
+    The output is an ordinary checkpoint of the backbone, with the adapter in its folder ``mediator/``. It appears under
+    its name when all is done, and not at all otherwise. A build that was killed goes on where it was when it is called
+    again with the same arguments, and ends with the same bytes.
+
+    Args:
+        base: folder or hub id of the model that the experts were fine-tuned from. None where it is not at hand: the
+            mean of the experts stands in for it, conflict is measured against the mean, and there is no fallback to
+            the base (``fallback="backbone"``).
+        experts: name → folder or hub id (``org/model@revision``) of a full fine-tune, or of a LoRA adapter.
+        output: a folder that does not exist yet.
+        config: how to merge, a ``MediatorConfig`` or plain ``MediatorSettings``, which need no PEFT; its ``experts``
+            are replaced by the argument.
+        show_progress: a bar on the error stream.
+        plan: a file that :func:`plan_mediator` wrote, perhaps edited: which blocks are routed, and at which density.
+        workers: how many processes share the tensors; the bytes are the same for any number. Under torchrun the ranks
+            share them as well.
+        max_memory: e.g. ``"4GiB"``: fewer workers are used, or the build is refused, rather than exceed it.
+        allow_pickle: also read ``.bin`` files (with ``weights_only=True``: plain tensors, no code).
+        hash_inputs: write the sha256 of every input file into the output; they are read for it once more, by a single
+            process close behind the merging.
+
+    Returns:
+        What was decided and made; also written to ``output/mediator/report``.
+
+    Raises:
+        ConfigError: a setting does not fit this model.
+        CheckpointError: a checkpoint is missing, damaged, or holds NaN or infinity.
+        CheckpointMismatchError: base and experts do not belong together.
+        OutputExistsError: the output is there already, or another process is building it.
+        OutputError: the output cannot be written, or the disk has no room for it.
+        OutOfMemoryError: it does not fit into ``max_memory``.
+    """
+    started = time.perf_counter()
+    workers = check_workers(workers)
+    config = with_experts(config or MediatorSettings(), {name: str(path) for name, path in experts.items()})
+    require_experts(config)
+    target = Path(output).expanduser().absolute()
+    check_free(target)
+    limit = parse_bytes(max_memory)
+    job = open_job(None if base is None else str(base), config, allow_pickle)
+    decided = None if plan is None else read_plan(Path(plan), job.structure.num_blocks)
+    with single_thread():
+        merge = shared_out(plan_merge(job, config, decided))
+    workers = workers_within(merge, workers, limit)
+    check_space(target, predicted_bytes(merge))
+    ranks = Ranks()
+    with ExitStack() as stack:
+        folder = ranks.first(lambda: stack.enter_context(resumable_folder(target, job_key(merge))))
+        build = _Build(merge, folder, hash_inputs)
+        todo = ranks.first(build.prepare)
+        ranks.all(lambda: build.run(todo[ranks.number :: ranks.count], workers, show_progress and not ranks.number))
+        report = ranks.first(lambda: build.finish(str(target), started))
+        # The folder gets its name before any rank goes on.
+        ranks.first(stack.close)
+    return report
+
+
+def open_job(base: str | None, config: MediatorSettings, allow_pickle: bool = False) -> Job:
+    """Open base and experts and check that they belong together.
+
+    Raises:
+        CheckpointError: one is missing or damaged.
+        CheckpointMismatchError: they do not belong together.
+    """
+    opened = open_checkpoints(label_checkpoints(base, config.experts), allow_pickle)
+    experts = checkpoints_by_name(opened, config.experts)
+    return check_job(opened["base"] if base is not None else mean_base(experts, config), experts)
+
+
+def mean_base(experts: Mapping[str, Checkpoint], config: MediatorSettings) -> Checkpoint:
+    """What stands in for a base that is not at hand.
+
+    Raises:
+        ConfigError: the configuration needs a base, or an expert does (a LoRA).
+    """
+    if config.fallback == FALLBACK_EXPERT or config.merge_method == "base":
+        raise ConfigError("without a base, set fallback='backbone' and a merge_method other than 'base'.")
+    if any(isinstance(expert, LoraCheckpoint) for expert in experts.values()):
+        raise ConfigError("a LoRA expert needs its base: give base=.")
+    return MeanCheckpoint([experts[name] for name in sorted(experts)])
+
+
+class _Build:
+    """One build in its temporary folder."""
+
+    def __init__(self, merge: Merge, folder: Path, hash_inputs: bool) -> None:
+        self.merge = merge
+        self.digests = InputDigests(inputs(merge).values(), hash_inputs)
+        self.folder = folder
+        job = merge.job
+        self.shapes = {name: job.base.tensors[name].shape for name in job.names}
+        self.backbone = BackboneFiles(folder, self.shapes, job.dtype)
+        self.pieces = PieceStore(folder / JOURNAL)
+        self.work = TensorWork(job.base, job.experts, merge.config, job.dtype, self.backbone.write_rows)
+
+    def prepare(self) -> list[int]:
+        """Lay out the backbone; numbers of the tensors that are not finished yet, the longest first."""
+        tasks = self.merge.tasks
+        ready = self.folder / JOURNAL / "backbone"
+        if not ready.exists():
+            self.backbone.create()
+            ready.touch()
+        todo = [number for number in range(len(tasks)) if self.pieces.get(number) is None]
+        # No worker shall be left with a long one at the end.
+        return sorted(todo, key=lambda number: (-prod(self.shapes[tasks[number].name]), number))
+
+    def run(self, todo: list[int], workers: int, show_progress: bool) -> None:
+        """Merge these tensors."""
+        progress = bar_progress if show_progress else no_progress
+        merge_one = self._merge_one
+        if workers == 1 and len(todo) == len(self.merge.tasks):
+            # In the order of the files, which are then read for their checksums at the same time.
+            todo, merge_one = sorted(todo, key=self._place), self._merge_and_digest
+        with single_thread(), progress("merging", len(todo)) as advance:
+            for _ in run_all(merge_one, todo, workers):
+                advance()
+
+    def _place(self, number: int) -> tuple[str, int, int]:
+        """Where a tensor lies in the base's files."""
+        path, end = self.merge.job.base.place(self.merge.tasks[number].name) or ("", 0)
+        return str(path), end, number
+
+    def _merge_and_digest(self, number: int) -> None:
+        self._merge_one(number)
+        self.digests.follow(self.merge.tasks[number].name)
+
+    def _merge_one(self, number: int) -> None:
+        task = self.merge.tasks[number]
+        result = self.work(task)
+        names = [name for name in (task.name, task.bias) if name is not None]
+        samples = {name: sample(self.backbone.read(name)) for name in names if name in self.merge.sampled}
+        info = finished(result, samples)
+        self.pieces.put(number, task.name.removesuffix(".weight"), result, info)
+
+    def finish(self, target: str, started: float) -> BuildReport:
+        """Decide what is routed, and write everything but the backbone."""
+        folder, tasks, base = self.folder, self.merge.tasks, self.merge.job.base
+        self.backbone.close()
+        done = [self._info(number) for number in range(len(tasks))]
+        built, report = conclude(self.merge, done)
+        adapter = folder / SUBFOLDER
+        # What a killed run had written of it would be listed among the files.
+        shutil.rmtree(adapter, ignore_errors=True)
+        adapter.mkdir()
+        numbers = {f"{task.name}": number for number, task in enumerate(tasks)}
+        routed = [numbers[f"{name}.weight"] for name in built.routed_modules or []]
+        self.pieces.join(routed, adapter / WEIGHTS_FILE)
+        copy_model_config(folder, base, self.merge.job.dtype)
+        source = base.members[0] if isinstance(base, MeanCheckpoint) else base
+        if isinstance(source, FolderCheckpoint):
+            copy_side_files(source.folder, folder)
+        built.base_model_name_or_path = ".."
+        write_config(adapter, built)
+        write_provenance(adapter, self.merge, self.digests)
+        report.output = target
+        report.seconds = time.perf_counter() - started
+        (adapter / "README.md").write_text(model_card(built, report), encoding="utf-8")
+        report.files = {
+            str(path.relative_to(folder)): path.stat().st_size
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and JOURNAL not in path.parts
+        }
+        write_report(report, adapter / "report")
+        write_checksums(folder, adapter, {path.name: path for path in self.backbone.paths})
+        return report
+
+    def _info(self, number: int) -> Finished:
+        info = self.pieces.get(number)
+        assert info is not None, f"tensor {number} was not finished"
+        return info
+
+
+def job_key(merge: Merge) -> str:
+    """Says of two builds whether they are the same work: settings, tensors, and the input files by size and time."""
+    config, job = merge.config, merge.job
+    checkpoints = {"base": job.base, **job.experts}
+    known = {
+        "version": FORMAT_VERSION,
+        # After a restart of the machine, what was written last may be lost.
+        "machine": _boot_id(),
+        "config": {item.name: repr(getattr(config, item.name)) for item in fields(MediatorSettings)},
+        "tasks": [list(task) for task in merge.tasks],
+        "dtype": str(job.dtype),
+        "files": {
+            label: [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in checkpoint.files]
+            for label, checkpoint in checkpoints.items()
+        },
+    }
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def with_experts(config: MediatorSettings, experts: dict[str, str]) -> MediatorSettings:
+    """A configuration with other experts."""
+    settings = {item.name: getattr(config, item.name) for item in fields(config)}
+    return type(config)(**{**settings, "experts": experts})

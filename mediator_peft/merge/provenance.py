@@ -1,0 +1,140 @@
+"""What an output was made from: every input file by checksum, and the settings in a form that builds it again."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.checksums import RunningDigest
+from ..checkpoints.opening import Checkpoint, MeanCheckpoint
+from ..config import MediatorSettings
+from .block_plan import PLAN_VERSION
+from .merge_job import Merge
+
+PROVENANCE_FILE, PIPELINE_FILE, PLAN_FILE = "provenance.json", "pipeline.yaml", "plan.json"
+
+# What is read beside the weights.
+_SETTINGS_FILES = ("config.json", "adapter_config.json")
+_PACKAGES = ("mediator_peft", "torch", "numpy", "safetensors", "transformers", "peft")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class InputDigests:
+    """The checksums of the input files of weights, taken while these are read.
+
+    Args:
+        checkpoints: the inputs.
+        is_wanted: whether files that do not carry their checksum in their name are read for it.
+    """
+
+    def __init__(self, checkpoints: Iterable[Checkpoint], is_wanted: bool) -> None:
+        self._checkpoints = list(checkpoints)
+        self.is_wanted = is_wanted
+        self._running: dict[Path, RunningDigest] = {}
+
+    def follow(self, name: str) -> None:
+        """Read on in every file to the end of a tensor that was just read."""
+        for checkpoint in self._checkpoints if self.is_wanted else ():
+            place = checkpoint.place(name)
+            if place is not None and _named_sha256(place[0]) is None:
+                self._of(place[0]).advance(place[1])
+
+    def sha256(self, path: Path) -> str | None:
+        """Checksum of an input file; None where it is not wanted."""
+        return _named_sha256(path) or (self._of(path).hexdigest() if self.is_wanted else None)
+
+    def _of(self, path: Path) -> RunningDigest:
+        return self._running.setdefault(path, RunningDigest(path))
+
+
+def inputs(merge: Merge) -> dict[str, Checkpoint]:
+    """Label → checkpoint of all that is read."""
+    job = merge.job
+    return {**({} if isinstance(job.base, MeanCheckpoint) else {"base": job.base}), **job.experts}
+
+
+def _named_sha256(path: Path) -> str | None:
+    """The hub's cache names large files by their checksum."""
+    name = path.resolve().name if path.is_symlink() else ""
+    return name if _SHA256.fullmatch(name) else None
+
+
+def write_provenance(adapter: Path, merge: Merge, digests: InputDigests) -> None:
+    """Write ``provenance.json`` and ``pipeline.yaml``, and ``plan.json`` where a plan was obeyed.
+
+    Args:
+        adapter: the adapter's folder.
+        merge: the work.
+        digests: of the input files.
+    """
+    known = {
+        "inputs": {
+            label: {"source": checkpoint.source, "files": dict(_files(checkpoint, digests))}
+            for label, checkpoint in inputs(merge).items()
+        },
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+    }
+    (adapter / PROVENANCE_FILE).write_text(json.dumps(known, indent=2), encoding="utf-8")
+    if merge.plan is not None:
+        plan = {"plan_version": PLAN_VERSION, "blocks": [block._asdict() for block in merge.plan]}
+        (adapter / PLAN_FILE).write_text(json.dumps(plan, indent=2), encoding="utf-8")
+    write_pipeline(adapter, {"build": build_section(merge)})
+
+
+def write_pipeline(adapter: Path, sections: dict[str, Any]) -> None:
+    """Write a pipeline file that does the same again; where to is left to be said."""
+    import yaml  # huggingface_hub brings it along
+
+    head = "# Made by the build. The same again: mediator-peft run THIS --set build.output=FOLDER\n"
+    text = yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
+    (adapter / PIPELINE_FILE).write_text(head + text, encoding="utf-8")
+
+
+def build_section(merge: Merge) -> dict[str, Any]:
+    """The build as a pipeline file says it: sources pinned, every setting that differs from its default."""
+    job, config = merge.job, merge.config
+    section: dict[str, Any] = {} if isinstance(job.base, MeanCheckpoint) else {"base": _pinned(job.base)}
+    section["experts"] = {name: _pinned(job.experts[name]) for name in config.experts}
+    section["config"] = dict(_settings(config))
+    if merge.plan is not None:
+        section["plan"] = PLAN_FILE
+    return section
+
+
+def _settings(config: MediatorSettings) -> Iterator[tuple[str, Any]]:
+    for item in fields(MediatorSettings):
+        default = None if item.default is MISSING else item.default
+        value = getattr(config, item.name)
+        if item.name != "experts" and value != default:
+            yield item.name, value
+
+
+def _pinned(checkpoint: Checkpoint) -> str:
+    """A hub id with its commit; a local folder as an absolute path."""
+    folder = Path(checkpoint.source).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else checkpoint.source
+
+
+def _files(checkpoint: Checkpoint, digests: InputDigests) -> Iterator[tuple[str, dict[str, Any]]]:
+    folder: Path | None = getattr(checkpoint, "folder", None)
+    beside = [folder / name for name in _SETTINGS_FILES] if folder is not None else []
+    for path in [*checkpoint.files, *(path for path in beside if path.is_file())]:
+        entry: dict[str, Any] = {"bytes": path.stat().st_size}
+        sha256 = digests.sha256(path)
+        if sha256 is not None:
+            entry["sha256"] = sha256
+        yield path.name, entry
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

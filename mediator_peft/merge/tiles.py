@@ -1,0 +1,206 @@
+"""One tensor of all checkpoints as a stream of tiles: a few rows at a time, as float32, with the backbone they give.
+
+A tile has a fixed number of rows for a shape, so that whatever is summed over tiles does not depend on memory, workers
+or the layout of files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..checkpoints.opening import Checkpoint
+from ..errors import CheckpointError
+from ..kernels.build_loops import compiled
+from ..methods.merging import ENTRYWISE, MERGE_METHODS
+from ..methods.merging.average import average
+from ..methods.merging.base import keep_base
+from ..methods.merging.summing import sum_in_order
+from ..methods.sparsifying.selection import row_sums
+
+TILE_ENTRIES = 1 << 17
+"""Entries of a tile: small enough for a core's cache, large enough to make a call cheap."""
+
+_SAMPLED_GROUPS = 18
+_SAMPLED_ROWS = 144
+_SAMPLED_ENTRIES = 16_000
+
+
+class Tile(NamedTuple):
+    """Some rows of one tensor. All of it lies in buffers that the next tile overwrites."""
+
+    start: int
+    stop: int
+    rows: Sequence[Tensor]
+    """K + 1 times (r, I), the base first: rounded to the storage dtype, and in it if it is bfloat16; else float32."""
+
+    backbone: Tensor
+    """(r, I) in the storage dtype."""
+
+    energies: NDArray[np.float64]
+    """(r,) squared norm of each row of the sum of the task vectors; not finite where a weight is not."""
+
+    def weight(self, number: int) -> Tensor:
+        """The rows of one checkpoint in float32."""
+        return self.rows[number].float()
+
+    def merged(self) -> Tensor:
+        """The backbone as :attr:`rows` are: in bfloat16, or else in float32."""
+        return self.backbone if self.backbone.dtype == torch.bfloat16 else self.backbone.float()
+
+    def delta(self, number: int) -> Tensor:
+        """What a checkpoint adds to the backbone: (r, I) float32."""
+        return self.weight(number) - self.backbone.float()
+
+    def task_vectors(self) -> Tensor:
+        """(K, r, I) float32"""
+        return torch.stack([row.float() for row in self.rows[1:]]).sub_(self.rows[0].float())
+
+
+class Workspace:
+    """Buffers that are used again for every tile of every tensor."""
+
+    def __init__(self) -> None:
+        self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._views: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        """A buffer of this shape; its former content is lost."""
+        view = self._views.get((name, shape, dtype))
+        if view is None:
+            size = prod(shape)
+            flat = self._flat.get((name, dtype))
+            if flat is None or flat.numel() < size:
+                flat = self._flat[name, dtype] = torch.empty(size, dtype=dtype)
+                self._views = {key: old for key, old in self._views.items() if key[0] != name}
+            view = self._views[name, shape, dtype] = flat[:size].view(shape)
+        return view
+
+
+class TensorTiles:
+    """One tensor of base and experts, seen as a matrix (O, I): the first dimension by all others.
+
+    Args:
+        name: of the tensor.
+        checkpoints: the base, then the experts.
+        dtype: storage dtype; weights are rounded to it before anything else.
+        merge_method: a key of ``MERGE_METHODS``.
+        workspace: buffers.
+        is_transposed: the tensor is stored as (I, O), as ``Conv1D`` does.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        checkpoints: Sequence[Checkpoint],
+        dtype: torch.dtype,
+        merge_method: str,
+        workspace: Workspace,
+        is_transposed: bool = False,
+    ) -> None:
+        self.name = name
+        self.checkpoints = checkpoints
+        self.dtype = dtype
+        self.merge = MERGE_METHODS[merge_method]
+        self.stored_shape = checkpoints[0].tensors[name].shape
+        rows = self.stored_shape[0] if self.stored_shape else 1
+        columns = prod(self.stored_shape[1:])
+        self.shape = (columns, rows) if is_transposed else (rows, columns)
+        self.rows_per_tile = max(1, TILE_ENTRIES // max(1, self.shape[1]))
+        self._space = workspace
+        self._transposed = self._whole_transposed() if is_transposed else None
+        self._whole_backbone = None if merge_method in ENTRYWISE else self._merged_whole()
+        is_bfloat = dtype == torch.bfloat16
+        self._loops = compiled() if is_bfloat and self.merge in (average, keep_base) else None
+
+    def __iter__(self) -> Iterator[Tile]:
+        for start in range(0, self.shape[0], self.rows_per_tile):
+            stop = min(start + self.rows_per_tile, self.shape[0])
+            # Each stays where it is until the next rows of its checkpoint are read.
+            rows = [self._rows(number, [(start, stop)]) for number in range(len(self.checkpoints))]
+            if self._loops is not None:
+                yield self._merged_by_loops(self._loops, start, stop, rows)
+                continue
+            backbone = None if self._whole_backbone is None else self._whole_backbone[start:stop]
+            yield self._tile(start, stop, rows, backbone)
+
+    def sample(self) -> Tile:
+        """Some rows from all over the tensor, and some of their columns, as one tile."""
+        rows, columns = self.shape
+        ranges = [(0, rows)]
+        if rows > _SAMPLED_ROWS:
+            group = _SAMPLED_ROWS // _SAMPLED_GROUPS
+            starts = (rows * number // _SAMPLED_GROUPS for number in range(_SAMPLED_GROUPS))
+            ranges = [(start, start + group) for start in starts]
+        num_rows = sum(stop - start for start, stop in ranges)
+        stride = max(1, num_rows * columns // _SAMPLED_ENTRIES)
+        # Cloned: reading one checkpoint may read another, and take its buffer.
+        sampled = [self._rows(number, ranges)[:, ::stride].clone() for number in range(len(self.checkpoints))]
+        backbone = None
+        if self._whole_backbone is not None:
+            backbone = torch.cat([self._whole_backbone[start:stop, ::stride] for start, stop in ranges])
+        return self._tile(0, num_rows, sampled, backbone)
+
+    def _tile(self, start: int, stop: int, rows: Sequence[Tensor], backbone: Tensor | None) -> Tile:
+        task_vectors = torch.stack([row.float() for row in rows[1:]]).sub_(rows[0].float())
+        energies = row_sums(sum_in_order(task_vectors).square_().numpy())
+        if backbone is None:
+            backbone = self.merge(task_vectors).add_(rows[0].float()).to(self.dtype)
+        return Tile(start, stop, rows, backbone, energies)
+
+    def _merged_by_loops(self, loops: Any, start: int, stop: int, rows: Sequence[Tensor]) -> Tile:
+        """As :meth:`_tile`, by the compiled loops."""
+        shape = (stop - start, self.shape[1])
+        backbone, energies = self._space.take("backbone", shape, torch.bfloat16), np.empty(stop - start)
+        sources = np.array([row.data_ptr() for row in rows], np.int64)
+        loops.merge_tile(sources, self.merge is average, shape, backbone.data_ptr(), energies)
+        return Tile(start, stop, rows, backbone, energies)
+
+    def _rows(self, number: int, groups: Sequence[tuple[int, int]]) -> Tensor:
+        """Groups of rows of one checkpoint, without gaps, as :attr:`Tile.rows` are."""
+        if self._transposed is not None:
+            rows = torch.cat([self._transposed[number][start:stop] for start, stop in groups])
+        else:
+            num_rows = sum(stop - start for start, stop in groups)
+            rows = self._read(number, groups).reshape(num_rows, self.shape[1]).to(self.dtype)
+        return (rows if self.dtype == torch.bfloat16 else rows.float()).contiguous()
+
+    def _read(self, number: int, groups: Sequence[tuple[int, int]]) -> Tensor:
+        checkpoint = self.checkpoints[number]
+        try:
+            return checkpoint.read_groups(self.name, groups)
+        except (OSError, RuntimeError) as fault:
+            raise CheckpointError(
+                f"{checkpoint.label} ({checkpoint.source}): cannot read {self.name!r}: {fault}"
+            ) from fault
+
+    def _whole(self, number: int) -> Tensor:
+        """One checkpoint's whole tensor in the storage dtype, as (O, I)."""
+        if self._transposed is not None:
+            return self._transposed[number]
+        checkpoint = self.checkpoints[number]
+        return checkpoint.read(self.name).to(self.dtype).reshape(self.shape)
+
+    def _whole_transposed(self) -> list[Tensor]:
+        columns, rows = self.shape
+        return [
+            checkpoint.read(self.name).to(self.dtype).reshape(rows, columns).T.contiguous()
+            for checkpoint in self.checkpoints
+        ]
+
+    def _merged_whole(self) -> Tensor:
+        """The backbone by a merge method that must see the whole tensor."""
+        base = self._whole(0).float()
+        task_vectors = torch.stack([self._whole(number).float() for number in range(1, len(self.checkpoints))])
+        task_vectors -= base
+        if self._transposed is not None:
+            merged = self.merge(task_vectors.transpose(1, 2).contiguous()).T
+        else:
+            merged = self.merge(task_vectors.reshape(-1, *self.stored_shape))
+        return (base + merged.reshape(self.shape)).to(self.dtype).contiguous()

@@ -1,0 +1,178 @@
+"""verify_mediator(): whether an output is whole, and how far it is from what it was built from."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..bank.layer_bank import LayerBank, from_disk
+from ..checkpoints.adapter_files import WEIGHTS_FILE, backbone_of, bank_key, find_adapter, read_settings
+from ..checkpoints.checksums import CHECKSUM_FILE, bank_sha256, file_sha256
+from ..checkpoints.fingerprint import check_fingerprint
+from ..checkpoints.lora import LoraCheckpoint
+from ..checkpoints.opening import Checkpoint, open_checkpoint
+from ..checkpoints.tensor_inventory import outline_of
+from ..config import MediatorSettings
+from ..errors import AdapterError, BackboneMismatchError, CheckpointError
+from .builder import single_thread
+from .tensor_work import deltas_needed
+
+
+@dataclass
+class Verification:
+    """What was checked, and what was found."""
+
+    checked: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    differences: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Expert → ``max_difference`` of any weight, the ``tensor`` where it is, ``relative_error`` of all weights, and
+    ``is_exact``."""
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether nothing is wrong. Differences from the experts are no fault: sparse deltas leave something out."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {"is_ok": self.is_ok, **asdict(self)}
+
+
+def verify_mediator(
+    path: str | os.PathLike[str],
+    against: Mapping[str, str | os.PathLike[str]] | None = None,
+    base: str | os.PathLike[str] | None = None,
+    allow_pickle: bool = False,
+) -> Verification:
+    """Check an output: its files by checksum, the backbone by fingerprint, and its weights against the experts.
+
+    Args:
+        path: what ``build_mediator`` wrote.
+        against: expert name (or ``"base"``) → checkpoint: backbone plus the whole delta is compared with it, tensor by
+            tensor. With density 1, ``values="float"``, all blocks routed and experts that differ from the base in
+            targeted layers only, the difference is 0.
+        base: needed where an expert in ``against`` is a LoRA.
+        allow_pickle: also read ``.bin`` files.
+
+    Returns:
+        What was found. Damage does not raise; it is listed.
+
+    Raises:
+        AdapterError: there is no adapter at all, or it is of a newer format.
+        CheckpointError: something in ``against`` cannot be read.
+    """
+    adapter = find_adapter(Path(path).expanduser())
+    found = Verification()
+    config = read_settings(adapter)
+    folder = Path(backbone_of(adapter, config.base_model_name_or_path))
+    _check_files(folder, adapter, found)
+    try:
+        backbone = open_checkpoint(str(folder), "the backbone")
+    except CheckpointError as fault:
+        found.problems.append(str(fault))
+        return found
+    _check_fingerprint(backbone, config, found)
+    for name, other in (against or {}).items():
+        if name not in config.columns:
+            raise AdapterError(f"this adapter has no expert {name!r}; it has {config.columns}.")
+        expert = open_checkpoint(str(other), f"expert {name!r}", allow_pickle)
+        if isinstance(expert, LoraCheckpoint):
+            if base is None:
+                raise CheckpointError(f"expert {name!r} is a LoRA: give its base as well (base=).")
+            expert.bind(open_checkpoint(str(base), "base", allow_pickle), set())
+        try:
+            with single_thread():
+                found.differences[name] = _compare(backbone, expert, adapter, config, name)
+        except (AdapterError, OSError) as fault:
+            found.problems.append(f"expert {name!r}: {fault}")
+    return found
+
+
+def _check_files(folder: Path, adapter: Path, found: Verification) -> None:
+    try:
+        known = json.loads((adapter / CHECKSUM_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found.problems.append(f"no readable {CHECKSUM_FILE} beside the adapter: checksums were not compared")
+        return
+    for name, expected in {**known.get("backbone", {}), **known.get("other", {})}.items():
+        try:
+            actual = file_sha256(folder / name)
+        except OSError as fault:
+            found.problems.append(f"{name}: {fault.strerror}")
+            continue
+        found.checked.append(name)
+        if actual != expected:
+            found.problems.append(f"{name}: its sha256 is {actual}, it was {expected} when it was built")
+    try:
+        actual = bank_sha256(adapter / WEIGHTS_FILE)
+    except (OSError, ValueError) as fault:
+        found.problems.append(f"{WEIGHTS_FILE} is missing or damaged: {fault}")
+        return
+    found.checked.append(WEIGHTS_FILE)
+    if actual != known.get("bank"):
+        found.problems.append(f"{WEIGHTS_FILE}: its deltas are not those that were built")
+
+
+def _check_fingerprint(backbone: Checkpoint, config: MediatorSettings, found: Verification) -> None:
+    expected = config.backbone_fingerprint or {}
+    try:
+        state = {name: backbone.read(name) for name in expected if name in backbone.tensors}
+        check_fingerprint(expected, state, "the backbone")
+        found.checked.append("fingerprint of the backbone")
+    except (BackboneMismatchError, OSError) as fault:
+        found.problems.append(str(fault))
+
+
+def _compare(
+    backbone: Checkpoint, expert: Checkpoint, adapter: Path, config: MediatorSettings, column: str
+) -> dict[str, Any]:
+    """Backbone plus the whole delta, against the expert rounded to the backbone's dtype."""
+    layers = set(config.routed_modules or ())
+    transposed = _transposed(backbone)
+    has_delta = column in deltas_needed(config)
+    largest, where, norm, distance = 0.0, "", 0.0, 0.0
+    with safe_open(adapter / WEIGHTS_FILE, framework="pt") as file:
+        for name in backbone.tensors:
+            ours, dtype = backbone.read(name).float(), backbone.tensors[name].dtype
+            if name not in expert.tensors or dtype is None or expert.tensors[name].shape != tuple(ours.shape):
+                raise AdapterError(f"it has no tensor {name!r} of shape {list(ours.shape)}")
+            theirs = expert.read(name).to(dtype).float()
+            layer, _, part = name.rpartition(".")
+            if layer in layers and has_delta:
+                ours = ours + _delta(file, layer, part, column, config, ours, layer in transposed)
+            difference = (ours - theirs).abs()
+            top = float(difference.max()) if difference.numel() else 0.0
+            if top > largest:
+                largest, where = top, name
+            norm += float(theirs.square().sum(dtype=torch.float64))
+            distance += float(difference.square().sum(dtype=torch.float64))
+    relative = (distance / norm) ** 0.5 if norm else 0.0
+    return {"max_difference": largest, "tensor": where, "relative_error": relative, "is_exact": largest == 0.0}
+
+
+def _delta(
+    file: Any, layer: str, part: str, column: str, config: MediatorSettings, like: Tensor, is_transposed: bool
+) -> Tensor:
+    if part == "bias":
+        key = f"{column}:bias"
+        return from_disk(key, file.get_tensor(bank_key(layer, key)), (len(like), 1)).float()
+    rows, columns = like.T.shape if is_transposed else like.shape
+    bank = LayerBank((rows, columns), config.values, has_bias=False)
+    for name in bank.part_names:
+        key = f"{column}:{name}"
+        bank._put_part(key, from_disk(key, file.get_tensor(bank_key(layer, key)), bank.shape))
+    delta = bank.get(column)
+    assert delta is not None
+    return delta.dense().T if is_transposed else delta.dense()
+
+
+def _transposed(backbone: Checkpoint) -> set[str]:
+    return {layer.name for layer in outline_of(backbone).structure.layers if layer.is_transposed}

@@ -1,0 +1,60 @@
+"""Building into a model that is already loaded."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..checkpoints.opening import Checkpoint, ModelCheckpoint, open_checkpoint, open_checkpoints
+from ..errors import CheckpointError
+from ..merge.builder import Bank, checkpoints_by_name, label_checkpoints, merge_in_memory, require_experts
+from ..merge.compatibility import check_job
+from .config import MediatorConfig
+from .quantized import fill_quantized, quantization_of
+
+
+def build_in_memory(model: nn.Module, config: MediatorConfig) -> Bank:
+    """Merge ``config.experts`` around the weights of ``model``, which become the backbone's.
+
+    Nothing is written to the model before all is computed: a fault leaves it as it was. ``config`` gets what the build
+    found out.
+    """
+    require_experts(config)
+    experts = open_checkpoints(label_checkpoints(None, config.experts))
+    quantized = {name: layer for name, layer in model.named_modules() if _is_quantized(layer)}
+    base = _base_on_disk(model) if quantized else ModelCheckpoint(model)
+    job = check_job(base, checkpoints_by_name(experts, config.experts))
+    bank, backbone, built, _ = merge_in_memory(job, config)
+    state = model.state_dict()
+    for name, tensor in backbone.items():
+        layer = quantized.get(name.removesuffix(".weight"))
+        if layer is None:
+            state[name].copy_(tensor)
+        else:
+            # Where it is quantised, Conv1D becomes a linear layer that knows what it was.
+            fill_quantized(layer, tensor.T if getattr(layer, "source_cls", None) is Conv1D else tensor)
+    for item in fields(config):
+        setattr(config, item.name, getattr(built, item.name))
+    return bank
+
+
+def _is_quantized(layer: nn.Module) -> bool:
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.ndim == 2 and quantization_of(layer) is not None
+
+
+def _base_on_disk(model: nn.Module) -> Checkpoint:
+    """What a quantised model was loaded from: its codes no longer tell the weights.
+
+    Raises:
+        CheckpointError: the model does not know, or there is nothing there.
+    """
+    path = str(getattr(model, "name_or_path", "") or "")
+    if not path:
+        raise CheckpointError(
+            "the base is quantised, and it does not say where its full-precision weights are. Load it with "
+            "from_pretrained(), or build with build_mediator() from checkpoints and use load_mediator()."
+        )
+    return open_checkpoint(path, "base")

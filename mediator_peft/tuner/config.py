@@ -1,0 +1,60 @@
+"""The settings as PEFT takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+
+from ..config import FALLBACK_EXPERT, FORMAT_VERSION, MediatorSettings, check_saved, expert_name_faults
+from ..registration import peft_type
+
+__all__ = ["FALLBACK_EXPERT", "FORMAT_VERSION", "MediatorConfig", "expert_name_faults"]
+
+
+@dataclass(init=False)
+class MediatorConfig(MediatorSettings, PeftConfig):
+    """What to merge, how to thin out the deltas, and how to route: :class:`MediatorSettings` as a ``PeftConfig``.
+
+    Raises:
+        ConfigError: a field is unknown, out of range or contradicts another; all such faults are listed at once.
+    """
+
+    def __post_init__(self) -> None:
+        self.task_type = self.task_type or "CAUSAL_LM"
+        PeftConfig.__post_init__(self)
+        self.peft_type = peft_type()
+        MediatorSettings.__post_init__(self)
+
+    def bind(self, on_save: Callable[[Path, MediatorConfig], None]) -> None:
+        """Call ``on_save(folder, config)`` before this configuration is written: the model saves what else belongs."""
+        self._on_save = on_save
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the configuration is not a copy of the model behind it.
+        return {key: value for key, value in self.__dict__.items() if key != "_on_save"}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json``; for a model's own configuration, also its card and, if need be, backbone."""
+        reference = self.base_model_name_or_path
+        on_save = getattr(self, "_on_save", None)
+        if on_save is not None:
+            on_save(Path(save_directory), self)
+        here = (self.max_resident_experts, self.expert_folder)
+        self.max_resident_experts = self.expert_folder = None
+        super().save_pretrained(save_directory, **kwargs)
+        self.max_resident_experts, self.expert_folder = here
+        self.base_model_name_or_path = reference
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Refuse a saved configuration that this version cannot read (called by PEFT with the raw file).
+
+        Raises:
+            AdapterError: a newer format, or fields that are not known.
+        """
+        check_saved(kwargs, {item.name for item in fields(cls)})
+        return kwargs

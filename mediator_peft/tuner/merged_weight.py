@@ -1,0 +1,161 @@
+"""Writing a mix into a layer's weight for a while, and taking it out again bit for bit."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..bank.layer_bank import LayerBank
+from ..bank.restoring import ComputedBack, KeptEntries, Saved, free_low_bits, has_loops_for
+from ..kernels import dispatch as kernels
+from ..kernels.dispatch import PackedDelta
+from .expert_weights import LayerRoute
+
+Mix = tuple[tuple[str, float], ...]
+
+
+def plain_weight(base_layer: nn.Linear) -> Tensor:
+    """The layer's weight as (O, I); a view, also of ``Conv1D``."""
+    weight = base_layer.weight.data
+    return weight.T if isinstance(base_layer, Conv1D) else weight
+
+
+def mixed_delta(bank: LayerBank, mix: Mix) -> Tensor | None:
+    """``sum_k w_k S_k`` as a plain matrix (O, I) float32; None where no column of the mix has a delta."""
+    device = bank.device
+    if device.type == "cuda":
+        zeros = torch.zeros(bank.shape, device=device)
+        if (result := _mixed_on_device(zeros, bank, mix, out=zeros)) is not None:
+            return result
+    total: Tensor | None = None
+    for name, weight in mix:
+        packed = bank.packed(name) if bank.has_loops else None
+        if packed is not None:
+            total = torch.zeros(bank.shape) if total is None else total
+            kernels.add_to(total.numpy(), packed, weight)
+        elif (delta := bank.get(name)) is not None:
+            dense = delta.dense().mul_(weight)
+            total = dense if total is None else total.add_(dense)
+    return total
+
+
+def mixed_bias(bank: LayerBank, mix: Mix) -> Tensor | None:
+    """``sum_k w_k b_k`` of the biases' deltas, (O,) float32; None where there are none."""
+    total: Tensor | None = None
+    for name, weight in mix:
+        delta = bank.get(name)
+        if delta is not None and delta.bias is not None:
+            total = delta.bias * weight if total is None else total + delta.bias * weight
+    return total
+
+
+def mixed_biases(bank: LayerBank, route: LayerRoute) -> Tensor | None:
+    """Each prompt's mix of bias deltas, (B, O) float32; None where there are none."""
+    if not bank.has_bias:
+        return None
+    mixes = [mixed_bias(bank, mix) for _, mix in route.groups]
+    known = next((mix for mix in mixes if mix is not None), None)
+    if known is None:
+        return None
+    biases = known.new_zeros(len(route.key), len(known))
+    for (rows, _), mix in zip(route.groups, mixes, strict=True):
+        if mix is not None:
+            biases[slice(None) if rows is None else rows] = mix
+    return biases
+
+
+def mixed_weight(weight: Tensor, bank: LayerBank, mix: Mix) -> Tensor:
+    """``D + sum_k w_k S_k``, summed in float32 and rounded once; (O, I) in the dtype of ``weight``."""
+    packed = bank.packed(mix[0][0]) if len(mix) == 1 and has_loops_for(weight) else None
+    if packed is not None:
+        return kernels.added(weight, packed, mix[0][1])
+    if (result := _mixed_on_device(weight, bank, mix)) is not None:
+        return result
+    delta = mixed_delta(bank, mix)
+    return weight if delta is None else delta.add_(weight).to(weight.dtype)
+
+
+def _mixed_on_device(weight: Tensor, bank: LayerBank, mix: Mix, out: Tensor | None = None) -> Tensor | None:
+    """The same by a GPU's kernels, into ``out`` if given; None where they cannot."""
+    if weight.device.type != "cuda":
+        return None
+    present = [(name, coefficient) for name, coefficient in mix if bank.get(name) is not None]
+    deltas = bank.on_device([name for name, _ in present])
+    if deltas is None:
+        return None
+    coefficients = torch.tensor([coefficient for _, coefficient in present], device=weight.device)
+    return deltas.added(weight, coefficients, out)
+
+
+class Fold:
+    """The state of one layer's weight: plain, or with one mix written into it."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        self._base_layer = base_layer
+        self._saved: Saved | None = None
+        self._bias: Tensor | None = None
+        self._free_bits: int | None = None
+        self.mix: Mix = ()
+        """What is folded in now; empty for nothing."""
+        self.route: object = None
+        """The route that was last settled by this fold: as long as it stays, nothing is to be done for it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held for the way back, beside the bank."""
+        return sum(part.num_bytes for part in (self._saved,) if part) + (0 if self._bias is None else self._bias.nbytes)
+
+    def switch(self, bank: LayerBank | None, mix: Mix) -> None:
+        """Fold ``mix`` in, after taking out what was there. An empty mix restores the backbone."""
+        if mix == self.mix:
+            return
+        self.route = None
+        self._restore()
+        if mix and bank is not None:
+            self._write(bank, mix)
+
+    def _write(self, bank: LayerBank, mix: Mix) -> None:
+        deltas = [delta for name, _ in mix if (delta := bank.get(name)) is not None]
+        if not deltas:
+            return
+        weight = plain_weight(self._base_layer)
+        bias_delta = mixed_bias(bank, mix)
+        # The way back is kept before the first write: an exception in the middle still restores everything.
+        self.mix = mix
+        if bias_delta is not None:
+            self._bias = self._base_layer.bias.data.clone()
+        packed = bank.packed(mix[0][0]) if len(mix) == 1 and has_loops_for(weight) else None
+        if packed is None:
+            self._saved = KeptEntries(weight, reduce(torch.bitwise_or, [delta.mask for delta in deltas]))
+            if _mixed_on_device(weight, bank, mix, out=weight) is None:
+                weight.copy_(_only_where_changed(weight, mixed_delta(bank, mix)))
+        elif not self._write_computed(weight, packed, mix[0][1]):
+            self._saved = KeptEntries(weight, deltas[0].mask, packed.offsets)
+            kernels.add_to(kernels.as_array(weight), packed, mix[0][1])
+        if self._bias is not None and bias_delta is not None:
+            self._base_layer.bias.data.copy_((self._bias.float() + bias_delta).to(self._bias.dtype))
+
+    def _write_computed(self, weight: Tensor, packed: PackedDelta, coefficient: float) -> bool:
+        if self._free_bits is None:
+            self._free_bits = free_low_bits(weight)
+        if not ComputedBack.fits(weight, self._free_bits):
+            return False
+        self._saved = computed = ComputedBack(packed, coefficient, self._free_bits)
+        return computed.add(weight)
+
+    def _restore(self) -> None:
+        if self._saved is not None:
+            self._saved.restore(plain_weight(self._base_layer))
+        if self._bias is not None:
+            self._base_layer.bias.data.copy_(self._bias)
+        self._saved, self._bias, self.mix = None, None, ()
+
+
+def _only_where_changed(weight: Tensor, delta: Tensor | None) -> Tensor:
+    """``weight + delta``, rounded once; where the delta is 0, every bit of the weight."""
+    if delta is None:
+        return weight
+    return torch.where(delta != 0, (weight.float() + delta).to(weight.dtype), weight)

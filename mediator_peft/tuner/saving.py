@@ -1,0 +1,213 @@
+"""Saving and loading through PEFT's hooks: strict keys, compact tensors, a backbone that can be found again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from ..bank.expert_store import ExpertStore, padded_size
+from ..bank.layer_bank import check_parts, from_disk, num_bytes_in_memory, to_disk
+from ..checkpoints.adapter_files import BANK_ATTRIBUTE, MODEL_PREFIX, ROUTER_ATTRIBUTE, ROUTER_PREFIX, give_usual_mode
+from ..checkpoints.backbone_files import BackboneFiles
+from ..checkpoints.fingerprint import check_fingerprint
+from ..checkpoints.output_folder import write_model_config
+from ..errors import AdapterError
+from ..merge.model_card import model_card
+from ..merge.tensor_work import deltas_stored
+from ..methods.encoding.bitmaps import count_bits
+from .config import MediatorConfig
+from .layer import MediatorLayer
+
+BACKBONE_FOLDER = "backbone"
+_LISTED = 5
+
+
+class AdapterFiles:
+    """The part of the tuner that PEFT calls to save and load."""
+
+    model: Any
+    peft_config: dict[str, Any]
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        wanted = (f".{BANK_ATTRIBUTE}.{adapter_name}.", f"{ROUTER_ATTRIBUTE}.{adapter_name}.")
+        found = {}
+        for key, tensor in state_dict.items():
+            if wanted[0] in key:
+                found[key] = to_disk(key, tensor)
+            elif wanted[1] in key:
+                found[key] = tensor.detach().flatten()
+        return found or {f"empty.{adapter_name}": torch.zeros(0)}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Check everything, put the tensors into the model, and give PEFT the same tensors under the model's names.
+
+        Raises:
+            AdapterError: tensors are missing, unknown or damaged.
+            BackboneMismatchError: the model is not the backbone the adapter was built on.
+        """
+        if not isinstance(config, MediatorConfig):
+            raise AdapterError(f"a Mediator adapter needs a MediatorConfig, got {type(config).__name__}.")
+        tuner: Any = model.base_model
+        check_fingerprint(config.backbone_fingerprint or {}, backbone_state(tuner.model), "the model at hand")
+        _check_keys(config, tuner, adapter_name, set(state_dict))
+        loaded: dict[str, Tensor] = {}
+        tuner.expert_store = store = _store(config, tuner, adapter_name, state_dict)
+        for name, layer in tuner.routed_layers().items():
+            if adapter_name in layer.mediator_bank:
+                loaded.update(_load_layer(name, layer, adapter_name, deltas_stored(config), state_dict, store))
+        if store is not None:
+            store.release()
+        stored = {
+            key.removeprefix(ROUTER_PREFIX): value for key, value in state_dict.items() if key.startswith(ROUTER_PREFIX)
+        }
+        if stored:
+            router = tuner.mediator_router[adapter_name]
+            for key, tensor in router.load_flat(stored).items():
+                loaded[f"{ROUTER_PREFIX}{adapter_name}.{key}"] = tensor
+            for parameter in router.parameters():
+                parameter.requires_grad_(not config.inference_mode)
+            router.to(next(tuner.model.parameters()).device)
+        return loaded
+
+    def _on_save(self, folder: Path, config: MediatorConfig) -> None:
+        """Before PEFT writes the configuration: make sure of the backbone, and write the card."""
+        give_usual_mode(folder)
+        config.base_model_name_or_path = self._backbone_reference(folder, config)
+        (folder / "README.md").write_text(model_card(config, report=None), encoding="utf-8")
+
+    def set_backbone(self, path: str) -> None:
+        """Say where the backbone lies (folder or hub id), so that ``save_pretrained`` need not write it."""
+        self._backbone_path = path
+
+    def _backbone_reference(self, folder: Path, config: MediatorConfig) -> str:
+        """Where the saved adapter will find its backbone; written beside it where it lies nowhere else."""
+        known = getattr(self, "_backbone_path", None)
+        if known is not None and not Path(known).is_dir():
+            return known
+        if known is None:
+            # Checkpoints of a training run come and go, and share one backbone that stands beside them.
+            target = (folder.parent if folder.name.startswith("checkpoint-") else folder) / BACKBONE_FOLDER
+            save_backbone(self.model, target, config)
+            self._backbone_path = known = str(target.resolve())
+        return portable_reference(Path(known), folder)
+
+
+def portable_reference(backbone: Path, folder: Path) -> str:
+    """A relative path where adapter and backbone lie in one tree, so that both can be moved together."""
+    backbone, folder = backbone.resolve(), folder.resolve()
+    if folder.is_relative_to(backbone) or backbone.is_relative_to(folder):
+        return os.path.relpath(backbone, folder)
+    return str(backbone)
+
+
+def backbone_state(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of the backbone under their own names, whatever wraps its layers."""
+    for module in model.modules():
+        if isinstance(module, MediatorLayer):
+            module.unfold()
+    state = {name: parameter.data for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
+
+
+def save_backbone(model: Any, folder: Path, config: MediatorConfig) -> None:
+    """Write the backbone as an ordinary checkpoint, in the dtype it was rounded to."""
+    stored = getattr(torch, (config.provenance or {}).get("storage_dtype", "float32"))
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
+    state = {name: tensor.to(stored) for name, tensor in backbone_state(model).items() if name not in tied}
+    folder.mkdir(parents=True, exist_ok=True)
+    files = BackboneFiles(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, stored)
+    files.create()
+    for name, tensor in state.items():
+        files.put(name, tensor.cpu())
+    files.close()
+    write_model_config(folder, model.config, stored)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _check_keys(config: MediatorConfig, tuner: Any, adapter_name: str, present: set[str]) -> None:
+    expected = set()
+    layers = tuner.routed_layers()
+    for name in config.routed_modules or ():
+        for column in deltas_stored(config):
+            for part in layers[name].bank(adapter_name).part_names:
+                expected.add(f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}.{column}:{part}")
+    present = {key for key in present if not key.startswith(ROUTER_PREFIX) and key != "empty"}
+    missing, extra = sorted(expected - present), sorted(present - expected)
+    faults = []
+    for what, keys in (("lacks", missing), ("has unknown", extra)):
+        if keys:
+            more = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
+            faults.append(f"{what} tensors {', '.join(keys[:_LISTED])}{more}")
+    if faults:
+        raise AdapterError(f"the adapter file {'; it '.join(faults)}. Copy or build the adapter again.")
+
+
+def _store(config: MediatorConfig, tuner: Any, adapter_name: str, state_dict: dict[str, Tensor]) -> ExpertStore | None:
+    """Room on disk for the deltas, where the configuration limits how many experts are in memory."""
+    if config.max_resident_experts is None:
+        return None
+    sizes = dict.fromkeys(deltas_stored(config), 0)
+    for name, layer in tuner.routed_layers().items():
+        for column in sizes:
+            for part in layer.bank(adapter_name).part_names:
+                key = f"{column}:{part}"
+                stored = state_dict[f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}.{key}"]
+                sizes[column] += padded_size(num_bytes_in_memory(key, stored, layer.shape))
+    folder = None if config.expert_folder is None else Path(config.expert_folder)
+    store = ExpertStore(config.max_resident_experts, folder)
+    store.make_room(sizes)
+    return store
+
+
+def _computes_on(base_layer: nn.Module) -> torch.device:
+    """The device of a layer's weight; for one that accelerate fetches from elsewhere, where it is fetched to."""
+    place = getattr(getattr(base_layer, "_hf_hook", None), "execution_device", None)
+    weight: Any = base_layer.weight
+    return weight.device if place is None or weight.device.type != "meta" else torch.device(place)
+
+
+def _load_layer(
+    name: str,
+    layer: MediatorLayer,
+    adapter_name: str,
+    columns: Sequence[str],
+    state_dict: dict[str, Tensor],
+    store: ExpertStore | None,
+) -> dict[str, Tensor]:
+    bank = layer.bank(adapter_name)
+    device = _computes_on(layer.base_layer)
+    prefix = f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}."
+    loaded = {}
+    for column in columns:
+        for part in bank.part_names:
+            key = f"{column}:{part}"
+            tensor = from_disk(key, state_dict[prefix + key], layer.shape)
+            if store is not None:
+                tensor = store.keep(column, tensor)
+            elif device.type != "meta":
+                tensor = tensor.to(device)
+            bank._put_part(key, tensor)
+            loaded[f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}.{adapter_name}.{key}"] = tensor
+    deltas = {column: bank.get(column) for column in columns}
+    if store is not None:
+        bank.stays, bank.brought_to = True, None if device.type in ("cpu", "meta") else device
+    check_parts(bank, name, {column: count_bits(delta.mask) for column, delta in deltas.items() if delta is not None})
+    return loaded

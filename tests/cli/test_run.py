@@ -1,0 +1,113 @@
+"""The whole way by one YAML file, and the checks around it."""
+
+import json
+import stat
+
+import pytest
+import torch
+import yaml
+from character_tokenizer import CHAT_TEMPLATE, character_tokenizer
+from tiny import write_tiny_checkpoints
+from typer.testing import CliRunner
+
+from mediator_peft import load_mediator
+from mediator_peft.cli.app import app
+
+ALL = """
+build:
+  base: base
+  experts: {math: math, code: code}
+  output: out
+  config: {density: 1.0, values: float, routed_layers: all}
+calibrate:
+  data: {math: math.jsonl, code: code.jsonl}
+eval:
+  data: {math: math.jsonl, code: code.jsonl}
+  max_new_tokens: 2
+  report: results
+"""
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_tiny_checkpoints(tmp_path, ["base", "math", "code"], dtype=torch.bfloat16, only=["q_proj", "up_proj"])
+    character_tokenizer(CHAT_TEMPLATE, adds_bos=True).save_pretrained(tmp_path / "base")
+    for expert, start in (("math", "7 + "), ("code", "def f")):
+        lines = [{"prompt": start + "x" * number, "answer": "7"} for number in range(12)]
+        (tmp_path / f"{expert}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "all.yaml").write_text(ALL)
+    return tmp_path
+
+
+def test_one_file_builds_calibrates_and_evaluates(folder):
+    done = run("run", folder / "all.yaml", "--set", "build.config.density=0.5", "--set", "calibrate.batch_size=4")
+    assert done.exit_code == 0, done.stderr
+    model, _ = load_mediator(folder / "out")
+    assert model.peft_config["default"].density == 0.5
+    assert model.router is not None
+    assert (folder / "results" / "results.json").is_file()
+    kept = yaml.safe_load((folder / "out" / "mediator" / "pipeline.yaml").read_text())
+    assert list(kept) == ["build", "calibrate", "eval"]
+    assert kept["build"]["config"]["density"] == 0.5
+    assert kept["calibrate"]["batch_size"] == 4
+    mode = stat.S_IMODE((folder / "out" / "mediator" / "adapter_model.safetensors").stat().st_mode)
+    assert mode == stat.S_IMODE((folder / "out" / "mediator" / "README.md").stat().st_mode)
+
+
+def test_a_single_step(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    done = run("run", "all.yaml", "--only", "build", "--set", "build.output=elsewhere", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["build"]["experts"] == ["math", "code"]
+    assert (folder / "elsewhere").is_dir()
+    assert not (folder / "out").exists()
+
+
+def test_a_dry_run_writes_nothing(folder):
+    before = sorted(folder.iterdir())
+    assert run("run", folder / "all.yaml", "--dry-run").exit_code == 0
+    experts = [f"--expert={name}={folder / name}" for name in ("math", "code")]
+    shown = run("build", "--base", folder / "base", *experts, "--output", folder / "out", "--dry-run", "--json")
+    assert shown.exit_code == 0
+    assert json.loads(shown.stdout)["problems"] == []
+    (folder / "math" / "model.safetensors").unlink()
+    refused = run("build", "--base", folder / "base", *experts, "--output", folder / "out", "--dry-run")
+    assert refused.exit_code == 3
+    assert "math" in refused.stderr
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--set", "build.config.densty=0.1"], 3, "Did you mean 'density'"),
+        (["--set", "evl.data=x"], 3, "Did you mean 'eval'"),
+        (["--set", "nonsense"], 2, "KEY=VALUE"),
+        (["--set", "build.workers=["], 2, "YAML"),
+        (["--only", "biuld"], 2, "no step"),
+    ],
+)
+def test_wrong_options(options, code, message, folder):
+    refused = run("run", folder / "all.yaml", *options)
+    assert refused.exit_code == code
+    assert message in " ".join(refused.stderr.split())
+    assert not (folder / "out").exists()
+
+
+def test_verifying_compares_weights_and_logits(folder):
+    assert run("run", folder / "all.yaml", "--only", "build").exit_code == 0
+    against = [f"--against={name}={folder / name}" for name in ("math", "code", "base")]
+    exact = json.loads(run("verify", folder / "out", *against, "--json").stdout)
+    for difference in exact["differences"].values():
+        assert difference["max_difference"] == 0.0
+        assert difference["max_logit_difference"] == 0.0
+    sparse = ["--set", "build.config={}", "--set", f"build.output={folder / 'sparse'}"]
+    assert run("run", folder / "all.yaml", "--only", "build", *sparse).exit_code == 0
+    found = json.loads(run("verify", folder / "sparse", *against, "--json").stdout)
+    assert all(difference["max_logit_difference"] > 1e-3 for difference in found["differences"].values())
+    without = json.loads(run("verify", folder / "sparse", *against, "--no-logits", "--json").stdout)
+    assert "max_logit_difference" not in without["differences"]["math"]

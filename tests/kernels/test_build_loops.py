@@ -1,0 +1,209 @@
+"""The compiled loops give what the plain steps give, bit for bit."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from mediator_peft.kernels import build_loops as loops
+from mediator_peft.kernels.build_loops import compiled
+from mediator_peft.merge import signed_selection as signed
+from mediator_peft.merge import tiles
+from mediator_peft.methods.sparsifying.selection import chosen_ones
+from tests.merge.helpers import EXPERTS, InMemory, build, digests
+from tests.tiny import write_tiny_checkpoints
+
+pytestmark = pytest.mark.skipif(compiled() is None, reason="numba is not there")
+
+SHAPES = [(1, 1), (3, 7), (5, 8), (4, 15), (2, 16), (7, 17), (3, 40), (6, 64), (2, 577)]
+
+
+def packed(bits):
+    return np.packbits(bits, axis=1, bitorder="little")
+
+
+def values_of(shape, seed):
+    values = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    values.reshape(-1)[::5] = 0
+    values.reshape(-1)[1::7] = -0.0
+    values.reshape(-1)[2::11] = 1.25  # on the edge of the bracket
+    return values
+
+
+def selections_of(shape, brackets):
+    """One selection for each bracket, with rubbish where the marks will be."""
+    selections = [signed.SignedSelection(shape, 1.0, torch.ones(3)) for _ in brackets]
+    for selection, bracket in zip(selections, brackets, strict=True):
+        selection.restart(signed.Bracket(*bracket))
+        for array in (selection.negative, selection.selection.above, selection.selection.inside, selection.sums):
+            array.fill(255)
+    return selections
+
+
+BRACKETS = [(0.5, 1.25), (1.25, 1.25), (1e-45, np.inf), (np.inf, np.inf)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("use_loops", [True, False])
+def test_marking_is_comparing_and_summing(shape, dtype, use_loops, monkeypatch):
+    if not use_loops:
+        monkeypatch.setattr(signed, "compiled", lambda: None)
+    pairs = [
+        (torch.from_numpy(values_of(shape, seed)).to(dtype), torch.from_numpy(values_of(shape, seed + 9)).to(dtype))
+        for seed in range(len(BRACKETS))
+    ]
+    pairs[1] = (pairs[1][0], torch.zeros(shape, dtype=dtype))  # many entries on the edge, some of them -0.0
+    selections = selections_of(shape, BRACKETS)
+    marking = signed.Marking(selections, tiles.Workspace())
+    for start in range(0, shape[0], 2):
+        marking.add(start, [(a[start : start + 2].clone(), b[start : start + 2].clone()) for a, b in pairs])
+    for selection, (low, high), (minuend, subtrahend) in zip(selections, BRACKETS, pairs, strict=True):
+        values = (minuend.float() - subtrahend.float()).numpy()
+        magnitudes = abs(values).astype(np.float64)
+        above, inside = magnitudes > high, (magnitudes >= np.float32(low)) & ~(magnitudes > high)
+        np.testing.assert_array_equal(selection.negative, packed(values < 0))
+        np.testing.assert_array_equal(selection.selection.above, packed(above))
+        np.testing.assert_array_equal(selection.selection.inside, packed(inside))
+        assert (selection.selection._num_above, selection.selection._num_inside) == (above.sum(), inside.sum())
+        if low != high:
+            np.testing.assert_array_equal(np.concatenate(selection.selection._values), magnitudes[inside])
+        sums = [(magnitudes**2).sum(1), (magnitudes * above).sum(1), (magnitudes**2 * above).sum(1)]
+        np.testing.assert_allclose(selection.sums, np.stack(sums, axis=1), rtol=2e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 4096), (3, 5001)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_marks_and_sums_are_the_same_to_the_last_bit(shape, dtype, monkeypatch):
+    first, second = (torch.from_numpy(values_of(shape, seed)).to(dtype) for seed in (3, 4))
+    found = []
+    for loops_or_none in (compiled(), None):
+        monkeypatch.setattr(signed, "compiled", lambda given=loops_or_none: given)
+        selections = selections_of(shape, BRACKETS)
+        signed.Marking(selections, tiles.Workspace()).add(0, [(first, second)] * len(BRACKETS))
+        found.append([array for each in selections for array in (each.sums, each.negative, each.selection.above)])
+    for fast, slow in zip(*found, strict=True):
+        np.testing.assert_array_equal(fast, slow)
+
+
+def test_marking_writes_nothing_beyond_the_rows():
+    """The last byte of the last row is followed by numbers that are not its own."""
+    for columns in (1, 7, 8, 9, 16, 17, 24, 25):
+        frame = np.full((4, (columns + 7) // 8), 170, np.uint8)
+        selection = selections_of((4, columns), [(0.5, 1.0)])[0]
+        selection.negative, selection.selection.above, selection.selection.inside = frame, frame, frame
+        ones = torch.ones(2, columns)
+        signed.Marking([selection], tiles.Workspace()).add(1, [(ones, 0 * ones)])
+        np.testing.assert_array_equal(frame[[0, 3]], 170)
+        assert not (frame[1:3] == 170).any()
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 5])
+@pytest.mark.parametrize("shape", [(1,), (77,), *SHAPES, (5, 4096), (3, 2, 9)])
+@pytest.mark.parametrize("method", ["average", "base"])
+def test_merging_a_tile_is_what_torch_does(num_experts, shape, method, monkeypatch):
+    torch.manual_seed(num_experts)
+    stored = [torch.randn(shape).bfloat16() for _ in range(num_experts + 1)]
+    for number, tensor in enumerate(stored):
+        tensor.view(-1)[number % 2 :: 3] = -0.0
+        tensor.view(-1)[2::7] = 0.5
+    monkeypatch.setattr(tiles, "TILE_ENTRIES", 64)
+    found = []
+    for loops_or_none in (compiled(), None):
+        monkeypatch.setattr(tiles, "compiled", lambda given=loops_or_none: given)
+        seen = tiles.TensorTiles(
+            "w", [InMemory({"w": each}) for each in stored], torch.bfloat16, method, tiles.Workspace()
+        )
+        found.append([(tile.backbone.clone().view(torch.int16), torch.from_numpy(tile.energies)) for tile in seen])
+    for fast, slow in zip(*found, strict=True):
+        for one, other in zip(fast, slow, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+    differences = torch.stack([tensor.float() - stored[0].float() for tensor in stored[1:]])
+    merged = stored[0].float() + (sum(differences) / num_experts if method == "average" else 0)
+    backbone = torch.cat([part for part, _ in found[0]]).view(torch.bfloat16)
+    torch.testing.assert_close(backbone, merged.bfloat16().reshape(backbone.shape), rtol=0, atol=0)
+    energy = float(torch.cat([part for _, part in found[0]]).sum())
+    assert energy == pytest.approx(float(differences.double().sum(dim=0).square().sum()), rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_taking_bits_is_choosing_by_a_mask(shape):
+    generator = np.random.default_rng(2)
+    bits, mask = generator.random(shape) < 0.5, generator.random(shape) < 0.3
+    expected = np.packbits(bits[mask], bitorder="little")
+    np.testing.assert_array_equal(signed.kept_bits(packed(bits), packed(mask), shape[1]), expected)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 64), (3, 128), (40, 200)])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_choosing_ones_is_what_numpy_does(shape, share):
+    generator = np.random.default_rng(3)
+    mask = generator.random(shape) < share
+    choice = generator.random(int(mask.sum())) < 0.5
+    expected = mask.copy()
+    expected[mask] = choice
+    for found in (signed.choose(packed(mask), choice, shape[1]), chosen_ones(packed(mask), choice, shape[1])):
+        np.testing.assert_array_equal(found, packed(expected))
+
+
+@pytest.mark.parametrize("settings", [{}, {"merge_method": "base"}, {"values": "float", "density": 1.0}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_without_numba_the_bytes_are_the_same(settings, dtype, tmp_path, monkeypatch):
+    paths = write_tiny_checkpoints(tmp_path / "in", ("base", *EXPERTS), dtype=dtype)
+    build(paths, tmp_path / "fast", settings)
+    for module in (signed, tiles):
+        monkeypatch.setattr(module, "compiled", lambda: None)
+    build(paths, tmp_path / "slow", settings)
+    assert digests(tmp_path / "fast") == digests(tmp_path / "slow")
+
+
+def test_numba_may_be_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mediator_peft.kernels.llvm_build_loops", None)
+    monkeypatch.delattr("mediator_peft.kernels.llvm_build_loops")
+    assert loops.compiled.__wrapped__() is None
+
+
+def signs_by_hand(delta, num_kept):
+    """Which entries are kept, their signs, and one scale a row, one number at a time."""
+    rows, columns = delta.shape
+    places = [(r, c) for r in range(rows) for c in range(columns) if float(delta[r, c]) != 0.0]
+    places.sort(key=lambda place: (-abs(float(delta[place])), place))
+    kept = sorted(places[:num_kept])
+    counts = [sum(r == row for r, _ in kept) for row in range(rows)]
+    norms = [sum(float(value) ** 2 for value in row) ** 0.5 for row in delta]
+    scales = [norm / count**0.5 if count else 0.0 for norm, count in zip(norms, counts, strict=True)]
+    return kept, [float(delta[place]) < 0 for place in kept], scales
+
+
+@pytest.mark.parametrize("use_loops", [True, False])
+@pytest.mark.parametrize("shape", [(1, 3), (6, 8), (5, 21), (9, 50)])
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+def test_sign_coding_is_its_formula(use_loops, shape, density, monkeypatch):
+    if not use_loops:
+        monkeypatch.setattr(signed, "compiled", lambda: None)
+    minuend, subtrahend = torch.from_numpy(values_of(shape, 5)), torch.from_numpy(values_of(shape, 6)) * 0.5
+    delta = minuend - subtrahend
+    selection = signed.SignedSelection(shape, density, delta.flatten()[::2].contiguous())
+    space = tiles.Workspace()
+    for bracket in (None, (0.0, np.inf)):  # a small sample may miss; the whole line cannot
+        if bracket is not None:
+            selection.restart(signed.Bracket(1e-45, float("inf")))
+        marking = signed.Marking([selection], space)
+        for start in range(0, shape[0], 2):
+            marking.add(start, [(minuend[start : start + 2], subtrahend[start : start + 2])])
+        if selection.settle():
+            break
+    packed_delta, errors = selection.encode(None, "norm")
+    kept, negative, scales = signs_by_hand(delta.numpy(), round(density * delta.numel()))
+    assert packed_delta.kept.nonzero().tolist() == [list(place) for place in kept]
+    signs = np.unpackbits(packed_delta.parts["signs"].numpy(), bitorder="little")[: len(kept)]
+    assert signs.tolist() == [int(is_negative) for is_negative in negative]
+    stored = torch.tensor(scales, dtype=torch.float64).bfloat16()
+    torch.testing.assert_close(packed_delta.parts["scales"], stored, rtol=0, atol=0)
+    scales = stored.double().tolist()
+    assert errors.norm == pytest.approx(float(delta.double().square().sum()), rel=1e-5)
+    inner = sum(abs(float(delta[place])) * scales[place[0]] for place in kept)
+    assert errors.inner == pytest.approx(inner, rel=1e-5)

@@ -1,0 +1,280 @@
+"""Bad input: a clear error of ours that says what and where, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from errno import EACCES, ENOSPC, EROFS
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mediator_peft import MediatorConfig, build_mediator, plan_mediator
+from mediator_peft.checkpoints import backbone_files as shards
+from mediator_peft.checkpoints import output_folder as writing
+from mediator_peft.errors import (
+    CheckpointError,
+    CheckpointMismatchError,
+    ConfigError,
+    MediatorError,
+    OutOfMemoryError,
+    OutputError,
+    OutputExistsError,
+    UnsupportedError,
+)
+from mediator_peft.merge import offline
+from tests.tiny import tiny_model
+
+WEIGHTS = "model.safetensors"
+MATRIX = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def paths(pristine, tmp_path):
+    shutil.copytree(pristine, tmp_path / "in")
+    return {name: tmp_path / "in" / name for name in ("base", "math", "code")}
+
+
+def edit_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"}
+    )
+
+
+def edit_json(folder: Path, name: str, **changes) -> None:
+    content = json.loads((folder / name).read_text())
+    content.update(changes)
+    (folder / name).write_text(json.dumps(content))
+
+
+def header(folder: Path, text: bytes, length: int | None = None) -> None:
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + b"\0" * 64)
+
+
+def set_value(value: float, name: str = MATRIX):
+    def change(tensors):
+        tensors[name].view(-1)[-1] = value
+
+    return lambda folder: edit_tensors(folder, change)
+
+
+def index(folder: Path, text: str) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def shape(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({MATRIX: tensors[MATRIX][:-1]}))
+
+
+def entry(**fields) -> bytes:
+    return json.dumps({MATRIX: {"dtype": "BF16", "shape": [4, 8], "data_offsets": [0, 64], **fields}}).encode()
+
+
+# What is done to the expert "math" → what the message must say.
+BROKEN_EXPERTS = {
+    "no folder": (shutil.rmtree, "no folder"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "no model.safetensors"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+    "unknown model type": (lambda folder: edit_json(folder, "config.json", model_type="nonesuch"), "config.json"),
+    "empty file": (lambda folder: (folder / WEIGHTS).write_bytes(b""), "damaged"),
+    "cut short": (lambda folder: os.truncate(folder / WEIGHTS, 40_000), "damaged"),
+    "cut short in the header": (lambda folder: os.truncate(folder / WEIGHTS, 100), "damaged"),
+    "one byte too many": (lambda folder: (folder / WEIGHTS).open("ab").write(b"x"), "damaged"),
+    "header length is absurd": (lambda folder: header(folder, b"{}", 1 << 60), "damaged"),
+    "header is no JSON": (lambda folder: header(folder, b"{never"), "no JSON"),
+    "header is a list": (lambda folder: header(folder, b"[1, 2]"), "no JSON object"),
+    "entry without offsets": (lambda folder: header(folder, b'{"a": {"dtype": "F32"}}'), "malformed"),
+    "offsets turn back": (lambda folder: header(folder, entry(data_offsets=[64, 0])), "offsets"),
+    "offsets do not fit the shape": (lambda folder: header(folder, entry(shape=[4, 9])), "offsets"),
+    "offsets beyond the file": (
+        lambda folder: header(folder, entry(shape=[99, 8], data_offsets=[0, 1584])),
+        "speaks of",
+    ),
+    "negative shape": (lambda folder: header(folder, entry(shape=[-4, -8])), "offsets"),
+    "index is no JSON": (lambda folder: index(folder, "{"), "index.json is damaged"),
+    "index without a map": (lambda folder: index(folder, "{}"), "index.json is damaged"),
+    "index is a list": (lambda folder: index(folder, "[]"), "index.json is damaged"),
+    "index names a missing shard": (lambda folder: index(folder, '{"weight_map": {"a": "x.safetensors"}}'), "missing"),
+    "index leaves the folder": (lambda folder: index(folder, '{"weight_map": {"a": "../base/x"}}'), "outside"),
+    "a tensor is missing": (lambda folder: edit_tensors(folder, lambda tensors: tensors.pop(MATRIX)), "lacks tensors"),
+    "a tensor too many": (lambda folder: edit_tensors(folder, lambda t: t.update(extra=torch.zeros(2))), "extra"),
+    "another shape": (shape, "other shapes"),
+    "integers": (lambda folder: edit_tensors(folder, lambda t: t.update({MATRIX: t[MATRIX].to(torch.int8)})), "plain"),
+    "another vocabulary": (lambda folder: edit_json(folder, "config.json", vocab_size=95), "vocab_size"),
+    "other heads": (lambda folder: edit_json(folder, "config.json", num_attention_heads=8), "num_attention_heads"),
+    "another rope": (
+        lambda folder: edit_json(folder, "config.json", rope_parameters={"rope_type": "default", "rope_theta": 5.0}),
+        "rope_parameters",
+    ),
+    "untied": (lambda folder: edit_json(folder, "config.json", tie_word_embeddings=True), "tie_word_embeddings"),
+    "NaN in a matrix": (set_value(float("nan")), f"{MATRIX}.*NaN"),
+    "infinity in a matrix": (set_value(float("inf")), f"{MATRIX}.*infinite"),
+    "NaN in a norm": (set_value(float("nan"), "model.norm.weight"), "model.norm.weight.*NaN"),
+    "NaN in the embedding": (set_value(float("-inf"), "model.embed_tokens.weight"), "embed_tokens.*NaN"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_EXPERTS)
+def test_a_broken_expert_is_named_and_nothing_is_left(kind, paths, tmp_path):
+    damage, message = BROKEN_EXPERTS[kind]
+    damage(paths["math"])
+    before = sorted(tmp_path.iterdir())
+    experts = {name: paths[name] for name in ("math", "code")}
+    with pytest.raises(CheckpointError, match=rf"(?s)math.*{message}|{message}.*math"):
+        build_mediator(paths["base"], experts, tmp_path / "new" / "out")
+    assert sorted(tmp_path.iterdir()) == before
+    if not message.endswith(("NaN", "infinite")):  # those need the weights
+        problems = "\n".join(plan_mediator(paths["base"], experts).problems)
+        assert "math" in problems
+
+
+def test_all_cheap_faults_are_listed_at_once(paths, tmp_path):
+    shape(paths["math"])
+    edit_tensors(paths["code"], lambda tensors: tensors.pop(MATRIX))
+    edit_json(paths["code"], "config.json", num_attention_heads=8)
+    with pytest.raises(CheckpointMismatchError) as caught:
+        build_mediator(paths["base"], {"math": paths["math"], "code": paths["code"]}, tmp_path / "out")
+    for part in ("other shapes", "lacks tensors", "num_attention_heads"):
+        assert part in str(caught.value)
+
+
+WRONG_ARGUMENTS = {
+    "no experts": ({"experts": {}}, ConfigError, "no experts"),
+    "a dot in a name": ({"experts": {"a.b": "x"}}, ConfigError, "expert name"),
+    "a slash in a name": ({"experts": {"a/b": "x"}}, ConfigError, "expert name"),
+    "a taken name": ({"experts": {"base": "x"}}, ConfigError, "taken"),
+    "no workers": ({"workers": 0}, ConfigError, "workers"),
+    "half a worker": ({"workers": 1.5}, ConfigError, "workers"),
+    "size without a number": ({"max_memory": "much"}, ConfigError, "max_memory"),
+    "unit unknown": ({"max_memory": "4 parsec"}, ConfigError, "max_memory"),
+    "too little memory": ({"max_memory": "1MB"}, OutOfMemoryError, "max_memory"),
+    "block beyond the model": ({"config": {"routed_layers": [7]}}, ConfigError, "beyond"),
+    "unknown module": ({"config": {"target_modules": ["nonesuch"]}}, ConfigError, "nonesuch"),
+    "no plan there": ({"plan": "nowhere.json"}, ConfigError, "plan"),
+    "no base and a fallback to it": ({"base": None}, ConfigError, "fallback"),
+    "base is nowhere": ({"base": "/nowhere"}, CheckpointError, "no folder"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_ARGUMENTS)
+def test_wrong_arguments(kind, paths, tmp_path):
+    changes, error, message = WRONG_ARGUMENTS[kind]
+    arguments = {"base": paths["base"], "experts": {"math": paths["math"]}, "output": tmp_path / "out", **changes}
+    if "config" in changes:
+        arguments["config"] = MediatorConfig(**changes["config"])
+    with pytest.raises(error, match=message):
+        build_mediator(**arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_an_output_that_exists_is_left_alone(paths, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("keep")
+    with pytest.raises(OutputExistsError, match="exists"):
+        build_mediator(paths["base"], {"math": paths["math"]}, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("code", [ENOSPC, EROFS, EACCES])
+@pytest.mark.parametrize("place", ["mkdir", "allocate", "write"])
+def test_an_output_that_cannot_be_written(place, code, paths, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    target, name = {
+        "mkdir": (writing.Path, "mkdir"),
+        "allocate": (shards, "_allocate"),
+        "write": (shards, "write_from"),
+    }[place]
+    monkeypatch.setattr(target, name, fail)
+    with pytest.raises(OutputError, match=os.strerror(code)):
+        build_mediator(paths["base"], {"math": paths["math"]}, tmp_path / "out")
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_full_disk_is_seen_before_the_work(paths, tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "free_space", lambda _: 1000)
+    monkeypatch.setattr(offline, "resumable_folder", lambda *_: pytest.fail("work was started"))
+    with pytest.raises(OutputError, match="Make room"):
+        build_mediator(paths["base"], {"math": paths["math"]}, tmp_path / "out")
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="needs to mount a small disk")
+def test_a_disk_that_fills_up(paths, tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.system(f"mount -t tmpfs -o size=64k tmpfs {disk} 2>/dev/null"):
+        pytest.skip("cannot mount")
+    try:
+        monkeypatch.setattr(writing, "free_space", lambda _: 1 << 40)
+        with pytest.raises(OutputError, match="No space left"):
+            build_mediator(paths["base"], {"math": paths["math"]}, disk / "out")
+        assert list(disk.iterdir()) == []
+    finally:
+        os.system(f"umount {disk}")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_in_a_worker_is_the_same_error(workers, paths, tmp_path):
+    set_value(float("nan"))(paths["math"])
+    with pytest.raises(CheckpointError, match=MATRIX):
+        build_mediator(paths["base"], {"math": paths["math"]}, tmp_path / "out", workers=workers)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_file_that_shrinks_while_it_is_read(paths, tmp_path, monkeypatch):
+    original = offline._Build.prepare
+
+    def shrink(build):
+        os.truncate(paths["math"] / WEIGHTS, 20_000)
+        return original(build)
+
+    monkeypatch.setattr(offline._Build, "prepare", shrink)
+    with pytest.raises(CheckpointError, match="cut short"):
+        build_mediator(paths["base"], {"math": paths["math"]}, tmp_path / "out")
+
+
+def test_a_killed_worker_is_reported(paths, tmp_path, monkeypatch):
+    monkeypatch.setattr(offline._Build, "_merge_one", lambda *_: os._exit(9))
+    with pytest.raises(OutOfMemoryError, match="worker"):
+        build_mediator(paths["base"], {"math": paths["math"]}, tmp_path / "out", workers=2)
+
+
+def test_fused_experts_are_refused_by_name(tmp_path):
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_hidden_layers=2,
+        num_experts=4,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8, num_experts_per_tok=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
+    with pytest.raises((UnsupportedError, MediatorError), match=r"mixture-of-experts|do not belong"):
+        build_mediator(tmp_path / "moe", {"a": tmp_path / "moe"}, tmp_path / "out")
+
+
+def test_pickles_are_read_on_request_only(paths, tmp_path):
+    torch.save(load_file(paths["math"] / WEIGHTS), paths["math"] / "pytorch_model.bin")
+    (paths["math"] / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match="allow_pickle"):
+        build_mediator(paths["base"], {"math": paths["math"]}, tmp_path / "out")
+    build_mediator(paths["base"], {"math": paths["math"]}, tmp_path / "out", allow_pickle=True)
+    merged = load_file(tmp_path / "out" / WEIGHTS)
+    expected = torch.load(paths["math"] / "pytorch_model.bin", weights_only=True)
+    torch.testing.assert_close(merged[MATRIX], expected[MATRIX], rtol=0, atol=0)
+
+
+def test_a_pickle_with_code_is_refused(paths, tmp_path):
+    torch.save({"weight": torch.zeros(1), "code": tiny_model}, paths["math"] / "pytorch_model.bin")
+    (paths["math"] / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match="more than tensors"):
+        build_mediator(paths["base"], {"math": paths["math"]}, tmp_path / "out", allow_pickle=True)

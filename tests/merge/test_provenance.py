@@ -1,0 +1,102 @@
+"""What an output says of where it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+import yaml
+
+from mediator_peft import plan_mediator
+from mediator_peft.checkpoints.checksums import RunningDigest
+from mediator_peft.cli.pipeline_file import read_pipeline
+from mediator_peft.errors import ConfigError
+from mediator_peft.merge.provenance import InputDigests, _files
+from tests.merge.helpers import build, digests, experts_of
+from tests.tiny import write_tiny_checkpoints
+
+WEIGHTS = ("model.safetensors", "mediator/adapter_model.safetensors", "mediator/adapter_config.json")
+
+
+@pytest.fixture
+def paths(tmp_path):
+    return write_tiny_checkpoints(tmp_path / "in")
+
+
+def test_every_input_file_is_named_with_its_checksum(paths, tmp_path):
+    build(paths, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "mediator" / "provenance.json").read_text())
+    assert list(found["inputs"]) == ["base", "math", "code"]
+    for label, known in found["inputs"].items():
+        assert known["source"] == str(paths[label])
+        assert set(known["files"]) == {"model.safetensors", "config.json"}
+        for name, entry in known["files"].items():
+            data = (paths[label] / name).read_bytes()
+            assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert found["packages"]["torch"]
+
+
+def test_checksums_can_be_left_out(paths, tmp_path):
+    build(paths, tmp_path / "out", hash_inputs=False)
+    found = json.loads((tmp_path / "out" / "mediator" / "provenance.json").read_text())
+    assert all("sha256" not in entry for known in found["inputs"].values() for entry in known["files"].values())
+
+
+def test_a_checksum_may_be_taken_step_by_step(tmp_path):
+    data = bytes(range(256)) * 3000
+    (tmp_path / "file").write_bytes(data)
+    digest = RunningDigest(tmp_path / "file")
+    for stop in (0, 5, 3, 300_000, 300_001, 299_000):
+        digest.advance(stop)
+    assert digest.hexdigest() == hashlib.sha256(data).hexdigest() == digest.hexdigest()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_one_process_reads_on_in_the_inputs_as_it_merges(workers, paths, tmp_path, monkeypatch):
+    left = []
+    original = RunningDigest.hexdigest
+
+    def hexdigest(digest):
+        if digest.path.name == "model.safetensors" and digest.path.parent.parent == tmp_path / "in":
+            left.append(digest.path.stat().st_size - digest._place)
+        return original(digest)
+
+    monkeypatch.setattr(RunningDigest, "hexdigest", hexdigest)
+    build(paths, tmp_path / "out", workers=workers)
+    assert len(left) == 3
+    assert all(count == 0 if workers == 1 else count > 0 for count in left)
+
+
+def test_the_hubs_cache_is_taken_at_its_word(tmp_path):
+    class Cached:
+        folder = tmp_path
+        files = [tmp_path / "model.safetensors"]
+
+    (tmp_path / ("ab" * 32)).write_bytes(b"x")
+    Cached.files[0].symlink_to(tmp_path / ("ab" * 32))
+    assert dict(_files(Cached(), InputDigests([], False))) == {"model.safetensors": {"bytes": 1, "sha256": "ab" * 32}}
+
+
+@pytest.mark.parametrize("settings", [{}, {"density": 0.4, "routed_layers": [0, 2], "target_modules": ["q_proj"]}])
+def test_the_kept_file_builds_the_same_again(settings, paths, tmp_path):
+    build(paths, tmp_path / "one", settings)
+    kept = tmp_path / "one" / "mediator" / "pipeline.yaml"
+    with pytest.raises(ConfigError, match=r"build\.output is missing"):
+        read_pipeline(kept)
+    pipeline = read_pipeline(kept, {"build.output": str(tmp_path / "two")})
+    section = pipeline.build
+    assert section.experts == {name: str(path) for name, path in experts_of(paths).items()}
+    build(paths, tmp_path / "two", section.config)
+    one, two = digests(tmp_path / "one"), digests(tmp_path / "two")
+    assert one == two
+
+
+def test_a_plan_is_kept_with_it(paths, tmp_path):
+    plan_mediator(paths["base"], experts_of(paths)).save(tmp_path / "plan.json")
+    build(paths, tmp_path / "one", plan=tmp_path / "plan.json")
+    adapter = tmp_path / "one" / "mediator"
+    assert yaml.safe_load((adapter / "pipeline.yaml").read_text())["build"]["plan"] == "plan.json"
+    build(paths, tmp_path / "two", plan=adapter / "plan.json")
+    for name in WEIGHTS:
+        assert digests(tmp_path / "one")[name] == digests(tmp_path / "two")[name]
