@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from math import isfinite
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from .errors import AdapterError, ConfigError
 from .methods.conflict import CONFLICT_SCORES
 from .methods.encoding.scales import SIGN_SCALES
-from .methods.encoding.values import VALUES
+from .methods.encoding.values import ENCODINGS
 from .methods.merging import MERGE_METHODS
 from .methods.rounding import ROUNDINGS
 from .methods.sparsifying import LOW_RANK, SPARSIFIERS
@@ -23,12 +24,22 @@ FORMAT_VERSION = 1
 
 FALLBACKS = ("base", "backbone")
 DENSITY_SCOPES = ("matrix", "model")
-ROUTE_ON = ("last", "first", "all")
+ROUTING_TURNS = ("last", "first", "all")
 FALLBACK_EXPERT = "base"
 """Name of the expert-weight column that stands for the base model."""
 
 CORRECTION = "_correction"
 """Name of the delta that takes back rounding errors of a quantised backbone; no expert can have it."""
+
+OLD_FIELDS = {
+    "values": "encoding",
+    "sign_scale": "rescale",
+    "top_p": "routing_top_p",
+    "route_on": "routing_turn",
+}
+"""Former names of fields → names of today. Files of former versions have them; in code they warn for one release."""
+
+_OLD_CHOICES = {"sparsifier": {"random": "dare"}}
 
 _BUDGET = re.compile(r"\d+(\.\d+)?\s*(x|b|[kmgt]i?b)?")
 _EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\- ]{0,63}")
@@ -68,7 +79,7 @@ class MediatorSettings:
     (``["all-linear", "embed_tokens"]``); tied ones are one matrix, and either name stands for both."""
 
     sparsifier: str = "magnitude"
-    """A key of ``SPARSIFIERS``: what of a delta is kept. ``"magnitude"`` keeps the largest entries, ``"random"`` some
+    """A key of ``SPARSIFIERS``: what of a delta is kept. ``"magnitude"`` keeps the largest entries, ``"dare"`` some
     by chance (DARE), ``"svd"`` the largest singular values."""
 
     density: float = 0.2
@@ -83,12 +94,13 @@ class MediatorSettings:
     """Bytes of the built weights, backbone and adapter together, to which ``density`` is fitted: ``"1.5x"`` the
     backbone alone, ``"400MB"``, or a number of bytes. ``None`` takes ``density`` as it is."""
 
-    values: str = "sign"
-    """A key of ``VALUES``: how kept entries are stored. ``"sign"`` is one bit each and one scale a row; ``"float"`` is
+    encoding: str = "sign"
+    """A key of ``ENCODINGS``: how kept entries are stored. ``"sign"`` (mask, sign and scale: T-Switch, arXiv
+    2412.00054) is one bit each and one scale a row; ``"float"`` is
     exact at density 1. ``"svd"`` stores ``"factors"``, whatever stands here by default."""
 
-    sign_scale: str = "projection"
-    """A key of ``SIGN_SCALES``: how large kept entries are made, signs or numbers. ``"projection"`` keeps the delta's
+    rescale: str = "projection"
+    """A key of ``RESCALINGS``: how large kept entries are made, signs or numbers. ``"projection"`` keeps the delta's
     full effect, ``"norm"`` the norm of each row, ``"mean"`` the mean of what is kept: numbers as they are."""
 
     rank: int | None = None
@@ -108,14 +120,14 @@ class MediatorSettings:
     """The router reads the backbone's hidden state after this many blocks; 0 is the embedding. ``None`` takes a tenth
     of the depth."""
 
-    route_on: str = "last"
+    routing_turn: str = "last"
     """What of a chat decides its route, where its turns can be told apart: the ``"last"`` user turn (each turn is
     routed anew), the ``"first"`` (one route a chat), or ``"all"`` tokens so far."""
 
     ood_alpha: float = 0.01
     """Share of known prompts that may be taken for unknown, in (0, 1)."""
 
-    top_p: float = 0.5
+    routing_top_p: float = 0.5
     """The gate keeps the fewest experts whose probability reaches this, in (0, 1]; 1.0 keeps all. At 0.5 an expert more
     likely than all others together answers alone."""
 
@@ -158,6 +170,8 @@ class MediatorSettings:
     """Where the backbone lies: a hub id, or a folder, relative to the adapter's."""
 
     def __init__(self, **settings: Any) -> None:
+        # A saved file says its format version; code that calls this does not.
+        settings = with_todays_names(settings, _say_nothing if "format_version" in settings else warn_of_old_name)
         known = {item.name: item for item in fields(type(self))}
         unknown = [name for name in settings if name not in known]
         if unknown:
@@ -170,8 +184,8 @@ class MediatorSettings:
         self.__post_init__()
 
     def __post_init__(self) -> None:
-        if isinstance(self.sparsifier, str) and self.sparsifier in LOW_RANK and self.values == type(self).values:
-            self.values = "factors"
+        if isinstance(self.sparsifier, str) and self.sparsifier in LOW_RANK and self.encoding == type(self).encoding:
+            self.encoding = "factors"
         self.check()
 
     def check(self) -> None:
@@ -187,11 +201,11 @@ class MediatorSettings:
             ("merge_method", MERGE_METHODS, "merge method"),
             ("conflict_score", CONFLICT_SCORES, "conflict score"),
             ("sparsifier", SPARSIFIERS, "sparsifier"),
-            ("values", VALUES, "values"),
-            ("sign_scale", SIGN_SCALES, "sign_scale"),
+            ("encoding", ENCODINGS, "encoding"),
+            ("rescale", SIGN_SCALES, "rescale"),
             ("router", ROUTERS, "router"),
             ("fallback", FALLBACKS, "fallback"),
-            ("route_on", ROUTE_ON, "route_on"),
+            ("routing_turn", ROUTING_TURNS, "routing_turn"),
             ("density_scope", DENSITY_SCOPES, "density_scope"),
         ):
             value = getattr(self, name)
@@ -206,7 +220,7 @@ class MediatorSettings:
             ("density", "1.0 keeps every weight"),
             ("correction_density", "1.0 corrects every weight"),
             ("conflict_density", "1.0 lets every entry vote"),
-            ("top_p", "1.0 keeps every expert"),
+            ("routing_top_p", "1.0 keeps every expert"),
         ):
             if not _is_share(getattr(self, name)):
                 yield f"{name} must be in (0, 1], got {getattr(self, name)!r}. Use a share: {hint}."
@@ -232,13 +246,13 @@ class MediatorSettings:
             yield f"budget must be like '1.5x' (the backbone), '400MB' or a number of bytes, got {self.budget!r}."
         if self.rank is not None and (not _is_count(self.rank) or self.rank < 1):
             yield f"rank must be a whole number, 1 or more, or None, got {self.rank!r}."
-        is_known = all(isinstance(name, str) for name in (self.values, self.sparsifier))
-        is_known = is_known and self.values in VALUES and self.sparsifier in SPARSIFIERS
+        is_known = all(isinstance(name, str) for name in (self.encoding, self.sparsifier))
+        is_known = is_known and self.encoding in ENCODINGS and self.sparsifier in SPARSIFIERS
         is_low_rank = is_known and self.sparsifier in LOW_RANK
-        if is_known and is_low_rank != (self.values == "factors"):
+        if is_known and is_low_rank != (self.encoding == "factors"):
             yield (
-                f"sparsifier {self.sparsifier!r} does not go with values {self.values!r}: 'svd' stores 'factors', and "
-                "nothing else does. Leave values out with 'svd'."
+                f"sparsifier {self.sparsifier!r} does not go with encoding {self.encoding!r}: 'svd' stores 'factors', "
+                "and nothing else does. Leave encoding out with 'svd'."
             )
         if is_known and self.rank is not None and not is_low_rank:
             yield f"rank is for sparsifier='svd', not for {self.sparsifier!r}. Use density."
@@ -261,6 +275,19 @@ class MediatorSettings:
                 f"got {choice!r}."
             )
 
+    def __getattr__(self, name: str) -> Any:
+        # Reached only for names that are no fields.
+        if name in OLD_FIELDS:
+            warn_of_old_name(name, OLD_FIELDS[name])
+            return getattr(self, OLD_FIELDS[name])
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in OLD_FIELDS:
+            warn_of_old_name(name, OLD_FIELDS[name])
+            name = OLD_FIELDS[name]
+        object.__setattr__(self, name, value)
+
     @property
     def is_built(self) -> bool:
         """Whether this describes a bank that exists, rather than one to be built."""
@@ -282,12 +309,49 @@ SETTABLE = (
 """Fields that a person sets in a file; the others have their own place, or are written by the build."""
 
 
-def check_saved(fields_found: Mapping[str, object], known: Collection[str]) -> None:
+def warn_of_old_name(old: str, new: str) -> None:
+    """Say that a name has changed; the old one is understood for one more release."""
+    warnings.warn(f"{old!r} is now called {new!r}; the old name goes with the next release.", DeprecationWarning, 4)
+
+
+def _say_nothing(old: str, new: str) -> None:
+    pass
+
+
+def with_todays_names(settings: Mapping[str, Any], warn: Callable[[str, str], None] = _say_nothing) -> dict[str, Any]:
+    """Settings under the names that their fields and choices have today.
+
+    Args:
+        settings: as given, or as a file of a former version has them.
+        warn: called with the old and the new name of each that has changed.
+
+    Raises:
+        ConfigError: a field is given under both names.
+    """
+    renamed = dict(settings)
+    for old, new in OLD_FIELDS.items():
+        if old in renamed:
+            if new in renamed:
+                raise ConfigError(f"{old!r} is the former name of {new!r}: give one of them.")
+            warn(old, new)
+            renamed[new] = renamed.pop(old)
+    for name, choices in _OLD_CHOICES.items():
+        value = renamed.get(name)
+        if isinstance(value, str) and value in choices:
+            warn(value, choices[value])
+            renamed[name] = choices[value]
+    return renamed
+
+
+def check_saved(fields_found: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
     """Refuse a saved configuration that this version cannot read.
 
     Args:
         fields_found: what the file says.
         known: names of fields that may be in it.
+
+    Returns:
+        The fields under the names of today: files of former versions have other ones.
 
     Raises:
         AdapterError: a newer format, or fields that are not known.
@@ -298,9 +362,11 @@ def check_saved(fields_found: Mapping[str, object], known: Collection[str]) -> N
             f"this adapter has format version {version}, this mediator_peft reads up to {FORMAT_VERSION}. "
             "Upgrade it: pip install -U mediator_peft"
         )
-    unknown = [name for name in fields_found if name not in known]
+    renamed = with_todays_names(fields_found)
+    unknown = [name for name in renamed if name not in known]
     if unknown:
         raise AdapterError("\n".join(unknown_name(name, known, "field in adapter_config.json") for name in unknown))
+    return renamed
 
 
 def expert_name_faults(names: Mapping[str, object]) -> Iterator[str]:

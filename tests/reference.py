@@ -32,7 +32,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def thin_out(delta: Tensor, density: float, values: str, sign_scale: str = "projection") -> Tensor:
+def thin_out(delta: Tensor, density: float, values: str, rescale: str = "projection") -> Tensor:
     """Largest entries by sorting; then either as they are, or as their signs with one scale a row."""
     order = delta.abs().flatten().argsort(descending=True, stable=True)[: round(density * delta.numel())]
     mask = torch.zeros(delta.numel())
@@ -41,7 +41,7 @@ def thin_out(delta: Tensor, density: float, values: str, sign_scale: str = "proj
     if values != "sign":
         # Numbers: what is kept shall point along the delta as far as the delta does.
         kept_square = float((delta * mask).double().square().sum())
-        if sign_scale == "projection" and kept_square:
+        if rescale == "projection" and kept_square:
             delta = delta * (float(delta.double().square().sum()) / kept_square)
     if values == "float":
         return delta * mask
@@ -60,11 +60,11 @@ def thin_out(delta: Tensor, density: float, values: str, sign_scale: str = "proj
     for row, kept in zip(delta, mask, strict=True):
         count = int(kept.sum())
         scale = float(row.norm()) / count**0.5 if count else 0.0
-        if sign_scale == "mean":
+        if rescale == "mean":
             scale = float(row[kept.bool()].abs().mean()) if count else 0.0
         rows.append(row.sign() * kept * scale)
     signs = torch.stack(rows)
-    if sign_scale == "projection" and signs.any():
+    if rescale == "projection" and signs.any():
         # What points along the delta shall be as long as the delta.
         unit = delta / delta.norm()
         signs *= delta.norm() / (signs * unit).sum()

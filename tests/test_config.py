@@ -1,5 +1,8 @@
 """Settings are checked when made, all at once."""
 
+import json
+import warnings
+
 import pytest
 from peft import PeftConfig
 from peft.utils import PeftType
@@ -17,12 +20,12 @@ from mediator_peft.errors import ConfigError
         (dict(density=True), "density must be in"),
         (dict(conflict_density=-1), "conflict_density"),
         (dict(conflict_threshold=float("nan")), "conflict_threshold"),
-        (dict(top_p=0), "top_p"),
+        (dict(routing_top_p=0), "routing_top_p"),
         (dict(ood_alpha=1), "ood_alpha"),
         (dict(merge_method="averge"), "Did you mean 'average'"),
         (dict(conflict_score="sing"), "Did you mean 'sign'"),
         (dict(sparsifier="magnitud"), "Did you mean 'magnitude'"),
-        (dict(values="floats"), "Did you mean 'float'"),
+        (dict(encoding="floats"), "Did you mean 'float'"),
         (dict(router="gausian"), "Did you mean 'gaussian'"),
         (dict(density_scope="modle"), "Did you mean 'model'"),
         (dict(budget="much"), "budget must be like"),
@@ -31,8 +34,8 @@ from mediator_peft.errors import ConfigError
         (dict(sparsifier="svd", rank=0), "rank must be"),
         (dict(rank=4), "rank is for"),
         (dict(sparsifier="svd", rank=4, budget="2x"), "rank fixes"),
-        (dict(sparsifier="svd", values="float"), "does not go with"),
-        (dict(values="factors"), "does not go with"),
+        (dict(sparsifier="svd", encoding="float"), "does not go with"),
+        (dict(encoding="factors"), "does not go with"),
         (dict(sparsifier="svd", for_quantization="nf4"), "no low rank"),
         (dict(fallback="bsae"), "Did you mean 'base'"),
         (dict(router_layer=-1), "router_layer"),
@@ -56,7 +59,7 @@ def test_a_wrong_setting_is_refused(settings, message):
 
 def test_all_faults_are_listed_at_once():
     with pytest.raises(ConfigError) as caught:
-        MediatorConfig(density=2, values="flot", experts={"a.b": "x"})
+        MediatorConfig(density=2, encoding="flot", experts={"a.b": "x"})
     assert all(part in str(caught.value) for part in ("density", "flot", "a.b"))
 
 
@@ -79,3 +82,39 @@ def test_peft_knows_the_method():
 def test_columns_end_with_the_fallback():
     assert MediatorConfig(experts={"b": "x", "a": "y"}).columns == ["b", "a", "base"]
     assert MediatorConfig(experts={"b": "x", "a": "y"}, fallback="backbone").columns == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("old", "value", "new", "kept"),
+    [
+        ("values", "float", "encoding", "float"),
+        ("sign_scale", "norm", "rescale", "norm"),
+        ("top_p", 0.75, "routing_top_p", 0.75),
+        ("route_on", "first", "routing_turn", "first"),
+        ("sparsifier", "random", "sparsifier", "dare"),
+    ],
+)
+def test_former_names_warn_and_work(old, value, new, kept):
+    with pytest.warns(DeprecationWarning, match=new if old != new else kept):
+        config = MediatorConfig(**{old: value, **({"encoding": "float"} if value == "random" else {})})
+    assert getattr(config, new) == kept
+    if old != new:
+        with pytest.warns(DeprecationWarning, match=new):
+            assert getattr(config, old) == kept
+        with pytest.warns(DeprecationWarning, match=new):
+            setattr(config, old, value)
+        with pytest.raises(ConfigError, match="one of them"):
+            MediatorConfig(**{old: value, new: kept})
+
+
+def test_files_of_former_versions_load_without_a_warning(tmp_path):
+    config = MediatorConfig(encoding="float", rescale="norm", routing_top_p=0.75, routing_turn="first")
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    former = {"encoding": "values", "rescale": "sign_scale", "routing_top_p": "top_p", "routing_turn": "route_on"}
+    path.write_text(json.dumps({former.get(key, key): value for key, value in saved.items()}), encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = PeftConfig.from_pretrained(tmp_path)
+    assert loaded == config

@@ -56,7 +56,7 @@ experts = {"maths": folder / "maths", "code": folder / "code"}
 settings = MediatorConfig(router_layer=1, routed_layers=[1, 2], ood_alpha=0.05)
 build_mediator(folder / "base", experts, folder / "out", settings)
 model, tokenizer = load_mediator(folder / "out")
-print("judged in passing:", model.reads_in_passing)
+print("judged in passing:", model.single_pass_routing)
 
 # Calibration: prompts of each expert, and ordinary ones that belong to none. (For a real tokenizer the library brings
 # eighty of these; give your own, as they come to you in use, for a better yardstick.)
@@ -82,7 +82,7 @@ print(f"weight of the base for what no expert knows: {base_weight:.2f}")
 for ood_alpha in (0.01, 0.2):
     model.peft_config["default"].ood_alpha = ood_alpha
     print(f"at {ood_alpha}: flagged above a novelty of {model.explain(questions[0], tokenizer)[0].threshold:.3g}")
-model.peft_config["default"].top_p = 1.0  # every expert takes part, by its probability
+model.peft_config["default"].routing_top_p = 1.0  # every expert takes part, by its probability
 print(
     "blended:", {name: round(weight, 2) for name, weight in model.explain(mixed, tokenizer)[0].expert_weights.items()}
 )

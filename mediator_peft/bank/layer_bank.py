@@ -14,7 +14,7 @@ from ..config import CORRECTION
 from ..errors import AdapterError
 from ..kernels.dispatch import GroupedProduct, PackedDelta, as_array, has_compiled
 from ..methods.encoding.bitmaps import compress_mask, decompress_mask
-from ..methods.encoding.values import VALUES, parts_fault
+from ..methods.encoding.values import ENCODINGS, parts_fault
 from .sparse_delta import SparseDelta, full_mask
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class LayerBank(nn.Module):
     @property
     def part_names(self) -> tuple[str, ...]:
         """Names of the tensors that make up one expert's delta."""
-        return (_MASK, *VALUES[self.coding].part_names, *((_BIAS,) if self.has_bias else ()))
+        return (_MASK, *ENCODINGS[self.coding].part_names, *((_BIAS,) if self.has_bias else ()))
 
     def get(self, name: str) -> SparseDelta | None:
         """One expert's delta, where it is used; None where it has none (it is the backbone here)."""
@@ -78,7 +78,7 @@ class LayerBank(nn.Module):
         mask = parts.pop(_MASK)
         if mask is None:
             return None
-        if not VALUES[self.coding].has_positions:
+        if not ENCODINGS[self.coding].has_positions:
             mask = full_mask(self.shape, mask.device)
         bias = parts.pop(_BIAS, None)
         return SparseDelta(self.shape, self.coding, mask, {k: v for k, v in parts.items() if v is not None}, bias)
@@ -86,7 +86,7 @@ class LayerBank(nn.Module):
     @property
     def has_loops(self) -> bool:
         """Whether compiled loops can read these deltas as they are packed."""
-        return VALUES[self.coding].in_kernels and has_compiled()
+        return ENCODINGS[self.coding].in_kernels and has_compiled()
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +99,7 @@ class LayerBank(nn.Module):
         """Whether a GPU's kernels can read these deltas as they are packed, where they are now."""
         if self.device.type != "cuda" or self.shape[1] % 32:
             return False
-        return VALUES[self.coding].in_kernels and _kernels_triton() is not None
+        return ENCODINGS[self.coding].in_kernels and _kernels_triton() is not None
 
     def on_device(self, names: Sequence[str]) -> DeviceDeltas | None:
         """Some experts' deltas as a GPU's kernels take them; None where none of them has one, or no kernel reads it.
@@ -124,7 +124,7 @@ class LayerBank(nn.Module):
         """One expert's delta as the CPU kernels take it, without a copy; None where it has none or lies elsewhere."""
         if name not in self._packed:
             delta = self.get(name)
-            if delta is None or delta.mask.device.type != "cpu" or not VALUES[self.coding].in_kernels:
+            if delta is None or delta.mask.device.type != "cpu" or not ENCODINGS[self.coding].in_kernels:
                 return None
             arrays = {part: as_array(tensor) for part, tensor in delta.parts.items()}
             self._packed[name] = PackedDelta(delta.mask.numpy(), self.shape[1], **arrays)
@@ -233,7 +233,7 @@ def delta_buffers(name: str, delta: SparseDelta) -> dict[str, Tensor]:
     """One expert's delta as a bank's buffers: key → tensor."""
     bias = {} if delta.bias is None else {_BIAS: delta.bias}
     # Every delta has a mask in the bank, an empty one where its coding has no positions.
-    mask = delta.mask if VALUES[delta.coding].has_positions else delta.mask.new_empty(0)
+    mask = delta.mask if ENCODINGS[delta.coding].has_positions else delta.mask.new_empty(0)
     return {f"{name}{_SEPARATOR}{part}": tensor for part, tensor in {_MASK: mask, **delta.parts, **bias}.items()}
 
 

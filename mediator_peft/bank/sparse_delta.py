@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..methods.encoding.bitmaps import pack_bits, unpack_bits
-from ..methods.encoding.values import EXACT, VALUES, Parts, Precision, factor_matrices, store_factors
+from ..methods.encoding.values import ENCODINGS, EXACT, Parts, Precision, factor_matrices, store_factors
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class SparseDelta:
     """(O, I), outputs and inputs of the layer, also for ``Conv1D``."""
 
     coding: str
-    """A key of ``VALUES``."""
+    """A key of ``ENCODINGS``."""
 
     mask: Tensor
     """(O, ceil(I / 8)) uint8, a one where an entry is kept; all ones where the coding has no positions."""
@@ -40,11 +40,11 @@ class SparseDelta:
         Args:
             delta: (O, I) float32, before thinning, in main memory.
             kept: (O, I) bool, where entries are kept.
-            coding: a key of ``VALUES``.
+            coding: a key of ``ENCODINGS``.
             precision: how finely the coding stores; by default, values as they are, in float32.
             bias: (O,) float32 or None.
         """
-        parts = VALUES[coding].encode(delta, kept, precision)
+        parts = ENCODINGS[coding].encode(delta, kept, precision)
         return cls((delta.shape[0], delta.shape[1]), coding, pack_bits(kept), parts, bias)
 
     @classmethod
@@ -68,7 +68,7 @@ class SparseDelta:
     def num_bytes(self) -> int:
         """Bytes of everything stored, in memory."""
         tensors = [*self.parts.values()] + ([] if self.bias is None else [self.bias])
-        if VALUES[self.coding].has_positions:
+        if ENCODINGS[self.coding].has_positions:
             tensors.append(self.mask)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -82,7 +82,7 @@ class SparseDelta:
         """The delta as a plain matrix: (O, I) float32. The clear reference for all faster ways of applying it."""
         kept = self.kept
         matrix = torch.zeros(self.shape, device=self.mask.device)
-        matrix[kept] = VALUES[self.coding].decode(self.parts, kept)
+        matrix[kept] = ENCODINGS[self.coding].decode(self.parts, kept)
         return matrix
 
     def product(self, x: Tensor) -> Tensor:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from ..config import MediatorSettings, check_saved
+from ..config import MediatorSettings, check_saved, with_todays_names
 from ..errors import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
@@ -60,9 +62,9 @@ def read_settings(folder: Path) -> MediatorSettings:
     Raises:
         AdapterError: they are missing, damaged or of another format.
     """
-    raw = read_raw_config(folder)
+    raw: Mapping[str, Any] = read_raw_config(folder)
     own = [item.name for item in fields(MediatorSettings)]
-    check_saved(raw, {*own, *_PEFT_FIELDS, "peft_version"})
+    raw = check_saved(raw, {*own, *_PEFT_FIELDS, "peft_version"})
     return MediatorSettings(**{name: raw[name] for name in own if name in raw})
 
 
@@ -97,7 +99,7 @@ def backbone_of(folder: Path, reference: str | None) -> str:
 
 
 def read_raw_config(folder: Path) -> dict[str, object]:
-    """The fields of an adapter's configuration file, unchecked.
+    """The fields of an adapter's configuration file under their names of today, otherwise unchecked.
 
     Raises:
         AdapterError: it is missing or damaged.
@@ -109,4 +111,4 @@ def read_raw_config(folder: Path) -> dict[str, object]:
         raise AdapterError(f"{path} cannot be read ({fault}). Copy or build the adapter again.") from fault
     if not isinstance(loaded, dict) or loaded.get("peft_type") != "MEDIATOR":
         raise AdapterError(f"{path} does not describe a Mediator adapter.")
-    return loaded
+    return with_todays_names(loaded)

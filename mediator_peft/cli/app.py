@@ -9,10 +9,10 @@ import typer
 
 from .bench import bench
 from .build import build
-from .calibrate import calibrate
 from .common import GuardedGroup
 from .demo import demo
 from .evaluate import evaluate
+from .fit_router import fit_router
 from .generate import generate
 from .inspect import inspect
 from .plan import plan
@@ -33,7 +33,8 @@ app = typer.Typer(
 app.command()(plan)
 app.command()(build)
 app.command()(run)
-app.command()(calibrate)
+app.command("fit-router")(fit_router)
+app.command("calibrate", hidden=True)(fit_router)
 app.command()(generate)
 app.command("eval")(evaluate)
 app.command()(inspect)

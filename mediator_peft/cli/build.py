@@ -9,39 +9,12 @@ import typer
 
 from . import merge_options as merge
 from .common import AsJson, console, print_json, quiet_transformers, say
-from .merge_options import DEFAULTS
 
 
+@merge.takes_merge_options
 def build(
     ctx: typer.Context,
-    base: merge.Base,
-    expert: merge.Expert,
     output: Annotated[Path, typer.Option(help="A folder that does not exist yet.", show_default=False)],
-    merge_method: merge.MergeMethod = DEFAULTS.merge_method,
-    density: merge.Density = DEFAULTS.density,
-    density_scope: merge.DensityScope = DEFAULTS.density_scope,
-    budget: merge.Budget = None,
-    values: merge.Values = DEFAULTS.values,
-    sign_scale: merge.SignScale = DEFAULTS.sign_scale,
-    sparsifier: merge.Sparsifier = DEFAULTS.sparsifier,
-    rank: merge.Rank = None,
-    routed_layers: merge.RoutedLayers = str(DEFAULTS.routed_layers),
-    target_module: merge.TargetModule = None,
-    conflict_score: merge.ConflictScore = DEFAULTS.conflict_score,
-    conflict_density: merge.ConflictDensity = DEFAULTS.conflict_density,
-    conflict_threshold: merge.ConflictThreshold = DEFAULTS.conflict_threshold,
-    router: merge.Router = DEFAULTS.router,
-    router_layer: merge.RouterLayer = None,
-    ood_alpha: merge.OodAlpha = DEFAULTS.ood_alpha,
-    top_p: merge.TopP = DEFAULTS.top_p,
-    fallback: merge.Fallback = DEFAULTS.fallback,
-    for_quantization: merge.ForQuantization = None,
-    correction_density: merge.CorrectionDensity = DEFAULTS.correction_density,
-    seed: merge.Seed = DEFAULTS.seed,
-    plan_file: merge.PlanFile = None,
-    workers: merge.Workers = 1,
-    max_memory: merge.MaxMemory = None,
-    allow_pickle: merge.AllowPickle = False,
     hash_inputs: Annotated[bool, typer.Option(help="Write the sha256 of every input file into the output.")] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the inputs, say what would be built, stop.")
@@ -77,4 +50,4 @@ def build(
     for note in report.notes:
         say(f"note: {note}")
     data = " ".join(f"--data {name}={name}.jsonl" for name in inputs["experts"])
-    say(f"next: mediator-peft calibrate {output} {data}")
+    say(f"next: mediator-peft fit-router {output} {data}")

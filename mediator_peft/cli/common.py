@@ -46,6 +46,9 @@ Raw = Annotated[bool, typer.Option("--raw", help="Take prompts as they are, with
 class GuardedGroup(TyperGroup):
     """Turns errors that a user can mend into a message and an exit code, without a traceback."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [_todays_option(argument) for argument in args])
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -55,6 +58,22 @@ class GuardedGroup(TyperGroup):
                 raise
             say(f"error: {explain(fault)}")
             raise typer.Exit(code) from fault
+
+
+_OLD_OPTIONS = {
+    "--values": "--encoding",
+    "--sign-scale": "--rescale",
+    "--top-p": "--routing-top-p",
+}
+
+
+def _todays_option(argument: str) -> str:
+    """An argument with the name that its option has today; a former name is understood for one more release."""
+    name, equals, value = argument.partition("=")
+    if name not in _OLD_OPTIONS:
+        return argument
+    say(f"warning: {name} is now called {_OLD_OPTIONS[name]}; the old name goes with the next release.")
+    return _OLD_OPTIONS[name] + equals + value
 
 
 def exit_code(fault: BaseException) -> int | None:

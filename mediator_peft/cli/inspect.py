@@ -69,7 +69,7 @@ def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("columns", ", ".join(facts["columns"])),
         (
             "deltas",
-            f"{settings['density']:.0%} of entries by {settings['sparsifier']}, stored as {settings['values']}",
+            f"{settings['density']:.0%} of entries by {settings['sparsifier']}, stored as {settings['encoding']}",
         ),
         ("backbone by", str(settings["merge_method"])),
         ("router", f"{settings['router']}, {'fitted' if facts['has_router'] else 'not fitted yet: calibrate it'}"),

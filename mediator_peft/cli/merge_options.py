@@ -1,9 +1,11 @@
-"""What `build` and `plan` are told of a merge: one declaration an option, and the configuration that comes of them."""
+"""Options that `build` and `plan` share: one declaration an option, and the configuration that they describe."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,9 +37,9 @@ DensityScope = Annotated[str, _setting("Where density holds: in each matrix, or 
 Budget = Annotated[
     str | None, _setting("Fit density to the bytes of backbone and adapter: 1.5x the backbone, or 400MB.")
 ]
-Values = Annotated[str, _setting("How kept entries are stored: sign, float, int8 or nf4.")]
-SignScale = Annotated[str, _setting("How large kept entries are made: projection, norm or mean.")]
-Sparsifier = Annotated[str, _setting("What is kept: magnitude, random (DARE) or svd.")]
+Encoding = Annotated[str, _setting("How kept entries are stored: sign, float, int8 or nf4.")]
+Rescale = Annotated[str, _setting("How large kept entries are made: projection, norm or mean.")]
+Sparsifier = Annotated[str, _setting("What is kept: magnitude, dare or svd.")]
 Rank = Annotated[
     int | None, _setting("With svd: rank of every delta; without it, as many bytes as signs at the density.")
 ]
@@ -52,12 +54,12 @@ ConflictThreshold = Annotated[float, _setting("With auto: blocks are routed from
 Router = Annotated[str, _setting("Which router decides.")]
 RouterLayer = Annotated[int | None, _setting("The router reads after this many blocks; a tenth of them without it.")]
 OodAlpha = Annotated[float, _setting("Share of known prompts that may be taken for unknown.")]
-TopP = Annotated[float, _setting("The fewest experts that reach this probability are mixed.")]
+RoutingTopP = Annotated[float, _setting("The fewest experts that reach this probability are mixed.")]
 Fallback = Annotated[str, _setting("Where unknown prompts go: base or backbone.")]
 ForQuantization = Annotated[
-    str | None, _setting("Take back the rounding errors of a backbone in nf4, fp4 or int8 by one more delta.")
+    str | None, _setting("Correct the quantization error of a backbone in nf4, fp4 or int8 by one more delta.")
 ]
-CorrectionDensity = Annotated[float, _setting("Share of these errors that is taken back, in (0, 1].")]
+CorrectionDensity = Annotated[float, _setting("Share of these errors that is corrected, in (0, 1].")]
 Seed = Annotated[int, _setting("Seeds whatever is drawn.")]
 PlanFile = Annotated[
     Path | None,
@@ -69,6 +71,62 @@ PlanFile = Annotated[
 Workers = Annotated[int, typer.Option(min=1, help="Processes that share the tensors; the bytes are the same.")]
 MaxMemory = Annotated[str | None, typer.Option(help="Most memory to take, e.g. 4GiB.")]
 AllowPickle = Annotated[bool, typer.Option(help="Also read .bin files, with weights_only.")]
+
+
+MERGE_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "base": (Base, Parameter.empty),
+    "expert": (Expert, Parameter.empty),
+    "merge_method": (MergeMethod, DEFAULTS.merge_method),
+    "density": (Density, DEFAULTS.density),
+    "density_scope": (DensityScope, DEFAULTS.density_scope),
+    "budget": (Budget, None),
+    "encoding": (Encoding, DEFAULTS.encoding),
+    "rescale": (Rescale, DEFAULTS.rescale),
+    "sparsifier": (Sparsifier, DEFAULTS.sparsifier),
+    "rank": (Rank, None),
+    "routed_layers": (RoutedLayers, str(DEFAULTS.routed_layers)),
+    "target_module": (TargetModule, None),
+    "conflict_score": (ConflictScore, DEFAULTS.conflict_score),
+    "conflict_density": (ConflictDensity, DEFAULTS.conflict_density),
+    "conflict_threshold": (ConflictThreshold, DEFAULTS.conflict_threshold),
+    "router": (Router, DEFAULTS.router),
+    "router_layer": (RouterLayer, None),
+    "ood_alpha": (OodAlpha, DEFAULTS.ood_alpha),
+    "routing_top_p": (RoutingTopP, DEFAULTS.routing_top_p),
+    "fallback": (Fallback, DEFAULTS.fallback),
+    "for_quantization": (ForQuantization, None),
+    "correction_density": (CorrectionDensity, DEFAULTS.correction_density),
+    "seed": (Seed, DEFAULTS.seed),
+    "plan_file": (PlanFile, None),
+    "workers": (Workers, 1),
+    "max_memory": (MaxMemory, None),
+    "allow_pickle": (AllowPickle, False),
+}
+"""Options of every command that plans or builds a merge: name → (type and help, default)."""
+
+
+def takes_merge_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with ``MERGE_OPTIONS`` before its own options; ``merge_settings`` and ``merge_inputs`` read them.
+
+    Args:
+        command: takes the context and its own options.
+    """
+
+    @wraps(command)
+    def with_options(ctx: typer.Context, **given: Any) -> None:
+        command(ctx, **{name: value for name, value in given.items() if name not in MERGE_OPTIONS})
+
+    own = list(signature(command, eval_str=True).parameters.values())
+    shared = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in MERGE_OPTIONS.items()
+    ]
+    context, rest = own[0], [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in own[1:]]
+    parameters = [context, *shared, *rest]
+    with_options.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    del with_options.__wrapped__
+    return with_options
 
 
 def merge_settings(ctx: typer.Context) -> MediatorSettings:

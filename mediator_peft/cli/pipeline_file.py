@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..config import SETTABLE, MediatorSettings
+from ..config import OLD_FIELDS, SETTABLE, MediatorSettings
 from ..errors import ConfigError
 from ..merge.block_plan import planned_settings
 from ..merge.memory import parse_bytes
@@ -170,10 +170,11 @@ def _faults(content: Mapping[str, Any]) -> list[str]:
             faults.append(f"build.{name} is missing")
     settings = build.get("config") or {}
     if isinstance(settings, dict):
-        unknown = [key for key in settings if key not in SETTABLE]
+        known = SETTABLE | OLD_FIELDS.keys()
+        unknown = [key for key in settings if key not in known]
         faults += [unknown_name(key, SETTABLE, "key of build.config") for key in unknown]
         try:
-            MediatorSettings(**{key: value for key, value in settings.items() if key in SETTABLE})
+            MediatorSettings(**{key: value for key, value in settings.items() if key in known})
         except ConfigError as fault:
             faults += [f"build.config: {line}" for line in str(fault).splitlines()]
     try:

@@ -9,40 +9,13 @@ import typer
 
 from . import merge_options as merge
 from .common import BAD_INPUT, AsJson, console, print_json, quiet_transformers, say
-from .merge_options import DEFAULTS
 
 
+@merge.takes_merge_options
 def plan(
     ctx: typer.Context,
-    base: merge.Base,
-    expert: merge.Expert,
     output: Annotated[Path | None, typer.Option(help="Where the build would write; its disk is looked at.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the plan here, to be edited and given to build.")] = None,
-    merge_method: merge.MergeMethod = DEFAULTS.merge_method,
-    density: merge.Density = DEFAULTS.density,
-    density_scope: merge.DensityScope = DEFAULTS.density_scope,
-    budget: merge.Budget = None,
-    values: merge.Values = DEFAULTS.values,
-    sign_scale: merge.SignScale = DEFAULTS.sign_scale,
-    sparsifier: merge.Sparsifier = DEFAULTS.sparsifier,
-    rank: merge.Rank = None,
-    routed_layers: merge.RoutedLayers = str(DEFAULTS.routed_layers),
-    target_module: merge.TargetModule = None,
-    conflict_score: merge.ConflictScore = DEFAULTS.conflict_score,
-    conflict_density: merge.ConflictDensity = DEFAULTS.conflict_density,
-    conflict_threshold: merge.ConflictThreshold = DEFAULTS.conflict_threshold,
-    router: merge.Router = DEFAULTS.router,
-    router_layer: merge.RouterLayer = None,
-    ood_alpha: merge.OodAlpha = DEFAULTS.ood_alpha,
-    top_p: merge.TopP = DEFAULTS.top_p,
-    fallback: merge.Fallback = DEFAULTS.fallback,
-    for_quantization: merge.ForQuantization = None,
-    correction_density: merge.CorrectionDensity = DEFAULTS.correction_density,
-    seed: merge.Seed = DEFAULTS.seed,
-    plan_file: merge.PlanFile = None,
-    workers: merge.Workers = 1,
-    max_memory: merge.MaxMemory = None,
-    allow_pickle: merge.AllowPickle = False,
     as_json: AsJson = False,
 ) -> None:
     """Check base and experts by their headers, and predict size, time and memory of a build.

@@ -141,7 +141,7 @@ def _build(pipeline: Any) -> dict[str, Any]:
 
 
 def _calibrate(section: Any, output: Path) -> dict[str, Any]:
-    from .calibrate import calibrated
+    from .fit_router import calibrated
 
     report = calibrated(output, **asdict(section))
     say(f"router fitted and saved; {report['accuracy']:.1%} of held-out prompts went to their expert")

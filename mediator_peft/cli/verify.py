@@ -23,7 +23,7 @@ def verify(
     """Check files, checksums and fingerprint of OUT; with --against also how far weights and logits are off.
 
     Ends with 3 where something is damaged or missing. Differences are told, not judged: sparse deltas leave something
-    out. At density 1 with values=float they are rounding alone.
+    out. At density 1 with encoding=float they are rounding alone.
 
     Example:
       mediator-peft verify out --against math=math --against cron=cron

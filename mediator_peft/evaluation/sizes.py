@@ -115,7 +115,7 @@ class AdapterInfo:
             "columns": self.columns,
             "settings": {
                 name: self.config.get(name)
-                for name in ("merge_method", "sparsifier", "density", "values", "router", "router_layer", "fallback")
+                for name in ("merge_method", "sparsifier", "density", "encoding", "router", "router_layer", "fallback")
             },
             "provenance": self.config.get("provenance"),
             "num_blocks": self.config.get("num_blocks"),

@@ -287,13 +287,13 @@ def memory_by_part(tuner: MediatorModel, expert: str) -> dict[str, int]:
     parameters = {id(parameter): parameter.nbytes for parameter in tuner.model.parameters()}
     with tuner.use_experts(expert):
         tuner.model(input_ids=_random_ids(tuner.model, 1, 1))
-        folded = sum(layer.folded_bytes for layer in layers)
+        folded = sum(layer.merged_bytes for layer in layers)
     return {
         "backbone": sum(parameters.values()),
         "bank": sum(bank.num_bytes for bank in banks),
         "offsets into the bank": sum(bank.num_derived_bytes for bank in banks),
         "saved while folded": folded,
-        "kept folded": sum(layer.kept_bytes for layer in layers),
+        "kept folded": sum(layer.cached_bytes for layer in layers),
     }
 
 

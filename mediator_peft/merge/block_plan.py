@@ -9,7 +9,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import SETTABLE, MediatorSettings
+from ..config import SETTABLE, MediatorSettings, with_todays_names
 from ..errors import ConfigError
 from ..tables import unknown_name
 
@@ -109,7 +109,7 @@ def planned_settings(path: Path) -> dict[str, Any]:
     faults = _settings_faults(settings)
     if faults:
         raise ConfigError(f"plan {str(path)!r}:\n- " + "\n- ".join(faults))
-    return dict(settings)
+    return with_todays_names(settings)
 
 
 def _load(path: Path) -> Any:
@@ -122,6 +122,10 @@ def _load(path: Path) -> Any:
 def _settings_faults(settings: object) -> list[str]:
     if not isinstance(settings, dict):
         return [f"settings must be an object, got {settings!r}"]
+    try:
+        settings = with_todays_names(settings)
+    except ConfigError as fault:
+        return [str(fault)]
     faults = [unknown_name(key, SETTABLE, "setting of a plan") for key in settings if key not in SETTABLE]
     try:
         MediatorSettings(**{key: value for key, value in settings.items() if key in SETTABLE})

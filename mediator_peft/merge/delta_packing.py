@@ -37,8 +37,8 @@ def pack_delta(
     kept = SPARSIFIERS[config.sparsifier](delta, density, generator) != 0
     gain = 1 / density if config.sparsifier in RESCALING else 1.0
     # At density 1 numbers are kept in float32, so that nothing is lost.
-    precision = Precision(None if density == 1.0 else dtype, config.sign_scale, gain)
-    return SparseDelta.from_dense(delta, kept, config.values, precision, bias)
+    precision = Precision(None if density == 1.0 else dtype, config.rescale, gain)
+    return SparseDelta.from_dense(delta, kept, config.encoding, precision, bias)
 
 
 def rank_of(config: MediatorSettings, shape: tuple[int, int], density: float) -> int:

@@ -80,7 +80,7 @@ def workers_within(merge: Merge, workers: int, max_memory: int | None) -> int:
         largest = max(merge.tasks, key=lambda task: task_memory(merge, task))
         raise OutOfMemoryError(
             f"max_memory is {max_memory / 1e9:.2f} GB; this build needs about {need / 1e9:.2f} GB, most of it for "
-            f"{largest.name!r}. Allow more; values='sign', sparsifier='magnitude' and an entrywise merge method need "
+            f"{largest.name!r}. Allow more; encoding='sign', sparsifier='magnitude' and an entrywise merge method need "
             "the least."
         )
     return max(1, min(workers, max_memory // need))

@@ -41,7 +41,7 @@ def model_card(config: MediatorSettings, report: BuildReport | None) -> str:
         "|---|---|",
         f"| base | `{provenance.get('base', 'unknown')}` |",
         *(f"| expert `{name}` | `{source}` |" for name, source in experts.items()),
-        f"| kept entries | {config.density:.0%} by `{config.sparsifier}`, stored as `{config.values}` |",
+        f"| kept entries | {config.density:.0%} by `{config.sparsifier}`, stored as `{config.encoding}` |",
         f"| fallback for unknown prompts | {config.fallback} |",
     ]
     if report is not None:

@@ -108,13 +108,13 @@ class SignedSelection:
         self.settled = settled
         return True
 
-    def encode(self, bias: Tensor | None, sign_scale: str) -> tuple[SparseDelta, Errors]:
+    def encode(self, bias: Tensor | None, rescale: str) -> tuple[SparseDelta, Errors]:
         """Signs of the kept entries, and one scale a row by a key of ``SIGN_SCALES``."""
         kept = self.settled.kept.copy()
         num_kept = row_counts(kept)
         square = self.sums[:, 0]
         magnitudes, squares = self.sums[:, 1] + self.settled.extra_sum, self.sums[:, 2] + self.settled.extra_square
-        stored = torch.from_numpy(SIGN_SCALES[sign_scale](RowSums(square, magnitudes, num_kept))).bfloat16()
+        stored = torch.from_numpy(SIGN_SCALES[rescale](RowSums(square, magnitudes, num_kept))).bfloat16()
         scales = stored.double().numpy()
         errors = Errors(
             norm=float(square.sum()),

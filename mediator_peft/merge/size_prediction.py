@@ -11,7 +11,7 @@ from ..checkpoints.adapter_files import bank_key
 from ..checkpoints.folders import FolderCheckpoint
 from ..checkpoints.output_folder import side_files_size
 from ..config import CORRECTION, FALLBACK_EXPERT
-from ..methods.encoding.values import VALUES
+from ..methods.encoding.values import ENCODINGS
 from ..methods.sparsifying import LOW_RANK
 from .delta_packing import factor_dtype, own_factors, rank_of
 from .merge_job import Merge
@@ -72,7 +72,7 @@ def adapter_bytes(merge: Merge, routed: frozenset[int] | None = None) -> int:
         ):
             continue
         bias_bytes = 4 * _shape(merge, task)[0] if task.bias else 0
-        parts = ["mask", *VALUES[merge.config.values].part_names, *(["bias"] if task.bias else [])]
+        parts = ["mask", *ENCODINGS[merge.config.encoding].part_names, *(["bias"] if task.bias else [])]
         layer = task.name.removesuffix(".weight")
         for column in deltas_stored(merge.config):
             names = sum(len(bank_key(layer, f"{column}:{part}")) + _BYTES_BESIDE_NAME for part in parts)
@@ -91,7 +91,7 @@ def _column_bytes(merge: Merge, task: Task, column: str) -> float:
     """Bytes on disk of one delta."""
     config, shape, itemsize = merge.config, _shape(merge, task), merge.job.dtype.itemsize
     if column == CORRECTION:
-        return delta_bytes(prod(shape), shape[0], config.correction_density, config.values, itemsize)
+        return delta_bytes(prod(shape), shape[0], config.correction_density, config.encoding, itemsize)
     density = task.density_of(column)
     magnitudes = merge.samples.get(task.name, {}).get(column)
     nonzero = 1.0 if magnitudes is None else 1 - int(np.searchsorted(magnitudes, 0, "right")) / magnitudes.size
@@ -104,10 +104,10 @@ def _column_bytes(merge: Merge, task: Task, column: str) -> float:
         return rank * sum(shape) * factor_dtype(config, density).itemsize
     number_size = 4 if density == 1.0 else itemsize
     if config.sparsifier != "magnitude":
-        return delta_bytes(prod(shape), shape[0], density * nonzero, config.values, number_size)
+        return delta_bytes(prod(shape), shape[0], density * nonzero, config.encoding, number_size)
     density = min(density, nonzero)
     bits = None if magnitudes is None else _uneven_bits(density, magnitudes)
-    return delta_bytes(prod(shape), shape[0], density, config.values, number_size, bits)
+    return delta_bytes(prod(shape), shape[0], density, config.encoding, number_size, bits)
 
 
 def delta_bytes(
@@ -119,7 +119,7 @@ def delta_bytes(
         entries: of the matrix.
         outputs: rows of the matrix.
         density: share of entries kept.
-        values: a key of ``VALUES``.
+        values: a key of ``ENCODINGS``.
         number_size: bytes of a number that is kept as it is.
         position_bits: bits an entry that positions take; None for random ones.
     """

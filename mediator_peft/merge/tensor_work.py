@@ -167,7 +167,7 @@ class TensorWork:
         kept = largest_mask(lost, self.config.correction_density)
         # Biases are not quantised.
         bias = None if task.bias is None else torch.zeros(len(lost))
-        return SparseDelta.from_dense(lost, kept, self.config.values, Precision(self.dtype, "mean"), bias)
+        return SparseDelta.from_dense(lost, kept, self.config.encoding, Precision(self.dtype, "mean"), bias)
 
     def check_finite(self, name: str, tile: Tile) -> None:
         """Refuse NaN and infinity.
@@ -273,13 +273,13 @@ class _OnePass:
         return Statistics(kept, negative, energies, float(self._energies.sum()))
 
     def signs(self, number: int, bias: Tensor | None) -> tuple[SparseDelta, Errors]:
-        """One column's delta, coded as signs and scales; the twin of ``VALUES["sign"].encode``."""
-        return self.selections[self._num_trims + number].encode(bias, self.work.config.sign_scale)
+        """One column's delta, coded as signs and scales; the twin of ``ENCODINGS["sign"].encode``."""
+        return self.selections[self._num_trims + number].encode(bias, self.work.config.rescale)
 
 
 def is_one_pass(config: MediatorSettings) -> bool:
     """Whether the deltas can be made in the pass over the tiles; otherwise each is made as a whole matrix."""
-    return config.sparsifier == "magnitude" and config.values == "sign"
+    return config.sparsifier == "magnitude" and config.encoding == "sign"
 
 
 def deltas_stored(config: MediatorSettings) -> list[str]:

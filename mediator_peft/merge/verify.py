@@ -57,7 +57,7 @@ def verify_mediator(
     Args:
         path: what ``build_mediator`` wrote.
         against: expert name (or ``"base"``) → checkpoint: backbone plus the whole delta is compared with it, tensor by
-            tensor. With density 1, ``values="float"``, all blocks routed and experts that differ from the base in
+            tensor. With density 1, ``encoding="float"``, all blocks routed and experts that differ from the base in
             targeted layers only, the difference is 0.
         base: needed where an expert in ``against`` is a LoRA.
         allow_pickle: also read ``.bin`` files.
@@ -165,7 +165,7 @@ def _delta(
         key = f"{column}:bias"
         return from_disk(key, file.get_tensor(bank_key(layer, key)), (len(like), 1)).float()
     rows, columns = like.T.shape if is_transposed else like.shape
-    bank = LayerBank((rows, columns), config.values, has_bias=False)
+    bank = LayerBank((rows, columns), config.encoding, has_bias=False)
     for name in bank.part_names:
         key = f"{column}:{name}"
         bank._put_part(key, from_disk(key, file.get_tensor(bank_key(layer, key)), bank.shape))

@@ -17,7 +17,7 @@ class GateSettings(NamedTuple):
     ood_alpha: float
     """Share of known prompts that may be flagged as unknown, in (0, 1)."""
 
-    top_p: float
+    routing_top_p: float
     """Probability mass kept, in (0, 1]."""
 
     fallback_column: bool
@@ -42,22 +42,22 @@ class RouteOutput(NamedTuple):
     prompts. It may be trusted for all that: see :func:`~mediator_peft.routing.ood.trust_of`."""
 
 
-def smallest_sufficient_set(probabilities: Tensor, top_p: float) -> Tensor:
-    """Probabilities of the fewest experts that together reach ``top_p``, scaled to sum to 1.
+def smallest_sufficient_set(probabilities: Tensor, routing_top_p: float) -> Tensor:
+    """Probabilities of the fewest experts that together reach ``routing_top_p``, scaled to sum to 1.
 
     Of equal probabilities the earlier column goes first.
 
     Args:
         probabilities: (B, K), rows sum to 1.
-        top_p: in (0, 1]
+        routing_top_p: in (0, 1]
 
     Returns:
         (B, K)
     """
     ranked, order = probabilities.sort(dim=1, descending=True, stable=True)
     mass_before = ranked.cumsum(dim=1) - ranked
-    # The first always stays; another one only while what stands before it is short of top_p.
-    stays = mass_before < top_p
+    # The first always stays; another one only while what stands before it is short of routing_top_p.
+    stays = mass_before < routing_top_p
     stays[:, 0] = True
     selected = torch.zeros_like(probabilities).scatter(1, order, torch.where(stays, ranked, 0))
     return selected / selected.sum(dim=1, keepdim=True)
@@ -81,7 +81,7 @@ def gate(scores: Tensor, novelty: Tensor, distance: Tensor, known: Known, settin
     log_probabilities = scores.float().log_softmax(dim=1)
     probabilities = log_probabilities.exp()
     _, is_ood, trust = trust_of(novelty, distance, scores.argmax(dim=1), known, settings.ood_alpha)
-    weights = trust.unsqueeze(1) * smallest_sufficient_set(probabilities, settings.top_p)
+    weights = trust.unsqueeze(1) * smallest_sufficient_set(probabilities, settings.routing_top_p)
     if settings.fallback_column:
         weights = torch.cat([weights, (1 - trust).unsqueeze(1)], dim=1)
     ambiguity = normalised_entropy(probabilities)

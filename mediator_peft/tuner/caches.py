@@ -38,5 +38,5 @@ def empty_cache(cache: Any) -> None:
     if cache.get_seq_length():
         raise UnsupportedError(
             f"this turn goes to other experts, and a {type(cache).__name__} filled under the old ones cannot be "
-            "emptied. Pass a new past_key_values, or use route_on='first' to keep to one route a chat."
+            "emptied. Pass a new past_key_values, or use routing_turn='first' to keep to one route a chat."
         )

@@ -66,7 +66,7 @@ def _common_frame(first: Sequence[int], second: Sequence[int]) -> list[list[int]
 
 
 def routing_rows(
-    input_ids: Tensor, attention_mask: Tensor, markers: Sequence[Sequence[int]] | None, route_on: str
+    input_ids: Tensor, attention_mask: Tensor, markers: Sequence[Sequence[int]] | None, routing_turn: str
 ) -> tuple[Tensor, Tensor]:
     """The part of each chat that is routed on, as prompts of their own.
 
@@ -74,19 +74,19 @@ def routing_rows(
         input_ids: (B, T)
         attention_mask: (B, T)
         markers: opening and close of a user turn; without them whole rows are taken.
-        route_on: ``"last"`` or ``"first"`` user turn, or ``"all"`` tokens.
+        routing_turn: ``"last"`` or ``"first"`` user turn, or ``"all"`` tokens.
 
     Returns:
         Token ids and mask, (B, T') each, padded on the right. A turn keeps its opening and its close, with which the
         assistant's turn begins: it reads like a chat of this one turn.
     """
-    if route_on == "all" or markers is None:
+    if routing_turn == "all" or markers is None:
         return input_ids, attention_mask
     rows = []
     for ids, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
         real = [token for token, is_real in zip(ids, mask, strict=True) if is_real]
         spans = user_turns(real, markers)
-        chosen = spans[-1 if route_on == "last" else 0] if spans else (0, len(real))
+        chosen = spans[-1 if routing_turn == "last" else 0] if spans else (0, len(real))
         rows.append(real[slice(*chosen)])
     width = max(1, max(len(row) for row in rows))
     shape = (len(rows), width)
@@ -98,17 +98,17 @@ def routing_rows(
 
 
 def turn_mask(
-    input_ids: Tensor, attention_mask: Tensor, markers: Sequence[Sequence[int]] | None, route_on: str
+    input_ids: Tensor, attention_mask: Tensor, markers: Sequence[Sequence[int]] | None, routing_turn: str
 ) -> Tensor:
     """As :func:`routing_rows`, the chosen tokens left in their place: (B, T), 1 for a token that is routed on."""
-    if route_on == "all" or markers is None:
+    if routing_turn == "all" or markers is None:
         return attention_mask
     chosen = torch.zeros(input_ids.shape, dtype=torch.long)
     mask = attention_mask.cpu()
     for row, (ids, real) in enumerate(zip(input_ids.tolist(), mask, strict=True)):
         places = real.nonzero().flatten()
         spans = user_turns([ids[place] for place in places.tolist()], markers)
-        start, stop = spans[-1 if route_on == "last" else 0] if spans else (0, len(places))
+        start, stop = spans[-1 if routing_turn == "last" else 0] if spans else (0, len(places))
         chosen[row, places[start:stop]] = 1
     return chosen.to(input_ids.device)
 

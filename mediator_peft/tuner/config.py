@@ -56,5 +56,4 @@ class MediatorConfig(MediatorSettings, PeftConfig):
         Raises:
             AdapterError: a newer format, or fields that are not known.
         """
-        check_saved(kwargs, {item.name for item in fields(cls)})
-        return kwargs
+        return check_saved(kwargs, {item.name for item in fields(cls)})

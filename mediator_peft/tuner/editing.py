@@ -109,7 +109,7 @@ def remove_expert(model: MediatorModel, name: str) -> None:
     else:
         smaller = type(router)(router.num_experts - 1, router.num_features, router.seed)
     for layer in model.routed_layers().values():
-        layer.keep_folded(())
+        layer.cache_merged_experts(())
         layer.bank(model.active_adapters[0]).remove(name)
     config.expert_names = [other for other in names if other != name]
     config.experts = {other: path for other, path in config.experts.items() if other != name}

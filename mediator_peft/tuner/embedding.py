@@ -51,13 +51,13 @@ class MediatorEmbedding(MediatorLayer):
         bank = self._active_bank()
         if route is None or bank is None:
             if not self.merged:
-                self._fold.switch(None, ())
+                self._merged_weight.switch(None, ())
             return self.base_layer(x)
-        if self.has_tied_head and self._way(x, route, bank) == "fold":
-            self._fold.switch(bank, route.groups[0].mix)
-            self._fold.route = route
+        if self.has_tied_head and self._way(x, route, bank) == "merged":
+            self._merged_weight.switch(bank, route.groups[0].mix)
+            self._merged_weight.route = route
             return self.base_layer(x)
-        self._fold.switch(None, ())
+        self._merged_weight.switch(None, ())
         return self._differentiable(x, bank, route) if route.is_differentiable else self._mixed(x, bank, route)
 
     def _way(self, ids: Tensor, route: LayerRoute, bank: LayerBank) -> str:
@@ -130,21 +130,21 @@ class TiedHead(nn.Module):
     def _forward(self, x: Tensor) -> Tensor:
         owner = self._owner[0]
         route = None if owner.disable_adapters or owner.merged_adapters else owner._board.route
-        bank, fold = owner._active_bank(), owner._fold
+        bank, merged_weight = owner._active_bank(), owner._merged_weight
         with owner._lock:
             if route is None or bank is None:
                 if not owner.merged:
-                    fold.switch(None, ())
+                    merged_weight.switch(None, ())
                 return self.base_layer(x)
-            if fold.route is route:
+            if merged_weight.route is route:
                 return self.base_layer(x)
             known = self._few_rows
             if known is None or known.route is not route or not known.is_for(x):
                 known = self._few_rows = execution.few_rows(x, self.base_layer, bank, route, owner._kept)
             if known is not None:
-                fold.switch(None, ())
+                merged_weight.switch(None, ())
                 return known(x)
-            return execution.apply(x, self.base_layer, bank, route, fold, owner._kept)
+            return execution.apply(x, self.base_layer, bank, route, merged_weight, owner._kept)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_few_rows": None}

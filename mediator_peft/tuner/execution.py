@@ -8,22 +8,23 @@ from torch import Tensor, nn
 
 from ..bank.layer_bank import LayerBank
 from ..bank.sparse_delta import SparseDelta
-from ..config import CORRECTION
+from ..config import CORRECTION, warn_of_old_name
 from ..errors import ConfigError, UnsupportedError
 from .differentiable import mixed_output
 from .expert_weights import LayerRoute
 from .few_rows import MOST_DEVICE_ROWS, DeviceRows, FewRows
-from .merged_weight import Fold, mixed_bias, mixed_biases, mixed_delta, mixed_weight
-from .merged_weight_cache import KeptWeights
+from .merged_weight import MergedWeight, mixed_bias, mixed_biases, mixed_delta, mixed_weight
+from .merged_weight_cache import MergedWeightCache
 from .quantized import quantization_of, readable_weight
 
-EXECUTIONS = ("fold", "sparse", "densify")
+EXECUTIONS = ("merged", "sparse", "dense")
+_OLD_EXECUTIONS = {"fold": "merged", "densify": "dense"}
 
-DENSIFY_TOKENS = 16
+DENSE_TOKENS = 16
 """From this many tokens a group on, a scratch weight and a dense product beat the packed kernels on a CPU."""
 
 
-DENSIFY_CODE_TOKENS = 192
+DENSE_CODE_TOKENS = 192
 """The same where the weight is in 4 bits: it must be read out of its codes for every pass."""
 
 
@@ -33,28 +34,31 @@ def check_execution(execution: str | None) -> str | None:
     Raises:
         ConfigError: it is none of ``EXECUTIONS``.
     """
+    if execution in _OLD_EXECUTIONS:
+        warn_of_old_name(execution, _OLD_EXECUTIONS[execution])
+        execution = _OLD_EXECUTIONS[execution]
     if execution is not None and execution not in EXECUTIONS:
         raise ConfigError(f"unknown execution {execution!r}; choose one of {list(EXECUTIONS)}, or None to let us pick.")
     return execution
 
 
-def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear, bank: LayerBank, kept: KeptWeights) -> str:
+def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear, bank: LayerBank, kept: MergedWeightCache) -> str:
     """Which way to go for one forward pass of one layer."""
     if route.is_differentiable:
         return "sparse"
     num_rows = x.numel() // x.shape[-1]
     uniform, kind = len(route.groups) == 1, quantization_of(base_layer)
     # Whole weights are more to read than packed deltas: on a CPU they pay off for one expert, or for many tokens.
-    reads_whole = uniform or x.device.type != "cpu" or num_rows >= DENSIFY_TOKENS * len(route.groups)
+    reads_whole = uniform or x.device.type != "cpu" or num_rows >= DENSE_TOKENS * len(route.groups)
     if kept.names and reads_whole and route.execution is None and all(kept.has(group.mix) for group in route.groups):
-        return "densify"
+        return "dense"
     # Codes cannot take a delta: rounding the sum again would lose it.
-    if uniform and kind is None and route.may_fold and route.execution in (None, "fold"):
-        return "fold"
+    if uniform and kind is None and route.may_merge and route.execution in (None, "merged"):
+        return "merged"
     if kind == "other":
         # Offloaded, or codes that we cannot read.
         return "sparse"
-    if route.execution in ("sparse", "densify"):
+    if route.execution in ("sparse", "dense"):
         return route.execution
     if kind == "int8":
         # Its product rounds the inputs; with its numbers alone, an answer would depend on how long the batch is.
@@ -64,15 +68,15 @@ def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear, bank: LayerBank,
         if num_rows <= MOST_DEVICE_ROWS and bank.has_device_loops:
             return "sparse"
         # Unpacking is what costs: each mix once, or each expert once.
-        return "sparse" if len(route.groups) > len(route.columns) else "densify"
+        return "sparse" if len(route.groups) > len(route.columns) else "dense"
     tokens_a_group = num_rows / len(route.groups)
     compiled = x.device.type == "cpu" and bank.has_loops
-    pays_off_from = DENSIFY_TOKENS if kind is None else DENSIFY_CODE_TOKENS
-    return "sparse" if compiled and tokens_a_group < pays_off_from else "densify"
+    pays_off_from = DENSE_TOKENS if kind is None else DENSE_CODE_TOKENS
+    return "sparse" if compiled and tokens_a_group < pays_off_from else "dense"
 
 
 def few_rows(
-    x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, kept: KeptWeights
+    x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, kept: MergedWeightCache
 ) -> FewRows | DeviceRows | None:
     """The short way of computing such batches under this route, kept for the next step; None where it is not open."""
     if choose(x, route, base_layer, bank, kept) != "sparse" or not any(group.mix for group in route.groups):
@@ -87,7 +91,12 @@ def few_rows(
 
 
 def apply(
-    x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, fold: Fold, kept: KeptWeights
+    x: Tensor,
+    base_layer: nn.Linear,
+    bank: LayerBank,
+    route: LayerRoute,
+    merged_weight: MergedWeight,
+    kept: MergedWeightCache,
 ) -> Tensor:
     """Output of a routed layer.
 
@@ -96,24 +105,24 @@ def apply(
         base_layer: the backbone's layer.
         bank: deltas of this layer.
         route: the rows' mixes.
-        fold: state of the layer's weight.
+        merged_weight: state of the layer's weight.
         kept: weights of hot experts.
 
     Returns:
         (B, ..., O) or (B * T, O)
     """
     way = choose(x, route, base_layer, bank, kept)
-    if way == "fold":
-        fold.switch(bank, route.groups[0].mix)
-        fold.route = route
+    if way == "merged":
+        merged_weight.switch(bank, route.groups[0].mix)
+        merged_weight.route = route
         return base_layer(x)
-    fold.switch(None, ())
+    merged_weight.switch(None, ())
     has_delta = bank.correction is not None or any(group.mix for group in route.groups)
     if not route.is_differentiable and not has_delta:
         return base_layer(x)
     by_row = _split_rows(x, len(route.expert_weights))
-    if way == "densify":
-        result = _densify(by_row, base_layer, bank, route, kept)
+    if way == "dense":
+        result = _dense(by_row, base_layer, bank, route, kept)
     elif _can_use_kernels(by_row, bank, route):
         result = _sparse_by_kernels(by_row, base_layer, bank, route)
     else:
@@ -133,7 +142,7 @@ def _split_rows(x: Tensor, batch_size: int) -> Tensor:
     )
 
 
-def _densify(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, kept: KeptWeights) -> Tensor:
+def _dense(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, kept: MergedWeightCache) -> Tensor:
     """Each group's weight in a scratch matrix, and one dense product."""
     weight, bias = _corrected_weight(base_layer, bank), base_layer.bias
     result: Tensor | None = None

@@ -34,11 +34,11 @@ class LayerRoute(NamedTuple):
 
     columns: tuple[str, ...]
     groups: tuple[Group, ...]
-    may_fold: bool
+    may_merge: bool
     """Whether the mix may be written into the weights for the time being."""
 
     execution: str | None
-    """``"fold"``, ``"sparse"`` or ``"densify"`` where the caller forces one."""
+    """``"merged"``, ``"sparse"`` or ``"dense"`` where the caller forces one."""
 
     key: tuple[tuple[float, ...], ...]
     """The table as plain numbers: equal keys, equal routes."""
@@ -115,13 +115,13 @@ def expand_rows(table: Tensor, batch_size: int) -> Tensor:
     return table.repeat_interleave(batch_size // len(table), dim=0)
 
 
-def make_route(table: Tensor, columns: Sequence[str], may_fold: bool, execution: str | None) -> LayerRoute:
+def make_route(table: Tensor, columns: Sequence[str], may_merge: bool, execution: str | None) -> LayerRoute:
     """Group the rows of a batch by their mix.
 
     Args:
         table: (B, C)
         columns: names of the columns.
-        may_fold: whether the mix may be written into the weights.
+        may_merge: whether the mix may be written into the weights.
         execution: forced way of applying it, or None.
     """
     values = table.detach().cpu().tolist()
@@ -135,4 +135,4 @@ def make_route(table: Tensor, columns: Sequence[str], may_fold: bool, execution:
         )
         for weights, rows in rows_of.items()
     )
-    return LayerRoute(table, tuple(columns), groups, may_fold, execution, tuple(map(tuple, values)))
+    return LayerRoute(table, tuple(columns), groups, may_merge, execution, tuple(map(tuple, values)))

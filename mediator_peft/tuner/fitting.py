@@ -262,7 +262,7 @@ def _cache(model: MediatorModel, folder: str | os.PathLike[str] | None) -> Featu
     """The model's cache for its backbone, layer and way of routing; a folder's entries are read in."""
     config = model._config
     weight = next(model.model.parameters())
-    place_in_chat = [config.route_on, model.reads_in_passing]
+    place_in_chat = [config.routing_turn, model.single_pass_routing]
     settings = [config.backbone_fingerprint, model.router_layer, place_in_chat, str(weight.dtype), str(weight.device)]
     origin = json.dumps(settings, sort_keys=True)
     caches: dict[tuple[str, str], FeatureCache] = model.__dict__.setdefault("_feature_caches", {})

@@ -47,7 +47,7 @@ class RoutedForward:
         def routed_layers(self) -> dict[str, MediatorLayer]: ...
 
         @property
-        def reads_in_passing(self) -> bool: ...
+        def single_pass_routing(self) -> bool: ...
 
         @property
         def router_layer(self) -> int: ...
@@ -75,7 +75,7 @@ class RoutedForward:
                 yield
         finally:
             for layer in self.routed_layers().values():
-                layer.unfold()
+                layer.unmerge()
 
     def generate(self, *args: Any, expert_weights: ExpertWeights = None, **kwargs: Any) -> Any:
         """``transformers``' ``generate``, with each prompt routed once before its first token.
@@ -106,14 +106,14 @@ class RoutedForward:
         known = cache_weights(cache)
         # A later turn can be judged, and the cache be filled again, only with the whole chat at hand.
         has_chat = input_ids is not None and known is not None and input_ids.shape[1] > cache.get_seq_length()
-        if known is not None and not (has_chat and self._config.route_on != "first"):
+        if known is not None and not (has_chat and self._config.routing_turn != "first"):
             return known
         if input_ids is None:
             raise RoutingError("prompts are routed by their token ids; with inputs_embeds give expert_weights=.")
         mask = kwargs.get("attention_mask")
         if mask is None:
             mask = self._mask_from_padding(input_ids, kwargs)
-        if known is None and self.reads_in_passing:
+        if known is None and self.single_pass_routing:
             self._fitted_router()
             return Pending(input_ids, mask)
         weights = self.route(input_ids, mask).expert_weights.detach()
@@ -151,11 +151,13 @@ class RoutedForward:
         mask = None if self._board.request is not None else readable_mask(kwargs, inputs)
         # Of a prompt that is read in pieces, the first is not the whole.
         is_part = mask is not None and pending is not None and inputs.shape[1] != pending.input_ids.shape[1]
-        if mask is None or is_part or not self.reads_in_passing:
+        if mask is None or is_part or not self.single_pass_routing:
             return False
         self._fitted_router()
         prompt = without_answers(inputs, mask, kwargs.get("labels"))
-        pooled = turn_mask(inputs, mask if prompt is None else prompt, self._config.turn_markers, self._config.route_on)
+        pooled = turn_mask(
+            inputs, mask if prompt is None else prompt, self._config.turn_markers, self._config.routing_turn
+        )
 
         def decide(hidden: Tensor) -> None:
             table = self._judge(mean_over_tokens(hidden, pooled)).expert_weights
@@ -167,8 +169,8 @@ class RoutedForward:
         return True
 
     def _made_route(self, table: Tensor, batch_size: int, is_request: bool) -> LayerRoute:
-        may_fold = is_request and self._board.has_one_mix and not torch.is_grad_enabled()
-        making = (self._config.columns, may_fold, self._execution)
+        may_merge = is_request and self._board.has_one_mix and not torch.is_grad_enabled()
+        making = (self._config.columns, may_merge, self._execution)
         if is_request:
             return self._board.request_route(batch_size, making)
         return make_route(expand_rows(table, batch_size), *making)

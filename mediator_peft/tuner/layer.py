@@ -16,8 +16,8 @@ from ..errors import UnsupportedError
 from . import execution
 from .expert_weights import LayerRoute
 from .few_rows import DeviceRows, FewRows
-from .merged_weight import Fold, mixed_bias, mixed_delta, plain_weight
-from .merged_weight_cache import KeptWeights
+from .merged_weight import MergedWeight, mixed_bias, mixed_delta, plain_weight
+from .merged_weight_cache import MergedWeightCache
 from .quantized import is_plain
 from .requests import RouteBoard
 
@@ -47,8 +47,8 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
     def _start(self) -> None:
         # One lock a layer: nobody computes with a weight while somebody else writes to it.
         self._lock = threading.RLock()
-        self._fold = Fold(self.base_layer)
-        self._kept = KeptWeights()
+        self._merged_weight = MergedWeight(self.base_layer)
+        self._kept = MergedWeightCache()
         self._few_rows: FewRows | DeviceRows | None = None
 
     @property
@@ -94,10 +94,10 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         base_layer: Any = self._modules["base_layer"]
         with self._lock:
             if route is not None:
-                if self._fold.route is route:
+                if self._merged_weight.route is route:
                     return base_layer(x, *args, **kwargs)
                 if self._few_rows is not None and self._few_rows.route is route and self._few_rows.is_for(x):
-                    self._fold.switch(None, ())
+                    self._merged_weight.switch(None, ())
                     return self._few_rows(x)
             return self._first_pass(x, route, *args, **kwargs)
 
@@ -106,18 +106,18 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         bank = self._active_bank()
         if route is None or bank is None:
             if not self.merged:
-                self._fold.switch(None, ())
+                self._merged_weight.switch(None, ())
             return self.base_layer(x, *args, **kwargs)
         self._few_rows = execution.few_rows(x, self.base_layer, bank, route, self._kept)
         if self._few_rows is not None:
-            self._fold.switch(None, ())
+            self._merged_weight.switch(None, ())
             return self._few_rows(x)
-        return execution.apply(x, self.base_layer, bank, route, self._fold, self._kept)
+        return execution.apply(x, self.base_layer, bank, route, self._merged_weight, self._kept)
 
     def forget_steps(self) -> None:
         """Drop what was kept for further steps under the last route."""
         self._few_rows = None
-        self._fold.route = None
+        self._merged_weight.route = None
 
     def let_go(self, experts: Sequence[str]) -> None:
         """Drop copies of deltas that were brought to where the layer computes."""
@@ -128,16 +128,16 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         """As in PEFT; what the last active adapter left is taken out first."""
-        self.keep_folded(())
+        self.cache_merged_experts(())
         super().set_adapter(*args, **kwargs)
 
-    def unfold(self) -> None:
+    def unmerge(self) -> None:
         """Bring the weight back to the backbone's, bit for bit."""
         with self._lock:
             self.forget_steps()
-            self._fold.switch(None, ())
+            self._merged_weight.switch(None, ())
 
-    def keep_folded(self, experts: Sequence[str]) -> None:
+    def cache_merged_experts(self, experts: Sequence[str]) -> None:
         """Hold the whole weights of these experts beside the backbone's, and of no others.
 
         Raises:
@@ -145,7 +145,7 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         """
         bank = self._active_bank()
         with self._lock:
-            self.unfold()
+            self.unmerge()
             if not experts or bank is None:
                 self._kept.drop()
                 return
@@ -157,14 +157,14 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
             self._kept.keep(experts, self.base_layer, bank)
 
     @property
-    def kept_bytes(self) -> int:
-        """Bytes of the weights that ``keep_folded`` holds."""
+    def cached_bytes(self) -> int:
+        """Bytes of the weights that ``cache_merged_experts`` holds."""
         return self._kept.num_bytes
 
     @property
-    def folded_bytes(self) -> int:
+    def merged_bytes(self) -> int:
         """Bytes held to bring the weight back to the backbone's; 0 while nothing is folded in."""
-        return self._fold.num_bytes
+        return self._merged_weight.num_bytes
 
     def get_delta_weight(self, mix: tuple[tuple[str, float], ...]) -> Tensor | None:
         """``sum_k w_k S_k`` (O, I) float32; None where no column of the mix has a delta here."""
@@ -184,7 +184,7 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
                 "a quantised weight cannot take a mix (rounding it again would lose the delta), nor one offloaded. "
                 "Load the backbone unquantised and whole to merge."
             )
-        self.keep_folded(())
+        self.cache_merged_experts(())
         delta = None if bank is None else mixed_delta(bank, mix)
         if bank is None or delta is None:
             return
@@ -198,19 +198,19 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
             base.bias.data.copy_((base.bias.data.float() + shift).to(base.bias.dtype))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.unfold()
+        self.unmerge()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _apply(self, fn: Any, recurse: bool = True) -> MediatorLayer:
         kept = self._kept.names
-        self.keep_folded(())
+        self.cache_merged_experts(())
         super()._apply(fn, recurse)
         # Made anew from what moved, so that a change of dtype rounds once.
-        self.keep_folded(kept)
+        self.cache_merged_experts(kept)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        self.unfold()
+        self.unmerge()
         return {key: value for key, value in self.__dict__.items() if key not in _NOT_COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

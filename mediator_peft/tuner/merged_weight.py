@@ -90,7 +90,7 @@ def _mixed_on_device(weight: Tensor, bank: LayerBank, mix: Mix, out: Tensor | No
     return deltas.added(weight, coefficients, out)
 
 
-class Fold:
+class MergedWeight:
     """The state of one layer's weight: plain, or with one mix written into it."""
 
     def __init__(self, base_layer: nn.Linear) -> None:
@@ -109,7 +109,7 @@ class Fold:
         return sum(part.num_bytes for part in (self._saved,) if part) + (0 if self._bias is None else self._bias.nbytes)
 
     def switch(self, bank: LayerBank | None, mix: Mix) -> None:
-        """Fold ``mix`` in, after taking out what was there. An empty mix restores the backbone."""
+        """MergedWeight ``mix`` in, after taking out what was there. An empty mix restores the backbone."""
         if mix == self.mix:
             return
         self.route = None

@@ -10,7 +10,7 @@ from ..bank.layer_bank import LayerBank
 from .merged_weight import Mix, mixed_weight, plain_weight
 
 
-class KeptWeights:
+class MergedWeightCache:
     """``D + S_k`` of some experts of one layer, each a dense copy in the dtype of the backbone's weight."""
 
     def __init__(self) -> None:

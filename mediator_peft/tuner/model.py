@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..bank.expert_store import ExpertStore
+from ..config import warn_of_old_name
 from ..errors import RoutingError, UnsupportedError
 from ..merge.builder import Bank
 from ..methods.rounding import ROUNDINGS
@@ -113,7 +114,7 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
             kind = MediatorEmbedding if isinstance(target, nn.Embedding) else MediatorLayer
             layer = kind(target, self._board)
             self._replace_module(parent, target_name, layer, target)
-        bank = layer.add_bank(adapter_name, peft_config.values)
+        bank = layer.add_bank(adapter_name, peft_config.encoding)
         quantization = quantization_of(layer.base_layer)
         bank.is_corrected = quantization is not None and quantization == peft_config.for_quantization
         built = self._built.get(adapter_name)
@@ -174,14 +175,14 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
         return {name: module for name, module in self.model.named_modules() if isinstance(module, MediatorLayer)}
 
     def set_execution(self, execution: str | None) -> None:
-        """Force how deltas are applied: ``"fold"``, ``"sparse"``, ``"densify"``, or None to let the library pick.
+        """Force how deltas are applied: ``"merged"``, ``"sparse"``, ``"dense"``, or None to let the library pick.
 
         Raises:
             ConfigError: any other name.
         """
         self._execution = check_execution(execution)
 
-    def keep_folded(self, experts: Sequence[str]) -> None:
+    def cache_merged_experts(self, experts: Sequence[str]) -> None:
         """Hold whole weights of hot experts beside the backbone's: one dense copy of the routed layers for each.
 
         Prompts that want one of them, or the backbone alone, then cost what the plain backbone costs, also side by side
@@ -197,7 +198,18 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
         for name in experts:
             self._parse(name)
         for layer in self.routed_layers().values():
-            layer.keep_folded(tuple(experts))
+            layer.cache_merged_experts(tuple(experts))
+
+    def keep_folded(self, experts: Sequence[str]) -> None:
+        """Former name of :meth:`cache_merged_experts`."""
+        warn_of_old_name("keep_folded", "cache_merged_experts")
+        self.cache_merged_experts(experts)
+
+    @property
+    def reads_in_passing(self) -> bool:
+        """Former name of :attr:`single_pass_routing`."""
+        warn_of_old_name("reads_in_passing", "single_pass_routing")
+        return self.single_pass_routing
 
     # --- leaving -------------------------------------------------------------------------------------------------
 
@@ -236,7 +248,7 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
     def unload(self) -> nn.Module:
         """The wrapped model without routed layers: the backbone, or the mix merged into it."""
         for name, layer in self.routed_layers().items():
-            layer.unfold()
+            layer.unmerge()
             parent, _, child = name.rpartition(".")
             setattr(self.model.get_submodule(parent), child, layer.get_base_layer())
         untie_head(self.model)

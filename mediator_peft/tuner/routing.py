@@ -66,25 +66,25 @@ class PromptRouting:
         return kept
 
     def learn_turns(self, tokenizer: Any) -> None:
-        """Note how the tokenizer's chat template marks user turns, for ``route_on``."""
+        """Note how the tokenizer's chat template marks user turns, for ``routing_turn``."""
         self._config.turn_markers = turn_markers(tokenizer)
 
     @torch.no_grad()
     def prompt_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Pooled hidden state of the backbone over the turns that are routed on: (B, T) token ids → (B, H) float32."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        markers, route_on = self._config.turn_markers, self._config.route_on
-        if self.reads_in_passing:
-            rows, mask, pooled = input_ids, mask, turn_mask(input_ids, mask, markers, route_on)
+        markers, routing_turn = self._config.turn_markers, self._config.routing_turn
+        if self.single_pass_routing:
+            rows, mask, pooled = input_ids, mask, turn_mask(input_ids, mask, markers, routing_turn)
         else:
-            rows, mask = routing_rows(input_ids, mask, markers, route_on)
+            rows, mask = routing_rows(input_ids, mask, markers, routing_turn)
             pooled = mask
         with self._board.no_route():
             hidden = hidden_state(self.model.base_model, self._blocks(), self._tap, self.router_layer, rows, mask)
         return mean_over_tokens(hidden, pooled)
 
     @property
-    def reads_in_passing(self) -> bool:
+    def single_pass_routing(self) -> bool:
         """Whether a prompt is judged inside its own forward pass, without a second one.
 
         So it is where all routed layers lie above ``router_layer``. The turns that are routed on are then read where
@@ -96,8 +96,8 @@ class PromptRouting:
     def _gate_settings(self) -> GateSettings:
         config = self._config
         # In training every expert takes part: a selection of one has weight 1 whatever its score, and no gradient.
-        top_p = 1.0 if self.model.training and torch.is_grad_enabled() else config.top_p
-        return GateSettings(config.ood_alpha, top_p, config.fallback == "base")
+        routing_top_p = 1.0 if self.model.training and torch.is_grad_enabled() else config.routing_top_p
+        return GateSettings(config.ood_alpha, routing_top_p, config.fallback == "base")
 
     def _fitted_router(self) -> Router:
         if not self.router.is_fitted:

@@ -121,7 +121,7 @@ def backbone_state(model: nn.Module) -> dict[str, Tensor]:
     """Tensors of the backbone under their own names, whatever wraps its layers."""
     for module in model.modules():
         if isinstance(module, MediatorLayer):
-            module.unfold()
+            module.unmerge()
     state = {name: parameter.data for name, parameter in model.named_parameters(remove_duplicate=False)}
     return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
 

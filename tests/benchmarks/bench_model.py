@@ -59,7 +59,7 @@ def random_model(num_layers: int, values: str, density: float) -> Any:
     ]
     config = MediatorConfig(
         experts=dict.fromkeys(NAMES, ""), expert_names=NAMES, routed_modules=layers, num_blocks=num_layers,
-        values=values, density=density, fallback="backbone",
+        encoding=values, density=density, fallback="backbone",
     )  # fmt: skip
     wrapped = get_peft_model(model, config)
     for layer in wrapped.base_model.routed_layers().values():
@@ -155,9 +155,9 @@ class KeptTurn:
         self.tuner, self.experts, self.turn = tuner, experts, turn
 
     def __call__(self) -> list[float]:
-        self.tuner.keep_folded(self.experts)
+        self.tuner.cache_merged_experts(self.experts)
         seconds = self.turn()
-        self.tuner.keep_folded(())
+        self.tuner.cache_merged_experts(())
         return seconds
 
 
@@ -175,9 +175,9 @@ def with_kept_weights(model: Any, settings: SpeedSettings) -> dict[str, Any]:
         tuner, experts, DecodeTurn(tuner.model, lambda: tuner.use_experts(rows), settings.batch_size, settings)
     )
     taken = take_turns(turns, settings.rounds)
-    tuner.keep_folded(experts)
-    num_bytes = sum(layer.kept_bytes for layer in tuner.routed_layers().values())
-    tuner.keep_folded(())
+    tuner.cache_merged_experts(experts)
+    num_bytes = sum(layer.cached_bytes for layer in tuner.routed_layers().values())
+    tuner.cache_merged_experts(())
     ratios = {
         name: median(dense / ours for dense, ours in zip(taken[DENSE], each, strict=True))
         for name, each in taken.items()
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--layers", type=int, default=2, help="of the 1B shape, which has 16")
     parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--values", default="sign", choices=["sign", "float"])
+    parser.add_argument("--encoding", default="sign", choices=["sign", "float"])
     parser.add_argument("--density", type=float, default=0.2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -245,7 +245,7 @@ def main() -> None:
     results: dict[str, Any] = {"arguments": vars(args), "cores": os.cpu_count(), "torch": torch.__version__}
     if set(args.parts) != {"memory"}:
         if args.model == "1B":
-            model = random_model(args.layers, args.values, args.density)
+            model = random_model(args.layers, args.encoding, args.density)
         else:
             model = load_mediator(args.model, dtype=torch.float32)[0]
         model.to(args.device, getattr(torch, args.dtype))

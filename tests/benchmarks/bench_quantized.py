@@ -38,7 +38,7 @@ def main():
     model = model.base_model
     for count in TOKENS:
         ids = torch.randint(5, 1000, (2, count), device=asked.device)
-        taken = {"sparse": [], "densify": []}
+        taken = {"sparse": [], "dense": []}
         for number in range(asked.rounds + 1):
             for execution, seconds in taken.items():
                 model.set_execution(execution)
@@ -49,8 +49,8 @@ def main():
                         torch.cuda.synchronize()
                     if number:
                         seconds.append(perf_counter() - start)
-        sparse, densify = (1e3 * median(seconds) for seconds in taken.values())
-        print(f"2 x {count:4} tokens: sparse {sparse:8.1f} ms, densify {densify:8.1f} ms, {sparse / densify:.2f}")
+        sparse, dense = (1e3 * median(seconds) for seconds in taken.values())
+        print(f"2 x {count:4} tokens: sparse {sparse:8.1f} ms, dense {dense:8.1f} ms, {sparse / dense:.2f}")
 
 
 if __name__ == "__main__":

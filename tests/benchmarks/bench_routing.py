@@ -31,7 +31,7 @@ from mediator_peft.routing.routers.gaussian import GaussianRouter
 
 KINDS = ("seen", "unseen", "shifted", "near", "far")
 KNOWN = KINDS[:3]
-SETTINGS = GateSettings(ood_alpha=0.01, top_p=0.5, fallback_column=True)
+SETTINGS = GateSettings(ood_alpha=0.01, routing_top_p=0.5, fallback_column=True)
 
 
 def fitted(
@@ -109,7 +109,7 @@ def print_table(first, header, rows):
 
 
 def gate_variants(data, layer=3):
-    """What folds, ``top_p`` and shrinkage do: weight of the right expert, or of the base if unknown, and flags."""
+    """Effect of folds, ``routing_top_p`` and shrinkage on expert weights and flags."""
     header = ["right expert: seen", "unseen", "shifted", "base: near", "far"]
     header += [f"flagged at {100 * alpha:g} %" for alpha in (0.01, 0.02, 0.05)]
     rows = []
@@ -122,11 +122,11 @@ def gate_variants(data, layer=3):
         (20, 0.5, 0.5, True, False),
         (20, 0.5, 0.5, True, True),
     )
-    for num_folds, top_p, shrinkage, varied, near in variants:
+    for num_folds, routing_top_p, shrinkage, varied, near in variants:
         GaussianRouter.num_folds, gaussian._LEAST_SHRINKAGE = num_folds, shrinkage
         router, _ = fitted(data, layer, with_variations=varied, with_neighbours=near)
         GaussianRouter.num_folds, gaussian._LEAST_SHRINKAGE = kept
-        found = judged(data, router, layer, SETTINGS._replace(top_p=top_p))
+        found = judged(data, router, layer, SETTINGS._replace(routing_top_p=routing_top_p))
         row = []
         for kind in KINDS:
             right = [torch.where(one["labels"] < 0, 3, one["labels"]) for one in found.values() if one["kind"] == kind]
@@ -136,7 +136,7 @@ def gate_variants(data, layer=3):
             flags = judged(data, router, layer, SETTINGS._replace(ood_alpha=alpha))
             seen = [one["route"].is_ood.float() for one in flags.values() if one["kind"] == "many seen"]
             row.append(float(torch.cat(seen).mean()) if seen else float("nan"))
-        label = f"{num_folds} folds, top_p {top_p}, shrinkage >= {shrinkage}"
+        label = f"{num_folds} folds, routing_top_p {routing_top_p}, shrinkage >= {shrinkage}"
         label += f"{', copies' if varied else ''}{', neighbours' if near else ''}"
         rows.append((label, [f"{100 * value:.1f}" for value in row]))
     print_table("gate", header, rows)

@@ -85,7 +85,7 @@ def test_transposed_layers_and_biases(arch, tmp_path):
 def test_full_and_lora_experts_mix(tmp_path):
     paths = write_tiny_checkpoints(tmp_path, ("base", "full"))
     adapter = write_lora(paths["base"], tmp_path / "lora")
-    settings = {"density": 1.0, "values": "float", "routed_layers": "all"}
+    settings = {"density": 1.0, "encoding": "float", "routed_layers": "all"}
     experts = {"full": str(paths["full"]), "lora": str(adapter)}
     build_mediator(paths["base"], experts, tmp_path / "out", MediatorConfig(**settings))
     found = load_file(tmp_path / "out" / "model.safetensors")

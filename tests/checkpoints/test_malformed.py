@@ -275,7 +275,7 @@ PIPELINES = {
     "data is nothing": ({"calibrate": {"data": {"math": None}}}, "calibrate.data.math must be a path"),
     "data that is not there": ({"calibrate": {"data": {"math": "x"}}}, "calibrate.data.math: no file 'x'"),
     "targets are a number": ({"build": {**BUILD, "config": {"target_modules": 5}}}, "target_modules must be"),
-    "values are a list": ({"build": {**BUILD, "config": {"values": ["sign"]}}}, "values must be a name"),
+    "encoding is a list": ({"build": {**BUILD, "config": {"encoding": ["sign"]}}}, "encoding must be a name"),
     "a sparsifier is a list": ({"build": {**BUILD, "config": {"sparsifier": ["svd"]}}}, "sparsifier must be a name"),
     "seed is a word": ({"build": {**BUILD, "config": {"seed": "x"}}}, "seed must be a whole number"),
 }

@@ -26,8 +26,8 @@ TYPED = {
     "density": ("0.3", "density", 0.3),
     "density_scope": ("model", "density_scope", "model"),
     "budget": ("400MB", "budget", "400MB"),
-    "values": ("nf4", "values", "nf4"),
-    "sign_scale": ("norm", "sign_scale", "norm"),
+    "encoding": ("nf4", "encoding", "nf4"),
+    "rescale": ("norm", "rescale", "norm"),
     "sparsifier": ("svd", "sparsifier", "svd"),
     "rank": ("3", "rank", 3),
     "routed_layers": ("0,2", "routed_layers", [0, 2]),
@@ -38,7 +38,7 @@ TYPED = {
     "router": ("mlp", "router", "mlp"),
     "router_layer": ("2", "router_layer", 2),
     "ood_alpha": ("0.05", "ood_alpha", 0.05),
-    "top_p": ("0.9", "top_p", 0.9),
+    "routing_top_p": ("0.9", "routing_top_p", 0.9),
     "fallback": ("backbone", "fallback", "backbone"),
     "for_quantization": ("nf4", "for_quantization", "nf4"),
     "correction_density": ("0.25", "correction_density", 0.25),
@@ -96,7 +96,7 @@ def test_an_option_reaches_the_configuration(command, name, monkeypatch):
     assert getattr(config, field) == value
     untouched = MediatorSettings()
     changed = {item.name for item in fields(config) if getattr(config, item.name) != getattr(untouched, item.name)}
-    follows = {"sparsifier", "values"} if name in ("rank", "sparsifier") else set()
+    follows = {"sparsifier", "encoding"} if name in ("rank", "sparsifier") else set()
     assert changed - follows == {field} - follows
 
 
@@ -121,7 +121,7 @@ def planned(folder, *more):
 SETTINGS = {
     "some modules": ["--target-module", "q_proj", "--target-module", "down_proj"],
     "the embedding": ["--target-module", "all-linear", "--target-module", "embed_tokens", "--density", "0.1"],
-    "numbers": ["--values", "float", "--merge-method", "ties", "--routed-layers", "0,2"],
+    "numbers": ["--encoding", "float", "--merge-method", "ties", "--routed-layers", "0,2"],
     "a budget": ["--budget", "1.25x", "--density-scope", "model"],
     "low rank": ["--sparsifier", "svd", "--rank", "5"],
     "no fallback": ["--fallback", "backbone"],

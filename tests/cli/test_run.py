@@ -18,7 +18,7 @@ build:
   base: base
   experts: {math: math, code: code}
   output: out
-  config: {density: 1.0, values: float, routed_layers: all}
+  config: {density: 1.0, encoding: float, routed_layers: all}
 calibrate:
   data: {math: math.jsonl, code: code.jsonl}
 eval:

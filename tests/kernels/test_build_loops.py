@@ -149,7 +149,7 @@ def test_choosing_ones_is_what_numpy_does(shape, share):
         np.testing.assert_array_equal(found, packed(expected))
 
 
-@pytest.mark.parametrize("settings", [{}, {"merge_method": "base"}, {"values": "float", "density": 1.0}])
+@pytest.mark.parametrize("settings", [{}, {"merge_method": "base"}, {"encoding": "float", "density": 1.0}])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_without_numba_the_bytes_are_the_same(settings, dtype, tmp_path, monkeypatch):
     paths = write_tiny_checkpoints(tmp_path / "in", ("base", *EXPERTS), dtype=dtype)

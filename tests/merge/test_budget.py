@@ -95,8 +95,8 @@ def test_equal_entries_at_the_threshold_are_shared_evenly(tmp_path):
 @pytest.mark.parametrize("scope", ["matrix", "model"])
 @pytest.mark.parametrize(
     ("settings", "budget"),
-    [({}, "1.25x"), ({"density": 0.9}, "1.05x"), ({"values": "float"}, "2x"), ({"sparsifier": "svd"}, "1.3x"),
-     ({"sparsifier": "random"}, "1.2x"), ({"routed_layers": [1]}, 5_100_000)],
+    [({}, "1.25x"), ({"density": 0.9}, "1.05x"), ({"encoding": "float"}, "2x"), ({"sparsifier": "svd"}, "1.3x"),
+     ({"sparsifier": "dare"}, "1.2x"), ({"routed_layers": [1]}, 5_100_000)],
 )  # fmt: skip
 def test_the_files_meet_the_budget(scope, settings, budget, larger, tmp_path):
     settings = {"routed_layers": "all", **settings, "density_scope": scope, "budget": budget}
@@ -113,7 +113,7 @@ def test_the_files_meet_the_budget(scope, settings, budget, larger, tmp_path):
     assert saved["budget"] == budget
 
 
-@pytest.mark.parametrize("settings", [MODEL, {"budget": "1.48x"}, {**MODEL, "budget": "2.2x", "values": "float"}])
+@pytest.mark.parametrize("settings", [MODEL, {"budget": "1.48x"}, {**MODEL, "budget": "2.2x", "encoding": "float"}])
 def test_workers_order_and_a_plan_change_nothing(settings, paths, tmp_path):
     build(paths, tmp_path / "one", settings)
     build(paths, tmp_path / "two", settings, workers=2)

@@ -33,7 +33,7 @@ def test_a_plan_writes_nothing_and_finds_no_problem(paths, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"density": 0.5}, {"values": "float", "density": 0.1}, {"routed_layers": [1]}]
+    "settings", [{}, {"density": 0.5}, {"encoding": "float", "density": 0.1}, {"routed_layers": [1]}]
 )
 def test_predicted_scores_and_decisions_are_those_of_the_build(paths, tmp_path, settings):
     plan = plan_of(paths, MediatorConfig(**settings))
@@ -47,7 +47,7 @@ def test_predicted_scores_and_decisions_are_those_of_the_build(paths, tmp_path, 
 def test_predicted_bytes_hold_for_matrices_of_real_size(tmp_path):
     paths = write_larger(tmp_path, {"e0": 0.05, "e1": 0.05}, vocab_size=500)
     experts = experts_of(paths)
-    for settings in ({}, {"density": 0.05}, {"values": "float"}):
+    for settings in ({}, {"density": 0.05}, {"encoding": "float"}):
         out = tmp_path / f"out{len(str(settings))}"
         plan = plan_mediator(tmp_path / "base", experts, out, MediatorConfig(**settings))
         build_mediator(tmp_path / "base", experts, out, MediatorConfig(**settings))
@@ -132,7 +132,7 @@ def test_memory_and_time_are_predicted(paths):
 
 
 def test_without_a_base_the_mean_stands_in(paths, tmp_path):
-    config = MediatorConfig(fallback="backbone", routed_layers="all", density=1.0, values="float")
+    config = MediatorConfig(fallback="backbone", routed_layers="all", density=1.0, encoding="float")
     report = build_mediator(None, experts_of(paths), tmp_path / "out", config)
     assert any("no base was given" in note for note in report.notes)
     states = [load_file(path / "model.safetensors") for path in experts_of(paths).values()]
@@ -143,7 +143,7 @@ def test_without_a_base_the_mean_stands_in(paths, tmp_path):
 
 
 def test_verifying_an_exact_output(paths, tmp_path):
-    settings = {"density": 1.0, "values": "float", "routed_layers": "all"}
+    settings = {"density": 1.0, "encoding": "float", "routed_layers": "all"}
     folder = tmp_path / "only"
     exact = write_tiny_checkpoints(folder, ("base", *EXPERTS), only=["q_proj", "up_proj"], dtype=torch.bfloat16)
     build(exact, tmp_path / "out", settings)
@@ -160,7 +160,7 @@ def test_verifying_an_exact_output(paths, tmp_path):
 @pytest.mark.parametrize("arch", ["gpt2", "qwen2"])
 def test_verifying_transposed_layers_and_biases(arch, tmp_path):
     paths = write_tiny_checkpoints(tmp_path, ("base", "math", "code"), arch=arch, only=["mlp", "attn"])
-    build(paths, tmp_path / "out", {"density": 1.0, "values": "float", "routed_layers": "all"})
+    build(paths, tmp_path / "out", {"density": 1.0, "encoding": "float", "routed_layers": "all"})
     found = verify_mediator(tmp_path / "out", against={"base": paths["base"], **experts_of(paths)})
     assert found.is_ok
     for difference in found.differences.values():

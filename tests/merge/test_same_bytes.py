@@ -107,7 +107,7 @@ def test_the_adapter_file_is_laid_out_as_the_library_would(paths, tmp_path):
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("settings", [{}, {"values": "float"}, {"merge_method": "base"}, {"routed_layers": [1]}])
+@pytest.mark.parametrize("settings", [{}, {"encoding": "float"}, {"merge_method": "base"}, {"routed_layers": [1]}])
 def test_in_memory_and_offline_give_the_same_model(paths, tmp_path, settings):
     build(paths, tmp_path / "out", settings)
     names = {name: str(path) for name, path in experts_of(paths).items()}

@@ -121,10 +121,10 @@ def test_an_expert_equal_to_the_base_gets_the_base_back():
         torch.testing.assert_close(columns["same"].dense(), columns["base"].dense(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("settings", [{"density": 1.0}, {"density": 0.3, "sign_scale": "mean"}])
+@pytest.mark.parametrize("settings", [{"density": 1.0}, {"density": 0.3, "rescale": "mean"}])
 def test_float_values_are_the_entries(settings):
     job = job_of(num_experts=2)
-    _, bank, backbone, _, _ = run(job, routed_layers="all", values="float", **settings)
+    _, bank, backbone, _, _ = run(job, routed_layers="all", encoding="float", **settings)
     for layer, columns in bank.deltas.items():
         whole = job.experts["e1"].read(f"{layer}.weight") - backbone[f"{layer}.weight"]
         kept = largest_mask(whole, settings["density"])
@@ -136,7 +136,7 @@ def test_float_values_are_the_entries(settings):
 def test_low_rank_deltas_are_as_near_as_can_be(arch, dtype):
     job = job_of(arch, 2, dtype)
     _, bank, backbone, built, _ = run(job, routed_layers="all", sparsifier="svd", rank=3)
-    assert built.values == "factors"
+    assert built.encoding == "factors"
     for layer, columns in bank.deltas.items():
         whole = job.experts["e1"].read(f"{layer}.weight").float() - backbone[f"{layer}.weight"].float()
         whole = whole.T if arch == "gpt2" else whole
@@ -154,7 +154,7 @@ def test_all_singular_values_are_the_delta():
         torch.testing.assert_close(columns["e1"].dense(), whole, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("sparsifier", ["random", "svd"])
+@pytest.mark.parametrize("sparsifier", ["dare", "svd"])
 def test_what_is_drawn_hangs_on_seed_tensor_and_expert_alone(sparsifier):
     job = job_of(num_experts=2)
     experts = {name: job.experts[name] for name in sorted(job.experts, reverse=True)}
@@ -166,7 +166,7 @@ def test_what_is_drawn_hangs_on_seed_tensor_and_expert_alone(sparsifier):
     for layer, columns in one.items():
         for column, delta in columns.items():
             torch.testing.assert_close(delta.dense(), same[layer][column].dense(), rtol=0, atol=0)
-    if sparsifier == "random":
+    if sparsifier == "dare":
         assert any(not torch.equal(d.mask, other[layer][c].mask) for layer, cs in one.items() for c, d in cs.items())
         masks = [delta.mask for columns in one.values() for delta in columns.values() if delta.shape == (32, 32)]
         assert len({bytes(mask.flatten().tolist()) for mask in masks}) == len(masks)

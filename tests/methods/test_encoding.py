@@ -25,7 +25,7 @@ def deltas(shape):
     return {"noise": noise, "uneven": uneven, "ties": (uneven * 8).round() / 8, "none": torch.zeros(shape)}
 
 
-def by_the_build(delta, density, sign_scale):
+def by_the_build(delta, density, rescale):
     """As the build makes it: from tiles, by selection."""
     selection = SignedSelection(tuple(delta.shape), density, delta)
     selection.restart(selection.bracket(1.0))
@@ -34,40 +34,40 @@ def by_the_build(delta, density, sign_scale):
         rows = delta[start : start + 4].contiguous()
         marking.add(start, [(rows, torch.zeros_like(rows))])
     assert selection.settle()
-    return selection.encode(None, sign_scale)[0]
+    return selection.encode(None, rescale)[0]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("density", [0.1, 0.2, 1.0])
-@pytest.mark.parametrize("sign_scale", sorted(SIGN_SCALES))
-def test_signs_are_the_formula_however_they_are_made(shape, density, sign_scale):
+@pytest.mark.parametrize("rescale", sorted(SIGN_SCALES))
+def test_signs_are_the_formula_however_they_are_made(shape, density, rescale):
     for name, delta in deltas(shape).items():
-        expected = thin_out(delta, density, "sign", sign_scale)
+        expected = thin_out(delta, density, "sign", rescale)
         kept = largest_mask(delta, density)
-        plain = SparseDelta.from_dense(delta, kept, "sign", Precision(sign_scale=sign_scale))
+        plain = SparseDelta.from_dense(delta, kept, "sign", Precision(rescale=rescale))
         torch.testing.assert_close(plain.dense(), expected, rtol=1e-5, atol=1e-9, msg=name)
         if density < 1 and name != "none":
             torch.testing.assert_close(
-                by_the_build(delta, density, sign_scale).dense(), expected, rtol=1e-5, atol=1e-9, msg=name
+                by_the_build(delta, density, rescale).dense(), expected, rtol=1e-5, atol=1e-9, msg=name
             )
 
 
 def test_projection_scales_give_back_the_delta_along_itself():
     delta = deltas((33, 64))["uneven"]
     kept = largest_mask(delta, 0.2)
-    packed = SparseDelta.from_dense(delta, kept, "sign", Precision(sign_scale="projection")).dense()
+    packed = SparseDelta.from_dense(delta, kept, "sign", Precision(rescale="projection")).dense()
     # As near as scales in 16 bits are.
     assert float((packed * delta).sum()) == pytest.approx(float((delta * delta).sum()), rel=2e-3)
 
 
-@pytest.mark.parametrize("sign_scale", sorted(SIGN_SCALES))
-def test_rows_of_which_nothing_is_kept_get_no_scale(sign_scale):
+@pytest.mark.parametrize("rescale", sorted(SIGN_SCALES))
+def test_rows_of_which_nothing_is_kept_get_no_scale(rescale):
     rows = RowSums(np.array([4.0, 1.0, 0.0]), np.array([2.0, 0.0, 0.0]), np.array([1, 0, 0]))
-    scales = SIGN_SCALES[sign_scale](rows)
+    scales = SIGN_SCALES[rescale](rows)
     assert np.isfinite(scales).all()
     assert scales[0] > 0
     assert not scales[1:].any()
-    assert not SIGN_SCALES[sign_scale](RowSums(*(np.zeros(3), np.zeros(3), np.zeros(3, int)))).any()
+    assert not SIGN_SCALES[rescale](RowSums(*(np.zeros(3), np.zeros(3), np.zeros(3, int)))).any()
 
 
 @pytest.mark.parametrize(("coding", "bits", "error"), [("int8", 8, 0.01), ("nf4", 4, 0.12)])
@@ -94,22 +94,22 @@ def test_numbers_too_give_back_the_delta_along_itself(coding, tolerance, density
         pytest.importorskip("bitsandbytes")
     delta = deltas((33, 64))["uneven"]
     kept = largest_mask(delta, density)
-    packed = SparseDelta.from_dense(delta, kept, coding, Precision(sign_scale="projection")).dense()
+    packed = SparseDelta.from_dense(delta, kept, coding, Precision(rescale="projection")).dense()
     assert float((packed * delta).sum()) == pytest.approx(float((delta * delta).sum()), rel=tolerance)
     torch.testing.assert_close(packed != 0, kept & (packed != 0), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("sign_scale", sorted(NUMBER_SCALES))
-def test_numbers_at_density_one_are_kept_to_the_bit(sign_scale):
+@pytest.mark.parametrize("rescale", sorted(NUMBER_SCALES))
+def test_numbers_at_density_one_are_kept_to_the_bit(rescale):
     for delta in deltas((40, 17)).values():
-        packed = SparseDelta.from_dense(delta, delta != 0, "float", Precision(sign_scale=sign_scale))
+        packed = SparseDelta.from_dense(delta, delta != 0, "float", Precision(rescale=rescale))
         assert torch.equal(packed.dense(), delta)
 
 
 def test_rows_of_numbers_keep_their_norm():
     delta = deltas((33, 64))["uneven"]
     kept = largest_mask(delta, 0.3)
-    packed = SparseDelta.from_dense(delta, kept, "float", Precision(sign_scale="norm")).dense()
+    packed = SparseDelta.from_dense(delta, kept, "float", Precision(rescale="norm")).dense()
     some = kept.any(dim=1)
     torch.testing.assert_close(packed[some].norm(dim=1), delta[some].norm(dim=1))
     assert not packed[~some].any()
@@ -118,7 +118,7 @@ def test_rows_of_numbers_keep_their_norm():
 def test_numbers_as_they_are_take_the_sparsifiers_gain():
     delta = deltas((7, 5))["noise"]
     kept = delta > 0
-    packed = SparseDelta.from_dense(delta, kept, "float", Precision(sign_scale="mean", gain=4.0)).dense()
+    packed = SparseDelta.from_dense(delta, kept, "float", Precision(rescale="mean", gain=4.0)).dense()
     torch.testing.assert_close(packed, torch.where(kept, delta * 4, 0))
 
 

@@ -35,11 +35,11 @@ def test_inputs_are_left_alone_and_the_seed_decides(name):
 @pytest.mark.parametrize("density", [0.05, 0.3])
 def test_random_dropping_keeps_the_mean(density):
     delta = noise((300, 400))
-    sparse = SPARSIFIERS["random"](delta, density, drawn())
+    sparse = SPARSIFIERS["dare"](delta, density, drawn())
     kept = sparse != 0
     torch.testing.assert_close(sparse[kept], delta[kept] / density)
     assert float(kept.float().mean()) == pytest.approx(density, rel=0.05)
-    mean = sum(SPARSIFIERS["random"](delta[:20, :20], 0.3, drawn(seed)) for seed in range(600)) / 600
+    mean = sum(SPARSIFIERS["dare"](delta[:20, :20], 0.3, drawn(seed)) for seed in range(600)) / 600
     torch.testing.assert_close(mean, delta[:20, :20], rtol=0.5, atol=0.6)
 
 

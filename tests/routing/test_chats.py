@@ -49,9 +49,9 @@ def test_the_chosen_turn_reads_like_a_chat_of_its_own(chat_tokenizer, side):
     assert whole is inputs["input_ids"]
 
 
-@pytest.mark.parametrize(("route_on", "expected"), [("last", "code"), ("first", "math")])
-def test_a_chat_goes_where_its_turn_points(build, topics, chat_tokenizer, route_on, expected):
-    model = build(route_on=route_on)
+@pytest.mark.parametrize(("routing_turn", "expected"), [("last", "code"), ("first", "math")])
+def test_a_chat_goes_where_its_turn_points(build, topics, chat_tokenizer, routing_turn, expected):
+    model = build(routing_turn=routing_turn)
     model.fit_router(chats_of(topics), chat_tokenizer)
     inputs = encoded(chat_tokenizer, [chat(topics["math"][0], "w70", topics["code"][0])])
     weights = model.route(**inputs).expert_weights[0]
@@ -59,14 +59,14 @@ def test_a_chat_goes_where_its_turn_points(build, topics, chat_tokenizer, route_
 
 
 def test_an_unknown_way_is_refused(build):
-    with pytest.raises(ConfigError, match="route_on"):
-        build(route_on="never")
+    with pytest.raises(ConfigError, match="routing_turn"):
+        build(routing_turn="never")
 
 
-@pytest.mark.parametrize("route_on", ["last", "first"])
+@pytest.mark.parametrize("routing_turn", ["last", "first"])
 @torch.no_grad()
-def test_a_carried_cache_gives_what_no_cache_gives(build, topics, chat_tokenizer, route_on):
-    model = build(route_on=route_on)
+def test_a_carried_cache_gives_what_no_cache_gives(build, topics, chat_tokenizer, routing_turn):
+    model = build(routing_turn=routing_turn)
     model.fit_router(chats_of(topics), chat_tokenizer)
     settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     cache = DynamicCache()
@@ -80,7 +80,7 @@ def test_a_carried_cache_gives_what_no_cache_gives(build, topics, chat_tokenizer
     fresh = model.generate(input_ids=ids, attention_mask=mask, **settings)
     assert torch.equal(carried, fresh)
     routes = [model.route(input_ids=some).expert_weights.argmax().item() for some in (first["input_ids"], ids)]
-    assert (routes[0] == routes[1]) == (route_on == "first")
+    assert (routes[0] == routes[1]) == (routing_turn == "first")
 
 
 def test_explanations_take_texts_chats_and_ids(build, topics, chat_tokenizer):

@@ -18,9 +18,9 @@ def state(model):
 
 SETTINGS = [
     {},
-    {"values": "float"},
-    {"density": 1.0, "values": "float"},
-    {"sparsifier": "random", "values": "float"},
+    {"encoding": "float"},
+    {"density": 1.0, "encoding": "float"},
+    {"sparsifier": "dare", "encoding": "float"},
     {"sparsifier": "svd", "rank": 8},
 ]
 
@@ -64,7 +64,7 @@ def test_adding_leaves_everything_else_alone_and_routes_to_the_new_expert(build,
 
 
 def test_a_new_expert_is_its_own_delta_to_the_backbone(build, checkpoints):
-    model = build(density=1.0, values="float", routed_layers="all")
+    model = build(density=1.0, encoding="float", routed_layers="all")
     model.add_expert("law", str(checkpoints["law"]))
     merged = model.merge_and_unload(expert_weights="law").state_dict()
     expected = weights_of(checkpoints["law"])

@@ -11,7 +11,7 @@ import torch
 from mediator_peft.errors import RouterNotFittedError
 from mediator_peft.routing.block_hook import BlockTap
 
-ABOVE = {"router_layer": 1, "routed_layers": [1, 2], "top_p": 1.0}  # so that a small change of features shows
+ABOVE = {"router_layer": 1, "routed_layers": [1, 2], "routing_top_p": 1.0}  # so that a small change of features shows
 
 
 @pytest.fixture
@@ -52,11 +52,11 @@ def asked(chat_tokenizer, two):
     )
 
 
-@pytest.mark.parametrize("route_on", ["last", "first", "all"])
-def test_one_pass_decides_as_two_do(build, chat_tokenizer, two, asked, route_on):
-    model = build(**ABOVE, route_on=route_on)
+@pytest.mark.parametrize("routing_turn", ["last", "first", "all"])
+def test_one_pass_decides_as_two_do(build, chat_tokenizer, two, asked, routing_turn):
+    model = build(**ABOVE, routing_turn=routing_turn)
     model.fit_router(two, chat_tokenizer)
-    assert model.reads_in_passing
+    assert model.single_pass_routing
     weights = model.route(**asked).expert_weights
     assert len(weights.unique(dim=0)) > 1
     expected = model.generate(**asked, max_new_tokens=6, do_sample=False, expert_weights=weights)
@@ -74,7 +74,7 @@ def test_one_pass_decides_as_two_do(build, chat_tokenizer, two, asked, route_on)
 def test_routed_blocks_below_the_router_cost_a_second_look(build, chat_tokenizer, two, asked):
     model = build(router_layer=1, routed_layers="all")
     model.fit_router(two, chat_tokenizer)
-    assert not model.reads_in_passing
+    assert not model.single_pass_routing
     calls = count_passes(model)
     found = model.generate(**asked, max_new_tokens=3, do_sample=False)
     assert len(calls) == 1 + found.shape[1] - asked["input_ids"].shape[1]

@@ -43,7 +43,7 @@ def test_each_row_equals_its_own_dense_model(tmp_path, arch, values):
     on_gpu = prompts.cuda()
     with model.disable_adapter():
         backbone = model(input_ids=on_gpu).logits
-    for execution in (None, "fold", "sparse", "densify"):
+    for execution in (None, "merged", "sparse", "dense"):
         model.set_execution(execution)
         prefill = model(input_ids=on_gpu[:, :-1], expert_weights=MIXES, use_cache=True)
         cache = prefill.past_key_values
@@ -59,7 +59,7 @@ def test_each_row_equals_its_own_dense_model(tmp_path, arch, values):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.02), (torch.bfloat16, 0.12)], ids=str)
-@pytest.mark.parametrize("execution", [None, "sparse", "densify"])
+@pytest.mark.parametrize("execution", [None, "sparse", "dense"])
 @torch.no_grad()
 def test_half_precision_is_as_near_to_the_formula_as_its_rounding(tmp_path, dtype, tolerance, execution):
     paths, model = built(tmp_path, dtype=dtype)

@@ -33,7 +33,7 @@ def test_each_row_equals_its_own_dense_model(tmp_path, arch, values):
         torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("execution", ["fold", "sparse", "densify"])
+@pytest.mark.parametrize("execution", ["merged", "sparse", "dense"])
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 @torch.no_grad()
 def test_every_way_of_applying_deltas_gives_the_same(tmp_path, arch, execution):
@@ -61,7 +61,7 @@ def test_quantised_values_too_in_every_way_and_after_a_round_trip(tmp_path, valu
     model.save_pretrained(tmp_path / "saved")
     again, _ = load_mediator(tmp_path / "saved", dtype=torch.float32)
     for each in (model, again):
-        for execution in ("fold", "sparse", "densify", None):
+        for execution in ("merged", "sparse", "dense", None):
             each.set_execution(execution)
             logits = each(input_ids=prompts, expert_weights=MIXES).logits
             for row in range(len(MIXES)):
@@ -92,7 +92,7 @@ def test_low_rank_deltas_too_in_every_way_and_after_a_round_trip(tmp_path, arch)
     again, _ = load_mediator(tmp_path / "saved", dtype=torch.float32)
     few, _ = load_mediator(tmp_path / "out", dtype=torch.float32, max_resident_experts=1)
     for each in (model, again, few):
-        for execution in ("fold", "sparse", "densify", None):
+        for execution in ("merged", "sparse", "dense", None):
             each.set_execution(execution)
             logits = each(input_ids=prompts, expert_weights=MIXES).logits
             with each.use_experts(MIXES[1]):
@@ -124,7 +124,7 @@ def test_density_one_gives_back_experts_and_base(tmp_path, arch):
     only = ["_proj", "c_attn", "c_proj", "c_fc"]
     paths = write_tiny_checkpoints(tmp_path / "checkpoints", arch=arch, only=only)
     experts = {name: path for name, path in paths.items() if name != "base"}
-    config = MediatorConfig(density=1.0, values="float", routed_layers="all")
+    config = MediatorConfig(density=1.0, encoding="float", routed_layers="all")
     build_mediator(paths["base"], experts, tmp_path / "out", config)
     model, _ = load_mediator(tmp_path / "out", dtype=torch.float32)
     prompts = random_prompts()
@@ -137,7 +137,7 @@ def test_density_one_gives_back_experts_and_base(tmp_path, arch):
 def test_density_one_is_exact_for_bfloat16_checkpoints(tmp_path):
     paths = write_tiny_checkpoints(tmp_path / "checkpoints", dtype=torch.bfloat16, only=["_proj"])
     experts = {name: path for name, path in paths.items() if name != "base"}
-    config = MediatorConfig(density=1.0, values="float", routed_layers="all")
+    config = MediatorConfig(density=1.0, encoding="float", routed_layers="all")
     build_mediator(paths["base"], experts, tmp_path / "out", config)
     model, _ = load_mediator(tmp_path / "out", dtype=torch.bfloat16)
     merged = model.merge_and_unload(expert_weights="math")

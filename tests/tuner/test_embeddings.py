@@ -49,7 +49,7 @@ def by_the_formula(model, weights, arch):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("values", ["sign", "float"])
-@pytest.mark.parametrize("execution", [None, "fold", "sparse", "densify"])
+@pytest.mark.parametrize("execution", [None, "merged", "sparse", "dense"])
 @torch.no_grad()
 def test_equals_a_plain_model_with_the_mixed_matrices(tmp_path, arch, values, execution):
     model, _ = built(tmp_path, arch, values=values)
@@ -86,7 +86,7 @@ def test_an_expert_comes_back_at_density_one(tmp_path, arch):
     only = ["proj", "embed_tokens", "lm_head"]
     paths = write_tiny_checkpoints(tmp_path / "checkpoints", arch=arch, only=only)
     experts = {name: path for name, path in paths.items() if name != "base"}
-    config = MediatorConfig(density=1.0, values="float", routed_layers="all", target_modules=TARGETS)
+    config = MediatorConfig(density=1.0, encoding="float", routed_layers="all", target_modules=TARGETS)
     build_mediator(paths["base"], experts, tmp_path / "out", config)
     model, _ = load_mediator(tmp_path / "out", dtype=torch.float32)
     expert = type(tiny_model(arch)).from_pretrained(paths["math"], dtype=torch.float32)
@@ -103,7 +103,7 @@ def test_built_in_memory_is_built_offline(tmp_path, arch):
     config = MediatorConfig(density=0.3, target_modules=TARGETS, routed_layers="all", experts=experts)
     memory = get_mediator_model(base, config).eval()
     for model in (offline, memory):
-        model.base_model.set_execution("densify")
+        model.base_model.set_execution("dense")
     with offline.base_model.use_experts("code"), memory.base_model.use_experts("code"):
         torch.testing.assert_close(memory(IDS).logits, offline(IDS).logits)
 
@@ -203,5 +203,5 @@ def test_a_fitted_router_routes_embeddings_too(tmp_path, topics, tokenizer):
     texts = [topics["math"][0], topics["code"][0]]
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     routed = model(**batch).logits
-    model.base_model.set_execution("densify")
+    model.base_model.set_execution("dense")
     torch.testing.assert_close(model(**batch).logits, routed, rtol=1e-4, atol=1e-4)

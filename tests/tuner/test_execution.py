@@ -32,7 +32,7 @@ def dense(paths, mix, dtype=torch.float32):
     return mixed_model(checkpoints, mix, 0.3, "sign").to(dtype)
 
 
-@pytest.mark.parametrize("execution", [None, "fold", "sparse", "densify"])
+@pytest.mark.parametrize("execution", [None, "merged", "sparse", "dense"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 0.02), (torch.bfloat16, 0.12)], ids=str
 )
@@ -87,7 +87,7 @@ def test_steps_of_one_request_go_on_as_the_first_until_something_changes(model):
 def test_an_exception_while_folding_leaves_the_backbone(monkeypatch, model, mix):
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     layers = list(model.routed_layers().values())
-    fold = type(layers[0]._fold)
+    fold = type(layers[0]._merged_weight)
     original, calls = fold._write, []
 
     def fails(self, bank, mix):
@@ -188,8 +188,8 @@ def test_kept_weights_change_nothing_but_the_way(paths, model):
     mixes = [{name: 1.0} if name else {} for name in rows]
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     layers = model.routed_layers().values()
-    model.keep_folded(["math", "code"])
-    kept = sum(layer.kept_bytes for layer in layers)
+    model.cache_merged_experts(["math", "code"])
+    kept = sum(layer.cached_bytes for layer in layers)
     assert kept == 2 * sum(layer.base_layer.weight.nbytes for layer in layers)
     logits = model(input_ids=prompts, expert_weights=rows).logits
     for row, mix in enumerate(mixes):
@@ -199,23 +199,23 @@ def test_kept_weights_change_nothing_but_the_way(paths, model):
         alone = model(input_ids=prompts).logits
         assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     torch.testing.assert_close(alone[:1], logits[:1], rtol=1e-4, atol=1e-4)
-    assert all(layer._few_rows is None and not layer.folded_bytes for layer in layers)
+    assert all(layer._few_rows is None and not layer.merged_bytes for layer in layers)
     one = random_prompts(4, 1, seed=2)
     step, by_hand = model(input_ids=one, expert_weights=rows).logits, dense(paths, mixes[1])(input_ids=one).logits
     torch.testing.assert_close(step[1], by_hand[1], rtol=1e-4, atol=1e-4)
     blend = {"math": 0.5, "code": 0.5}
     expected = dense(paths, blend)(input_ids=prompts).logits
     torch.testing.assert_close(model(input_ids=prompts, expert_weights=blend).logits, expected, rtol=1e-4, atol=1e-4)
-    model.keep_folded(["code"])
-    assert sum(layer.kept_bytes for layer in layers) == kept / 2
+    model.cache_merged_experts(["code"])
+    assert sum(layer.cached_bytes for layer in layers) == kept / 2
     model.half()
-    assert sum(layer.kept_bytes for layer in layers) == kept / 4
+    assert sum(layer.cached_bytes for layer in layers) == kept / 4
     half = model(input_ids=prompts, expert_weights="code").logits.float()
     assert (half[1] - logits[1]).norm() < 0.02 * logits[1].norm()
-    model.keep_folded(())
-    assert not any(layer.kept_bytes for layer in layers)
+    model.cache_merged_experts(())
+    assert not any(layer.cached_bytes for layer in layers)
 
 
 def test_keeping_an_unknown_expert_is_refused(model):
     with pytest.raises(RoutingError, match="unknown"):
-        model.keep_folded(["math", "unknown"])
+        model.cache_merged_experts(["math", "unknown"])

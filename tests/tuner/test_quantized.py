@@ -84,7 +84,7 @@ def dense_model(folders, kind, mix):
 
 @pytest.mark.parametrize("in_bfloat16", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("execution", [None, "sparse", "densify"])
+@pytest.mark.parametrize("execution", [None, "sparse", "dense"])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_each_row_is_the_codes_numbers_plus_its_deltas(folders, kind, execution, device, in_bfloat16):
@@ -194,7 +194,7 @@ def test_low_rank_deltas_stay_beside_the_codes(folders, tmp_path, kind):
     tolerance = 0.15 if kind == "int8" else 2e-3
     with model.disable_adapter():
         assert (model(input_ids=prompts).logits - expected).abs().max() > 2 * tolerance
-    for execution in (None, "sparse", "densify"):
+    for execution in (None, "sparse", "dense"):
         model.set_execution(execution)
         found = model(input_ids=prompts, expert_weights="math").logits
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
@@ -221,18 +221,18 @@ def test_saving_leaves_the_model_as_it_is(folders, tmp_path, kind, in_bfloat16):
 def test_one_way_of_applying_deltas_after_the_other(folders, kind):
     prompts = random_prompts(len(MIXES))
     logits = []
-    for executions in (["sparse"], ["densify"], ["sparse", "densify", "sparse", "densify"]):
+    for executions in (["sparse"], ["dense"], ["sparse", "dense", "sparse", "dense"]):
         model = quantized(folders["out"], kind)
         for execution in executions:
             model.set_execution(execution)
             logits.append(model(input_ids=prompts, expert_weights=MIXES).logits)
-    sparse, densify, *again = logits
+    sparse, dense, *again = logits
     for place, found in enumerate(again):
-        assert torch.equal(found, (sparse, densify)[place % 2])
+        assert torch.equal(found, (sparse, dense)[place % 2])
 
 
 @pytest.mark.parametrize(("kind", "values"), [("nf4", "sign"), ("nf4", "float"), ("fp4", "sign"), ("int8", "sign")])
-@pytest.mark.parametrize("execution", ["sparse", "densify"])
+@pytest.mark.parametrize("execution", ["sparse", "dense"])
 @torch.no_grad()
 def test_a_correction_takes_back_rounding_errors(folders, tmp_path, monkeypatch, kind, values, execution):
     # Matrices of several tiles, as real ones are.

@@ -21,18 +21,18 @@ class Precision(NamedTuple):
     dtype: torch.dtype | None = None
     """Of values that are stored as numbers; None keeps float32."""
 
-    sign_scale: str = "projection"
+    rescale: str = "projection"
     """A key of ``SIGN_SCALES``, and of ``NUMBER_SCALES``."""
 
     gain: float = 1.0
     """What the sparsifier multiplies kept numbers by: 1 / density where they were drawn."""
 
 
-EXACT = Precision(sign_scale="mean")
+EXACT = Precision(rescale="mean")
 """Numbers as they are."""
 
 
-class ValueCoding(NamedTuple):
+class Encoding(NamedTuple):
     """One way to store kept entries."""
 
     encode: Callable[[Tensor, Tensor, Precision], Parts]
@@ -70,7 +70,7 @@ def encode_signs(delta: Tensor, kept: Tensor, precision: Precision) -> Parts:
     rows = RowSums(
         exact.square().sum(dim=1).numpy(), torch.where(kept, exact, 0).abs().sum(dim=1).numpy(), kept.sum(dim=1).numpy()
     )
-    scales = SIGN_SCALES[precision.sign_scale](rows)
+    scales = SIGN_SCALES[precision.rescale](rows)
     return {"signs": pack_bits(delta[kept] < 0), "scales": torch.from_numpy(scales).bfloat16()}
 
 
@@ -84,10 +84,10 @@ def decode_signs(parts: Parts, kept: Tensor) -> Tensor:
 
 def _scaled(delta: Tensor, kept: Tensor, precision: Precision) -> Tensor:
     """The kept entries (num_kept,) float32, as large as ``NUMBER_SCALES`` wants them."""
-    if precision.sign_scale == "mean":
+    if precision.rescale == "mean":
         return delta[kept] * precision.gain
     squares = delta.double().square()
-    factors = NUMBER_SCALES[precision.sign_scale](
+    factors = NUMBER_SCALES[precision.rescale](
         squares.sum(dim=1).numpy(), torch.where(kept, squares, 0).sum(dim=1).numpy()
     )
     return delta[kept] * torch.repeat_interleave(torch.from_numpy(factors).float(), kept.sum(dim=1))
@@ -212,32 +212,32 @@ def _factors_fault(parts: Parts, shape: tuple[int, int]) -> str | None:
 
 def parts_fault(coding: str, parts: Parts, shape: tuple[int, int], num_kept: int) -> str | None:
     """What of a delta's parts does not fit its shape and mask; None where all fits."""
-    if not VALUES[coding].has_positions:
+    if not ENCODINGS[coding].has_positions:
         return _factors_fault(parts, shape)
-    for part, expected in VALUES[coding].part_sizes(num_kept).items():
+    for part, expected in ENCODINGS[coding].part_sizes(num_kept).items():
         if len(parts[part]) != expected:
             return f"{len(parts[part])} {part} for {expected} expected"
     return None
 
 
-VALUES: dict[str, ValueCoding] = {
-    "sign": ValueCoding(encode_signs, decode_signs, ("signs", "scales"), lambda count: {"signs": -(-count // 8)}),
-    "float": ValueCoding(encode_floats, decode_floats, ("values",), lambda count: {"values": count}),
-    "int8": ValueCoding(
+ENCODINGS: dict[str, Encoding] = {
+    "sign": Encoding(encode_signs, decode_signs, ("signs", "scales"), lambda count: {"signs": -(-count // 8)}),
+    "float": Encoding(encode_floats, decode_floats, ("values",), lambda count: {"values": count}),
+    "int8": Encoding(
         encode_int8,
         decode_int8,
         ("codes", "absmax"),
         lambda count: {"codes": count, "absmax": -(-count // _BLOCK)},
         in_kernels=False,
     ),
-    "nf4": ValueCoding(
+    "nf4": Encoding(
         encode_nf4,
         decode_nf4,
         ("codes", "absmax"),
         lambda count: {"codes": -(-count // 2), "absmax": -(-count // _BLOCK)},
         in_kernels=False,
     ),
-    "factors": ValueCoding(
+    "factors": Encoding(
         encode_factors, decode_factors, ("left", "right"), lambda count: {}, in_kernels=False, has_positions=False
     ),
 }

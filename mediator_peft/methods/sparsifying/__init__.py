@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .dare import drop_and_rescale
 from .magnitude import keep_largest
-from .random import drop_and_rescale
 from .svd import keep_singular
 
 Sparsifier = Callable[[Tensor, float, "torch.Generator | None"], Tensor]
@@ -16,11 +16,11 @@ Sparsifier = Callable[[Tensor, float, "torch.Generator | None"], Tensor]
 
 SPARSIFIERS: dict[str, Sparsifier] = {
     "magnitude": keep_largest,
-    "random": drop_and_rescale,
+    "dare": drop_and_rescale,
     "svd": keep_singular,
 }
 
-RESCALING = frozenset({"random"})
+RESCALING = frozenset({"dare"})
 """Sparsifiers that divide what they keep by the density."""
 
 LOW_RANK = frozenset({"svd"})

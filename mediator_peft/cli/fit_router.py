@@ -1,4 +1,4 @@
-"""``mediator-peft calibrate``: fit the router of a built model on prompts of each expert."""
+"""``mediator-peft fit-router``: fit the router of a built model on prompts of each expert."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     pass
 
 
-def calibrate(
+def fit_router(
     out: OutputFolder,
     data: Annotated[
         list[str],
@@ -40,7 +40,7 @@ def calibrate(
     Prompts near to an expert's task that it spoils are recognised by the answers in --answered alone.
 
     Example:
-      mediator-peft calibrate out --data math=math.jsonl --data cron=cron.jsonl --answered others.jsonl
+      mediator-peft fit-router out --data math=math.jsonl --data cron=cron.jsonl --answered others.jsonl
     """
     report = calibrated(
         out,
