@@ -11,7 +11,18 @@ PACKAGE = Path(__file__).parents[1] / "mediator_peft"
 
 # Parts of the package, in the order of the data: each may import from the parts above it, and from itself.
 ORDER = (
-    *("errors", "tables", "data_files", "time_limit", "progress", "optional", "ranks", "structure", "registration", "reference"),
+    *(
+        "errors",
+        "tables",
+        "data_files",
+        "time_limit",
+        "progress",
+        "optional",
+        "ranks",
+        "structure",
+        "registration",
+        "reference",
+    ),
     *("methods", "kernels", "routing", "config", "checkpoints", "bank", "merge", "tuner"),
     *("evaluation", "demo", "cli"),
 )

@@ -225,9 +225,7 @@ def _open_file(path: Path) -> Any:
         RoutingError: it is missing, no ordinary file, damaged or of another kind.
     """
     if path.suffix not in _READERS:
-        raise RoutingError(
-            f"calibration data {str(path)!r}: has an unknown ending; use one of {sorted(_READERS)}."
-        )
+        raise RoutingError(f"calibration data {str(path)!r}: has an unknown ending; use one of {sorted(_READERS)}.")
     try:
         open_file(path).close()
         return _READERS[path.suffix](path)
