@@ -157,7 +157,7 @@ def csv_records(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, s
     Raises:
         DataFileError: the file cannot be read, has no header, or has a row of another length.
     """
-    reader = csv.reader((line for _, line in text_lines(path)), strict=True)
+    reader = csv.reader(_lines_without_nul(path), strict=True)
     names: list[str] | None = None
     rows = iter(reader)
     while True:
@@ -185,6 +185,15 @@ def csv_records(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, s
         yield reader.line_num, dict(zip(names, row, strict=True))
     if names is None:
         raise DataFileError(f"{os.fspath(path)} is empty. Its first line must name the columns.")
+
+
+def _lines_without_nul(path: str | os.PathLike[str]) -> Iterator[str]:
+    for number, line in text_lines(path):
+        if "\0" in line:  # not all versions of the csv module refuse it
+            raise DataFileError(
+                f"{os.fspath(path)}, line {number}: no CSV (it holds zero bytes). Write the file again."
+            )
+        yield line
 
 
 def text_fault(value: object) -> str | None:

@@ -27,22 +27,26 @@ def parse_yaml(text: str) -> Any:
     """
     import yaml  # huggingface_hub brings it along
 
-    loader = yaml.SafeLoader(text)
+    loader = None
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
         _count(node, {}, 0)
         return loader.construct_document(node)
+    except MalformedYamlError:
+        raise
     except yaml.YAMLError as fault:
         raise MalformedYamlError(" ".join(str(fault).split())) from fault
     except RecursionError as fault:
         raise MalformedYamlError("it is nested too deeply") from fault
     except (ValueError, OverflowError, TypeError, AttributeError) as fault:
         # What the constructors of numbers and dates raise.
-        raise fault if isinstance(fault, MalformedYamlError) else MalformedYamlError(str(fault)) from fault
+        raise MalformedYamlError(str(fault)) from fault
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _count(node: Any, known: dict[int, int], depth: int) -> int:

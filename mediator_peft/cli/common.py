@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from math import ceil
 from pathlib import Path
@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..checkpoints.adapter_files import CONFIG_FILE, backbone_of, find_adapter, read_raw_config
-from ..data_files import MalformedJsonError, parse_json, read_text, special_files
+from ..data_files import DataFileError, MalformedJsonError, parse_json, read_text, special_files
 from ..errors import AdapterError, MediatorError, OutputError
 from ..optional import bitsandbytes_functional
 from ..tables import unknown_name
@@ -34,12 +34,32 @@ MOST_TOKENS, MOST_ROWS, MOST_ROUNDS, MOST_WORKERS = 1 << 20, 1 << 16, 10_000, 10
 
 _TRACEBACK, _TRACEBACK_VARIABLE = "--traceback", "MEDIATOR_PEFT_TRACEBACK"
 # typer brings its own copy of click's classes.
-_ClickException: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+_ClickException: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
 
 _RESOURCE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE}
 _RESOURCE_MESSAGES = ("out of memory", "not enough memory", "can't allocate memory", "no space left on device")
 _PART_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_experts", "num_local_experts")
 _MOST_PARTS = 2000
+_JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+# Field of an adapter's configuration → its type, and what that is called.
+_TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
+    "expert_names": (_are_texts, "a list of names"),
+    "routed_modules": (_are_texts, "a list of names"),
+    "experts": (lambda value: isinstance(value, dict), "an object"),
+    "backbone_fingerprint": (lambda value: isinstance(value, dict), "an object"),
+    "provenance": (lambda value: isinstance(value, dict), "an object"),
+    "base_model_name_or_path": (lambda value: isinstance(value, str), "a text"),
+    "num_blocks": (lambda value: type(value) is int, "a whole number"),
+    "turn_markers": (lambda value: isinstance(value, list), "a list"),
+}
 _BAD_PATH_MESSAGES = ("embedded null byte", "Could not determine home directory")
 _WIDTH_OF_FILES = 140
 
@@ -160,7 +180,9 @@ def explain(fault: BaseException) -> str:
 
 def _causes(fault: BaseException) -> Iterator[BaseException]:
     current: BaseException | None = fault
-    while current is not None:
+    seen: set[int] = set()
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
         yield current
         current = current.__cause__
 
@@ -223,10 +245,9 @@ def load(path: Path, dtype: str, device: str, quantize: str | None = None) -> tu
     place = pick_device(device)
     kind = pick_dtype(dtype, place.type)
     how = {} if quantize is None else {"quantization_config": _quantization(quantize, kind), "device_map": place}
-    refuse_special_files(path)
+    check_output(path)
     say(f"loading {path}")
     with reading_output(path):
-        check_backbone_config(path)
         model, tokenizer = load_mediator(path, dtype=kind, **how)
     if tokenizer is None:
         raise MissingTokenizerError(
@@ -256,51 +277,49 @@ def reading_output(path: Path) -> Iterator[None]:
         ) from fault
 
 
-def refuse_special_files(path: Path) -> None:
-    """Refuse an output folder that holds pipes or devices: reading one may wait for ever.
+def check_output(path: Path) -> None:
+    """Check, before anything is loaded, what would block, run without end, or fail in the middle of another package.
+
+    Pipes and devices in an output folder, settings of the wrong type, JSON files beside the weights that are no JSON,
+    and a backbone with more layers than any model has, which would take hours or all memory to be made.
 
     Raises:
-        AdapterError: it does, or there is no adapter in a folder that exists.
+        AdapterError: something is wrong; the message names the file.
     """
     folder = path.expanduser()
     if not folder.is_dir():
         return  # a hub id, or nothing; loading says which
     adapter = find_adapter(folder)
-    folders = {folder, adapter, adapter / "report"}
-    reference = read_raw_config(adapter).get("base_model_name_or_path")
-    if isinstance(reference, str) and reference:
-        folders.add(Path(backbone_of(adapter, reference)))
+    _refuse_special({folder, adapter, adapter / "report"})
+    settings = read_raw_config(adapter)
+    for name, (kind, what) in _TYPES.items():
+        value = settings.get(name)
+        if value is not None and not kind(value):
+            raise AdapterError(f"{adapter / CONFIG_FILE}: {name} must be {what}, got {short(value)}.")
+    reference = settings.get("base_model_name_or_path")
+    if not reference:
+        return
+    backbone = Path(backbone_of(adapter, str(reference)))
+    _refuse_special({backbone})
+    for name in _JSON_FILES:
+        if (backbone / name).is_file():
+            _check_json(backbone / name)
+
+
+def _refuse_special(folders: set[Path]) -> None:
     found = [name for place in sorted(folders) for name in special_files(place)]
     if found:
         raise AdapterError(f"pipes, sockets or devices stand in place of files: {', '.join(found)}. Take them away.")
 
 
-def check_backbone_config(path: Path) -> None:
-    """Refuse a backbone whose ``config.json`` asks for more layers than any model has.
-
-    To make them would take hours or all memory before anything is compared with the files.
-
-    Raises:
-        AdapterError: it does.
-    """
-    folder = path.expanduser()
-    if not folder.is_dir():
-        return
-    adapter = find_adapter(folder)
-    settings = read_raw_config(adapter)
-    reference = settings.get("base_model_name_or_path")
-    if not isinstance(reference, str):
-        raise AdapterError(f"{adapter / CONFIG_FILE}: base_model_name_or_path must be a text, got {short(reference)}.")
-    file = Path(backbone_of(adapter, reference)) / "config.json"
-    if not file.is_file():
-        return
+def _check_json(file: Path) -> None:
     try:
-        config = parse_json(read_text(file))
-    except MalformedJsonError as fault:
+        content = parse_json(read_text(file))
+    except (MalformedJsonError, DataFileError) as fault:
         raise AdapterError(f"{file} is damaged ({fault}). Copy or build the folder again.") from fault
-    if not isinstance(config, dict):
+    if not isinstance(content, dict):
         raise AdapterError(f"{file} must hold a JSON object. Copy or build the folder again.")
-    for name, number in _part_counts(config):
+    for name, number in _part_counts(content) if file.name == "config.json" else ():
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= _MOST_PARTS:
             raise AdapterError(
                 f"{file}: {name} must be a whole number, {_MOST_PARTS:,} at most, got {short(number)}. Copy or build "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..config import CORRECTION
-from .common import AsJson, OutputFolder, console, print_json, reading_output, refuse_special_files
+from .common import AsJson, OutputFolder, check_output, console, print_json, reading_output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +23,7 @@ def inspect(out: OutputFolder, as_json: AsJson = False) -> None:
     """
     from ..evaluation.sizes import read_adapter_info
 
-    refuse_special_files(out)
+    check_output(out)
     with reading_output(out):
         info = read_adapter_info(out)
         if as_json:

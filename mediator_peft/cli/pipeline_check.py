@@ -13,7 +13,7 @@ from ..checkpoints.adapter_files import find_adapter
 from ..data_files import DataFileError, MalformedJsonError, parse_json, read_text
 from ..errors import AdapterError, ConfigError, MediatorError, OutputExistsError
 from .bounded_yaml import MalformedYamlError, parse_yaml
-from .common import check_folder, check_match, pick_device, reading_output, refuse_special_files
+from .common import check_folder, check_match, check_output, pick_device, reading_output
 
 if TYPE_CHECKING:
     from ..merge.merge_job import Merge
@@ -79,7 +79,7 @@ def _existing(faults: list[str], output: Path, experts: list[str]) -> list[str]:
     def read() -> None:
         if not output.is_dir():
             raise AdapterError(f"{str(output)!r} is not there. Run the step build, too.")
-        refuse_special_files(output)
+        check_output(output)
         found.append(saved_experts(output))
 
     _collect(faults, "build.output", read)

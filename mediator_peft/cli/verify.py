@@ -10,13 +10,12 @@ from .common import (
     BAD_INPUT,
     AsJson,
     OutputFolder,
-    check_backbone_config,
+    check_output,
     console,
     parse_pairs,
     print_json,
     quiet_transformers,
     reading_output,
-    refuse_special_files,
     say,
 )
 
@@ -44,13 +43,12 @@ def verify(
 
     quiet_transformers()
     originals = parse_pairs(against or [], "--against")
-    refuse_special_files(out)
+    check_output(out)
     with reading_output(out):
         found = verify_mediator(out, against=originals, base=base)
         if originals and logits and found.is_ok:
             from ..evaluation.logits import logit_differences
 
-            check_backbone_config(out)
             for name, largest in logit_differences(out, originals, base).items():
                 found.differences[name]["max_logit_difference"] = largest
     if as_json:

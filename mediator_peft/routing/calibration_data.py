@@ -76,7 +76,8 @@ def labelled_texts(
         raise RoutingError(f"calibration labels {unknown} are no experts of this model; it has {list(experts)}.")
     few = {name: len(chosen.kept.get(name, ())) for name in experts if len(chosen.kept.get(name, ())) < 2}
     if few:
-        raise RoutingError(f"each expert needs at least 2 calibration texts, better 50; too few: {few}.")
+        source = f" in {os.fspath(dataset)!r}" if isinstance(dataset, (str, os.PathLike)) else ""
+        raise RoutingError(f"each expert needs at least 2 calibration texts, better 50; too few{source}: {few}.")
     rows = [(text, number, group) for number, name in enumerate(experts) for text, group in chosen.kept[name]]
     texts, labels, groups = (list(column) for column in zip(*rows, strict=True))
     return LabelledTexts(texts, labels, groups if columns.group else None)
