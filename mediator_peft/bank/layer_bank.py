@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..config import CORRECTION
 from ..errors import AdapterError
 from ..kernels.dispatch import GroupedProduct, PackedDelta, as_array, has_compiled
+from ..methods.encoding import ENCODINGS
 from ..methods.encoding.bitmaps import compress_mask, decompress_mask
-from ..methods.encoding.values import ENCODINGS, parts_fault
 from .sparse_delta import SparseDelta, full_mask
 
 if TYPE_CHECKING:
@@ -282,7 +282,7 @@ def check_parts(bank: LayerBank, layer: str, sizes: Mapping[str, int]) -> None:
         delta = bank.get(name)
         if delta is None:
             continue
-        fault = parts_fault(bank.coding, delta.parts, bank.shape, num_kept)
+        fault = ENCODINGS[bank.coding].fault(delta.parts, bank.shape, num_kept)
         if fault is not None:
             raise AdapterError(
                 f"layer {layer!r}, expert {name!r}: {fault}. The adapter file is damaged; copy or build it again."

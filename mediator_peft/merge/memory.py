@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 
 from ..errors import ConfigError, OutOfMemoryError
-from ..methods.merging import ENTRYWISE
+from ..methods.merging import MERGE_METHODS
 from .builder import peak_memory
 from .merge_job import Merge
 from .tensor_work import Task, is_one_pass
@@ -55,7 +55,7 @@ def task_memory(merge: Merge, task: Task) -> int:
         work += entries * 4 * 4
     if task.is_transposed:
         work += entries * merge.job.dtype.itemsize * (num_experts + 3)
-    if config.merge_method not in ENTRYWISE:
+    if not MERGE_METHODS[config.merge_method].is_entrywise:
         work += entries * (4 * (2 * num_experts + 3) + num_experts)
     return int(tile + work)
 

@@ -17,7 +17,7 @@ from ..config import CORRECTION, FALLBACK_EXPERT, MediatorSettings
 from ..errors import CheckpointError
 from ..methods.conflict import CONFLICT_SCORES
 from ..methods.conflict.statistics import Statistics
-from ..methods.encoding.values import Precision
+from ..methods.encoding.base import Precision
 from ..methods.rounding import ROUNDINGS
 from ..methods.sparsifying.magnitude import largest_mask
 from ..methods.sparsifying.selection import TINY, Bracket, bitmap_shape, smallest_kept_of_tiles

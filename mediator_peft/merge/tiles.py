@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checkpoints.opening import Checkpoint
 from ..errors import CheckpointError
 from ..kernels.build_loops import compiled
-from ..methods.merging import ENTRYWISE, MERGE_METHODS
+from ..methods.merging import MERGE_METHODS
 from ..methods.merging.average import average
 from ..methods.merging.base import keep_base
 from ..methods.merging.summing import sum_in_order
@@ -115,9 +115,9 @@ class TensorTiles:
         self.rows_per_tile = max(1, TILE_ENTRIES // max(1, self.shape[1]))
         self._space = workspace
         self._transposed = self._whole_transposed() if is_transposed else None
-        self._whole_backbone = None if merge_method in ENTRYWISE else self._merged_whole()
+        self._whole_backbone = None if self.merge.is_entrywise else self._merged_whole()
         is_bfloat = dtype == torch.bfloat16
-        self._loops = compiled() if is_bfloat and self.merge in (average, keep_base) else None
+        self._loops = compiled() if is_bfloat and self.merge.merge in (average, keep_base) else None
 
     def __iter__(self) -> Iterator[Tile]:
         for start in range(0, self.shape[0], self.rows_per_tile):
@@ -159,7 +159,7 @@ class TensorTiles:
         shape = (stop - start, self.shape[1])
         backbone, energies = self._space.take("backbone", shape, torch.bfloat16), np.empty(stop - start)
         sources = np.array([row.data_ptr() for row in rows], np.int64)
-        loops.merge_tile(sources, self.merge is average, shape, backbone.data_ptr(), energies)
+        loops.merge_tile(sources, self.merge.merge is average, shape, backbone.data_ptr(), energies)
         return Tile(start, stop, rows, backbone, energies)
 
     def _rows(self, number: int, groups: Sequence[tuple[int, int]]) -> Tensor:

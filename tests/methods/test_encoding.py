@@ -11,8 +11,8 @@ from mediator_peft.bank.sparse_delta import SparseDelta
 from mediator_peft.errors import AdapterError
 from mediator_peft.merge.signed_selection import Marking, SignedSelection
 from mediator_peft.merge.tiles import Workspace
+from mediator_peft.methods.encoding.base import Precision
 from mediator_peft.methods.encoding.scales import NUMBER_SCALES, SIGN_SCALES, RowSums
-from mediator_peft.methods.encoding.values import Precision
 from mediator_peft.methods.sparsifying.magnitude import largest_mask
 from tests.reference import thin_out
 

@@ -48,11 +48,11 @@ def by_the_formula(model, weights, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("values", ["sign", "float"])
+@pytest.mark.parametrize("encoding", ["sign", "float"])
 @pytest.mark.parametrize("execution", [None, "merged", "sparse", "dense"])
 @torch.no_grad()
-def test_equals_a_plain_model_with_the_mixed_matrices(tmp_path, arch, values, execution):
-    model, _ = built(tmp_path, arch, values=values)
+def test_equals_a_plain_model_with_the_mixed_matrices(tmp_path, arch, encoding, execution):
+    model, _ = built(tmp_path, arch, encoding=encoding)
     model.base_model.set_execution(execution)
     mixes = [{"math": 1.0}, {"math": 0.3, "code": 0.5, "base": 0.2}]
     expected = [by_the_formula(model, mix, arch)(IDS).logits for mix in mixes]

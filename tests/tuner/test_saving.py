@@ -30,10 +30,10 @@ def same_routes(one, other, prompts):
     return all(torch.equal(a, b) for a, b in zip(one.route(prompts), other.route(prompts), strict=True))
 
 
-@pytest.mark.parametrize("values", ["sign", "float"])
+@pytest.mark.parametrize("encoding", ["sign", "float"])
 @pytest.mark.parametrize("arch", ["llama", "llama_tied", "gpt2", "qwen2"])
-def test_save_and_load_are_bit_equal_router_included(tmp_path, topics, tokenizer, arch, values):
-    model = build_and_fit(tmp_path, topics, tokenizer, arch, values=values)
+def test_save_and_load_are_bit_equal_router_included(tmp_path, topics, tokenizer, arch, encoding):
+    model = build_and_fit(tmp_path, topics, tokenizer, arch, encoding=encoding)
     model.save_pretrained(tmp_path / "out" / "mediator")
     again, _ = load_mediator(tmp_path / "out", dtype=torch.float32)
     assert same_state(model, again)
