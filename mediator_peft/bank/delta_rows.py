@@ -1,4 +1,4 @@
-"""Some rows of a packed delta, without unpacking the others: what an embedding needs."""
+"""Decoding of single rows of a packed delta, as embeddings need it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All experts' deltas of one layer, as buffers, so that they move, save and copy with the model."""
+"""Deltas of all experts of one layer, as buffers that move, save and copy with the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which prompts a model is asked together, with which expert weights, and on which rank."""
+"""Batches of prompts for evaluation: which prompts together, with which expert weights, on which rank."""
 
 from __future__ import annotations
 

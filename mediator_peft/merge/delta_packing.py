@@ -1,4 +1,4 @@
-"""A whole delta → its packed form, by any sparsifier and coding."""
+"""Sparsifies and packs one whole delta, with any sparsifier and encoding."""
 
 from __future__ import annotations
 

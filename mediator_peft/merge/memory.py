@@ -1,4 +1,4 @@
-"""How much memory a build takes, and keeping below a limit."""
+"""Predicts the memory of a build and chooses the number of workers within a limit."""
 
 from __future__ import annotations
 

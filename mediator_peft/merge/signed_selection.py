@@ -1,4 +1,4 @@
-"""The largest entries of one matrix with their signs: the packed form of a delta, and of a trimmed task vector."""
+"""Largest entries of one matrix with their signs, in one pass: a packed delta or a trimmed task vector."""
 
 from __future__ import annotations
 

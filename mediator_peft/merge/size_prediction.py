@@ -1,4 +1,4 @@
-"""Bytes of a build, from shapes alone."""
+"""Predicts the bytes of a build from shapes and samples."""
 
 from __future__ import annotations
 

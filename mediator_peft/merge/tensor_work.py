@@ -1,4 +1,4 @@
-"""What happens to one tensor: difference, conflict, merge, sparse deltas. No files of ours, no order, no state."""
+"""The steps of one tensor: task vectors, conflict statistics, backbone, sparse deltas. Pure: no files, no state."""
 
 from __future__ import annotations
 

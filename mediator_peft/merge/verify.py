@@ -1,4 +1,4 @@
-"""verify_mediator(): whether an output is whole, and how far it is from what it was built from."""
+"""verify_mediator(): checks that an output is complete, and compares it with its inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sharing tensors out over processes. Who does a tensor changes nothing in what it becomes."""
+"""Worker processes of a build. The result does not depend on their number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every encoding of kept entries does."""
+"""The interface of encodings."""
 
 from __future__ import annotations
 
