@@ -174,14 +174,15 @@ class LayerBank(nn.Module):
     def put(self, name: str, delta: SparseDelta) -> None:
         """Set one expert's delta."""
         for key, tensor in delta_buffers(name, delta).items():
-            self._put_part(key, tensor)
+            self.put_part(key, tensor)
 
     def let_go(self, name: str) -> None:
         """Drop the copy of an expert's delta that was brought to where it is used."""
         self._brought.pop(name, None)
         self._device_deltas.pop(name, None)
 
-    def _put_part(self, key: str, tensor: Tensor) -> None:
+    def put_part(self, key: str, tensor: Tensor) -> None:
+        """Set one tensor of a delta, under its key ``"expert:part"``."""
         self._forget()
         if key in self._buffers:
             self._buffers[key] = tensor

@@ -168,7 +168,7 @@ def _delta(
     bank = LayerBank((rows, columns), config.encoding, has_bias=False)
     for name in bank.part_names:
         key = f"{column}:{name}"
-        bank._put_part(key, from_disk(key, file.get_tensor(bank_key(layer, key)), bank.shape))
+        bank.put_part(key, from_disk(key, file.get_tensor(bank_key(layer, key)), bank.shape))
     delta = bank.get(column)
     assert delta is not None
     return delta.dense().T if is_transposed else delta.dense()

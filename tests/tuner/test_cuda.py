@@ -9,7 +9,7 @@ from tiny import ARCHITECTURES, random_prompts, write_tiny_checkpoints
 from tokenizer import tiny_tokenizer, topic_texts
 
 from mediator_peft import MediatorConfig, build_mediator, get_mediator_model, load_mediator
-from mediator_peft.tuner.few_rows import MOST_DEVICE_ROWS, DeviceRows
+from mediator_peft.tuner.execution import MOST_DEVICE_ROWS, DeviceRows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 

@@ -107,8 +107,8 @@ def test_copies_and_pickles_work_and_are_independent(model):
             assert torch.equal(twin(input_ids=prompts, expert_weights="math").logits, expected)
             with model.disable_adapter():
                 assert torch.equal(twin(input_ids=prompts, expert_weights="math").logits, expected)
-            assert twin.base_model._board is not model.base_model._board
-            assert next(iter(twin.routed_layers().values()))._board is twin.base_model._board
+            assert twin.base_model.board is not model.base_model.board
+            assert next(iter(twin.routed_layers().values())).board is twin.base_model.board
 
 
 def test_merge_and_unload_gives_a_plain_model_of_the_mix(tmp_path, model):
