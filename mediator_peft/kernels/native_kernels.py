@@ -23,9 +23,6 @@ Array = NDArray[Any]
 FORMS = {"sign": 0, "float32": 1, "float16": 2, "uint16": 3}
 """Codes by name of the dtype; bfloat16 comes as the uint16 with its bits."""
 
-ADD_OR_MARK, ADD_MARKED, TAKE_UNMARKED = range(3)
-SAVE, BRING_BACK = range(2)
-
 _FOLDER = Path(__file__).parent
 _LIBRARY_NAMES = ("_native.so", "_native.dylib", "_native.dll")
 _CHUNK_ROWS = 16
@@ -181,26 +178,31 @@ def instruction_set() -> str:
 
 
 @cache
-def _use_torch_team() -> None:
-    """Run kernels in the threads of the OpenMP runtime that torch is linked with, where there is one such.
-
-    A second pool of threads beside torch's fights with it for the cores.
-    """
+def _torch_team() -> int | None:
+    """The address of ``GOMP_parallel`` in the OpenMP runtime that torch is linked with; None where it has another."""
     torch = sys.modules.get("torch")
     if torch is None or not hasattr(os, "RTLD_NOLOAD"):
-        return
+        return None
     path = Path(torch.__file__ or "").parent / "lib" / "libtorch_cpu.so"
     try:
         team = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD).GOMP_parallel
     except (OSError, AttributeError):
-        return
-    library().mediator_use_host_team(ctypes.cast(team, ctypes.c_void_p))
+        return None
+    return ctypes.cast(team, ctypes.c_void_p).value
 
 
-def use_own_threads() -> None:
-    """Run kernels in threads of the library itself, whatever torch has."""
-    _use_torch_team()
-    library().mediator_use_host_team(None)
+def use_own_threads(own: bool = True) -> None:
+    """Run kernels in threads of the library itself, or (``False``) in torch's own where these can be had.
+
+    Torch's are taken unless this is called: a second pool of threads beside them fights with them for the cores.
+    """
+    _start_team()
+    library().mediator_use_host_team(None if own else _torch_team())
+
+
+@cache
+def _start_team() -> None:
+    library().mediator_use_host_team(_torch_team())
 
 
 def address(array: Array) -> int:
@@ -239,3 +241,148 @@ def _delta(arrays: DeltaArrays) -> _Delta:
         address(offsets),
         arrays.form,
     )
+
+
+class ProductJob:
+    """A grouped product but for input and output: a C structure, and the arrays that it points into."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        deltas: Sequence[DeltaArrays],
+        rows: Sequence[NDArray[np.int64]],
+        coefficients: Sequence[NDArray[np.float32]],
+        weight: Array | None = None,
+        bias: NDArray[np.float32] | None = None,
+    ) -> None:
+        self._alive = (tuple(deltas), tuple(rows), tuple(coefficients), weight, bias)
+        groups = [
+            _Group(_delta(delta), address(group_rows), address(factors), len(group_rows))
+            for delta, group_rows, factors in zip(deltas, rows, coefficients, strict=True)
+        ]
+        self._groups = (_Group * len(groups))(*groups)
+        self._product = _Product(
+            *shape,
+            None if weight is None else address(weight),
+            0 if weight is None else FORMS[weight.dtype.name],
+            None if bias is None else address(bias),
+            ctypes.addressof(self._groups),
+            len(groups),
+        )
+        self._address = ctypes.addressof(self._product)
+        self._run = library().mediator_product
+        _start_team()
+
+    def run(self, x: int, batch_size: int, out: int, num_threads: int) -> None:
+        """Compute; threads may share a job.
+
+        Args:
+            x: address of (batch_size, I) float32.
+            batch_size: larger than every row that is named.
+            out: address of (batch_size, O) float32.
+            num_threads: most threads to use.
+        """
+        self._run(self._address, x, batch_size, out, num_threads)
+
+
+def add(
+    target: Array,
+    delta: DeltaArrays,
+    coefficient: float,
+    num_threads: int,
+    source: Array | None = None,
+    first_row: int = 0,
+) -> None:
+    """``target = source + coefficient * S``; without a source, ``target += coefficient * S``.
+
+    Args:
+        target: (r, I) float32, float16 or uint16 (the bits of bfloat16).
+        delta: (O, I), of which rows ``first_row`` to ``first_row + r`` are added.
+        coefficient: one number.
+        num_threads: most threads to use.
+        source: of the target's shape and dtype.
+        first_row: a multiple of 16.
+    """
+    mask, _, scales, offsets = delta
+    if first_row % _CHUNK_ROWS or first_row + len(target) > len(mask):
+        raise ValueError(
+            f"rows {first_row} to {first_row + len(target)} of {len(mask)} must begin at a multiple of 16."
+        )
+    part = _delta(delta)
+    part.mask = address(mask) + first_row * mask.shape[1]
+    part.scales = None if scales is None else address(scales) + 2 * first_row
+    part.offsets = address(offsets) + 4 * (first_row // _CHUNK_ROWS)
+    read = target if source is None else source
+    job = _Addition(
+        *target.shape, part, coefficient, 0, address(read), address(target), FORMS[target.dtype.name]
+    )  # fmt: skip
+    _start_team()
+    library().mediator_addition(ctypes.addressof(job), num_threads)
+
+
+def change(
+    mode: int,
+    weight: NDArray[np.float32],
+    delta: DeltaArrays,
+    coefficient: float,
+    low_bits: int,
+    marks: NDArray[np.uint8],
+    num_threads: int,
+) -> None:
+    """Add a delta such that it can be computed back, or take it out; see ``dispatch.change``."""
+    job = _Change(*weight.shape, _delta(delta), coefficient, low_bits, address(weight), address(marks), mode)
+    _start_team()
+    library().mediator_change(ctypes.addressof(job), num_threads)
+
+
+def move_kept(
+    mode: int, weight: Array, mask: Array, offsets: NDArray[np.int32], saved: Array, num_threads: int
+) -> None:
+    """Copy the kept entries of a weight out of it or back; see ``dispatch.move_kept``."""
+    places = (address(mask), address(offsets), address(weight), address(saved))
+    job = _Move(*weight.shape, *places, len(saved), weight.itemsize, mode)
+    _start_team()
+    library().mediator_move(ctypes.addressof(job), num_threads)
+
+
+def mark_tile(jobs: Sequence[Any]) -> list[tuple[int, int]]:
+    """Mark rows of several differences; see ``numpy_kernels.mark_tile``."""
+    if not jobs:
+        return []
+    table = (_Mark * len(jobs))(
+        *(
+            _Mark(*map(address, (job.minuend, job.subtrahend, job.negative, job.above, job.inside, job.sums, job.values)),
+                  job.low, job.high)
+            for job in jobs
+        )
+    )  # fmt: skip
+    rows, columns = jobs[0].minuend.shape
+    form = FORMS[jobs[0].minuend.dtype.name]
+    library().mediator_mark(form, rows, columns, ctypes.addressof(table), len(jobs))
+    return [(done.num_above, done.num_inside) for done in table]
+
+
+def merge_tile(sources: Sequence[Array], is_mean: bool, backbone: Array, energies: NDArray[np.float64]) -> None:
+    """Merge rows of bfloat16 weights; see ``numpy_kernels.merge_tile``."""
+    places = (ctypes.c_void_p * len(sources))(*map(address, sources))
+    rows, columns = backbone.shape
+    library().mediator_merge(
+        ctypes.addressof(places), len(sources) - 1, is_mean, rows, columns, address(backbone), address(energies)
+    )
+
+
+def take_bits(bitmap: Array, mask: Array, num_ones: int) -> Array:
+    """Bits of a bitmap where a mask has ones; see ``numpy_kernels.take_bits``."""
+    target = np.empty((num_ones + 63) // 64, np.uint64)
+    library().mediator_take_bits(address(bitmap), address(mask), mask.size, address(target))
+    return target.view(np.uint8)[: (num_ones + 7) // 8]
+
+
+def put_bits(bits: Array, mask: Array) -> None:
+    """Write bits over the ones of a mask.
+
+    Args:
+        bits: (ceil(number of ones / 8),) uint8
+        mask: contiguous uint8, changed in place.
+    """
+    library().mediator_put_bits(address(bits), bits.size, address(mask), mask.size)
