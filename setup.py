@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("mediator_peft") / "kernels" / "native"
 COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-pthread", "-w"]

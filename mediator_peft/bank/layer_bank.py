@@ -127,7 +127,8 @@ class LayerBank(nn.Module):
             if delta is None or delta.mask.device.type != "cpu" or not ENCODINGS[self.coding].in_kernels:
                 return None
             # Tensors and not arrays of their memory: that may be moved into shared memory.
-            self._packed[name] = PackedDelta(delta.mask, self.shape[1], **delta.parts)
+            parts: dict[str, Any] = dict(delta.parts)
+            self._packed[name] = PackedDelta(delta.mask, self.shape[1], **parts)
         return self._packed[name]
 
     def product(

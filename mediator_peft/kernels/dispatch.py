@@ -88,9 +88,9 @@ def native() -> ModuleType | None:
         if choice:
             raise UnsupportedError(f"{CHOICE}=native, but the native kernels cannot be used: {fault}.") from fault
         warnings.warn(
-            f"The native kernels cannot be used: {fault}. Plain numpy does their work, many times slower. Install a C++ "
-            "compiler and then the package again (pip install --force-reinstall --no-deps mediator_peft, or pip install "
-            f"-e . in its sources), or set {CHOICE}=numpy to silence this.",
+            f"The native kernels cannot be used: {fault}. Plain numpy does their work, many times slower. Install a "
+            "C++ compiler and then the package again (pip install --force-reinstall --no-deps mediator_peft, or pip "
+            f"install -e . in its sources), or set {CHOICE}=numpy to silence this.",
             RuntimeWarning,
             stacklevel=3,
         )

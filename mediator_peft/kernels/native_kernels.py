@@ -349,13 +349,7 @@ def mark_tile(jobs: Sequence[Any]) -> list[tuple[int, int]]:
     """Mark rows of several differences; see ``numpy_kernels.mark_tile``."""
     if not jobs:
         return []
-    table = (_Mark * len(jobs))(
-        *(
-            _Mark(*map(address, (job.minuend, job.subtrahend, job.negative, job.above, job.inside, job.sums, job.values)),
-                  job.low, job.high)
-            for job in jobs
-        )
-    )  # fmt: skip
+    table = (_Mark * len(jobs))(*(_Mark(*map(address, job[:7]), *job[7:]) for job in jobs))
     rows, columns = jobs[0].minuend.shape
     form = FORMS[jobs[0].minuend.dtype.name]
     library().mediator_mark(form, rows, columns, ctypes.addressof(table), len(jobs))
