@@ -64,7 +64,10 @@ ADD_OR_MARK, ADD_MARKED, TAKE_UNMARKED = range(3)
 SAVE, BRING_BACK = range(2)
 """What :func:`move_kept` does."""
 
-_FLOATS = ("float32", "float16", "uint16", "bfloat16")
+_UINT8, _UINT16, _INT32, _FLOAT32, _FLOAT16, _FLOAT64 = map(
+    np.dtype, ("uint8", "uint16", "int32", "float32", "float16", "float64")
+)
+_FLOATS = (_FLOAT32, _FLOAT16, _UINT16)
 
 
 @cache
@@ -141,17 +144,17 @@ class PackedDelta:
     ) -> None:
         self.shape = (len(mask), num_columns)
         self._mask, self._signs, self._scales, self._values = mask, signs, scales, values
-        _check("mask", mask, ("uint8",), (len(mask), (num_columns + 7) // 8))
+        _check("mask", mask, (_UINT8,), (len(mask), (num_columns + 7) // 8))
         if num_columns % 8 and (self.mask[:, -1] >> (num_columns % 8)).any():
             raise ValueError(f"the mask has ones beyond column {num_columns}; its padding bits must be 0.")
         self.offsets = row_offsets(self.mask) if offsets is None else offsets
-        _check("offsets", self.offsets, ("int32",), (-(-len(mask) // CHUNK_ROWS),))
+        _check("offsets", self.offsets, (_INT32,), (-(-len(mask) // CHUNK_ROWS),))
         num_kept = count_kept(self.mask, self.offsets)
         if values is not None and signs is None and scales is None:
             _check("values", values, _FLOATS, (num_kept,))
         elif values is None and signs is not None and scales is not None:
-            _check("signs", signs, ("uint8",), ((num_kept + 7) // 8,))
-            _check("scales", scales, ("uint16", "bfloat16"), (len(mask),))
+            _check("signs", signs, (_UINT8,), ((num_kept + 7) // 8,))
+            _check("scales", scales, (_UINT16,), (len(mask),))
         else:
             raise ValueError("a delta has either signs and scales, or values.")
 
@@ -255,8 +258,8 @@ class GroupedProduct:
             return
         self._check_batch(len(x))
         num_outputs, num_inputs = self.deltas[0].shape
-        _check("x", x, ("float32",), (len(x), num_inputs))
-        _check_writable("out", out, ("float32",), (len(x), num_outputs))
+        _check("x", x, (_FLOAT32,), (len(x), num_inputs))
+        _check_writable("out", out, (_FLOAT32,), (len(x), num_outputs))
         if (kernels := native()) is not None:
             job = self._job(kernels, self.deltas[0].shape)
             job.run(kernels.address(x), len(x), kernels.address(out), _num_threads(num_threads))
@@ -292,12 +295,12 @@ class GroupedProduct:
         shape = (out.shape[1], x.shape[1])
         if self.deltas and self.deltas[0].shape != shape:
             raise ValueError(f"x and out are for a matrix {shape}, the deltas have shape {self.deltas[0].shape}.")
-        _check("x", x, ("float32",), (batch_size, shape[1]))
-        _check("out", out, ("float32",), (batch_size, shape[0]))
+        _check("x", x, (_FLOAT32,), (batch_size, shape[1]))
+        _check("out", out, (_FLOAT32,), (batch_size, shape[0]))
         if weight is not None:
             _check("weight", weight, _FLOATS, shape)
         if bias is not None:
-            _check("bias", bias, ("float32",), shape[:1])
+            _check("bias", bias, (_FLOAT32,), shape[:1])
         job = self._job(kernels, shape, weight, bias)
         job.run(x.data_ptr(), batch_size, out.data_ptr(), _num_threads(num_threads))
 
@@ -391,7 +394,7 @@ def added(
     shape = (delta.shape[0] if out is None else len(weight), delta.shape[1])
     _check("weight", weight, _FLOATS, shape)
     result = torch.empty_like(weight) if out is None else out
-    _check("out", result, (_dtype_name(weight),), shape)
+    _check("out", result, (_stored_as(weight.dtype),), shape)
     if result.numel():
         threads = torch.get_num_threads()
         kernels.add(as_array(result), delta.arrays(), coefficient, threads, as_array(weight), first_row)
@@ -432,8 +435,8 @@ def change(
     """
     kernels = native()
     assert kernels is not None
-    _check_writable("weight", weight, ("float32",), delta.shape)
-    _check_writable("marks", marks, ("uint8",), delta.shape[:1])
+    _check_writable("weight", weight, (_FLOAT32,), delta.shape)
+    _check_writable("marks", marks, (_UINT8,), delta.shape[:1])
     if not 1 <= low_bits <= 23 or mode not in (ADD_OR_MARK, ADD_MARKED, TAKE_UNMARKED):
         raise ValueError(f"low_bits must be 1 to 23 and the mode known, got {low_bits} and {mode}.")
     kernels.change(mode, weight, delta.arrays(), coefficient, low_bits, marks, _num_threads(None))
@@ -456,9 +459,9 @@ def move_kept(mode: int, weight: Array, mask: Array, offsets: NDArray[np.int32],
     assert kernels is not None
     rows, columns = weight.shape
     _check("weight", weight, _FLOATS, weight.shape)
-    _check("mask", mask, ("uint8",), (rows, (columns + 7) // 8))
-    _check("offsets", offsets, ("int32",), (-(-rows // CHUNK_ROWS),))
-    _check("saved", saved, (weight.dtype.name,), (count_kept(mask, offsets),))
+    _check("mask", mask, (_UINT8,), (rows, (columns + 7) // 8))
+    _check("offsets", offsets, (_INT32,), (-(-rows // CHUNK_ROWS),))
+    _check("saved", saved, (weight.dtype,), (count_kept(mask, offsets),))
     if mode not in (SAVE, BRING_BACK):
         raise ValueError(f"unknown mode {mode}.")
     kernels.move_kept(mode, weight, mask, offsets, saved, _num_threads(None))
@@ -478,13 +481,13 @@ def mark_tile(jobs: Sequence[MarkJob]) -> list[tuple[int, int]]:
     """
     for job in jobs:
         shape = (rows, columns) = jobs[0].minuend.shape
-        _check("minuend", job.minuend, ("float32", "uint16"), shape)
-        _check("subtrahend", job.subtrahend, (job.minuend.dtype.name,), shape)
-        _check("minuend", job.minuend, (jobs[0].minuend.dtype.name,), shape)
+        _check("minuend", job.minuend, (_FLOAT32, _UINT16), shape)
+        _check("subtrahend", job.subtrahend, (job.minuend.dtype,), shape)
+        _check("minuend", job.minuend, (jobs[0].minuend.dtype,), shape)
         for name in ("negative", "above", "inside"):
-            _check_writable(name, getattr(job, name), ("uint8",), (rows, (columns + 7) // 8))
-        _check_writable("sums", job.sums, ("float64",), (rows, 3))
-        _check_writable("values", job.values, ("float32",), (rows * columns,))
+            _check_writable(name, getattr(job, name), (_UINT8,), (rows, (columns + 7) // 8))
+        _check_writable("sums", job.sums, (_FLOAT64,), (rows, 3))
+        _check_writable("values", job.values, (_FLOAT32,), (rows * columns,))
     return (native() or numpy_kernels).mark_tile(jobs)
 
 
@@ -501,9 +504,9 @@ def merge_tile(sources: Sequence[Array], is_mean: bool, backbone: Array, energie
         ValueError: shapes or dtypes do not fit.
     """
     for source in sources:
-        _check("source", source, ("uint16",), backbone.shape)
-    _check_writable("backbone", backbone, ("uint16",), backbone.shape)
-    _check_writable("energies", energies, ("float64",), (len(backbone),))
+        _check("source", source, (_UINT16,), backbone.shape)
+    _check_writable("backbone", backbone, (_UINT16,), backbone.shape)
+    _check_writable("energies", energies, (_FLOAT64,), (len(backbone),))
     (native() or numpy_kernels).merge_tile(sources, is_mean, backbone, energies)
 
 
@@ -517,8 +520,8 @@ def take_bits(bitmap: Array, mask: Array, num_columns: int) -> Array:
     Returns:
         (ceil(number of ones / 8),) uint8
     """
-    _check("mask", mask, ("uint8",), (len(mask), (num_columns + 7) // 8))
-    _check("bitmap", bitmap, ("uint8",), mask.shape)
+    _check("mask", mask, (_UINT8,), (len(mask), (num_columns + 7) // 8))
+    _check("bitmap", bitmap, (_UINT8,), mask.shape)
     if (kernels := native()) is None:
         return numpy_kernels.take_bits(bitmap, mask, num_columns)
     return kernels.take_bits(bitmap, mask, numpy_kernels.count_ones(mask))
@@ -535,7 +538,7 @@ def put_bits(bitmap: Array, choice: NDArray[np.bool_], num_columns: int) -> Arra
     kernels = native()
     if kernels is None:
         return numpy_kernels.chosen_ones(bitmap, choice, num_columns)
-    _check_writable("bitmap", bitmap, ("uint8",), (len(bitmap), (num_columns + 7) // 8))
+    _check_writable("bitmap", bitmap, (_UINT8,), (len(bitmap), (num_columns + 7) // 8))
     kernels.put_bits(np.packbits(choice, bitorder="little"), bitmap)
     return bitmap
 
@@ -558,28 +561,26 @@ def _place_of(owner: Array | Tensor) -> Callable[[], int]:
 
 
 @cache
-def _torch_dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _stored_as(dtype: torch.dtype) -> np.dtype[Any]:
+    """The dtype of :func:`as_array` for a tensor's: bfloat16 is seen as its bits."""
+    name = str(dtype).removeprefix("torch.")
+    return _UINT16 if name == "bfloat16" else np.dtype(name)
 
 
-def _dtype_name(array: Array | Tensor) -> str:
-    return array.dtype.name if isinstance(array, np.ndarray) else _torch_dtype_name(array.dtype)
-
-
-def _check(name: str, array: Array | Tensor, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> None:
+def _check(name: str, array: Array | Tensor, dtypes: tuple[np.dtype[Any], ...], shape: tuple[int, ...]) -> None:
     """Refuse what the native kernels cannot read: they know nothing but an address."""
     if isinstance(array, np.ndarray):
-        fits = array.dtype.name in dtypes and array.flags.c_contiguous and array.flags.aligned
+        fits = array.dtype in dtypes and array.flags.c_contiguous and array.flags.aligned
     else:
-        fits = _torch_dtype_name(array.dtype) in dtypes and array.is_contiguous() and array.device.type == "cpu"
+        fits = _stored_as(array.dtype) in dtypes and array.is_contiguous() and array.device.type == "cpu"
     if not fits or tuple(array.shape) != shape:
-        names = " or ".join(dtypes)
+        names = " or ".join(dtype.name for dtype in dtypes)
         raise ValueError(
             f"{name} must be an aligned, contiguous {names} array {shape}, got {array.dtype} {tuple(array.shape)}."
         )
 
 
-def _check_writable(name: str, array: Array, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> None:
+def _check_writable(name: str, array: Array, dtypes: tuple[np.dtype[Any], ...], shape: tuple[int, ...]) -> None:
     _check(name, array, dtypes, shape)
     if not array.flags.writeable:
         raise ValueError(f"{name} is read-only.")

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-FORMS = {"sign": 0, "float32": 1, "float16": 2, "uint16": 3}
-"""Codes by name of the dtype; bfloat16 comes as the uint16 with its bits."""
+SIGN = 0
+FORMS = {np.dtype("float32"): 1, np.dtype("float16"): 2, np.dtype("uint16"): 3}
+"""Codes of how numbers are stored; bfloat16 comes as the uint16 with its bits."""
 
 _FOLDER = Path(__file__).parent
 _LIBRARY_NAMES = ("_native.so", "_native.dylib", "_native.dll")
@@ -228,7 +229,7 @@ class DeltaArrays(NamedTuple):
     @property
     def form(self) -> int:
         """Code of how kept entries are stored."""
-        return FORMS["sign" if self.scales is not None else self.entries.dtype.name]
+        return SIGN if self.scales is not None else FORMS[self.entries.dtype]
 
 
 def _delta(arrays: DeltaArrays) -> _Delta:
@@ -264,7 +265,7 @@ class ProductJob:
         self._product = _Product(
             *shape,
             None if weight is None else address(weight),
-            0 if weight is None else FORMS[weight.dtype.name],
+            0 if weight is None else FORMS[weight.dtype],
             None if bias is None else address(bias),
             ctypes.addressof(self._groups),
             len(groups),
@@ -314,7 +315,7 @@ def add(
     part.offsets = address(offsets) + 4 * (first_row // _CHUNK_ROWS)
     read = target if source is None else source
     job = _Addition(
-        *target.shape, part, coefficient, 0, address(read), address(target), FORMS[target.dtype.name]
+        *target.shape, part, coefficient, 0, address(read), address(target), FORMS[target.dtype]
     )  # fmt: skip
     _start_team()
     library().mediator_addition(ctypes.addressof(job), num_threads)
@@ -351,7 +352,7 @@ def mark_tile(jobs: Sequence[Any]) -> list[tuple[int, int]]:
         return []
     table = (_Mark * len(jobs))(*(_Mark(*map(address, job[:7]), *job[7:]) for job in jobs))
     rows, columns = jobs[0].minuend.shape
-    form = FORMS[jobs[0].minuend.dtype.name]
+    form = FORMS[jobs[0].minuend.dtype]
     library().mediator_mark(form, rows, columns, ctypes.addressof(table), len(jobs))
     return [(done.num_above, done.num_inside) for done in table]
 

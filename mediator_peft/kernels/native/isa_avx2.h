@@ -14,7 +14,7 @@ struct F {  // 16 x float32
 };
 using H = __m256i;  // 16 x 16 bits
 
-constexpr int DENSE_ROWS = 2, DENSE_INPUTS = 3;  // sums that fit the registers
+constexpr int DENSE_ROWS = 2, DENSE_INPUTS = 3, DENSE_ROWS_ALONE = 4;  // sums that fit the registers
 constexpr int DELTA_ROWS = 2, DELTA_INPUTS = 2;
 
 inline __m256 both(float v) { return _mm256_set1_ps(v); }
@@ -52,15 +52,12 @@ inline uint32_t bits_differ(F a, F b) {
     return signs_to_bits(_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)) ^ 0xFFFF;
 }
 
-// All bits of a lane set where its bit is: the bit is moved to the top and spread.
-inline __m256 lanes_low(uint32_t bits) {
-    const __m256i moved = _mm256_sllv_epi32(_mm256_set1_epi32(int(bits)), _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24));
-    return _mm256_castsi256_ps(_mm256_srai_epi32(moved, 31));
+// All bits of a lane set where its bit is: looked up, which takes one load for eight lanes.
+inline __m256 lanes_of(uint32_t byte) {
+    return _mm256_castsi256_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(LANE_TABLES.all_ones[byte])));
 }
-inline __m256 lanes_high(uint32_t bits) {
-    const __m256i moved = _mm256_sllv_epi32(_mm256_set1_epi32(int(bits)), _mm256_setr_epi32(23, 22, 21, 20, 19, 18, 17, 16));
-    return _mm256_castsi256_ps(_mm256_srai_epi32(moved, 31));
-}
+inline __m256 lanes_low(uint32_t bits) { return lanes_of(bits & 255); }
+inline __m256 lanes_high(uint32_t bits) { return lanes_of(bits >> 8 & 255); }
 inline F select(uint32_t bits, F yes, F no) {
     return {_mm256_blendv_ps(no.low, yes.low, lanes_low(bits)), _mm256_blendv_ps(no.high, yes.high, lanes_high(bits))};
 }

@@ -10,7 +10,7 @@ namespace {
 using F = __m512;   // 16 x float32
 using H = __m256i;  // 16 x 16 bits
 
-constexpr int DENSE_ROWS = 4, DENSE_INPUTS = 4;  // sums that fit the registers
+constexpr int DENSE_ROWS = 4, DENSE_INPUTS = 4, DENSE_ROWS_ALONE = 4;  // sums that fit the registers
 constexpr int DELTA_ROWS = 4, DELTA_INPUTS = 4;
 
 inline F zero() { return _mm512_setzero_ps(); }

@@ -13,7 +13,7 @@ struct H {
     uint16_t v[16];
 };
 
-constexpr int DENSE_ROWS = 1, DENSE_INPUTS = 2;
+constexpr int DENSE_ROWS = 1, DENSE_INPUTS = 2, DENSE_ROWS_ALONE = 1;
 constexpr int DELTA_ROWS = 1, DELTA_INPUTS = 2;
 
 template <typename Function>

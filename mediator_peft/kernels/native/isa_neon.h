@@ -14,7 +14,7 @@ struct H {
     uint16x4_t v[4];
 };
 
-constexpr int DENSE_ROWS = 2, DENSE_INPUTS = 3;  // sums that fit 32 registers
+constexpr int DENSE_ROWS = 2, DENSE_INPUTS = 3, DENSE_ROWS_ALONE = 2;  // sums that fit 32 registers
 constexpr int DELTA_ROWS = 1, DELTA_INPUTS = 4;
 
 template <typename Function>

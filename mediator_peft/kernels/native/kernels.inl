@@ -291,15 +291,25 @@ void dense_rest(const ProductCall& call, int64_t row, int64_t first) {
     }
 }
 
-template <int64_t FORM>
-void dense_chunk(const ProductCall& call, int64_t row, int64_t last) {
-    for (; row + DENSE_ROWS <= last; row += DENSE_ROWS) {
+template <int64_t FORM, int ROWS>
+void dense_rows(const ProductCall& call, int64_t row, int64_t last) {
+    for (; row + ROWS <= last; row += ROWS) {
         for (int64_t first = 0; first < call.batch; first += DENSE_INPUTS) {
-            dense_rest<FORM, DENSE_ROWS, DENSE_INPUTS>(call, row, first);
+            dense_rest<FORM, ROWS, DENSE_INPUTS>(call, row, first);
         }
     }
-    for (; row < last; ++row) {
-        for (int64_t first = 0; first < call.batch; first += DENSE_INPUTS) dense_rest<FORM, 1, DENSE_INPUTS>(call, row, first);
+    if constexpr (ROWS > 1) {
+        if (row < last) dense_rows<FORM, 1>(call, row, last);
+    }
+}
+
+template <int64_t FORM>
+void dense_chunk(const ProductCall& call, int64_t row, int64_t last) {
+    // One input alone fills few registers with sums, and a sum must wait for the one before: more rows at once.
+    if (call.batch == 1) {
+        dense_rows<FORM, DENSE_ROWS_ALONE>(call, row, last);
+    } else {
+        dense_rows<FORM, DENSE_ROWS>(call, row, last);
     }
 }
 
