@@ -6,6 +6,7 @@ Everything else is in ``pyproject.toml``.
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("mediator_peft") / "kernels" / "native"
-COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-pthread", "-w"]
+COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-pthread", "-w", "-g0"]
 # No contraction of products and sums: results must not depend on the instruction set more than they have to.
 COMMON += ["-ffp-contract=off"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt"]
@@ -29,6 +30,9 @@ FLAGS_OF = {
 def machine() -> str:
     """The processor that is compiled for."""
     name = platform.machine().lower()
+    if sys.platform == "darwin":
+        # One processor a library, even where Python itself serves two: each has flags of its own.
+        name = os.environ.setdefault("ARCHFLAGS", f"-arch {name}").split()[-1]
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
 
@@ -81,6 +85,7 @@ class PlatformWheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
+machine()
 sources = sorted(str(path) for path in NATIVE.glob("*.cpp"))
 headers = sorted(str(path) for path in NATIVE.glob("*.[hi]*"))
 setup(
