@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import CORRECTION
 from ..errors import AdapterError
-from ..kernels.dispatch import GroupedProduct, PackedDelta, as_array, has_compiled
+from ..kernels.dispatch import GroupedProduct, PackedDelta, has_native
 from ..methods.encoding import ENCODINGS
 from ..methods.encoding.bitmaps import compress_mask, decompress_mask
 from .sparse_delta import SparseDelta, full_mask
@@ -85,8 +85,8 @@ class LayerBank(nn.Module):
 
     @property
     def has_loops(self) -> bool:
-        """Whether compiled loops can read these deltas as they are packed."""
-        return ENCODINGS[self.coding].in_kernels and has_compiled()
+        """Whether the native kernels can read these deltas as they are packed."""
+        return ENCODINGS[self.coding].in_kernels and has_native()
 
     @property
     def device(self) -> torch.device:
@@ -126,8 +126,9 @@ class LayerBank(nn.Module):
             delta = self.get(name)
             if delta is None or delta.mask.device.type != "cpu" or not ENCODINGS[self.coding].in_kernels:
                 return None
-            arrays = {part: as_array(tensor) for part, tensor in delta.parts.items()}
-            self._packed[name] = PackedDelta(delta.mask.numpy(), self.shape[1], **arrays)
+            # Tensors and not arrays of their memory: that may be moved into shared memory.
+            parts: dict[str, Any] = dict(delta.parts)
+            self._packed[name] = PackedDelta(delta.mask, self.shape[1], **parts)
         return self._packed[name]
 
     def product(

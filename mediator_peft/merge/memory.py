@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from math import prod
 from pathlib import Path
 
@@ -19,8 +18,6 @@ _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
 # Bytes an entry: three bitmaps, and candidates for the smallest kept entry.
 _SELECTION = 0.375 + 0.45
-# The compiled loops and what they bring along.
-_LOOPS_BYTES = 125_000_000
 # What libraries load when they are first used, and what the allocator keeps of buffers of many sizes.
 _KEPT_BYTES = 80_000_000
 # While one selection is settled: a byte an entry, and positions of kept ones.
@@ -61,10 +58,9 @@ def task_memory(merge: Merge, task: Task) -> int:
 
 
 def predicted_memory(merge: Merge, workers: int = 1) -> int:
-    """Bytes of all processes together, with what this one holds already, or will with the compiled loops."""
-    to_come = 0 if "numba" in sys.modules else _LOOPS_BYTES
+    """Bytes of all processes together, with what this one holds already."""
     largest = max(task_memory(merge, task) for task in merge.tasks)
-    return workers * (resident_memory() + to_come + largest + _KEPT_BYTES)
+    return workers * (resident_memory() + largest + _KEPT_BYTES)
 
 
 def workers_within(merge: Merge, workers: int, max_memory: int | None) -> int:
