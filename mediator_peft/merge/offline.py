@@ -23,6 +23,7 @@ from ..checkpoints.output_folder import (
     JOURNAL,
     check_free,
     check_space,
+    check_working_folders,
     copy_model_config,
     copy_side_files,
     resumable_folder,
@@ -106,6 +107,7 @@ def build_mediator(
     require_experts(config)
     target = Path(output).expanduser().absolute()
     check_free(target)
+    check_working_folders(target)
     limit = parse_bytes(max_memory)
     job = open_job(None if base is None else str(base), config, allow_pickle)
     decided = None if plan is None else read_plan(Path(plan), job.structure.num_blocks)

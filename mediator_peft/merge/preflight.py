@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.opening import Checkpoint, FolderCheckpoint, open_checkpoint
-from ..checkpoints.output_folder import free_space, partial_name
+from ..checkpoints.output_folder import check_free, check_working_folders, free_space, partial_name
 from ..checkpoints.side_files import compare_side_files
 from ..config import MediatorSettings
 from ..errors import ConfigError, MediatorError
@@ -109,8 +109,11 @@ def plan_mediator(
     job = _open(None if base is None else str(base), config, allow_pickle, found)
     if output is not None:
         target = Path(output).expanduser().absolute()
-        if target.exists():
-            found.problems.append(f"output {str(target)!r} exists. Choose another folder, or delete this one first.")
+        try:
+            check_free(target)
+            check_working_folders(target)
+        except MediatorError as fault:
+            found.problems.append(str(fault))
     if job is None:
         return found
     try:
