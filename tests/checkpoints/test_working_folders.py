@@ -272,4 +272,5 @@ def test_a_folder_whose_build_failed_is_made_again_by_the_one_that_waited(paths,
 
     monkeypatch.setattr(output_folder, "_try_lock", try_lock)
     build(paths, out)
-    assert out.is_dir() and not partial_name(out).exists()
+    assert out.is_dir()
+    assert not partial_name(out).exists()
