@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint, TensorInfo
+from .dequantizing import DequantizedCheckpoint
 from .folders import (
     INDEX_FILE,
     PICKLE_FILE,
@@ -18,7 +19,9 @@ from .folders import (
     SINGLE_FILE,
     FolderCheckpoint,
     PickleCheckpoint,
+    quantization_method,
 )
+from .headers import read_json
 from .hub import pinned_source, resolve
 from .lora import ADAPTER_CONFIG, LoraCheckpoint, find_lora
 
@@ -93,6 +96,8 @@ def _open_folder(folder: Path, label: str, source: str, allow_pickle: bool, dequ
         return LoraCheckpoint(adapter, label, source, allow_pickle)
     if allow_pickle and not has_safetensors and has_pickle:
         return PickleCheckpoint(folder, label, source)
+    if dequantize and quantization_method(read_json(folder / "config.json")) is not None:
+        return DequantizedCheckpoint(folder, label, source)
     return FolderCheckpoint(folder, label, source)
 
 
@@ -103,7 +108,11 @@ class MeanCheckpoint(Checkpoint):
         self.label = "the mean of the experts"
         self.source = "the mean of the experts"
         self.members = members
-        self.tensors = dict(members[0].tensors)
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:  # type: ignore[override]
+        """Those of the first member, as they are now."""
+        return self.members[0].tensors
 
     @property
     def raw_config(self) -> Mapping[str, Any]:
@@ -112,21 +121,6 @@ class MeanCheckpoint(Checkpoint):
     @property
     def config(self) -> PretrainedConfig:
         return self.members[0].config
-
-    def leave_out(self, names: Collection[str]) -> None:
-        super().leave_out(names)
-        for member in self.members:
-            member.leave_out(names)
-
-    def take_as(self, name: str, source: str) -> None:
-        for member in self.members:
-            if name not in member.tensors:
-                member.take_as(name, source)
-        self.tensors[name] = self.tensors[source]
-
-    def set_untied(self) -> None:
-        for member in self.members:
-            member.set_untied()
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         rows = [member.read_rows(name, start, stop) for member in self.members]

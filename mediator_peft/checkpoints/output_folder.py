@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from errno import ENOSPC
 from pathlib import Path
 
@@ -43,6 +44,9 @@ _SIDE_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+
+_NOT_COPIED = ("dtype", "torch_dtype", "transformers_weights")
 
 
 @contextmanager
@@ -352,9 +356,14 @@ def side_files_size(source: Path) -> int:
 def copy_model_config(folder: Path, base: Checkpoint, dtype: torch.dtype) -> None:
     """Write ``config.json`` of the backbone: that of the base, with the dtype in which the backbone is stored."""
     if not is_known(base.raw_config):
-        write_model_config(folder, base.config, dtype)
+        plain = deepcopy(base.config)
+        # The backbone is of transformers' own class, in files of the usual names, and not quantised.
+        for name in ("auto_map", "transformers_weights", "quantization_config"):
+            if hasattr(plain, name):
+                delattr(plain, name)
+        write_model_config(folder, plain, dtype)
         return
-    settings = {key: value for key, value in base.raw_config.items() if key not in ("dtype", "torch_dtype")}
+    settings = {key: value for key, value in base.raw_config.items() if key not in _NOT_COPIED}
     settings["dtype"] = str(dtype).removeprefix("torch.")
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
@@ -362,8 +371,6 @@ def copy_model_config(folder: Path, base: Checkpoint, dtype: torch.dtype) -> Non
 
 def write_model_config(folder: Path, config: object, dtype: torch.dtype) -> None:
     """Write ``config.json`` of a backbone as transformers does, with the dtype it is stored in."""
-    from copy import deepcopy
-
     settings = deepcopy(config)
     settings.dtype = dtype  # type: ignore[attr-defined]
     settings.save_pretrained(folder)  # type: ignore[attr-defined]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 
@@ -39,8 +39,7 @@ def settle_heads(checkpoints: Iterable[Checkpoint], outline: Outline, may_untie:
     checkpoints, notes = list(checkpoints), []
     for head, embedding in tied_sources(outline).items():
         for checkpoint in checkpoints:
-            if head in checkpoint.tensors and embedding not in checkpoint.tensors:
-                checkpoint.take_as(embedding, head)
+            _name_embedding(checkpoint, head, embedding)
         own = [checkpoint for checkpoint in checkpoints if _has_own_head(checkpoint, head, embedding)]
         if own and not may_untie:
             raise UnsupportedError(
@@ -57,11 +56,17 @@ def settle_heads(checkpoints: Iterable[Checkpoint], outline: Outline, may_untie:
     return notes
 
 
-def supply_head(checkpoint: Checkpoint, wanted: Iterable[str]) -> None:
-    """Give a tied checkpoint its embedding as its head, where that is among the wanted tensors."""
+def supply_head(checkpoint: Checkpoint, wanted: Container[str]) -> None:
+    """Give a tied checkpoint both names of its one matrix, as far as they are among the wanted tensors."""
     for head, embedding in tied_sources(outline_of(checkpoint)).items():
-        if head in set(wanted):
+        _name_embedding(checkpoint, head, embedding)
+        if head in wanted:
             _untie(checkpoint, head, embedding)
+
+
+def _name_embedding(checkpoint: Checkpoint, head: str, embedding: str) -> None:
+    if head in checkpoint.tensors and embedding not in checkpoint.tensors:
+        checkpoint.take_as(embedding, head)
 
 
 def _untie(checkpoint: Checkpoint, head: str, embedding: str) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from ..checkpoints.checkpoint import Checkpoint, TensorInfo
 from ..checkpoints.lora import LoraCheckpoint
+from ..checkpoints.opening import MeanCheckpoint
 from ..checkpoints.stray_tensors import leave_out_strays
 from ..checkpoints.tensor_inventory import Outline, outline_of
 from ..checkpoints.tied_head import settle_heads, tied_sources
@@ -69,7 +70,9 @@ def examine_job(base: Checkpoint, experts: Mapping[str, Checkpoint], may_untie: 
     if isinstance(base, LoraCheckpoint):
         raise CheckpointError(base.no_base())
     outline = outline_of(base)
-    whole = [base, *(expert for expert in experts.values() if not isinstance(expert, LoraCheckpoint))]
+    # The mean of the experts is what they are.
+    first = [] if isinstance(base, MeanCheckpoint) else [base]
+    whole = [*first, *(expert for expert in experts.values() if not isinstance(expert, LoraCheckpoint))]
     leave_out_strays(whole, outline)
     untied = settle_heads(whole, outline, may_untie)
     if untied:
