@@ -8,7 +8,7 @@ from pathlib import Path
 from .headers import read_json
 
 _TOKEN_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token")
-_CONFIG_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+_CONFIG_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LISTED = 5
 
 

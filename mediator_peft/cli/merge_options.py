@@ -71,6 +71,8 @@ PlanFile = Annotated[
 Workers = Annotated[int, typer.Option(min=1, help="Processes that share the tensors; the bytes are the same.")]
 MaxMemory = Annotated[str | None, typer.Option(help="Most memory to take, e.g. 4GiB.")]
 AllowPickle = Annotated[bool, typer.Option(help="Also read .bin files, with weights_only.")]
+Dequantize = Annotated[bool, typer.Option(help="Read quantised checkpoints as the weights that they stand for.")]
+AllowDistant = Annotated[bool, typer.Option(help="Build although an expert has next to nothing of the base.")]
 
 
 MERGE_OPTIONS: dict[str, tuple[Any, Any]] = {
@@ -101,6 +103,8 @@ MERGE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "workers": (Workers, 1),
     "max_memory": (MaxMemory, None),
     "allow_pickle": (AllowPickle, False),
+    "dequantize": (Dequantize, False),
+    "allow_distant": (AllowDistant, False),
 }
 """Options of every command that plans or builds a merge: name → (type and help, default)."""
 
@@ -161,6 +165,8 @@ def merge_inputs(ctx: typer.Context) -> dict[str, Any]:
         "workers": given["workers"],
         "max_memory": given["max_memory"],
         "allow_pickle": given["allow_pickle"],
+        "dequantize": given["dequantize"],
+        "allow_distant": given["allow_distant"],
     }
 
 

@@ -62,7 +62,7 @@ def _original(path: str, name: str, base: str | os.PathLike[str] | None, allow_p
     if isinstance(expert, LoraCheckpoint):
         if base is None:
             raise CheckpointError(f"expert {name!r} is a LoRA: give its base as well (base=).")
-        expert.bind(open_checkpoint(str(base), "base", allow_pickle), set())
+        expert.bind(open_checkpoint(str(base), "base", allow_pickle), {})
     model: nn.Module = AutoModelForCausalLM.from_config(expert.config, dtype=torch.float32)
     state = {key: expert.read(key).float() for key in expert.tensors}
     model.load_state_dict(state, strict=False, assign=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.opening import Checkpoint, FolderCheckpoint, open_checkpoint
-from ..checkpoints.output_folder import free_space, partial_name
+from ..checkpoints.output_folder import check_free, check_working_folders, free_space, partial_name
 from ..checkpoints.side_files import compare_side_files
 from ..config import MediatorSettings
 from ..errors import ConfigError, MediatorError
@@ -20,6 +20,7 @@ from .block_plan import PLAN_VERSION, choose_blocks, read_plan, settings_to_keep
 from .budget import block_densities, estimated_scores, sampled, shared_out
 from .builder import plan_merge, require_experts, single_thread
 from .compatibility import Job, examine_job
+from .distance import check_distances
 from .memory import parse_bytes, predicted_memory, workers_within
 from .merge_job import Merge
 from .offline import mean_base, with_experts
@@ -91,6 +92,8 @@ def plan_mediator(
     workers: int = 1,
     max_memory: int | str | None = None,
     allow_pickle: bool = False,
+    dequantize: bool = False,
+    allow_distant: bool = False,
 ) -> BuildPlan:
     """Look at the inputs of a build and say what would happen, in seconds and without writing anything.
 
@@ -106,13 +109,21 @@ def plan_mediator(
     require_experts(config)
     limit = parse_bytes(max_memory)
     found = BuildPlan(workers=workers)
-    job = _open(None if base is None else str(base), config, allow_pickle, found)
+    job = _open(None if base is None else str(base), config, (allow_pickle, dequantize), found)
     if output is not None:
         target = Path(output).expanduser().absolute()
-        if target.exists():
-            found.problems.append(f"output {str(target)!r} exists. Choose another folder, or delete this one first.")
+        try:
+            check_free(target)
+            check_working_folders(target)
+        except MediatorError as fault:
+            found.problems.append(str(fault))
     if job is None:
         return found
+    try:
+        found.warnings += check_distances(job, allow_distant)
+    except MediatorError as fault:
+        found.problems += str(fault).splitlines()[:-1]
+        found.problems[-1] += ". " + str(fault).splitlines()[-1]
     try:
         decided = None if plan is None else read_plan(Path(plan), job.structure.num_blocks)
         merge = plan_merge(job, config, decided)
@@ -128,13 +139,20 @@ def plan_mediator(
     return found
 
 
-def _open(base: str | None, config: MediatorSettings, allow_pickle: bool, found: BuildPlan) -> Job | None:
-    """Open what can be opened and compare it; everything wrong goes into the plan."""
+def _open(base: str | None, config: MediatorSettings, how: tuple[bool, bool], found: BuildPlan) -> Job | None:
+    """Open what can be opened and compare it; everything wrong goes into the plan.
+
+    Args:
+        base: folder or hub id.
+        config: names the experts.
+        how: whether pickles are read, and whether quantised weights are dequantised.
+        found: takes problems and warnings.
+    """
     paths = {f"expert {name!r}": path for name, path in config.experts.items()}
     opened: dict[str, Checkpoint] = {}
     for label, path in (({} if base is None else {"base": base}) | paths).items():
         try:
-            opened[label] = open_checkpoint(path, label, allow_pickle)
+            opened[label] = open_checkpoint(path, label, *how)
         except MediatorError as fault:
             found.problems += str(fault).splitlines()
     experts = {name: opened[f"expert {name!r}"] for name in config.experts if f"expert {name!r}" in opened}
@@ -142,7 +160,7 @@ def _open(base: str | None, config: MediatorSettings, allow_pickle: bool, found:
         reference = opened.get("base") if base is not None else mean_base(experts, config) if experts else None
         if reference is None or not experts:
             return None
-        job, faults = examine_job(reference, experts)
+        job, faults = examine_job(reference, experts, may_untie=True)
     except MediatorError as fault:
         found.problems.append(str(fault))
         return None

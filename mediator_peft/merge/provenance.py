@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checksums import RunningDigest
+from ..checkpoints.dequantizing import DequantizedCheckpoint
 from ..checkpoints.opening import Checkpoint, MeanCheckpoint
 from ..config import MediatorSettings
 from .block_plan import PLAN_VERSION
@@ -105,6 +106,11 @@ def build_section(merge: Merge) -> dict[str, Any]:
     section["config"] = dict(_settings(config))
     if merge.plan is not None:
         section["plan"] = PLAN_FILE
+    read = [job.base, *job.experts.values()]
+    if any(path.suffix == ".bin" for checkpoint in read for path in checkpoint.files):
+        section["allow_pickle"] = True
+    if any(isinstance(checkpoint, DequantizedCheckpoint) for checkpoint in read):
+        section["dequantize"] = True
     return section
 
 

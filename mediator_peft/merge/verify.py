@@ -20,6 +20,7 @@ from ..checkpoints.fingerprint import check_fingerprint
 from ..checkpoints.lora import LoraCheckpoint
 from ..checkpoints.opening import Checkpoint, open_checkpoint
 from ..checkpoints.tensor_inventory import outline_of
+from ..checkpoints.tied_head import supply_head
 from ..config import MediatorSettings
 from ..errors import AdapterError, BackboneMismatchError, CheckpointError
 from .builder import single_thread
@@ -87,7 +88,11 @@ def verify_mediator(
         if isinstance(expert, LoraCheckpoint):
             if base is None:
                 raise CheckpointError(f"expert {name!r} is a LoRA: give its base as well (base=).")
-            expert.bind(open_checkpoint(str(base), "base", allow_pickle), set())
+            source = open_checkpoint(str(base), "base", allow_pickle)
+            supply_head(source, backbone.tensors)
+            expert.bind(source, {})
+        else:
+            supply_head(expert, backbone.tensors)
         try:
             with single_thread():
                 found.differences[name] = _compare(backbone, expert, adapter, config, name)
