@@ -77,7 +77,7 @@ MaxMemory = Annotated[str | None, typer.Option(help="Memory limit, e.g. 4GiB.")]
 AllowPickle = Annotated[bool, typer.Option(help="Also read .bin files, with weights_only=True.")]
 Dequantize = Annotated[bool, typer.Option(help="Dequantize quantized checkpoints to plain weights.")]
 AllowDistant = Annotated[
-    bool, typer.Option(help="Build even if an expert is too far from the base to be its fine-tune.")
+    bool, typer.Option(help="Build although an expert is too far from the base for a fine-tune.")
 ]
 
 
