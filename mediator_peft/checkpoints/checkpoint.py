@@ -1,4 +1,4 @@
-"""What a build knows a checkpoint by, wherever its weights lie: names and shapes at once, weights in parts."""
+"""The interface of all checkpoints: names, shapes and dtypes at once, weights some rows at a time."""
 
 from __future__ import annotations
 

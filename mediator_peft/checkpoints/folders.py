@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face folders: headers are read at once and without trust, weights one tensor at a time."""
+"""Checkpoints in Hugging Face folders. Headers are validated; weights are read some rows at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Headers of safetensors files: read without trust, and written before the data is there."""
+"""Reading and writing of safetensors headers. Headers of others are validated, never trusted."""
 
 from __future__ import annotations
 

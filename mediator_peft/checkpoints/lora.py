@@ -1,4 +1,4 @@
-"""LoRA adapters as experts: folded into the base, some rows at a time."""
+"""LoRA adapters as experts: merged into the base weights some rows at a time."""
 
 from __future__ import annotations
 

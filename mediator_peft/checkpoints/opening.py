@@ -1,4 +1,4 @@
-"""Opening checkpoints of every kind: folders, LoRA adapters, models in memory, the mean of some."""
+"""Opens checkpoints of every kind: folders, LoRA adapters, models in memory, the mean of several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing a folder under a temporary name that becomes the final one at the end."""
+"""Atomic output folders: written under a temporary name, renamed when complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands beside the weights: tokenizers, chat templates, licences. Differences do not hinder a build."""
+"""Files beside the weights: tokenizers, chat templates, licences. Differences are warnings, not errors."""
 
 from __future__ import annotations
 

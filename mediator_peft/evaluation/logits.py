@@ -1,4 +1,4 @@
-"""How far an output's experts are from their originals in what they say: the largest difference of any logit."""
+"""Largest logit difference between each expert of an output and its original."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether base and experts belong together; every fault is found before any work starts."""
+"""Checks that base and experts belong together. All faults are found before any work starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""build_mediator(): base and experts on disk in, a folder that loads anywhere out."""
+"""build_mediator(): builds from checkpoints on disk into an output folder."""
 
 from __future__ import annotations
 

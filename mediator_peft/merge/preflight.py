@@ -1,4 +1,4 @@
-"""plan_mediator(): everything that can be known of a build before it is started, from headers and a few samples."""
+"""plan_mediator(): checks the inputs and predicts size, time and memory, from headers and samples."""
 
 from __future__ import annotations
 

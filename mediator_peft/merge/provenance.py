@@ -1,4 +1,4 @@
-"""What an output was made from: every input file by checksum, and the settings in a form that builds it again."""
+"""Provenance of an output: checksums of all inputs, and the settings as a pipeline file that repeats the build."""
 
 from __future__ import annotations
 

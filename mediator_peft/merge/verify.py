@@ -1,4 +1,4 @@
-"""verify_mediator(): whether an output is whole, and how far it is from what it was built from."""
+"""verify_mediator(): checks that an output is complete, and compares it with its inputs."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def _delta(
     bank = LayerBank((rows, columns), config.encoding, has_bias=False)
     for name in bank.part_names:
         key = f"{column}:{name}"
-        bank._put_part(key, from_disk(key, file.get_tensor(bank_key(layer, key)), bank.shape))
+        bank.put_part(key, from_disk(key, file.get_tensor(bank_key(layer, key)), bank.shape))
     delta = bank.get(column)
     assert delta is not None
     return delta.dense().T if is_transposed else delta.dense()
