@@ -30,7 +30,7 @@ _LISTED, _SHOWN = 8, 60
 
 # Numbers of these are built one by one when a model is outlined.
 _COUNTED = re.compile(r"layer|block|depth|expert|head|label", re.IGNORECASE)
-_MOST_COUNTED = 100_000
+_MOST_COUNTED, _MOST_DEPTH = 100_000, 64
 
 
 def read_config(folder: Path, faults: list[str]) -> dict[str, Any]:
@@ -63,13 +63,18 @@ def read_config(folder: Path, faults: list[str]) -> dict[str, Any]:
 
 
 def _absurd_counts(settings: Mapping[str, Any]) -> Iterator[str]:
-    todo = [settings]
+    todo: list[tuple[int, str, Any]] = [(0, "", settings)]
     while todo:
-        for key, value in todo.pop().items():
-            if isinstance(value, dict):
-                todo.append(value)
-            elif isinstance(value, int) and abs(value) > _MOST_COUNTED and _COUNTED.search(key):
-                yield f"{key} = {str(value)[:_SHOWN]}"
+        depth, key, value = todo.pop()
+        if depth > _MOST_DEPTH:
+            yield f"{_MOST_DEPTH} levels of nesting"
+            return
+        if isinstance(value, dict):
+            todo += [(depth + 1, str(inner), content) for inner, content in value.items()]
+        elif isinstance(value, list):
+            todo += [(depth + 1, key, content) for content in value if isinstance(content, (dict, list))]
+        elif isinstance(value, int) and abs(value) > _MOST_COUNTED and _COUNTED.search(key):
+            yield f"{key} = {str(value)[:_SHOWN]}"
 
 
 def quantization_method(settings: Mapping[str, Any]) -> str | None:

@@ -135,6 +135,10 @@ class ModelCheckpoint(Checkpoint):
         self.source = str(getattr(model, "name_or_path", "") or "a loaded model")
         self._model_config: PretrainedConfig = model.config  # type: ignore[assignment]
         self._state = model.state_dict()
+        if any(".lora_A." in name for name in self._state):
+            raise CheckpointError(
+                f"{label} ({self.source}): the model carries a LoRA. Merge it with merge_and_unload() first."
+            )
         self.tensors = {
             name: TensorInfo(tuple(tensor.shape), tensor.dtype if tensor.is_floating_point() else None)
             for name, tensor in self._state.items()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import OutputError, OutputExistsError
+from ..errors import CheckpointError, OutputError, OutputExistsError
 from .opening import Checkpoint
 from .tensor_inventory import is_known
 
@@ -342,10 +342,22 @@ def free_space(path: Path) -> int:
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copy tokenizer and generation settings next to a new backbone."""
+    """Copy tokenizer and generation settings next to a new backbone.
+
+    Raises:
+        CheckpointError: one of them cannot be read.
+        OSError: one of them cannot be written.
+    """
     for name in _SIDE_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        path = source / name
+        if not path.is_file():
+            continue
+        try:
+            with open(path, "rb"):
+                pass
+        except OSError as fault:
+            raise CheckpointError(f"{path} cannot be read: {fault.strerror or fault}") from fault
+        shutil.copyfile(path, target / name)
 
 
 def side_files_size(source: Path) -> int:

@@ -109,7 +109,7 @@ def build_mediator(
     """
     started = time.perf_counter()
     workers = check_workers(workers)
-    config = with_experts(config or MediatorSettings(), {name: str(path) for name, path in experts.items()})
+    config = with_experts(config or MediatorSettings(), named_paths(experts))
     require_experts(config)
     target = Path(output).expanduser().absolute()
     check_free(target)
@@ -279,6 +279,20 @@ def _boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return ""
+
+
+def named_paths(experts: Mapping[str, str | os.PathLike[str]]) -> dict[str, str]:
+    """Expert name → path as text.
+
+    Raises:
+        ConfigError: they are no pairs of name and path.
+    """
+    if not isinstance(experts, Mapping):
+        raise ConfigError(f"experts must be pairs of name and path, {{'math': 'path/to/math'}}, got {experts!r}.")
+    for name, path in experts.items():
+        if not isinstance(path, (str, os.PathLike)):
+            raise ConfigError(f"expert {name!r} must be a path or a hub id, got {path!r}.")
+    return {name: str(path) for name, path in experts.items()}
 
 
 def with_experts(config: MediatorSettings, experts: dict[str, str]) -> MediatorSettings:

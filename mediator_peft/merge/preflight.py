@@ -14,7 +14,7 @@ from ..checkpoints.opening import Checkpoint, FolderCheckpoint, open_checkpoint
 from ..checkpoints.output_folder import check_free, check_working_folders, free_space, partial_name
 from ..checkpoints.side_files import compare_side_files
 from ..config import MediatorSettings
-from ..errors import ConfigError, MediatorError
+from ..errors import ConfigError, MediatorError, OutputError
 from ..structure import OUTSIDE
 from .block_plan import PLAN_VERSION, choose_blocks, read_plan, settings_to_keep
 from .budget import block_densities, estimated_scores, sampled, shared_out
@@ -23,7 +23,7 @@ from .compatibility import Job, examine_job
 from .distance import check_distances
 from .memory import parse_bytes, predicted_memory, workers_within
 from .merge_job import Merge
-from .offline import mean_base, with_experts
+from .offline import mean_base, named_paths, with_experts
 from .size_prediction import adapter_bytes, backbone_bytes, side_bytes
 
 # Nanoseconds an entry on one core of 2.6 GHz: read, hashed and merged; measured for conflict; made a delta.
@@ -73,13 +73,17 @@ class BuildPlan:
 
         Raises:
             ConfigError: there is nothing to write, since the plan has problems.
+            OutputError: it cannot be written.
         """
         if not self.blocks:
             raise ConfigError("this plan has no blocks, because of its problems:\n- " + "\n- ".join(self.problems))
         about = {key: value for key, value in self.to_dict().items() if key not in ("settings", "blocks", "problems")}
         decided = {"settings": self.settings, "blocks": self.blocks}
         text = json.dumps({"plan_version": PLAN_VERSION, **decided, "about": about}, indent=2)
-        Path(path).write_text(text, encoding="utf-8")
+        try:
+            Path(path).write_text(text, encoding="utf-8")
+        except OSError as fault:
+            raise OutputError(f"plan {str(path)!r} cannot be written: {fault.strerror or fault}") from fault
 
 
 def plan_mediator(
@@ -105,7 +109,7 @@ def plan_mediator(
     Raises:
         ConfigError: an argument itself is wrong.
     """
-    config = with_experts(config or MediatorSettings(), {name: str(path) for name, path in experts.items()})
+    config = with_experts(config or MediatorSettings(), named_paths(experts))
     require_experts(config)
     limit = parse_bytes(max_memory)
     found = BuildPlan(workers=workers)

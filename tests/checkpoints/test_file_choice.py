@@ -162,6 +162,14 @@ SAID = {
     ),
     "labels without end": (setting(num_labels=10**10), "num_labels = 10000000000"),
     "layers in a part": (setting(text_config={"num_hidden_layers": 10**9}), "num_hidden_layers = 1000000000"),
+    "nesting without end": (
+        lambda folder: (folder / "config.json").write_text('{"a":' * 300 + "1" + "}" * 300),
+        "64 levels of nesting",
+    ),
+    "lists without end": (
+        lambda folder: (folder / "config.json").write_text('{"a":' + "[" * 300 + "]" * 300 + "}"),
+        "levels of nesting",
+    ),
     "config is a pipe": (pipe("config.json"), "no config.json"),
     "weights are a pipe": (pipe("model-00001-of-00002.safetensors"), "are missing"),
     "index is a pipe": (pipe(INDEX), "no model.safetensors"),
