@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .merge.preflight import BuildPlan, plan_mediator
     from .merge.report import BuildReport
     from .merge.verify import Verification, verify_mediator
+    from .registry import register_method
     from .routing.gate import RouteOutput
     from .tuner.config import MediatorConfig
     from .tuner.layer import MediatorLayer
@@ -38,6 +39,7 @@ __all__ = [
     "get_mediator_model",
     "load_mediator",
     "plan_mediator",
+    "register_method",
     "verify_mediator",
 ]
 
@@ -55,6 +57,7 @@ _HOMES = {
     "get_mediator_model": "tuner.loading",
     "load_mediator": "tuner.loading",
     "plan_mediator": "merge.preflight",
+    "register_method": "registry",
     "verify_mediator": "merge.verify",
 }
 

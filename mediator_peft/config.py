@@ -11,11 +11,11 @@ from typing import Any
 
 from .errors import AdapterError, ConfigError
 from .methods.conflict import CONFLICT_SCORES
+from .methods.encoding import ENCODINGS
 from .methods.encoding.scales import SIGN_SCALES
-from .methods.encoding.values import ENCODINGS
 from .methods.merging import MERGE_METHODS
 from .methods.rounding import ROUNDINGS
-from .methods.sparsifying import LOW_RANK, SPARSIFIERS
+from .methods.sparsifying import SPARSIFIERS
 from .routing.routers import ROUTERS
 from .tables import unknown_name
 
@@ -100,7 +100,7 @@ class MediatorSettings:
     exact at density 1. ``"svd"`` stores ``"factors"``, whatever stands here by default."""
 
     rescale: str = "projection"
-    """A key of ``RESCALINGS``: how large kept entries are made, signs or numbers. ``"projection"`` keeps the delta's
+    """A key of ``SIGN_SCALES``: how large kept entries are made, signs or numbers. ``"projection"`` keeps the delta's
     full effect, ``"norm"`` the norm of each row, ``"mean"`` the mean of what is kept: numbers as they are."""
 
     rank: int | None = None
@@ -184,7 +184,8 @@ class MediatorSettings:
         self.__post_init__()
 
     def __post_init__(self) -> None:
-        if isinstance(self.sparsifier, str) and self.sparsifier in LOW_RANK and self.encoding == type(self).encoding:
+        sparsifier = SPARSIFIERS.get(self.sparsifier) if isinstance(self.sparsifier, str) else None
+        if sparsifier is not None and sparsifier.is_low_rank and self.encoding == type(self).encoding:
             self.encoding = "factors"
         self.check()
 
@@ -248,7 +249,7 @@ class MediatorSettings:
             yield f"rank must be a whole number, 1 or more, or None, got {self.rank!r}."
         is_known = all(isinstance(name, str) for name in (self.encoding, self.sparsifier))
         is_known = is_known and self.encoding in ENCODINGS and self.sparsifier in SPARSIFIERS
-        is_low_rank = is_known and self.sparsifier in LOW_RANK
+        is_low_rank = is_known and SPARSIFIERS[self.sparsifier].is_low_rank
         if is_known and is_low_rank != (self.encoding == "factors"):
             yield (
                 f"sparsifier {self.sparsifier!r} does not go with encoding {self.encoding!r}: 'svd' stores 'factors', "

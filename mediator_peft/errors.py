@@ -1,4 +1,4 @@
-"""What a caller may catch. Each class is also a ``ValueError``, ``RuntimeError`` or ``ImportError``."""
+"""Exceptions that a caller may catch. Each is also a ``ValueError``, ``RuntimeError`` or ``ImportError``."""
 
 
 class MediatorError(Exception):

@@ -1,4 +1,4 @@
-"""Packages that only some settings need: imported where they are used, missed with a message that helps."""
+"""Optional packages: imported where they are used, with an error that says what to install."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Telling a person how far long work has come."""
+"""Progress bars."""
 
 from __future__ import annotations
 

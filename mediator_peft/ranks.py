@@ -1,4 +1,4 @@
-"""Processes that torchrun started: they share tensors or prompts out, and one of them writes what is one."""
+"""Ranks of torchrun: they share tensors or prompts; the first one writes the results."""
 
 from __future__ import annotations
 

@@ -28,3 +28,13 @@ def checkpoints(tmp_path):
     from tiny import write_tiny_checkpoints
 
     return write_tiny_checkpoints(tmp_path / "checkpoints")
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory):
+    """A folder of tiny checkpoints, to be copied and not to be changed."""
+    from tiny import write_tiny_checkpoints
+
+    folder = tmp_path_factory.mktemp("pristine")
+    write_tiny_checkpoints(folder, ("base", "math", "code"), dtype=torch.bfloat16)
+    return folder

@@ -32,24 +32,24 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def thin_out(delta: Tensor, density: float, values: str, rescale: str = "projection") -> Tensor:
+def thin_out(delta: Tensor, density: float, encoding: str, rescale: str = "projection") -> Tensor:
     """Largest entries by sorting; then either as they are, or as their signs with one scale a row."""
     order = delta.abs().flatten().argsort(descending=True, stable=True)[: round(density * delta.numel())]
     mask = torch.zeros(delta.numel())
     mask[order] = 1
     mask = mask.reshape(delta.shape) * (delta != 0)
-    if values != "sign":
+    if encoding != "sign":
         # Numbers: what is kept shall point along the delta as far as the delta does.
         kept_square = float((delta * mask).double().square().sum())
         if rescale == "projection" and kept_square:
             delta = delta * (float(delta.double().square().sum()) / kept_square)
-    if values == "float":
+    if encoding == "float":
         return delta * mask
-    if values in ("int8", "nf4"):
+    if encoding in ("int8", "nf4"):
         from bitsandbytes import functional
 
         places = mask.bool()
-        if values == "nf4":
+        if encoding == "nf4":
             rounded = functional.dequantize_4bit(
                 *functional.quantize_4bit(delta[places], blocksize=64, quant_type="nf4")
             )
@@ -73,7 +73,7 @@ def thin_out(delta: Tensor, density: float, values: str, rescale: str = "project
 
 
 def mixed_model(
-    paths: Mapping[str, Path], weights: Mapping[str, float], density: float, values: str, method: str = "average"
+    paths: Mapping[str, Path], weights: Mapping[str, float], density: float, encoding: str, method: str = "average"
 ) -> nn.Module:
     """A plain model whose routed weights are set to ``D + sum_k w_k S_k`` by hand.
 
@@ -91,7 +91,7 @@ def mixed_model(
             delta = theirs[f"{name}.weight"] - backbone[f"{name}.weight"]
             if isinstance(module, Conv1D):
                 delta = delta.T
-            sparse = thin_out(delta, density, values)
+            sparse = thin_out(delta, density, encoding)
             if isinstance(module, Conv1D):
                 sparse = sparse.T
             state[f"{name}.weight"] = state[f"{name}.weight"] + weight * sparse

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -11,19 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "mediator_peft"
 
 # Parts of the package, in the order of the data: each may import from the parts above it, and from itself.
 ORDER = (
-    *(
-        "errors",
-        "tables",
-        "data_files",
-        "time_limit",
-        "progress",
-        "optional",
-        "ranks",
-        "structure",
-        "registration",
-        "reference",
-    ),
-    *("methods", "kernels", "routing", "config", "checkpoints", "bank", "merge", "tuner"),
+    *("errors", "tables", "data_files", "time_limit", "progress", "optional", "ranks", "structure", "registration"),
+    *("reference", "methods", "kernels", "routing", "registry", "config", "checkpoints", "bank", "merge", "tuner"),
     *("evaluation", "demo", "cli"),
 )
 # What starts the package: they import any part, and none imports them.
@@ -123,6 +113,76 @@ def test_private_names_stay_in_their_file(name):
         if alias and alias.startswith("_") and not alias.startswith("__")
     )
     assert not private, f"{name} imports {private}: a leading underscore means this file only"
+
+
+def private(name):
+    return name.startswith("_") and not name.startswith("__") and not hasattr(namedtuple("Any", ""), name)
+
+
+def private_attributes(path):
+    """Private methods and attributes: (those a file defines, those it uses of objects other than ``self``)."""
+    defined, used = set(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and private(node.name):
+            defined.add(node.name)
+        elif isinstance(node, ast.Attribute) and private(node.attr):
+            if isinstance(node.ctx, ast.Store):
+                defined.add(node.attr)
+            elif not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+                used.add(node.attr)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and private(node.target.id):
+            defined.add(node.target.id)
+    return defined, used
+
+
+ATTRIBUTES = {name: private_attributes(path) for name, path in MODULES.items()}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_private_attributes_stay_in_their_file(name):
+    defined, used = ATTRIBUTES[name]
+    elsewhere = set().union(*(other for module, (other, _) in ATTRIBUTES.items() if module != name))
+    wrong = sorted((used - defined) & elsewhere)
+    assert not wrong, f"{name} uses {wrong} of other files: a leading underscore means this file only"
+
+
+# Methods that make the attributes of an object; PEFT has its own ``__init__`` and calls the second from there.
+MAKERS = ("__init__", "_pre_injection_hook", "_start", "__setstate__")
+
+
+def attributes_set(node, by_makers):
+    """Names set on ``self`` in the methods of a class that are makers, or in those that are not."""
+    return {
+        inner.attr
+        for method in node.body
+        if isinstance(method, ast.FunctionDef) and (method.name in MAKERS) == by_makers
+        for inner in ast.walk(method)
+        if isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store)
+        if isinstance(inner.value, ast.Name) and inner.value.id == "self"
+    }
+
+
+CLASSES = [
+    pytest.param(node, id=f"{name}.{node.name}")
+    for name, path in MODULES.items()
+    if name.startswith("tuner.")
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    if isinstance(node, ast.ClassDef)
+]
+
+
+@pytest.mark.parametrize("node", CLASSES)
+def test_classes_of_the_tuner_make_their_attributes_in_one_place(node):
+    # A dataclass declares its fields.
+    if not node.decorator_list:
+        late = attributes_set(node, by_makers=False) - attributes_set(node, by_makers=True)
+        assert not late, f"{node.name} sets {sorted(late)} first outside of {MAKERS}"
+
+
+@pytest.mark.parametrize("node", CLASSES)
+def test_no_class_of_the_tuner_declares_members_of_another(node):
+    hidden = [inner for inner in node.body if isinstance(inner, ast.If)]
+    assert not hidden, f"{node.name} declares members under a condition; hand it the object that has them"
 
 
 def test_importing_needs_no_extra():

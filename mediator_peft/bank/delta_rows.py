@@ -1,10 +1,11 @@
-"""Some rows of a packed delta, without unpacking the others: what an embedding needs."""
+"""Decoding of single rows of a packed delta, as embeddings need it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..methods.encoding import ENCODINGS
 from ..methods.encoding.bitmaps import count_bits_by_row, unpack_bits
 from .sparse_delta import SparseDelta
 
@@ -26,21 +27,18 @@ class DeltaRows:
         Returns:
             (n, I) float32
         """
-        if self.delta.coding not in ("sign", "float"):
+        values = self._values(rows)
+        if values is None:
             return self.delta.dense()[rows]
         kept = unpack_bits(self.delta.mask[rows], self.delta.shape[1])
         matrix = torch.zeros(kept.shape, device=kept.device)
-        matrix[kept] = self._values(rows)
+        matrix[kept] = values
         return matrix
 
-    def _values(self, rows: Tensor) -> Tensor:
-        """Kept entries of these rows, row by row: (m,) float32."""
-        counts, parts = self._counts[rows], self.delta.parts
+    def _values(self, rows: Tensor) -> Tensor | None:
+        """Kept entries of these rows, row by row: (m,) float32; None where the encoding must decode all rows."""
+        counts = self._counts[rows]
         # The entries' places among all that are kept: each row's first, and so many on.
         shift = self._starts[rows] - (counts.cumsum(0) - counts)
         places = torch.repeat_interleave(shift, counts) + torch.arange(int(counts.sum()), device=rows.device)
-        if self.delta.coding == "float":
-            return parts["values"][places].float()
-        magnitudes = torch.repeat_interleave(parts["scales"][rows].float(), counts)
-        negative = (parts["signs"][places >> 3].long() >> (places & 7)) & 1
-        return torch.where(negative.bool(), -magnitudes, magnitudes)
+        return ENCODINGS[self.delta.coding].row_values(self.delta.parts, rows, counts, places)

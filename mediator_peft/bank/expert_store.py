@@ -1,4 +1,4 @@
-"""Many experts in little memory: deltas lie in files that are mapped, and only those in use stay in memory.
+"""A bounded number of experts in memory: deltas lie in memory-mapped files, and the least recently used are dropped.
 
 A delta's tensors always point into its expert's mapping, so nothing can go wrong when an expert leaves memory while
 somebody computes with it: what is missing is read again. Leaving and coming are hints to the operating system

@@ -1,4 +1,4 @@
-"""All experts' deltas of one layer, as buffers, so that they move, save and copy with the model."""
+"""Deltas of all experts of one layer, as buffers that move, save and copy with the model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..config import CORRECTION
 from ..errors import AdapterError
-from ..kernels.dispatch import GroupedProduct, PackedDelta, as_array, has_compiled
+from ..kernels.dispatch import GroupedProduct, PackedDelta, has_native
+from ..methods.encoding import ENCODINGS
 from ..methods.encoding.bitmaps import compress_mask, decompress_mask
-from ..methods.encoding.values import ENCODINGS, parts_fault
 from .sparse_delta import SparseDelta, full_mask
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ class LayerBank(nn.Module):
 
     @property
     def has_loops(self) -> bool:
-        """Whether compiled loops can read these deltas as they are packed."""
-        return ENCODINGS[self.coding].in_kernels and has_compiled()
+        """Whether the native kernels can read these deltas as they are packed."""
+        return ENCODINGS[self.coding].in_kernels and has_native()
 
     @property
     def device(self) -> torch.device:
@@ -126,8 +126,9 @@ class LayerBank(nn.Module):
             delta = self.get(name)
             if delta is None or delta.mask.device.type != "cpu" or not ENCODINGS[self.coding].in_kernels:
                 return None
-            arrays = {part: as_array(tensor) for part, tensor in delta.parts.items()}
-            self._packed[name] = PackedDelta(delta.mask.numpy(), self.shape[1], **arrays)
+            # Tensors and not arrays of their memory: that may be moved into shared memory.
+            parts: dict[str, Any] = dict(delta.parts)
+            self._packed[name] = PackedDelta(delta.mask, self.shape[1], **parts)
         return self._packed[name]
 
     def product(
@@ -174,14 +175,15 @@ class LayerBank(nn.Module):
     def put(self, name: str, delta: SparseDelta) -> None:
         """Set one expert's delta."""
         for key, tensor in delta_buffers(name, delta).items():
-            self._put_part(key, tensor)
+            self.put_part(key, tensor)
 
     def let_go(self, name: str) -> None:
         """Drop the copy of an expert's delta that was brought to where it is used."""
         self._brought.pop(name, None)
         self._device_deltas.pop(name, None)
 
-    def _put_part(self, key: str, tensor: Tensor) -> None:
+    def put_part(self, key: str, tensor: Tensor) -> None:
+        """Set one tensor of a delta, under its key ``"expert:part"``."""
         self._forget()
         if key in self._buffers:
             self._buffers[key] = tensor
@@ -282,7 +284,7 @@ def check_parts(bank: LayerBank, layer: str, sizes: Mapping[str, int]) -> None:
         delta = bank.get(name)
         if delta is None:
             continue
-        fault = parts_fault(bank.coding, delta.parts, bank.shape, num_kept)
+        fault = ENCODINGS[bank.coding].fault(delta.parts, bank.shape, num_kept)
         if fault is not None:
             raise AdapterError(
                 f"layer {layer!r}, expert {name!r}: {fault}. The adapter file is damaged; copy or build it again."

@@ -1,6 +1,6 @@
 """Writing deltas into a weight such that every bit of it can be brought back.
 
-Where the compiled loops run, a float32 weight that came from a 16-bit checkpoint takes next to no memory for this: its
+Where the native kernels run, a float32 weight that came from a 16-bit checkpoint takes next to no memory for this: its
 numbers have free low bits, so subtracting the delta and rounding gives them back. Everything else keeps what it
 overwrote, and nothing more.
 """
@@ -36,8 +36,8 @@ class Saved(Protocol):
 
 
 def has_loops_for(weight: Tensor) -> bool:
-    """Whether the compiled loops can write to this weight."""
-    return weight.device.type == "cpu" and weight.is_contiguous() and kernels.has_compiled()
+    """Whether the native kernels can write to this weight."""
+    return weight.device.type == "cpu" and weight.is_contiguous() and kernels.has_native()
 
 
 def free_low_bits(weight: Tensor) -> int:
@@ -64,22 +64,18 @@ class ComputedBack:
 
     def add(self, weight: Tensor) -> bool:
         """Add the delta; False, and an untouched weight, where too many rows would have to be saved."""
-        from ..kernels import llvm_fold as kernels_fold
-
-        self._change(kernels_fold.ADD_OR_MARK, weight)
+        self._change(kernels.ADD_OR_MARK, weight)
         marked = torch.from_numpy(np.flatnonzero(self._marks))
         if len(marked) > max(1, _MOST_MARKED_ROWS * len(weight)):
             self.restore(weight)
             return False
         if len(marked):
             self._rows = weight[marked]
-            self._change(kernels_fold.ADD_MARKED, weight)
+            self._change(kernels.ADD_MARKED, weight)
         return True
 
     def restore(self, weight: Tensor) -> None:
-        from ..kernels import llvm_fold as kernels_fold
-
-        self._change(kernels_fold.TAKE_UNMARKED, weight)
+        self._change(kernels.TAKE_UNMARKED, weight)
         if self._rows is not None:
             weight[torch.from_numpy(np.flatnonzero(self._marks))] = self._rows
         self._marks[:], self._rows = 1, None
@@ -89,11 +85,7 @@ class ComputedBack:
         return self._marks.nbytes + (0 if self._rows is None else self._rows.nbytes)
 
     def _change(self, mode: int, weight: Tensor) -> None:
-        from ..kernels import llvm_fold as kernels_fold
-
-        threads = torch.get_num_threads()
-        fields, coefficient = self._delta.fields, self._coefficient
-        kernels_fold.change(mode, as_array(weight), fields, coefficient, self._low_bits, self._marks, threads)
+        kernels.change(mode, as_array(weight), self._delta, self._coefficient, self._low_bits, self._marks)
 
 
 class KeptEntries:
@@ -114,13 +106,13 @@ class KeptEntries:
         self._offsets = row_offsets(mask.numpy()) if offsets is None else offsets
         num_kept = int(np.bitwise_count(mask.numpy()).sum(dtype=np.int64))
         self._saved = torch.empty(num_kept, dtype=weight.dtype)
-        self._move(0, weight)
+        self._move(kernels.SAVE, weight)
 
     def restore(self, weight: Tensor) -> None:
         if self._offsets is None:
             weight[self._bits(weight)] = self._saved
         else:
-            self._move(1, weight)
+            self._move(kernels.BRING_BACK, weight)
 
     @property
     def num_bytes(self) -> int:
@@ -130,8 +122,5 @@ class KeptEntries:
         return unpack_bits(self._mask, weight.shape[1])
 
     def _move(self, mode: int, weight: Tensor) -> None:
-        from ..kernels import llvm_fold as kernels_fold
-
         assert self._offsets is not None
-        arrays = as_array(weight), self._mask.numpy(), self._offsets, as_array(self._saved)
-        kernels_fold.move_kept(mode, *arrays, torch.get_num_threads())
+        kernels.move_kept(mode, as_array(weight), self._mask.numpy(), self._offsets, as_array(self._saved))

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..methods.encoding import ENCODINGS
+from ..methods.encoding.base import EXACT, Parts, Precision
 from ..methods.encoding.bitmaps import pack_bits, unpack_bits
-from ..methods.encoding.values import ENCODINGS, EXACT, Parts, Precision, factor_matrices, store_factors
+from ..methods.encoding.factors import store_factors
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,9 @@ class SparseDelta:
         return matrix
 
     def product(self, x: Tensor) -> Tensor:
-        """``dense() @ x`` for each vector of ``x``, by the factors where it is of low rank: (..., I) → (..., O)."""
-        if self.coding != "factors":
-            return F.linear(x, self.dense())
-        left, right = factor_matrices(self.parts, self.shape)
-        return F.linear(F.linear(x, right), left)
+        """``dense() @ x`` for each vector of ``x``, by its factors where it has some: (..., I) → (..., O)."""
+        result = ENCODINGS[self.coding].product(self.parts, self.shape, x)
+        return F.linear(x, self.dense()) if result is None else result
 
 
 def full_mask(shape: tuple[int, int], device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""The backbone's files: laid out before any tensor is there, and filled in any order by any process."""
+"""Safetensors files of the backbone: laid out first, then filled in any order by any process."""
 
 from __future__ import annotations
 

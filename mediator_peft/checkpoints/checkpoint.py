@@ -1,14 +1,16 @@
-"""What a build knows a checkpoint by, wherever its weights lie: names and shapes at once, weights in parts."""
+"""The interface of all checkpoints: names, shapes and dtypes at once, weights some rows at a time."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..errors import UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -33,10 +35,35 @@ class Checkpoint(ABC):
 
     tensors: dict[str, TensorInfo]
 
+    unlisted: frozenset[str] = frozenset()
+    """Tensors in its shards that their index does not name."""
+
     @property
     def raw_config(self) -> Mapping[str, Any]:
         """What its ``config.json`` says, word for word; empty for a model in memory."""
         return {}
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether its configuration ties ``lm_head`` to the embedding."""
+        return bool(getattr(self.config, "tie_word_embeddings", False))
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Forget tensors."""
+        self.tensors = {name: info for name, info in self.tensors.items() if name not in names}
+
+    def take_as(self, name: str, source: str) -> None:
+        """Have a tensor under one more name.
+
+        Args:
+            name: the new one.
+            source: the present one.
+        """
+        raise UnsupportedError(f"{self.label} ({self.source}): it has no tensor {name!r}, only {source!r}.")
+
+    def set_untied(self) -> None:
+        """Have the configuration say that ``lm_head`` is not tied."""
+        raise UnsupportedError(f"{self.label} ({self.source}): its lm_head cannot be untied from its embedding.")
 
     @abstractmethod
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Checksums of what a build wrote, and comparing it with what it was built from."""
+"""SHA-256 checksums of the files of an output."""
 
 from __future__ import annotations
 

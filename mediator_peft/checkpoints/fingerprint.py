@@ -1,4 +1,4 @@
-"""Knowing a backbone again: shapes and a few values of a few tensors."""
+"""Fingerprint of a backbone: shapes and sampled values of a few tensors."""
 
 from __future__ import annotations
 

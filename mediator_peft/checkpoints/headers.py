@@ -1,4 +1,4 @@
-"""Headers of safetensors files: read without trust, and written before the data is there."""
+"""Reading and writing of safetensors headers. Headers of others are validated, never trusted."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ _ALL_SIZES |= {"I64": 8, "U64": 8, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 _LAYOUT_ORDER = ("F64", "F32", "BF16", "F16", "U8")
 _NAMES = {torch.uint8: "U8", **{dtype: name for name, dtype in DTYPES.items()}}
 _MAX_HEADER = 100_000_000
+_MAX_LENGTH = 1 << 40
+_LFS = b"version https://git-lfs.github.com/"
 
 
 class Stored(NamedTuple):
@@ -41,6 +43,10 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         ValueError: the file is no whole safetensors file; the message says in which way.
         OSError: it cannot be read.
     """
+    if not path.is_file():
+        raise ValueError("it is no plain file")
+    if is_lfs_pointer(path):
+        raise ValueError("it is a Git LFS pointer, not the data; fetch it with `git lfs pull`")
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -71,6 +77,8 @@ def _stored(name: str, entry: object, start: int, size: int) -> Stored:
     expected = prod(shape) * _ALL_SIZES.get(dtype, 0)
     if begin < 0 or end < begin or min(shape, default=0) < 0 or (dtype in _ALL_SIZES and end - begin != expected):
         raise ValueError(f"the header's entry {name!r} has offsets that do not fit its shape")
+    if max(shape, default=0) > _MAX_LENGTH:
+        raise ValueError(f"the header's entry {name!r} has the shape {list(shape)}, which no tensor has")
     if start + end > size:
         raise ValueError(f"it has {size} bytes, its header speaks of {start + end} or more")
     return Stored(dtype, shape, start + begin, end - begin)
@@ -105,9 +113,18 @@ def lay_out(
     return head, stored
 
 
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file only says where Git LFS keeps the real one."""
+    with suppress(OSError), open(path, "rb") as file:
+        return file.read(len(_LFS)) == _LFS
+    return False
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none."""
     with suppress(OSError, ValueError, RecursionError):
+        if not path.is_file():  # reading a pipe would wait for ever
+            return {}
         content = json.loads(path.read_text(encoding="utf-8"))
         return content if isinstance(content, dict) else {}
     return {}

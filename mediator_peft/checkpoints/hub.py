@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a folder as it is, a hub id as the folder of its snapshot."""
+"""Resolves where a checkpoint lies: a folder, or the snapshot folder of a hub id at a pinned commit."""
 
 from __future__ import annotations
 

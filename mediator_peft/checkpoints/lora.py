@@ -1,11 +1,10 @@
-"""LoRA adapters as experts: folded into the base, some rows at a time."""
+"""LoRA adapters as experts: merged into the base weights some rows at a time."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterator, Mapping
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,13 +13,15 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint, TensorInfo
-from .headers import DTYPES, Stored, read_header
+from .headers import DTYPES, Stored, is_lfs_pointer, read_header, read_json
+from .patterns import first_matches
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
+PICKLE_ADAPTER_FILE = "adapter_model.bin"
 _PREFIX = "base_model.model."
 
 # Settings that change what the factors mean, and that are not folded here.
@@ -36,7 +37,31 @@ _REFUSED = {
 }
 # These start from factors that are not zero, and change the base's own weights to make up for it.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq")
+_LARGEST = 1e9
 _MERGE_HINT = "Merge it into its base with merge_and_unload() and give the merged model."
+
+
+# Where PEFT's own state dict has the adapter's name, which its files leave out.
+_DEFAULT_NAME = re.compile(r"(\.lora_[A-Za-z_]+|\.modules_to_save)\.default(?=\.|$)")
+
+
+def find_lora(folder: Path, label: str) -> Path | None:
+    """The folder of an adapter: this one, or the only named one inside, as PEFT saves adapters by name.
+
+    Raises:
+        CheckpointError: there are several inside.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        return folder
+    inner = [
+        path.parent
+        for path in sorted(folder.glob(f"*/{ADAPTER_CONFIG}"))
+        if path.is_file() and read_json(path).get("peft_type") != "MEDIATOR"
+    ]
+    if len(inner) > 1:
+        names = ", ".join(path.name for path in inner)
+        raise CheckpointError(f"{label} ({folder}): it holds several adapters ({names}). Give the folder of one.")
+    return inner[0] if inner else None
 
 
 class _Factors(NamedTuple):
@@ -58,7 +83,7 @@ class LoraCheckpoint(Checkpoint):
         CheckpointError: a file is missing or damaged, or the adapter is of a kind that cannot be folded.
     """
 
-    def __init__(self, folder: Path, label: str, source: str) -> None:
+    def __init__(self, folder: Path, label: str, source: str, allow_pickle: bool = False) -> None:
         self.folder = folder
         self.label = label
         self.source = source
@@ -68,12 +93,44 @@ class LoraCheckpoint(Checkpoint):
         self._replaced: dict[str, Tensor] = {}
         self._added: dict[str, Tensor] = {}
         self._settings = self._read_settings()
+        self._numbers: dict[str, dict[str, Any]] = {}
+        self._stored: dict[str, Stored] = {}
+        self._state: dict[str, Tensor] = {}
+        self.path = folder / ADAPTER_FILE
+        if not self.path.is_file() and (folder / PICKLE_ADAPTER_FILE).is_file():
+            self.path = folder / PICKLE_ADAPTER_FILE
+            self._state = self._read_pickle(allow_pickle)
+            return
         try:
-            self._stored, _ = read_header(folder / ADAPTER_FILE)
-        except (OSError, ValueError) as fault:
+            self._stored, _ = read_header(self.path)
+        except OSError as fault:
+            raise CheckpointError(
+                f"{label} ({source}): {ADAPTER_FILE} cannot be read: {fault.strerror or fault}"
+            ) from fault
+        except ValueError as fault:
             raise CheckpointError(
                 f"{label} ({source}): {ADAPTER_FILE} is missing or damaged ({fault}). Save the adapter again, as "
                 "safetensors."
+            ) from fault
+
+    def _read_pickle(self, allow_pickle: bool) -> dict[str, Tensor]:
+        where = f"{self.label} ({self.source})"
+        if not allow_pickle:
+            raise CheckpointError(
+                f"{where}: there is no {ADAPTER_FILE}, but {PICKLE_ADAPTER_FILE}: allow it (allow_pickle=True), or "
+                "save the adapter again, as safetensors."
+            )
+        if is_lfs_pointer(self.path):
+            raise CheckpointError(f"{where}: {self.path.name} is a Git LFS pointer: fetch it with `git lfs pull`.")
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            return {str(name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+        except OSError as fault:
+            raise CheckpointError(f"{where}: {self.path.name} cannot be read: {fault.strerror or fault}") from fault
+        except Exception as fault:  # whatever a damaged pickle may raise
+            reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+            raise CheckpointError(
+                f"{where}: {self.path.name} is damaged, or holds more than tensors ({reason})."
             ) from fault
 
     def _read_settings(self) -> dict[str, Any]:
@@ -106,21 +163,32 @@ class LoraCheckpoint(Checkpoint):
 
     @property
     def files(self) -> list[Path]:
-        return [self.folder / ADAPTER_FILE]
+        return [self.path]
 
-    def bind(self, base: Checkpoint, tied: set[str]) -> list[str]:
+    def bind(self, base: Checkpoint, tied: Mapping[str, str]) -> list[str]:
         """Fit the adapter to its base.
 
         Args:
             base: the model it was trained on.
-            tied: names of tensors that only repeat another.
+            tied: names of tensors that only repeat another, and the names of these.
 
         Returns:
             What does not fit, one message each.
+
+        Raises:
+            CheckpointError: the base is an adapter itself, or the patterns of the adapter take too long to match.
         """
+        if isinstance(base, LoraCheckpoint):
+            raise CheckpointError(base.no_base())
         self._base, self.tensors = base, dict(base.tensors)
         faults: list[str] = []
-        read = {name.removeprefix(_PREFIX): self._read(name, stored) for name, stored in self._stored.items()}
+        read = {self._plain_name(name): self._read(name) for name in (*self._stored, *self._state)}
+        self._match_patterns({name.rpartition(".lora_")[0] for name in read} - {""})
+        for name, source in tied.items():
+            for saved in {name, source} & read.keys():
+                # PEFT saves embeddings with the adapter on request, and where it was unsure whether they were changed.
+                if self._is_unchanged(source, read[saved]):
+                    del read[saved]
         for name, tensor in read.items():
             module, _, part = name.rpartition(".lora_")
             if not module:
@@ -142,8 +210,47 @@ class LoraCheckpoint(Checkpoint):
                 faults.append(f"it changes {shared}, which the base ties together. {_MERGE_HINT}")
         return [f"{self.label} ({self.source}): {fault}" for fault in faults]
 
-    def _read(self, name: str, stored: Stored) -> Tensor:
-        with open(self.folder / ADAPTER_FILE, "rb") as file:
+    def no_base(self) -> str:
+        """What is to be said where this adapter is given as a base."""
+        named = self._settings.get("base_model_name_or_path")
+        hint = f" ({named})" if isinstance(named, str) and named else ""
+        return (
+            f"{self.label} ({self.source}): it is a LoRA adapter, no whole model. Give the model that it was trained "
+            f"on{hint}, or merge the adapter with merge_and_unload() first."
+        )
+
+    @staticmethod
+    def _plain_name(name: str) -> str:
+        return _DEFAULT_NAME.sub(r"\1", name.removeprefix(_PREFIX))
+
+    def _is_unchanged(self, name: str, tensor: Tensor) -> bool:
+        info = self._bound().tensors.get(name)
+        if info is None or info.shape != tuple(tensor.shape):
+            return False
+        ours = self._bound().read(name)
+        return torch.equal(ours.to(tensor.dtype), tensor) or torch.equal(ours, tensor.to(ours.dtype))
+
+    def _match_patterns(self, modules: set[str]) -> None:
+        """Find the rank and the alpha that a pattern gives a module: the first that matches decides, as in PEFT."""
+        for key in ("rank_pattern", "alpha_pattern"):
+            patterns = self._settings.get(key) or {}
+            try:
+                found = first_matches(list(patterns), sorted(modules))
+            except CheckpointError as fault:
+                raise CheckpointError(f"{self.label} ({self.source}): {key}: {fault}. {_MERGE_HINT}") from fault
+            values = list(patterns.values())
+            self._numbers[key] = {module: values[number] for module, number in found.items()}
+
+    def _read(self, name: str) -> Tensor:
+        if name in self._state:
+            tensor = self._state[name]
+            if not tensor.is_floating_point():
+                raise CheckpointError(
+                    f"{self.label} ({self.source}): {name!r} is {tensor.dtype}, no plain floating point."
+                )
+            return tensor
+        stored = self._stored[name]
+        with open(self.path, "rb") as file:
             file.seek(stored.offset)
             raw = bytearray(file.read(stored.num_bytes))
         dtype = DTYPES.get(stored.dtype)
@@ -169,7 +276,7 @@ class LoraCheckpoint(Checkpoint):
         if info is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
             return [f"the factors of {module!r} do not fit together, or the base has no such layer"]
         left, right = b.float(), a.float()
-        rank = _by_pattern(self._settings.get("rank_pattern"), module, self._settings.get("r", a.shape[0]))
+        rank = self._by_pattern("rank_pattern", module, self._settings.get("r", a.shape[0]))
         if rank != a.shape[0]:
             return [f"the factors of {module!r} have rank {a.shape[0]}, {ADAPTER_CONFIG} says {rank}"]
         if is_embedding or self._settings.get("fan_in_fan_out"):
@@ -190,10 +297,13 @@ class LoraCheckpoint(Checkpoint):
 
     def _scale(self, module: str, rank: int | None) -> float:
         """What PEFT multiplies the product by: alpha / r, or alpha / sqrt(r) for rsLoRA; patterns go first."""
-        alpha = _by_pattern(self._settings.get("alpha_pattern"), module, self._settings.get("lora_alpha", 8))
+        alpha = self._by_pattern("alpha_pattern", module, self._settings.get("lora_alpha", 8))
         if rank is None:
-            rank = _by_pattern(self._settings.get("rank_pattern"), module, self._settings.get("r", 8))
+            rank = self._by_pattern("rank_pattern", module, self._settings.get("r", 8))
         return float(alpha / (rank**0.5 if self._settings.get("use_rslora") else rank))
+
+    def _by_pattern(self, key: str, module: str, default: Any) -> Any:
+        return self._numbers[key].get(module, default)
 
     def _bound(self) -> Checkpoint:
         assert self._base is not None, "a LoRA must be bound to its base before it is read"
@@ -226,14 +336,6 @@ def _number_faults(settings: Mapping[str, Any]) -> Iterator[str]:
             except re.error as fault:
                 yield f"{pattern_key} has the pattern {pattern!r}, which cannot be read ({fault})"
         for name, value in ((key, settings.get(key, 1)), *patterns.items()):
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
             if not is_number or (key == "r" and (value < 1 or value != int(value))):
                 yield f"{name} must be a {'whole ' if key == 'r' else ''}number, got {value!r}"
-
-
-def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """The first pattern that matches the end of a module's name decides, as in PEFT."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default

@@ -1,8 +1,9 @@
-"""Opening checkpoints of every kind: folders, LoRA adapters, models in memory, the mean of some."""
+"""Opens checkpoints of every kind: folders, LoRA adapters, models in memory, the mean of several."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,9 +11,19 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint, TensorInfo
-from .folders import INDEX_FILE, SINGLE_FILE, FolderCheckpoint, PickleCheckpoint
+from .dequantizing import DequantizedCheckpoint
+from .folders import (
+    INDEX_FILE,
+    PICKLE_FILE,
+    PICKLE_INDEX_FILE,
+    SINGLE_FILE,
+    FolderCheckpoint,
+    PickleCheckpoint,
+    quantization_method,
+)
+from .headers import read_json
 from .hub import pinned_source, resolve
-from .lora import ADAPTER_CONFIG, LoraCheckpoint
+from .lora import ADAPTER_CONFIG, LoraCheckpoint, find_lora
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,12 +45,15 @@ __all__ = [
 ]
 
 
-def open_checkpoints(paths: Mapping[str, str], allow_pickle: bool = False) -> dict[str, Checkpoint]:
+def open_checkpoints(
+    paths: Mapping[str, str], allow_pickle: bool = False, dequantize: bool = False
+) -> dict[str, Checkpoint]:
     """Open several checkpoints.
 
     Args:
         paths: label → folder or hub id (``org/model`` or ``org/model@revision``).
         allow_pickle: also read ``.bin`` files.
+        dequantize: read quantised weights as what they stand for.
 
     Raises:
         CheckpointError: any of them cannot be opened; the faults of all are listed at once.
@@ -48,7 +62,7 @@ def open_checkpoints(paths: Mapping[str, str], allow_pickle: bool = False) -> di
     faults = []
     for label, path in paths.items():
         try:
-            opened[label] = open_checkpoint(str(path), label, allow_pickle)
+            opened[label] = open_checkpoint(str(path), label, allow_pickle, dequantize)
         except CheckpointError as fault:
             faults.append(str(fault))
     if faults:
@@ -56,19 +70,34 @@ def open_checkpoints(paths: Mapping[str, str], allow_pickle: bool = False) -> di
     return opened
 
 
-def open_checkpoint(path: str, label: str, allow_pickle: bool = False) -> Checkpoint:
+def open_checkpoint(path: str, label: str, allow_pickle: bool = False, dequantize: bool = False) -> Checkpoint:
     """Open one checkpoint, of whatever kind it is.
 
     Raises:
         CheckpointError: it cannot be opened.
     """
-    folder = resolve(path, label)
-    source = pinned_source(path, folder)
-    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-        return LoraCheckpoint(folder, label, source)
+    try:
+        folder = resolve(path, label)
+        return _open_folder(folder, label, pinned_source(path, folder), allow_pickle, dequantize)
+    except OSError as fault:
+        raise CheckpointError(f"{label} ({path}): cannot be read: {fault.strerror or fault}") from fault
+
+
+def _open_folder(folder: Path, label: str, source: str, allow_pickle: bool, dequantize: bool) -> Checkpoint:
     has_safetensors = any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
-    if allow_pickle and not has_safetensors and any(folder.glob("*.bin")):
+    has_pickle = any((folder / name).is_file() for name in (PICKLE_FILE, PICKLE_INDEX_FILE))
+    adapter = find_lora(folder, label)
+    if adapter is not None:
+        if has_safetensors or has_pickle:
+            raise CheckpointError(
+                f"{label} ({source}): it holds both the weights of a whole model and an adapter ({ADAPTER_CONFIG}). "
+                "Give a folder with the one that is meant."
+            )
+        return LoraCheckpoint(adapter, label, source, allow_pickle)
+    if allow_pickle and not has_safetensors and has_pickle:
         return PickleCheckpoint(folder, label, source)
+    if dequantize and quantization_method(read_json(folder / "config.json")) is not None:
+        return DequantizedCheckpoint(folder, label, source)
     return FolderCheckpoint(folder, label, source)
 
 
@@ -79,7 +108,11 @@ class MeanCheckpoint(Checkpoint):
         self.label = "the mean of the experts"
         self.source = "the mean of the experts"
         self.members = members
-        self.tensors = dict(members[0].tensors)
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:  # type: ignore[override]
+        """Those of the first member, as they are now."""
+        return self.members[0].tensors
 
     @property
     def raw_config(self) -> Mapping[str, Any]:
@@ -102,6 +135,10 @@ class ModelCheckpoint(Checkpoint):
         self.source = str(getattr(model, "name_or_path", "") or "a loaded model")
         self._model_config: PretrainedConfig = model.config  # type: ignore[assignment]
         self._state = model.state_dict()
+        if any(".lora_A." in name for name in self._state):
+            raise CheckpointError(
+                f"{label} ({self.source}): the model carries a LoRA. Merge it with merge_and_unload() first."
+            )
         self.tensors = {
             name: TensorInfo(tuple(tensor.shape), tensor.dtype if tensor.is_floating_point() else None)
             for name, tensor in self._state.items()

@@ -1,14 +1,15 @@
-"""What stands beside the weights: tokenizers, chat templates, licences. Differences do not hinder a build."""
+"""Files beside the weights: tokenizers, chat templates, licences. Differences are warnings, not errors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from .headers import read_json
 
 _TOKEN_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token")
-_CONFIG_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+_CONFIG_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LISTED = 5
 
 
@@ -92,19 +93,22 @@ def vocabulary(folder: Path) -> dict[str, int] | None:
 
 def chat_template(folder: Path) -> str | None:
     """The chat template, wherever it is kept; None where there is none."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8", errors="replace")
+    text = _read_text(folder / "chat_template.jinja")
+    if text is not None:
+        return text
     template = read_json(folder / "tokenizer_config.json").get("chat_template")
     return template if isinstance(template, str) else None
 
 
+def _read_text(path: Path) -> str | None:
+    with suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    return None
+
+
 def licence(folder: Path) -> str | None:
     """The licence that the model card names in its header; None where it names none."""
-    path = folder / "README.md"
-    if not path.is_file():
-        return None
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = (_read_text(folder / "README.md") or "").splitlines()
     if not lines or lines[0].strip() != "---":
         return None
     for line in lines[1:]:

@@ -136,7 +136,7 @@ def skeleton(config: PretrainedConfig) -> nn.Module:
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as fault:  # whatever a configuration that makes no sense may raise
         reason = (str(fault) or type(fault).__name__).splitlines()[0]
         raise UnsupportedError(f"no causal language model for model type {config.model_type!r}: {reason}") from fault

@@ -1,4 +1,4 @@
-"""Experts whose embeddings have another number of rows than the base's: rows are matched by token string."""
+"""Experts whose vocabulary differs from the base's: embedding rows are matched by token string."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from .bench import bench
 from .build import build
 from .common import GuardedGroup, prepare_streams
 from .demo import demo
+from .env import env
 from .evaluate import evaluate
 from .fit_router import fit_router
 from .generate import generate
@@ -42,6 +43,7 @@ app.command()(inspect)
 app.command()(verify)
 app.command()(bench)
 app.command()(demo)
+app.command()(env)
 
 
 def _print_version(wanted: bool) -> None:

@@ -75,6 +75,10 @@ PlanFile = Annotated[
 Workers = Annotated[int, typer.Option(min=1, max=MOST_WORKERS, help="Processes; the output has the same bytes.")]
 MaxMemory = Annotated[str | None, typer.Option(help="Memory limit, e.g. 4GiB.")]
 AllowPickle = Annotated[bool, typer.Option(help="Also read .bin files, with weights_only=True.")]
+Dequantize = Annotated[bool, typer.Option(help="Dequantize quantized checkpoints to plain weights.")]
+AllowDistant = Annotated[
+    bool, typer.Option(help="Build although an expert is too far from the base for a fine-tune.")
+]
 
 
 MERGE_OPTIONS: dict[str, tuple[Any, Any]] = {
@@ -105,6 +109,8 @@ MERGE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "workers": (Workers, 1),
     "max_memory": (MaxMemory, None),
     "allow_pickle": (AllowPickle, False),
+    "dequantize": (Dequantize, False),
+    "allow_distant": (AllowDistant, False),
 }
 """Options of every command that plans or builds a merge: name → (type and help, default)."""
 
@@ -165,6 +171,8 @@ def merge_inputs(ctx: typer.Context) -> dict[str, Any]:
         "workers": given["workers"],
         "max_memory": given["max_memory"],
         "allow_pickle": given["allow_pickle"],
+        "dequantize": given["dequantize"],
+        "allow_distant": given["allow_distant"],
     }
 
 

@@ -40,6 +40,8 @@ class BuildSection:
     max_memory: str | int | None = None
     allow_pickle: bool = False
     hash_inputs: bool = True
+    dequantize: bool = False
+    allow_distant: bool = False
 
 
 @dataclass

@@ -116,6 +116,8 @@ def _plan(pipeline: Any) -> Any:
         workers=build.workers,
         max_memory=build.max_memory,
         allow_pickle=build.allow_pickle,
+        dequantize=build.dequantize,
+        allow_distant=build.allow_distant,
     )
 
 

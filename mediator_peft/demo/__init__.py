@@ -1,1 +1,1 @@
-"""The demonstration on real input: a small model, experts fine-tuned on the spot, and a table of what merging kept."""
+"""The demonstration on a real model: fine-tune three experts, merge, route, measure."""

@@ -1,4 +1,4 @@
-"""The demo's items: easy enough for a small model that learns for minutes, split, and written down as JSONL."""
+"""Items of the demo's tasks: generated, split, written as JSONL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the demo's model and data come from: packages of the Python package index, used as they are."""
+"""Where the demo's model and data come from: packages of the Python Package Index."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's results for the eye: tables, sample answers and one figure."""
+"""The demo's results as tables, sample answers and one figure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the demo trains and measures, in full and in quick form."""
+"""Sizes of the demo in full and in quick form."""
 
 from __future__ import annotations
 

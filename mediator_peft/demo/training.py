@@ -1,4 +1,4 @@
-"""Fine-tuning several experts side by side, each in a process of its own, and telling how far they are."""
+"""Fine-tunes several experts side by side, one process each, and reports progress."""
 
 from __future__ import annotations
 

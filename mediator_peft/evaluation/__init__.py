@@ -1,4 +1,4 @@
-"""Scoring tasks, comparing systems, drawing what came out."""
+"""Scores systems on tasks, compares them, and draws the results."""
 
 from .generation import ROUTED, Memo, Route, answer_losses, answer_prompts, route_prompts
 from .prompts import DataFileError, TaskItem, encode, read_prompts, read_task, render

@@ -1,4 +1,4 @@
-"""Which prompts a model is asked together, with which expert weights, and on which rank."""
+"""Batches of prompts for evaluation: which prompts together, with which expert weights, on which rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..kernels.dispatch import has_compiled
+from ..kernels.dispatch import has_native
 from ..progress import Advance
 from ..ranks import Ranks
 
@@ -49,7 +49,7 @@ def by_weights(groups: Mapping[WeightRow | None, list[int]], lengths: Sequence[i
         batch_size: rows at once.
     """
     few = {row: indices for row, indices in groups.items() if row is not None and len(indices) < _FEW}
-    if len(few) < 2 or not has_compiled():
+    if len(few) < 2 or not has_native():
         few = {}
     found: list[Batch] = []
     for row, indices in groups.items():

@@ -1,4 +1,4 @@
-"""Answers and answer losses of a model on many prompts: routed ones, or any model of transformers."""
+"""Answers and answer losses on many prompts, of a Mediator model or any transformers model."""
 
 from __future__ import annotations
 

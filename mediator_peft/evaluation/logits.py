@@ -1,4 +1,4 @@
-"""How far an output's experts are from their originals in what they say: the largest difference of any logit."""
+"""Largest logit difference between each expert of an output and its original."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _original(path: str, name: str, base: str | os.PathLike[str] | None, allow_p
     if isinstance(expert, LoraCheckpoint):
         if base is None:
             raise CheckpointError(f"expert {name!r} is a LoRA: give its base as well (base=).")
-        expert.bind(open_checkpoint(str(base), "base", allow_pickle), set())
+        expert.bind(open_checkpoint(str(base), "base", allow_pickle), {})
     model: nn.Module = AutoModelForCausalLM.from_config(expert.config, dtype=torch.float32)
     state = {key: expert.read(key).float() for key in expert.tensors}
     model.load_state_dict(state, strict=False, assign=True)

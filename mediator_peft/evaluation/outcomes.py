@@ -1,4 +1,4 @@
-"""Calibration prompts whose expert nobody named: who answers them right decides."""
+"""Labels calibration prompts by outcome: each is assigned to the expert that answers it correctly."""
 
 from __future__ import annotations
 

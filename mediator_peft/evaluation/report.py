@@ -1,4 +1,4 @@
-"""An evaluation as JSON, as tables for a terminal, and as one figure."""
+"""An evaluation as JSON, as terminal tables and as one figure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files that say how far a fitted router can be trusted: numbers, data behind the figures, and the figures."""
+"""Report of a fitted router: metrics on held-out prompts, the data behind the figures, and the figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scoring systems on tasks: who answers how much correctly, and where prompts were sent."""
+"""Runs systems on tasks: accuracy per task and system, and the routes taken."""
 
 from __future__ import annotations
 

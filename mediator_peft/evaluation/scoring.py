@@ -1,4 +1,4 @@
-"""Whether an answer is right, and how sure a share of right answers is. Strings and plain numbers only."""
+"""Matching of answers and confidence intervals of accuracies. Plain strings and numbers."""
 
 from __future__ import annotations
 

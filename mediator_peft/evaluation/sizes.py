@@ -1,4 +1,4 @@
-"""What an adapter holds and how many bytes each part takes, from JSON and the headers of safetensors files alone."""
+"""Bytes of each part of an adapter, from JSON and safetensors headers alone."""
 
 from __future__ import annotations
 

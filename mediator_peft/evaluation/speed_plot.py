@@ -1,4 +1,4 @@
-"""A picture of what ``measure_speed`` found."""
+"""Figure of the results of ``measure_speed``."""
 
 from __future__ import annotations
 

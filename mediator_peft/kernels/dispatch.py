@@ -1,80 +1,131 @@
-"""Packed deltas at work: products, additions and expansion straight from the bitmaps, with no dense or indexed copy.
+"""Packed deltas at work, and the inner loops of a build: one interface, and the implementation that is there.
 
-Everything here takes and gives numpy arrays on the CPU; bfloat16 travels as the uint16 with its bits. With numba the
-work is done by compiled loops (``kernels_numba``), without it by plain numpy (``kernels_numpy``), which is many times
-slower and gives the same up to the order of sums.
+Everything here works on the CPU. The native kernels (``native_kernels``, C++) do the work where they were compiled;
+plain numpy (``numpy_kernels``) does it otherwise, many times slower, with the same bits for all that a build writes and
+the same up to the order of sums for products. ``MEDIATOR_PEFT_KERNELS`` forces ``native`` or ``numpy``.
 """
 
 from __future__ import annotations
 
-import sys
+import os
 import warnings
-from collections.abc import Iterator, Sequence
-from functools import cache, cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, cached_property, partial
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from .numpy_kernels import CHUNK_ROWS, Array, DenseChunk, count_kept, dense_chunks, narrowed, row_offsets, widened
+from ..errors import ConfigError, UnsupportedError
+from . import numpy_kernels
+from .numpy_kernels import (
+    CHUNK_ROWS,
+    Array,
+    DenseChunk,
+    MarkJob,
+    count_kept,
+    dense_chunks,
+    narrowed,
+    row_offsets,
+    widened,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = [
     "GroupedProduct",
+    "MarkJob",
     "PackedDelta",
     "add_to",
     "added",
     "as_array",
+    "change",
     "expand",
-    "has_compiled",
+    "has_native",
+    "mark_tile",
+    "merge_tile",
+    "move_kept",
+    "native",
+    "put_bits",
     "row_offsets",
     "sparse_product",
+    "take_bits",
 ]
 
-_FLOAT32 = (np.dtype(np.float32),)
-_FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.uint16))
+CHOICE = "MEDIATOR_PEFT_KERNELS"
+"""The environment variable that forces an implementation."""
+
+ADD_OR_MARK, ADD_MARKED, TAKE_UNMARKED = range(3)
+"""What :func:`change` does."""
+
+SAVE, BRING_BACK = range(2)
+"""What :func:`move_kept` does."""
+
+_UINT8, _UINT16, _INT32, _FLOAT32, _FLOAT16, _FLOAT64 = map(
+    np.dtype, ("uint8", "uint16", "int32", "float32", "float16", "float64")
+)
+_FLOATS = (_FLOAT32, _FLOAT16, _UINT16)
 
 
 @cache
-def _compiled() -> ModuleType | None:
-    """The compiled twins; None without numba or on a processor they do not know."""
-    if sys.byteorder != "little":
+def native() -> ModuleType | None:
+    """The native kernels; None where plain numpy does their work. Looked for once; the first failure warns.
+
+    Raises:
+        ConfigError: ``MEDIATOR_PEFT_KERNELS`` is neither ``native`` nor ``numpy``.
+        UnsupportedError: it asks for the native kernels, and they cannot be used.
+    """
+    choice = os.environ.get(CHOICE, "")
+    if choice not in ("", "native", "numpy"):
+        raise ConfigError(f"{CHOICE}={choice!r}: set it to 'native' or 'numpy', or leave it out.")
+    if choice == "numpy":
         return None
+    from . import native_kernels
+
     try:
-        from . import llvm_numba as kernels_numba
-    except ImportError as fault:
+        native_kernels.library()
+    except native_kernels.NativeKernelsMissing as fault:
+        if choice:
+            raise UnsupportedError(f"{CHOICE}=native, but the native kernels cannot be used: {fault}.") from fault
         warnings.warn(
-            "Prompts that want different experts are computed by numpy, many times slower than by the compiled loops: "
-            f"{fault}. Install numba (pip install numba), or silence this with warnings.filterwarnings.",
+            f"The native kernels cannot be used: {fault}. Plain numpy does their work, many times slower. Install a "
+            "C++ compiler and then the package again (pip install --force-reinstall --no-deps mediator_peft, or pip "
+            f"install -e . in its sources), or set {CHOICE}=numpy to silence this.",
             RuntimeWarning,
             stacklevel=3,
         )
         return None
-    return kernels_numba
+    return native_kernels
 
 
-def has_compiled() -> bool:
-    """Whether the compiled loops are in use. The first call imports numba."""
-    return _compiled() is not None
+def has_native() -> bool:
+    """Whether the native kernels are in use."""
+    return native() is not None
 
 
-class _HoldsAddresses:
-    """Copies and pickles leave out what only holds for these very arrays."""
+def _num_threads(wanted: int | None) -> int:
+    if wanted:
+        return wanted
+    import torch
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: None if key == "_made" else value for key, value in self.__dict__.items() if key != "fields"}
+    return torch.get_num_threads()
 
 
-class PackedDelta(_HoldsAddresses):
-    """One matrix's delta for one expert, ready for the kernels. Holds the arrays it is given and copies none of them.
+class PackedDelta:
+    """One matrix's delta for one expert, ready for the kernels. Holds what it is given and copies none of it.
+
+    Tensors are to be given as tensors and not as ``tensor.numpy()``: a tensor's memory may be moved under it (into
+    shared memory, for another process), so its address is looked up at every call.
 
     Args:
         mask: (O, ceil(I / 8)) uint8, bit j % 8 of byte j // 8 is column j; padding bits are 0.
         num_columns: I
         signs: (ceil(num_kept / 8),) uint8, a one for a negative entry, row by row; goes with ``scales``.
-        scales: (O,) uint16, the bits of bfloat16.
-        values: (num_kept,) float32, float16 or uint16 (the bits of bfloat16), row by row; instead of the other two.
+        scales: (O,) bfloat16, or uint16 with its bits.
+        values: (num_kept,) float32, float16, bfloat16 or uint16 with its bits, row by row; instead of the other two.
         offsets: what :func:`row_offsets` gave for the mask; None computes it.
 
     Raises:
@@ -83,46 +134,78 @@ class PackedDelta(_HoldsAddresses):
 
     def __init__(
         self,
-        mask: Array,
+        mask: Array | Tensor,
         num_columns: int,
         *,
-        signs: Array | None = None,
-        scales: Array | None = None,
-        values: Array | None = None,
+        signs: Array | Tensor | None = None,
+        scales: Array | Tensor | None = None,
+        values: Array | Tensor | None = None,
         offsets: NDArray[np.int32] | None = None,
     ) -> None:
         self.shape = (len(mask), num_columns)
-        self.mask = _checked("mask", mask, (np.uint8,), (len(mask), (num_columns + 7) // 8))
-        if num_columns % 8 and (mask[:, -1] >> (num_columns % 8)).any():
+        self._mask, self._signs, self._scales, self._values = mask, signs, scales, values
+        _check("mask", mask, (_UINT8,), (len(mask), (num_columns + 7) // 8))
+        if num_columns % 8 and (self.mask[:, -1] >> (num_columns % 8)).any():
             raise ValueError(f"the mask has ones beyond column {num_columns}; its padding bits must be 0.")
-        offsets = row_offsets(mask) if offsets is None else offsets
-        self.offsets = _checked("offsets", offsets, (np.int32,), (-(-len(mask) // CHUNK_ROWS),))
-        num_kept = count_kept(mask, offsets)
-        self.signs = self.scales = self.values = None
+        self.offsets = row_offsets(self.mask) if offsets is None else offsets
+        _check("offsets", self.offsets, (_INT32,), (-(-len(mask) // CHUNK_ROWS),))
+        num_kept = count_kept(self.mask, self.offsets)
         if values is not None and signs is None and scales is None:
-            self.values = _checked("values", values, _FLOATS, (num_kept,))
+            _check("values", values, _FLOATS, (num_kept,))
         elif values is None and signs is not None and scales is not None:
-            self.signs = _checked("signs", signs, (np.uint8,), ((num_kept + 7) // 8,))
-            self.scales = _checked("scales", scales, (np.uint16,), (len(mask),))
+            _check("signs", signs, (_UINT8,), ((num_kept + 7) // 8,))
+            _check("scales", scales, (_UINT16,), (len(mask),))
         else:
             raise ValueError("a delta has either signs and scales, or values.")
 
+    @property
+    def mask(self) -> Array:
+        """(O, ceil(I / 8)) uint8, as it lies now."""
+        return as_array(self._mask)
+
+    @property
+    def signs(self) -> Array | None:
+        """(ceil(num_kept / 8),) uint8, as they lie now."""
+        return None if self._signs is None else as_array(self._signs)
+
+    @property
+    def scales(self) -> Array | None:
+        """(O,) uint16, the bits of bfloat16, as they lie now."""
+        return None if self._scales is None else as_array(self._scales)
+
+    @property
+    def values(self) -> Array | None:
+        """(num_kept,) float32, float16 or uint16 (the bits of bfloat16), as they lie now."""
+        return None if self._values is None else as_array(self._values)
+
+    @property
+    def is_sign(self) -> bool:
+        """Whether entries are stored as signs and scales."""
+        return self._values is None
+
     @cached_property
-    def fields(self) -> NDArray[np.int64]:
-        """What the compiled loops know of this delta: addresses."""
-        compiled = _compiled()
-        assert compiled is not None
-        source = self.signs if self.values is None else self.values
+    def places(self) -> tuple[Callable[[], int], ...]:
+        """Functions that tell where the memory lies now."""
+        source = self._signs if self._values is None else self._values
+        return tuple(_place_of(owner) for owner in (self._mask, source, self._scales) if owner is not None)
+
+    def arrays(self) -> Any:
+        """What the native kernels read: ``native_kernels.DeltaArrays``, as it lies now."""
+        from .native_kernels import DeltaArrays
+
+        source = self.signs if self._values is None else self.values
         assert source is not None
-        form = "sign" if self.values is None else self.values.dtype.name
-        return compiled.table(self.mask, form, source, self.scales, self.offsets)
+        return DeltaArrays(self.mask, source, self.scales, self.offsets)
 
     def chunks(self) -> Iterator[DenseChunk]:
         """The delta in plain numpy, 16 rows at a time."""
         return dense_chunks(self.mask, self.shape[1], self.signs, self.scales, self.values, self.offsets)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "places"}
 
-class GroupedProduct(_HoldsAddresses):
+
+class GroupedProduct:
     """What several deltas of one layer add to its output, each on its own rows of the batch.
 
     Made once for a layer and a set of expert weights, then called at every step; a call costs microseconds beside the
@@ -146,7 +229,7 @@ class GroupedProduct(_HoldsAddresses):
             raise ValueError(f"{len(deltas)} deltas, {len(rows)} sets of rows, {len(coefficients)} of coefficients.")
         if len({delta.shape for delta in self.deltas}) > 1:
             raise ValueError(f"deltas of one layer differ in shape: {sorted({delta.shape for delta in self.deltas})}.")
-        if len({delta.values is None for delta in self.deltas}) > 1:
+        if len({delta.is_sign for delta in self.deltas}) > 1:
             raise ValueError("deltas of one layer are either all signs or all values.")
         for group_rows, group_coefficients in zip(self.rows, self.coefficients, strict=True):
             if group_rows.ndim != 1 or group_rows.shape != group_coefficients.shape:
@@ -154,35 +237,32 @@ class GroupedProduct(_HoldsAddresses):
             if len(np.unique(group_rows)) < len(group_rows) or (group_rows < 0).any():
                 raise ValueError(f"rows of one delta must differ and not be negative, got {group_rows.tolist()}.")
         self._min_batch = 1 + max((int(group.max()) for group in self.rows if len(group)), default=-1)
-        self._is_sign = not self.deltas or self.deltas[0].values is None
-        self._made: tuple[Any, NDArray[np.int64]] | None = None
+        self._made: tuple[Any, Any] | None = None
 
-    @cached_property
-    def fields(self) -> NDArray[np.int64]:
-        """What the compiled loops know of the deltas and their rows: addresses."""
-        compiled = _compiled()
-        assert compiled is not None
-        return compiled.grouped_table([delta.fields for delta in self.deltas], self.rows, self.coefficients)
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave out what only holds for these very arrays."""
+        return {**{key: value for key, value in self.__dict__.items() if key != "_places"}, "_made": None}
 
     def __call__(self, x: NDArray[np.float32], out: NDArray[np.float32], num_threads: int | None = None) -> None:
         """``out[b] += coefficient * (S @ x[b])`` for every delta and each of its rows b.
 
         Args:
-            x: (B, I) float32, rows contiguous.
+            x: (B, I) float32, contiguous.
             out: (B, O) float32, contiguous.
             num_threads: most threads to use; None takes as many as torch does.
 
         Raises:
             ValueError: a shape or dtype does not fit.
         """
-        if self._min_batch == 0 or not self.deltas[0].mask.size:
+        if self._min_batch == 0 or 0 in self.deltas[0].shape:
             return
         self._check_batch(len(x))
         num_outputs, num_inputs = self.deltas[0].shape
-        _checked("x", x, _FLOAT32, (len(x), num_inputs))
-        _writable("out", out, _FLOAT32, (len(x), num_outputs))
-        if _compiled() is not None:
-            self.multiply(torch.from_numpy(x), torch.from_numpy(out), num_threads=num_threads)
+        _check("x", x, (_FLOAT32,), (len(x), num_inputs))
+        _check_writable("out", out, (_FLOAT32,), (len(x), num_outputs))
+        if (kernels := native()) is not None:
+            job = self._job(kernels, self.deltas[0].shape)
+            job.run(kernels.address(x), len(x), kernels.address(out), _num_threads(num_threads))
             return
         for delta, rows, coefficients in zip(self.deltas, self.rows, self.coefficients, strict=True):
             for columns, _, dense in delta.chunks():
@@ -190,43 +270,56 @@ class GroupedProduct(_HoldsAddresses):
 
     def multiply(
         self,
-        x: torch.Tensor,
-        out: torch.Tensor,
-        weight: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
+        x: Tensor,
+        out: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
         num_threads: int | None = None,
     ) -> None:
-        """As a call, by the compiled loops alone; with a weight, ``out`` is first set to ``x @ weight.T + bias``.
+        """As a call, by the native kernels alone; with a weight, ``out`` is first set to ``x @ weight.T + bias``.
 
         Args:
             x: (B, I) float32, contiguous.
             out: (B, O) float32, contiguous.
-            weight: (O, I) float32, float16 or bfloat16, contiguous; I a multiple of 16.
+            weight: (O, I) float32, float16 or bfloat16, contiguous.
             bias: (O,) float32, goes with the weight.
             num_threads: most threads to use; None takes as many as torch does.
-        """
-        compiled = _compiled()
-        assert compiled is not None
-        self._check_batch(len(x))
-        width = x.shape[1]
-        if width % 64:
-            # Vectors are read in whole words.
-            x = torch.nn.functional.pad(x, (0, 64 - width % 64))
-        rows = (x.data_ptr(), 4 * x.shape[1])
-        threads = num_threads or torch.get_num_threads()
-        job = self._job(out.shape[1], width, weight, bias)
-        compiled.run_product(job, self._is_sign, rows, len(x), out.data_ptr(), threads)
 
-    def _job(self, num_outputs: int, num_inputs: int, weight: Any, bias: Any) -> NDArray[np.int64]:
-        """The job for one weight, kept for the next call."""
-        key = (None if weight is None else weight.data_ptr(), None if bias is None else bias.data_ptr())
+        Raises:
+            ValueError: a shape or dtype does not fit.
+        """
+        kernels = native()
+        assert kernels is not None
+        batch_size = len(x)
+        self._check_batch(batch_size)
+        shape = (out.shape[1], x.shape[1])
+        if self.deltas and self.deltas[0].shape != shape:
+            raise ValueError(f"x and out are for a matrix {shape}, the deltas have shape {self.deltas[0].shape}.")
+        _check("x", x, (_FLOAT32,), (batch_size, shape[1]))
+        _check("out", out, (_FLOAT32,), (batch_size, shape[0]))
+        if weight is not None:
+            _check("weight", weight, _FLOATS, shape)
+        if bias is not None:
+            _check("bias", bias, (_FLOAT32,), shape[:1])
+        job = self._job(kernels, shape, weight, bias)
+        job.run(x.data_ptr(), batch_size, out.data_ptr(), _num_threads(num_threads))
+
+    @cached_property
+    def _places(self) -> tuple[Callable[[], int], ...]:
+        return tuple(place for delta in self.deltas for place in delta.places)
+
+    def _job(
+        self, kernels: ModuleType, shape: tuple[int, int], weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> Any:
+        """The job for one weight, kept for the next call as long as all memory stays where it is."""
+        key = [place() for place in self._places]
+        key += [0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr()]
         made = self._made
         if made is None or made[0] != key:
-            compiled = _compiled()
-            assert compiled is not None
-            arrays = (None if weight is None else as_array(weight), None if bias is None else as_array(bias))
-            fields = self.fields if self.deltas else np.zeros((0, compiled.DELTA_FIELDS), np.int64)
-            self._made = made = (key, compiled.product_job(fields, (num_outputs, num_inputs), *arrays))
+            arrays = [delta.arrays() for delta in self.deltas]
+            dense = (None if weight is None else as_array(weight), None if bias is None else as_array(bias))
+            job = kernels.ProductJob(shape, arrays, self.rows, self.coefficients, *dense)
+            self._made = made = (key, job)
         return made[1]
 
     def _check_batch(self, batch_size: int) -> None:
@@ -254,7 +347,7 @@ def sparse_product(
 
 
 def add_to(weight: Array, delta: PackedDelta, coefficient: float, num_threads: int | None = None) -> None:
-    """``weight += coefficient * S`` at the kept entries; no other is written, not even with its own value.
+    """``weight += coefficient * S`` at the kept entries; all others keep every bit.
 
     Computed in float32 (first ``coefficient * scale`` or ``coefficient * value``, then the sum), then rounded once, to
     nearest even.
@@ -268,32 +361,43 @@ def add_to(weight: Array, delta: PackedDelta, coefficient: float, num_threads: i
     Raises:
         ValueError: the weight's shape or dtype does not fit.
     """
-    _writable("weight", weight, _FLOATS, delta.shape)
+    _check_writable("weight", weight, _FLOATS, delta.shape)
     if not weight.size:
         return
-    if (compiled := _compiled()) is not None:
-        compiled.add_to(weight, delta.fields, coefficient, num_threads or torch.get_num_threads())
+    if (kernels := native()) is not None:
+        kernels.add(weight, delta.arrays(), coefficient, _num_threads(num_threads))
         return
     for rows, kept, dense in delta.chunks():
         total = widened(weight[rows][kept]) + np.float32(coefficient) * dense[kept]
         weight[rows][kept] = narrowed(total, weight.dtype)
 
 
-def added(weight: torch.Tensor, delta: PackedDelta, coefficient: float) -> torch.Tensor:
-    """``weight + coefficient * S`` as a new matrix, rounded once, by the compiled loops; they read the weight once.
+def added(
+    weight: Tensor, delta: PackedDelta, coefficient: float, out: Tensor | None = None, first_row: int = 0
+) -> Tensor:
+    """``weight + coefficient * S`` as a new matrix, rounded once, by the native kernels; they read the weight once.
 
     Args:
-        weight: (O, I) float32, float16 or bfloat16, contiguous, on the CPU.
-        delta: (O, I)
+        weight: (r, I) float32, float16 or bfloat16, contiguous, on the CPU.
+        delta: (O, I), of which rows ``first_row`` to ``first_row + r`` are added.
         coefficient: one number.
+        out: (r, I) to be written, of the weight's dtype; None makes a new one.
+        first_row: a multiple of 16.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
     """
-    compiled = _compiled()
-    assert compiled is not None
-    result = torch.empty_like(weight)
-    _checked("weight", as_array(weight), _FLOATS, delta.shape)
-    arrays = as_array(result), delta.fields, coefficient, torch.get_num_threads(), as_array(weight)
+    import torch
+
+    kernels = native()
+    assert kernels is not None
+    shape = (delta.shape[0] if out is None else len(weight), delta.shape[1])
+    _check("weight", weight, _FLOATS, shape)
+    result = torch.empty_like(weight) if out is None else out
+    _check("out", result, (_stored_as(weight.dtype),), shape)
     if result.numel():
-        compiled.add_to(*arrays)
+        threads = torch.get_num_threads()
+        kernels.add(as_array(result), delta.arrays(), coefficient, threads, as_array(weight), first_row)
     return result
 
 
@@ -304,22 +408,179 @@ def expand(delta: PackedDelta) -> NDArray[np.float32]:
     return dense
 
 
-def as_array(tensor: torch.Tensor) -> NDArray[Any]:
-    """A tensor's memory as the kernels read it: bfloat16, which numpy does not know, as its bits."""
+def change(
+    mode: int,
+    weight: NDArray[np.float32],
+    delta: PackedDelta,
+    coefficient: float,
+    low_bits: int,
+    marks: NDArray[np.uint8],
+) -> None:
+    """Add ``coefficient * S`` to a float32 weight such that it can be computed back, or take it out. Native only.
+
+    A weight of a 16-bit checkpoint has free low bits: subtracting the delta and rounding to the others gives it back.
+    It is tried out row by row before a row is written; rows where an entry would not come back keep their mark.
+
+    Args:
+        mode: ``ADD_OR_MARK`` adds to the rows that can be computed back and sets their marks to 0; ``ADD_MARKED`` adds
+            to the rows with a mark; ``TAKE_UNMARKED`` takes out of those without.
+        weight: (O, I) float32, changed in place.
+        delta: (O, I)
+        coefficient: one number.
+        low_bits: free low bits of the weight's numbers, 1 to 23.
+        marks: (O,), all 1 at first.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    kernels = native()
+    assert kernels is not None
+    _check_writable("weight", weight, (_FLOAT32,), delta.shape)
+    _check_writable("marks", marks, (_UINT8,), delta.shape[:1])
+    if not 1 <= low_bits <= 23 or mode not in (ADD_OR_MARK, ADD_MARKED, TAKE_UNMARKED):
+        raise ValueError(f"low_bits must be 1 to 23 and the mode known, got {low_bits} and {mode}.")
+    kernels.change(mode, weight, delta.arrays(), coefficient, low_bits, marks, _num_threads(None))
+
+
+def move_kept(mode: int, weight: Array, mask: Array, offsets: NDArray[np.int32], saved: Array) -> None:
+    """Copy the kept entries of a weight to ``saved`` (``SAVE``), or back (``BRING_BACK``), bit for bit. Native only.
+
+    Args:
+        mode: which way.
+        weight: (O, I), numbers of 2 or 4 bytes.
+        mask: (O, ceil(I / 8)) uint8
+        offsets: (ceil(O / 16),) int32, from :func:`row_offsets`.
+        saved: (num_kept,), of the weight's dtype.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    kernels = native()
+    assert kernels is not None
+    rows, columns = weight.shape
+    _check("weight", weight, _FLOATS, weight.shape)
+    _check("mask", mask, (_UINT8,), (rows, (columns + 7) // 8))
+    _check("offsets", offsets, (_INT32,), (-(-rows // CHUNK_ROWS),))
+    _check("saved", saved, (weight.dtype,), (count_kept(mask, offsets),))
+    if mode not in (SAVE, BRING_BACK):
+        raise ValueError(f"unknown mode {mode}.")
+    kernels.move_kept(mode, weight, mask, offsets, saved, _num_threads(None))
+
+
+def mark_tile(jobs: Sequence[MarkJob]) -> list[tuple[int, int]]:
+    """Mark rows of several differences of one shape against a bracket each, and sum them up.
+
+    Args:
+        jobs: what is read and written.
+
+    Returns:
+        For each, how many magnitudes lie above the bracket and how many in it.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    for job in jobs:
+        shape = (rows, columns) = jobs[0].minuend.shape
+        _check("minuend", job.minuend, (_FLOAT32, _UINT16), shape)
+        _check("subtrahend", job.subtrahend, (job.minuend.dtype,), shape)
+        _check("minuend", job.minuend, (jobs[0].minuend.dtype,), shape)
+        for name in ("negative", "above", "inside"):
+            _check_writable(name, getattr(job, name), (_UINT8,), (rows, (columns + 7) // 8))
+        _check_writable("sums", job.sums, (_FLOAT64,), (rows, 3))
+        _check_writable("values", job.values, (_FLOAT32,), (rows * columns,))
+    return (native() or numpy_kernels).mark_tile(jobs)
+
+
+def merge_tile(sources: Sequence[Array], is_mean: bool, backbone: Array, energies: NDArray[np.float64]) -> None:
+    """Merge rows of bfloat16 weights: subtracted, averaged and rounded.
+
+    Args:
+        sources: K + 1 times (r, I) uint16, the bits of bfloat16: rows of the base, then of the experts.
+        is_mean: whether the backbone is the mean of the experts; else it is the base.
+        backbone: (r, I) uint16, written.
+        energies: (r,), written: squared norm of each row of the sum of the task vectors.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    for source in sources:
+        _check("source", source, (_UINT16,), backbone.shape)
+    _check_writable("backbone", backbone, (_UINT16,), backbone.shape)
+    _check_writable("energies", energies, (_FLOAT64,), (len(backbone),))
+    (native() or numpy_kernels).merge_tile(sources, is_mean, backbone, energies)
+
+
+def take_bits(bitmap: Array, mask: Array, num_columns: int) -> Array:
+    """The bits of a bitmap that stand where a mask has ones, row by row and closed up.
+
+    Args:
+        bitmap, mask: (r, ceil(num_columns / 8)) uint8, contiguous.
+        num_columns: of a row.
+
+    Returns:
+        (ceil(number of ones / 8),) uint8
+    """
+    _check("mask", mask, (_UINT8,), (len(mask), (num_columns + 7) // 8))
+    _check("bitmap", bitmap, (_UINT8,), mask.shape)
+    if (kernels := native()) is None:
+        return numpy_kernels.take_bits(bitmap, mask, num_columns)
+    return kernels.take_bits(bitmap, mask, numpy_kernels.count_ones(mask))
+
+
+def put_bits(bitmap: Array, choice: NDArray[np.bool_], num_columns: int) -> Array:
+    """Some ones of a bitmap, as another; ``choice`` has a boolean for each of them. May write over the bitmap.
+
+    Args:
+        bitmap: (r, ceil(num_columns / 8)) uint8, contiguous.
+        choice: (number of its ones,)
+        num_columns: of a row.
+    """
+    kernels = native()
+    if kernels is None:
+        return numpy_kernels.chosen_ones(bitmap, choice, num_columns)
+    _check_writable("bitmap", bitmap, (_UINT8,), (len(bitmap), (num_columns + 7) // 8))
+    kernels.put_bits(np.packbits(choice, bitorder="little"), bitmap)
+    return bitmap
+
+
+def as_array(tensor: Array | Tensor) -> NDArray[Any]:
+    """A tensor's memory as the kernels read it: bfloat16, which numpy does not know, as its bits. Arrays stay."""
+    if isinstance(tensor, np.ndarray):
+        return tensor
+    import torch
+
     plain = tensor.detach()
     return (plain.view(torch.uint16) if plain.dtype == torch.bfloat16 else plain).numpy()
 
 
-def _checked(name: str, array: Array, dtypes: tuple[Any, ...], shape: tuple[int, ...]) -> Array:
-    """The array, if the compiled loops can read it: they know nothing but an address."""
-    if array.shape != shape or array.dtype not in dtypes or not (array.flags.c_contiguous and array.flags.aligned):
-        names = " or ".join(np.dtype(dtype).name for dtype in dtypes)
+def _place_of(owner: Array | Tensor) -> Callable[[], int]:
+    """Where memory lies: a tensor is asked each time, an array that is held stays where it is."""
+    if isinstance(owner, np.ndarray):
+        return partial(int, owner.__array_interface__["data"][0])
+    return owner.data_ptr
+
+
+@cache
+def _stored_as(dtype: torch.dtype) -> np.dtype[Any]:
+    """The dtype of :func:`as_array` for a tensor's: bfloat16 is seen as its bits."""
+    name = str(dtype).removeprefix("torch.")
+    return _UINT16 if name == "bfloat16" else np.dtype(name)
+
+
+def _check(name: str, array: Array | Tensor, dtypes: tuple[np.dtype[Any], ...], shape: tuple[int, ...]) -> None:
+    """Refuse what the native kernels cannot read: they know nothing but an address."""
+    if isinstance(array, np.ndarray):
+        fits = array.dtype in dtypes and array.flags.c_contiguous and array.flags.aligned
+    else:
+        fits = _stored_as(array.dtype) in dtypes and array.is_contiguous() and array.device.type == "cpu"
+    if not fits or tuple(array.shape) != shape:
+        names = " or ".join(dtype.name for dtype in dtypes)
         raise ValueError(
-            f"{name} must be an aligned, contiguous {names} array {shape}, got {array.dtype} {array.shape}."
+            f"{name} must be an aligned, contiguous {names} array {shape}, got {array.dtype} {tuple(array.shape)}."
         )
-    return array
 
 
-def _writable(name: str, array: Array, dtypes: tuple[Any, ...], shape: tuple[int, ...]) -> None:
-    if not _checked(name, array, dtypes, shape).flags.writeable:
+def _check_writable(name: str, array: Array, dtypes: tuple[np.dtype[Any], ...], shape: tuple[int, ...]) -> None:
+    _check(name, array, dtypes, shape)
+    if not array.flags.writeable:
         raise ValueError(f"{name} is read-only.")

@@ -1,1 +1,1 @@
-"""Checkpoints in, backbone and bank out; one tensor at a time."""
+"""build_mediator(): checkpoints in; backbone and bank out."""

@@ -1,4 +1,4 @@
-"""Conflict scores → which blocks are routed; and plans in files, for a person to edit."""
+"""From conflict scores to the blocks that are routed, and plan files that a user can edit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From checkpoints to a backbone and a bank of sparse deltas: which tensors, in which order, what they add up to."""
+"""The build itself: lists the tasks, runs them, and combines their results into backbone, bank and report."""
 
 from __future__ import annotations
 

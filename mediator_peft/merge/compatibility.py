@@ -1,36 +1,23 @@
-"""Whether base and experts belong together; every fault is found before any work starts."""
+"""Checks that base and experts belong together. All faults are found before any work starts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from ..checkpoints.checkpoint import Checkpoint, TensorInfo
 from ..checkpoints.lora import LoraCheckpoint
-from ..checkpoints.tensor_inventory import is_known, outline_of
+from ..checkpoints.opening import MeanCheckpoint
+from ..checkpoints.stray_tensors import leave_out_strays
+from ..checkpoints.tensor_inventory import Outline, outline_of
+from ..checkpoints.tied_head import settle_heads, tied_sources
 from ..checkpoints.vocabulary import aligned
-from ..errors import CheckpointMismatchError
+from ..errors import CheckpointError, CheckpointMismatchError, UnsupportedError
 from ..structure import Structure
+from .config_comparison import compare_configs
 
-# Settings that change what the same weights compute.
-_MEANINGFUL = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "hidden_act",
-    "rope_parameters",
-    "sliding_window",
-    "tie_word_embeddings",
-)
-# How files of former versions of transformers call some of them.
-_FORMER_NAMES = ("rope_theta", "rope_scaling", "partial_rotary_factor", "hidden_activation")
 _LISTED = 8
 
 
@@ -50,14 +37,19 @@ class Job(NamedTuple):
     """What was done to make them fit."""
 
 
-def check_job(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Job:
+def check_job(base: Checkpoint, experts: Mapping[str, Checkpoint], may_untie: bool = False) -> Job:
     """Compare base and experts by their headers alone.
+
+    Args:
+        base: what the experts were fine-tuned from.
+        experts: name → checkpoint.
+        may_untie: whether the output may have an ``lm_head`` that the base ties to the embedding.
 
     Raises:
         CheckpointMismatchError: tensors, shapes, dtypes or settings differ; every fault is listed.
         UnsupportedError: the architecture is not supported.
     """
-    job, faults = examine_job(base, experts)
+    job, faults = examine_job(base, experts, may_untie)
     if faults:
         raise CheckpointMismatchError(
             "base and experts do not belong together:\n- "
@@ -68,25 +60,39 @@ def check_job(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Job:
     return job
 
 
-def examine_job(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> tuple[Job, list[str]]:
+def examine_job(base: Checkpoint, experts: Mapping[str, Checkpoint], may_untie: bool = False) -> tuple[Job, list[str]]:
     """As :func:`check_job`, but the faults are given back.
 
     Raises:
+        CheckpointError: the base is an adapter.
         UnsupportedError: the architecture is not supported.
     """
+    if isinstance(base, LoraCheckpoint):
+        raise CheckpointError(base.no_base())
     outline = outline_of(base)
+    # The mean of the experts is what they are.
+    first = [] if isinstance(base, MeanCheckpoint) else [base]
+    whole = [*first, *(expert for expert in experts.values() if not isinstance(expert, LoraCheckpoint))]
+    leave_out_strays(whole, outline)
+    untied = settle_heads(whole, outline, may_untie)
+    if untied:
+        outline = outline_of(base)
     tied = set(outline.tied)
     needed = outline.names - tied
     faults = []
     for expert in experts.values():
         if isinstance(expert, LoraCheckpoint):
-            faults += expert.bind(base, tied)
+            faults += expert.bind(base, tied_sources(outline))
     seen = {name: aligned(expert, base) for name, expert in experts.items()}
     experts = {name: expert for name, (expert, _) in seen.items()}
-    notes = tuple(note for _, note in seen.values() if note is not None)
-    faults += _config_faults(base, experts.values())
+    compared = compare_configs(base, experts.values())
+    notes = (*untied, *(note for _, note in seen.values() if note is not None), *compared.notes)
+    faults += compared.faults
     names = [name for name in base.tensors if name not in tied]
-    faults += _listed(f"{base.label} lacks tensors that {outline.class_name} has", sorted(needed - set(names)))
+    missing = sorted(needed - set(names))
+    if missing:
+        _refuse_other_class(base, outline)
+    faults += _listed(f"{base.label} lacks tensors that {outline.class_name} has", missing)
     reference = {name: base.tensors[name] for name in names}
     for expert in experts.values():
         faults += _tensor_faults(expert, reference, base.label, tied)
@@ -119,22 +125,18 @@ def coarsest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def _config_faults(base: Checkpoint, experts: Iterable[Checkpoint]) -> list[str]:
-    faults = []
-    for expert in experts:
-        if _say_the_same(base.raw_config, expert.raw_config):
-            continue
-        for key in _MEANINGFUL:
-            ours, theirs = getattr(base.config, key, None), getattr(expert.config, key, None)
-            if ours != theirs:
-                faults.append(f"{expert.label} has {key} = {theirs!r} in config.json, the base has {ours!r}")
-    return faults
+def _refuse_other_class(base: Checkpoint, outline: Outline) -> None:
+    """Name the class of a base that lacks tensors since it is no causal language model.
 
-
-def _say_the_same(ours: Mapping[str, object], theirs: Mapping[str, object]) -> bool:
-    """Whether two ``config.json`` of known models agree word for word; where not, they may still mean it."""
-    keys = (*_MEANINGFUL, *_FORMER_NAMES)
-    return is_known(ours) and is_known(theirs) and all(ours.get(key) == theirs.get(key) for key in keys)
+    Raises:
+        UnsupportedError: its configuration names another class.
+    """
+    named = base.raw_config.get("architectures") or getattr(base.config, "architectures", None)
+    if isinstance(named, list) and named and outline.class_name not in named:
+        raise UnsupportedError(
+            f"{base.label} ({base.source}) is a {named[0]}, no causal language model ({outline.class_name}); these "
+            "alone are supported."
+        )
 
 
 def _listed(what: str, items: list[str]) -> list[str]:

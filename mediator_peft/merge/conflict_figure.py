@@ -1,4 +1,4 @@
-"""The figure of a build, as SVG text: no plotting package is needed, and none has to be loaded."""
+"""Figure of the conflict scores as SVG text, without a plotting package."""
 
 from __future__ import annotations
 

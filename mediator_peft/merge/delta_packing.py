@@ -1,4 +1,4 @@
-"""A whole delta → its packed form, by any sparsifier and coding."""
+"""Sparsifies and packs one whole delta, with any sparsifier and encoding."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from ..bank.sparse_delta import SparseDelta
 from ..checkpoints.checkpoint import Checkpoint
 from ..config import MediatorSettings
-from ..methods.encoding.values import Precision
-from ..methods.sparsifying import LOW_RANK, RESCALING, SPARSIFIERS
+from ..methods.encoding.base import Precision
+from ..methods.sparsifying import SPARSIFIERS
 from ..methods.sparsifying.svd import low_rank, rank_of_density
 
 
@@ -29,13 +29,14 @@ def pack_delta(
         bias: (O,) float32 or None.
     """
     generator = torch.Generator().manual_seed(crc32(f"{config.seed}/{name}".encode()))
-    if config.sparsifier in LOW_RANK:
+    sparsifier = SPARSIFIERS[config.sparsifier]
+    if sparsifier.is_low_rank:
         rank = rank_of(config, (delta.shape[0], delta.shape[1]), density)
         left, right = low_rank(delta, rank, generator)
         stored = factor_dtype(config, density)
         return SparseDelta.from_factors(left.to(stored), right.to(stored), bias)
-    kept = SPARSIFIERS[config.sparsifier](delta, density, generator) != 0
-    gain = 1 / density if config.sparsifier in RESCALING else 1.0
+    kept = sparsifier(delta, density, generator) != 0
+    gain = 1 / density if sparsifier.rescales else 1.0
     # At density 1 numbers are kept in float32, so that nothing is lost.
     precision = Precision(None if density == 1.0 else dtype, config.rescale, gain)
     return SparseDelta.from_dense(delta, kept, config.encoding, precision, bias)
@@ -58,7 +59,7 @@ def own_factors(
 
     So it is where the backbone is the base. They are kept in bfloat16 if that loses nothing, else in float32.
     """
-    if config.sparsifier not in LOW_RANK or config.merge_method != "base":
+    if not SPARSIFIERS[config.sparsifier].is_low_rank or config.merge_method != "base":
         return None
     factors = checkpoint.factors(name)
     if factors is None:

@@ -1,4 +1,4 @@
-"""What each tensor became, one small file a tensor: the journal that lets a build go on after it was killed."""
+"""Resume journal: the result of each tensor as one small file, so that a killed build continues."""
 
 from __future__ import annotations
 

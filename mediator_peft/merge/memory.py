@@ -1,14 +1,13 @@
-"""How much memory a build takes, and keeping below a limit."""
+"""Predicts the memory of a build and chooses the number of workers within a limit."""
 
 from __future__ import annotations
 
 import re
-import sys
 from math import prod
 from pathlib import Path
 
 from ..errors import ConfigError, OutOfMemoryError
-from ..methods.merging import ENTRYWISE
+from ..methods.merging import MERGE_METHODS
 from .builder import peak_memory
 from .merge_job import Merge
 from .tensor_work import Task, is_one_pass
@@ -19,8 +18,6 @@ _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
 # Bytes an entry: three bitmaps, and candidates for the smallest kept entry.
 _SELECTION = 0.375 + 0.45
-# The compiled loops and what they bring along.
-_LOOPS_BYTES = 125_000_000
 # What libraries load when they are first used, and what the allocator keeps of buffers of many sizes.
 _KEPT_BYTES = 80_000_000
 # While one selection is settled: a byte an entry, and positions of kept ones.
@@ -58,16 +55,15 @@ def task_memory(merge: Merge, task: Task) -> int:
         work += entries * 4 * 4
     if task.is_transposed:
         work += entries * merge.job.dtype.itemsize * (num_experts + 3)
-    if config.merge_method not in ENTRYWISE:
+    if not MERGE_METHODS[config.merge_method].is_entrywise:
         work += entries * (4 * (2 * num_experts + 3) + num_experts)
     return int(tile + work)
 
 
 def predicted_memory(merge: Merge, workers: int = 1) -> int:
-    """Bytes of all processes together, with what this one holds already, or will with the compiled loops."""
-    to_come = 0 if "numba" in sys.modules else _LOOPS_BYTES
+    """Bytes of all processes together, with what this one holds already."""
     largest = max(task_memory(merge, task) for task in merge.tasks)
-    return workers * (resident_memory() + to_come + largest + _KEPT_BYTES)
+    return workers * (resident_memory() + largest + _KEPT_BYTES)
 
 
 def workers_within(merge: Merge, workers: int, max_memory: int | None) -> int:

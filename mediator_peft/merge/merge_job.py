@@ -1,4 +1,4 @@
-"""What a build is going to do: the list of its work, known before any weight is read."""
+"""The list of work of a build, known before any weight is read."""
 
 from __future__ import annotations
 

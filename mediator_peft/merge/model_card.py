@@ -1,4 +1,4 @@
-"""The model card of an adapter: what it is and what was measured, without placeholders."""
+"""The model card of an adapter."""
 
 from __future__ import annotations
 

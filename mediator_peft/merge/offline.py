@@ -1,4 +1,4 @@
-"""build_mediator(): base and experts on disk in, a folder that loads anywhere out."""
+"""build_mediator(): builds from checkpoints on disk into an output folder."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from ..checkpoints.output_folder import (
     JOURNAL,
     check_free,
     check_space,
+    check_working_folders,
     copy_model_config,
     copy_side_files,
     resumable_folder,
@@ -42,6 +43,7 @@ from .builder import (
     single_thread,
 )
 from .compatibility import Job, check_job
+from .distance import check_distances
 from .journal import Finished, PieceStore, finished
 from .memory import parse_bytes, workers_within
 from .merge_job import Merge
@@ -65,6 +67,8 @@ def build_mediator(
     max_memory: int | str | None = None,
     allow_pickle: bool = False,
     hash_inputs: bool = True,
+    dequantize: bool = False,
+    allow_distant: bool = False,
 ) -> BuildReport:
     """Merge fine-tuned models of one base into a backbone and a bank of sparse deltas, some rows at a time.
 
@@ -88,6 +92,9 @@ def build_mediator(
         allow_pickle: also read ``.bin`` files (with ``weights_only=True``: plain tensors, no code).
         hash_inputs: write the sha256 of every input file into the output; they are read for it once more, by a single
             process close behind the merging.
+        dequantize: read quantised checkpoints as the weights that they stand for; without it they are refused.
+        allow_distant: build although an expert has next to nothing of the base (see
+            :func:`~mediator_peft.merge.distance.check_distances`).
 
     Returns:
         What was decided and made; also written to ``output/mediator/report``.
@@ -102,12 +109,13 @@ def build_mediator(
     """
     started = time.perf_counter()
     workers = check_workers(workers)
-    config = with_experts(config or MediatorSettings(), {name: str(path) for name, path in experts.items()})
+    config = with_experts(config or MediatorSettings(), named_paths(experts))
     require_experts(config)
     target = Path(output).expanduser().absolute()
     check_free(target)
+    check_working_folders(target)
     limit = parse_bytes(max_memory)
-    job = open_job(None if base is None else str(base), config, allow_pickle)
+    job = open_job(None if base is None else str(base), config, allow_pickle, dequantize, allow_distant)
     decided = None if plan is None else read_plan(Path(plan), job.structure.num_blocks)
     with single_thread():
         merge = shared_out(plan_merge(job, config, decided))
@@ -125,16 +133,23 @@ def build_mediator(
     return report
 
 
-def open_job(base: str | None, config: MediatorSettings, allow_pickle: bool = False) -> Job:
+def open_job(
+    base: str | None,
+    config: MediatorSettings,
+    allow_pickle: bool = False,
+    dequantize: bool = False,
+    allow_distant: bool = False,
+) -> Job:
     """Open base and experts and check that they belong together.
 
     Raises:
         CheckpointError: one is missing or damaged.
         CheckpointMismatchError: they do not belong together.
     """
-    opened = open_checkpoints(label_checkpoints(base, config.experts), allow_pickle)
+    opened = open_checkpoints(label_checkpoints(base, config.experts), allow_pickle, dequantize)
     experts = checkpoints_by_name(opened, config.experts)
-    return check_job(opened["base"] if base is not None else mean_base(experts, config), experts)
+    job = check_job(opened["base"] if base is not None else mean_base(experts, config), experts, may_untie=True)
+    return job._replace(notes=(*job.notes, *check_distances(job, allow_distant)))
 
 
 def mean_base(experts: Mapping[str, Checkpoint], config: MediatorSettings) -> Checkpoint:
@@ -264,6 +279,20 @@ def _boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return ""
+
+
+def named_paths(experts: Mapping[str, str | os.PathLike[str]]) -> dict[str, str]:
+    """Expert name → path as text.
+
+    Raises:
+        ConfigError: they are no pairs of name and path.
+    """
+    if not isinstance(experts, Mapping):
+        raise ConfigError(f"experts must be pairs of name and path, {{'math': 'path/to/math'}}, got {experts!r}.")
+    for name, path in experts.items():
+        if not isinstance(path, (str, os.PathLike)):
+            raise ConfigError(f"expert {name!r} must be a path or a hub id, got {path!r}.")
+    return {name: str(path) for name, path in experts.items()}
 
 
 def with_experts(config: MediatorSettings, experts: dict[str, str]) -> MediatorSettings:

@@ -1,4 +1,4 @@
-"""plan_mediator(): everything that can be known of a build before it is started, from headers and a few samples."""
+"""plan_mediator(): checks the inputs and predicts size, time and memory, from headers and samples."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.opening import Checkpoint, FolderCheckpoint, open_checkpoint
-from ..checkpoints.output_folder import free_space, partial_name
+from ..checkpoints.output_folder import check_free, check_working_folders, free_space, partial_name
 from ..checkpoints.side_files import compare_side_files
 from ..config import MediatorSettings
-from ..errors import ConfigError, MediatorError
+from ..errors import ConfigError, MediatorError, OutputError
 from ..structure import OUTSIDE
 from .block_plan import PLAN_VERSION, choose_blocks, read_plan, settings_to_keep
 from .budget import block_densities, estimated_scores, sampled, shared_out
 from .builder import plan_merge, require_experts, single_thread
 from .compatibility import Job, examine_job
+from .distance import check_distances
 from .memory import parse_bytes, predicted_memory, workers_within
 from .merge_job import Merge
-from .offline import mean_base, with_experts
+from .offline import mean_base, named_paths, with_experts
 from .size_prediction import adapter_bytes, backbone_bytes, side_bytes
 
 # Nanoseconds an entry on one core of 2.6 GHz: read, hashed and merged; measured for conflict; made a delta.
@@ -72,13 +73,17 @@ class BuildPlan:
 
         Raises:
             ConfigError: there is nothing to write, since the plan has problems.
+            OutputError: it cannot be written.
         """
         if not self.blocks:
             raise ConfigError("this plan has no blocks, because of its problems:\n- " + "\n- ".join(self.problems))
         about = {key: value for key, value in self.to_dict().items() if key not in ("settings", "blocks", "problems")}
         decided = {"settings": self.settings, "blocks": self.blocks}
         text = json.dumps({"plan_version": PLAN_VERSION, **decided, "about": about}, indent=2)
-        Path(path).write_text(text, encoding="utf-8")
+        try:
+            Path(path).write_text(text, encoding="utf-8")
+        except OSError as fault:
+            raise OutputError(f"plan {str(path)!r} cannot be written: {fault.strerror or fault}") from fault
 
 
 def plan_mediator(
@@ -91,6 +96,8 @@ def plan_mediator(
     workers: int = 1,
     max_memory: int | str | None = None,
     allow_pickle: bool = False,
+    dequantize: bool = False,
+    allow_distant: bool = False,
 ) -> BuildPlan:
     """Look at the inputs of a build and say what would happen, in seconds and without writing anything.
 
@@ -102,17 +109,25 @@ def plan_mediator(
     Raises:
         ConfigError: an argument itself is wrong.
     """
-    config = with_experts(config or MediatorSettings(), {name: str(path) for name, path in experts.items()})
+    config = with_experts(config or MediatorSettings(), named_paths(experts))
     require_experts(config)
     limit = parse_bytes(max_memory)
     found = BuildPlan(workers=workers)
-    job = _open(None if base is None else str(base), config, allow_pickle, found)
+    job = _open(None if base is None else str(base), config, (allow_pickle, dequantize), found)
     if output is not None:
         target = Path(output).expanduser().absolute()
-        if target.exists():
-            found.problems.append(f"output {str(target)!r} exists. Choose another folder, or delete this one first.")
+        try:
+            check_free(target)
+            check_working_folders(target)
+        except MediatorError as fault:
+            found.problems.append(str(fault))
     if job is None:
         return found
+    try:
+        found.warnings += check_distances(job, allow_distant)
+    except MediatorError as fault:
+        found.problems += str(fault).splitlines()[:-1]
+        found.problems[-1] += ". " + str(fault).splitlines()[-1]
     try:
         decided = None if plan is None else read_plan(Path(plan), job.structure.num_blocks)
         merge = plan_merge(job, config, decided)
@@ -128,13 +143,20 @@ def plan_mediator(
     return found
 
 
-def _open(base: str | None, config: MediatorSettings, allow_pickle: bool, found: BuildPlan) -> Job | None:
-    """Open what can be opened and compare it; everything wrong goes into the plan."""
+def _open(base: str | None, config: MediatorSettings, how: tuple[bool, bool], found: BuildPlan) -> Job | None:
+    """Open what can be opened and compare it; everything wrong goes into the plan.
+
+    Args:
+        base: folder or hub id.
+        config: names the experts.
+        how: whether pickles are read, and whether quantised weights are dequantised.
+        found: takes problems and warnings.
+    """
     paths = {f"expert {name!r}": path for name, path in config.experts.items()}
     opened: dict[str, Checkpoint] = {}
     for label, path in (({} if base is None else {"base": base}) | paths).items():
         try:
-            opened[label] = open_checkpoint(path, label, allow_pickle)
+            opened[label] = open_checkpoint(path, label, *how)
         except MediatorError as fault:
             found.problems += str(fault).splitlines()
     experts = {name: opened[f"expert {name!r}"] for name in config.experts if f"expert {name!r}" in opened}
@@ -142,7 +164,7 @@ def _open(base: str | None, config: MediatorSettings, allow_pickle: bool, found:
         reference = opened.get("base") if base is not None else mean_base(experts, config) if experts else None
         if reference is None or not experts:
             return None
-        job, faults = examine_job(reference, experts)
+        job, faults = examine_job(reference, experts, may_untie=True)
     except MediatorError as fault:
         found.problems.append(str(fault))
         return None

@@ -1,4 +1,4 @@
-"""What an output was made from: every input file by checksum, and the settings in a form that builds it again."""
+"""Provenance of an output: checksums of all inputs, and the settings as a pipeline file that repeats the build."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checksums import RunningDigest
+from ..checkpoints.dequantizing import DequantizedCheckpoint
 from ..checkpoints.opening import Checkpoint, MeanCheckpoint
 from ..config import MediatorSettings
 from .block_plan import PLAN_VERSION
@@ -108,6 +109,11 @@ def build_section(merge: Merge) -> dict[str, Any]:
     section["config"] = dict(_settings(config))
     if merge.plan is not None:
         section["plan"] = PLAN_FILE
+    read = [job.base, *job.experts.values()]
+    if any(path.suffix == ".bin" for checkpoint in read for path in checkpoint.files):
+        section["allow_pickle"] = True
+    if any(isinstance(checkpoint, DequantizedCheckpoint) for checkpoint in read):
+        section["dequantize"] = True
     return section
 
 

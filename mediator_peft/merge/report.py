@@ -1,4 +1,4 @@
-"""What was built, in numbers and pictures."""
+"""The report of a build."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The largest entries of one matrix with their signs: the packed form of a delta, and of a trimmed task vector."""
+"""Largest entries of one matrix with their signs, in one pass: a packed delta or a trimmed task vector."""
 
 from __future__ import annotations
 
@@ -11,22 +11,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..bank.sparse_delta import SparseDelta
-from ..kernels.build_loops import compiled
+from ..kernels import dispatch as kernels
 from ..methods.encoding.scales import SIGN_SCALES, RowSums
 from ..methods.sparsifying.selection import (
     Bitmap,
     Bracket,
-    Floats,
     Settled,
     TopSelection,
     bitmap_shape,
     bracket_from_sample,
-    chosen_ones,
-    count_ones,
-    pack_rows,
     row_counts,
-    row_sums,
-    unpack_rows,
 )
 from .tiles import Workspace
 
@@ -85,16 +79,6 @@ class SignedSelection:
         self.selection = TopSelection(self.shape, self.num_kept, bracket, self._bitmaps[1:])
         self.sums = np.empty((self.shape[0], 3))
 
-    def add(self, start: int, delta: Floats) -> None:
-        """Take the next rows, (r, I) from row ``start`` on: the plain twin of the loop that marks."""
-        rows = slice(start, start + len(delta))
-        magnitudes = np.abs(delta)
-        self.selection.add(start, magnitudes)
-        self.negative[rows] = pack_rows(delta < 0)
-        above = torch.threshold(torch.from_numpy(magnitudes), self.selection.bracket.high, 0.0).numpy()
-        for number, matrix in enumerate((magnitudes * magnitudes, above, above * above)):
-            self.sums[rows, number] = row_sums(matrix)
-
     @property
     def squared_norm(self) -> float:
         """Of the whole matrix."""
@@ -102,7 +86,7 @@ class SignedSelection:
 
     def settle(self) -> bool:
         """Decide what is kept; False where the bracket missed."""
-        settled = self.selection.settle(choose)
+        settled = self.selection.settle(kernels.put_bits)
         if settled is None:
             return False
         self.settled = settled
@@ -122,7 +106,7 @@ class SignedSelection:
             inner=float((scales * magnitudes).sum()),
             kept=float(squares.sum()),
         )
-        signs = kept_bits(self.negative, kept, self.shape[1])
+        signs = kernels.take_bits(self.negative, kept, self.shape[1])
         parts = {"signs": torch.from_numpy(signs), "scales": stored}
         return SparseDelta(self.shape, "sign", torch.from_numpy(kept), parts, bias), errors
 
@@ -138,14 +122,6 @@ class Marking:
     def __init__(self, selections: Sequence[SignedSelection], space: Workspace) -> None:
         self._selections = selections
         self._space = space
-        self._loops = compiled() if selections else None
-        if self._loops is None:
-            return
-        written = [(each.negative, each.selection.above, each.selection.inside, each.sums) for each in selections]
-        self._addresses = np.array([[array.ctypes.data for array in arrays] for arrays in written], np.int64)
-        self._strides = np.array([[array.strides[0] for array in arrays] for arrays in written], np.int64)
-        self._brackets = np.array([each.selection.bracket for each in selections], np.float32)
-        self._counts = np.empty((len(selections), 2), np.int64)
 
     def add(self, start: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Show the next rows.
@@ -154,53 +130,28 @@ class Marking:
             start: number of the first.
             pairs: for each selection a minuend and a subtrahend, (r, I); all bfloat16 or all float32.
         """
-        if self._loops is None:
-            wide = {id(rows): rows.float().numpy() for pair in pairs for rows in pair}
-            for selection, (minuend, subtrahend) in zip(self._selections, pairs, strict=True):
-                selection.add(start, wide[id(minuend)] - wide[id(subtrahend)])
+        if not pairs:
             return
         rows, columns = pairs[0][0].shape
+        place = slice(start, start + rows)
+        arrays = {id(tensor): kernels.as_array(tensor) for pair in pairs for tensor in pair}
         # Most of it is never touched, so that it takes no memory.
         inside = self._space.take("inside", (len(pairs), rows * columns)).numpy()
-        jobs = np.empty((len(pairs), 7), np.int64)
-        jobs[:, :2] = [[minuend.data_ptr(), subtrahend.data_ptr()] for minuend, subtrahend in pairs]
-        jobs[:, 2:6] = self._addresses + start * self._strides
-        jobs[:, 6] = inside.ctypes.data + inside.strides[0] * np.arange(len(pairs))
-        is_half = pairs[0][0].dtype == torch.bfloat16
-        self._loops.mark_tile(is_half, (rows, columns), jobs, self._brackets, self._counts)
-        for selection, values, (num_above, num_inside) in zip(
-            self._selections, inside, self._counts.tolist(), strict=True
-        ):
-            selection.selection.take(num_above, num_inside, values)
-
-
-def kept_bits(bitmap: Bitmap, kept: Bitmap, num_columns: int) -> Bitmap:
-    """The bits of a bitmap that stand where another has ones, row by row and closed up: (ceil(num_kept / 8),)."""
-    loops = compiled()
-    if loops is not None:
-        num_ones = count_ones(kept)
-        target = np.empty((num_ones + 63) // 64, np.uint64)
-        loops.take_bits(bitmap.reshape(-1), kept.reshape(-1), target)
-        return target.view(np.uint8)[: (num_ones + 7) // 8]
-    pieces = []
-    step = max(1, (1 << 20) // max(1, num_columns))
-    for start in range(0, len(kept), step):
-        rows = slice(start, start + step)
-        where = unpack_rows(kept[rows], num_columns).reshape(-1)
-        pieces.append(np.compress(where, unpack_rows(bitmap[rows], num_columns).reshape(-1)))
-    return np.packbits(np.concatenate(pieces), bitorder="little") if pieces else np.empty(0, np.uint8)
-
-
-def choose(bitmap: Bitmap, choice: NDArray[np.bool_], num_columns: int) -> Bitmap:
-    """As :func:`chosen_ones`, by the compiled loops where they are; these write it over the bitmap."""
-    loops = compiled()
-    if loops is None:
-        return chosen_ones(bitmap, choice, num_columns)
-    # A word more, as the loop reads whole words from any place.
-    bits = np.zeros(choice.size // 8 + 16, np.uint8)
-    bits[: (choice.size + 7) // 8] = np.packbits(choice, bitorder="little")
-    loops.put_bits(bits, bitmap.reshape(-1))
-    return bitmap
+        jobs = [
+            kernels.MarkJob(
+                arrays[id(minuend)],
+                arrays[id(subtrahend)],
+                each.negative[place],
+                each.selection.above[place],
+                each.selection.inside[place],
+                each.sums[place],
+                values,
+                *each.selection.bracket,
+            )
+            for each, values, (minuend, subtrahend) in zip(self._selections, inside, pairs, strict=True)
+        ]
+        for each, values, counts in zip(self._selections, inside, kernels.mark_tile(jobs), strict=True):
+            each.selection.take(*counts, values)
 
 
 def errors_of(delta: Tensor, packed: SparseDelta) -> Errors:

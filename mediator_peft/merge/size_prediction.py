@@ -1,4 +1,4 @@
-"""Bytes of a build, from shapes alone."""
+"""Predicts the bytes of a build from shapes and samples."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ..checkpoints.adapter_files import bank_key
 from ..checkpoints.folders import FolderCheckpoint
 from ..checkpoints.output_folder import side_files_size
 from ..config import CORRECTION, FALLBACK_EXPERT
-from ..methods.encoding.values import ENCODINGS
-from ..methods.sparsifying import LOW_RANK
+from ..methods.encoding import ENCODINGS
+from ..methods.sparsifying import SPARSIFIERS
 from .delta_packing import factor_dtype, own_factors, rank_of
 from .merge_job import Merge
 from .tensor_work import Task, deltas_stored
@@ -95,7 +95,7 @@ def _column_bytes(merge: Merge, task: Task, column: str) -> float:
     density = task.density_of(column)
     magnitudes = merge.samples.get(task.name, {}).get(column)
     nonzero = 1.0 if magnitudes is None else 1 - int(np.searchsorted(magnitudes, 0, "right")) / magnitudes.size
-    if config.sparsifier in LOW_RANK:
+    if SPARSIFIERS[config.sparsifier].is_low_rank:
         checkpoint = merge.job.base if column == FALLBACK_EXPERT else merge.job.experts[column]
         factors = own_factors(config, checkpoint, task.name, task.is_transposed)
         if factors is not None:
@@ -111,7 +111,7 @@ def _column_bytes(merge: Merge, task: Task, column: str) -> float:
 
 
 def delta_bytes(
-    entries: int, outputs: int, density: float, values: str, number_size: int, position_bits: float | None = None
+    entries: int, outputs: int, density: float, encoding: str, number_size: int, position_bits: float | None = None
 ) -> float:
     """Bytes on disk of one packed delta: entropy-coded positions, and the kept values.
 
@@ -119,7 +119,7 @@ def delta_bytes(
         entries: of the matrix.
         outputs: rows of the matrix.
         density: share of entries kept.
-        values: a key of ``ENCODINGS``.
+        encoding: a key of ``ENCODINGS``.
         number_size: bytes of a number that is kept as it is.
         position_bits: bits an entry that positions take; None for random ones.
     """
@@ -127,11 +127,7 @@ def delta_bytes(
     if 0 < density < _THIN:
         positions += _TABLE_BYTES
     kept = density * entries
-    if values == "sign":
-        return positions + kept / 8 + 2 * outputs
-    if values in ("int8", "nf4"):
-        return positions + kept * (1 if values == "int8" else 0.5) + 4 * kept / 64
-    return positions + kept * number_size
+    return positions + ENCODINGS[encoding].value_bytes(kept, outputs, number_size)
 
 
 def _uneven_bits(density: float, magnitudes: NDArray[np.float32]) -> float:

@@ -1,4 +1,4 @@
-"""What happens to one tensor: difference, conflict, merge, sparse deltas. No files of ours, no order, no state."""
+"""The steps of one tensor: task vectors, conflict statistics, backbone, sparse deltas. Pure: no files, no state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..config import CORRECTION, FALLBACK_EXPERT, MediatorSettings
 from ..errors import CheckpointError
 from ..methods.conflict import CONFLICT_SCORES
 from ..methods.conflict.statistics import Statistics
-from ..methods.encoding.values import Precision
+from ..methods.encoding.base import Precision
 from ..methods.rounding import ROUNDINGS
 from ..methods.sparsifying.magnitude import largest_mask
 from ..methods.sparsifying.selection import TINY, Bracket, bitmap_shape, smallest_kept_of_tiles

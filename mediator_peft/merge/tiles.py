@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..checkpoints.opening import Checkpoint
 from ..errors import CheckpointError
-from ..kernels.build_loops import compiled
-from ..methods.merging import ENTRYWISE, MERGE_METHODS
+from ..kernels import dispatch as kernels
+from ..methods.merging import MERGE_METHODS
 from ..methods.merging.average import average
 from ..methods.merging.base import keep_base
 from ..methods.merging.summing import sum_in_order
@@ -115,17 +115,16 @@ class TensorTiles:
         self.rows_per_tile = max(1, TILE_ENTRIES // max(1, self.shape[1]))
         self._space = workspace
         self._transposed = self._whole_transposed() if is_transposed else None
-        self._whole_backbone = None if merge_method in ENTRYWISE else self._merged_whole()
-        is_bfloat = dtype == torch.bfloat16
-        self._loops = compiled() if is_bfloat and self.merge in (average, keep_base) else None
+        self._whole_backbone = None if self.merge.is_entrywise else self._merged_whole()
+        self._is_fused = dtype == torch.bfloat16 and self.merge.merge in (average, keep_base)
 
     def __iter__(self) -> Iterator[Tile]:
         for start in range(0, self.shape[0], self.rows_per_tile):
             stop = min(start + self.rows_per_tile, self.shape[0])
             # Each stays where it is until the next rows of its checkpoint are read.
             rows = [self._rows(number, [(start, stop)]) for number in range(len(self.checkpoints))]
-            if self._loops is not None:
-                yield self._merged_by_loops(self._loops, start, stop, rows)
+            if self._is_fused:
+                yield self._fused(start, stop, rows)
                 continue
             backbone = None if self._whole_backbone is None else self._whole_backbone[start:stop]
             yield self._tile(start, stop, rows, backbone)
@@ -154,12 +153,12 @@ class TensorTiles:
             backbone = self.merge(task_vectors).add_(rows[0].float()).to(self.dtype)
         return Tile(start, stop, rows, backbone, energies)
 
-    def _merged_by_loops(self, loops: Any, start: int, stop: int, rows: Sequence[Tensor]) -> Tile:
-        """As :meth:`_tile`, by the compiled loops."""
+    def _fused(self, start: int, stop: int, rows: Sequence[Tensor]) -> Tile:
+        """As :meth:`_tile`, by a kernel that looks at each entry once."""
         shape = (stop - start, self.shape[1])
         backbone, energies = self._space.take("backbone", shape, torch.bfloat16), np.empty(stop - start)
-        sources = np.array([row.data_ptr() for row in rows], np.int64)
-        loops.merge_tile(sources, self.merge is average, shape, backbone.data_ptr(), energies)
+        sources = [kernels.as_array(row) for row in rows]
+        kernels.merge_tile(sources, self.merge.merge is average, kernels.as_array(backbone), energies)
         return Tile(start, stop, rows, backbone, energies)
 
     def _rows(self, number: int, groups: Sequence[tuple[int, int]]) -> Tensor:

@@ -1,4 +1,4 @@
-"""verify_mediator(): whether an output is whole, and how far it is from what it was built from."""
+"""verify_mediator(): checks that an output is complete, and compares it with its inputs."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ..checkpoints.fingerprint import check_fingerprint
 from ..checkpoints.lora import LoraCheckpoint
 from ..checkpoints.opening import Checkpoint, open_checkpoint
 from ..checkpoints.tensor_inventory import outline_of
+from ..checkpoints.tied_head import supply_head
 from ..config import MediatorSettings
 from ..errors import AdapterError, BackboneMismatchError, CheckpointError
 from .builder import single_thread
@@ -87,7 +88,11 @@ def verify_mediator(
         if isinstance(expert, LoraCheckpoint):
             if base is None:
                 raise CheckpointError(f"expert {name!r} is a LoRA: give its base as well (base=).")
-            expert.bind(open_checkpoint(str(base), "base", allow_pickle), set())
+            source = open_checkpoint(str(base), "base", allow_pickle)
+            supply_head(source, backbone.tensors)
+            expert.bind(source, {})
+        else:
+            supply_head(expert, backbone.tensors)
         try:
             with single_thread():
                 found.differences[name] = _compare(backbone, expert, adapter, config, name)
@@ -168,7 +173,7 @@ def _delta(
     bank = LayerBank((rows, columns), config.encoding, has_bias=False)
     for name in bank.part_names:
         key = f"{column}:{name}"
-        bank._put_part(key, from_disk(key, file.get_tensor(bank_key(layer, key)), bank.shape))
+        bank.put_part(key, from_disk(key, file.get_tensor(bank_key(layer, key)), bank.shape))
     delta = bank.get(column)
     assert delta is not None
     return delta.dense().T if is_transposed else delta.dense()

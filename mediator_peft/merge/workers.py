@@ -1,4 +1,4 @@
-"""Sharing tensors out over processes. Who does a tensor changes nothing in what it becomes."""
+"""Worker processes of a build. The result does not depend on their number."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 import torch
 
 from ..errors import ConfigError, OutOfMemoryError
-from ..kernels.build_loops import compiled
+from ..kernels.dispatch import native
 
 _PR_SET_PDEATHSIG = 1
 
@@ -52,7 +52,7 @@ def run_all(work: Callable[[int], None], numbers: Sequence[int], workers: int) -
         return
     global _work
     _work = work
-    compiled()  # once, before there are several
+    native()  # loaded once, before there are several
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(min(workers, len(numbers)), context, _begin, (os.getpid(),))
     try:

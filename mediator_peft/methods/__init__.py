@@ -1,1 +1,1 @@
-"""Leaves: tensors and plain numbers in, tensors out. One file a method, one row a method in its table."""
+"""Methods as pure functions: tensors and numbers in, tensors out. One file and one table row each."""

@@ -1,4 +1,4 @@
-"""What a weight becomes when a library quantises it: its codes, read back as numbers."""
+"""Weights after quantization and dequantization by bitsandbytes."""
 
 from __future__ import annotations
 

@@ -88,13 +88,19 @@ def routing_rows(
         spans = user_turns(real, markers)
         chosen = spans[-1 if routing_turn == "last" else 0] if spans else (0, len(real))
         rows.append(real[slice(*chosen)])
-    width = max(1, max(len(row) for row in rows))
-    shape = (len(rows), width)
-    new_ids, new_mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    for number, row in enumerate(rows):
-        new_ids[number, : len(row)] = torch.tensor(row, dtype=torch.long)
-        new_mask[number, : len(row)] = 1
+    new_ids, new_mask = padded(rows)
     return new_ids.to(input_ids.device), new_mask.to(input_ids.device)
+
+
+def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, (B, T) each; padded by hand, for a tokenizer may have no padding token."""
+    width = max(1, max(len(row) for row in rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[number, : len(row)] = 1
+    return ids, mask
 
 
 def turn_mask(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,14 +26,12 @@ from .fitting import neighbour_rows, read_texts, row_features, settle, token_row
 from .layer import MediatorLayer
 from .merged_weight import plain_weight
 from .quantized import is_plain
+from .routing import ActiveAdapter, PromptRouter
 from .saving import backbone_state
-
-if TYPE_CHECKING:
-    from .model import MediatorModel
 
 
 def add_expert(
-    model: MediatorModel,
+    prompts: PromptRouter,
     name: str,
     checkpoint: str,
     texts: Any = None,
@@ -51,7 +49,7 @@ def add_expert(
     closed form; the other experts' scores and yardsticks stay the same, bit for bit.
 
     Args:
-        model: with one active adapter, on a backbone that is not quantised.
+        prompts: of a model whose backbone is not quantised; its active adapter gets the expert.
         name: of the expert.
         checkpoint: folder or hub id of a fine-tune of the same base.
         texts: the expert's calibration prompts, in any form that ``fit_router`` takes for one expert. Needed where the
@@ -68,33 +66,35 @@ def add_expert(
         RoutingError: texts are missing or cannot be used. Nothing has been changed then.
         UnsupportedError: the backbone is quantised, or the router cannot be extended.
     """
-    config = model._config
+    active = prompts.active
+    config = active.config
     _check_name(name, config)
-    deltas = _deltas(model, name, checkpoint)
-    router = _extended(model, name, texts, tokenizer, text_column, batch_size, max_length, reset_router)
+    deltas = _deltas(active, name, checkpoint)
+    router = _extended(prompts, name, texts, tokenizer, text_column, batch_size, max_length, reset_router)
+    layers = active.layers
     for layer, delta in deltas.items():
-        model.routed_layers()[layer].bank(model.active_adapters[0]).put(name, delta)
+        layers[layer].bank(active.name).put(name, delta)
     config.experts = {**config.experts, name: str(checkpoint)}
     config.expert_names = [*(config.expert_names or ()), name]
     if config.provenance is not None:
         known = dict(config.provenance.get("experts", {}))
         config.provenance = {**config.provenance, "experts": {**known, name: str(checkpoint)}}
-    model.mediator_router[model.active_adapters[0]] = router
+    active.router = router
 
 
-def remove_expert(model: MediatorModel, name: str) -> None:
+def remove_expert(active: ActiveAdapter, name: str) -> None:
     """Take one expert out of a built model: its deltas, its column, and its place in the router.
 
     Raises:
         ConfigError: there is no such expert, or it is the last one.
         UnsupportedError: the router cannot forget one expert alone; it is fitted again instead.
     """
-    config = model._config
+    config = active.config
     names = list(config.expert_names or ())
     if name not in names or len(names) == 1:
         what = "the only expert" if name in names else "no expert of this model"
         raise ConfigError(f"{name!r} is {what}, so it cannot be removed; the model has {names}.")
-    router = model.router
+    router = active.router
     if router.is_fitted:
         number = names.index(name)
         smaller = copy.deepcopy(router)
@@ -108,15 +108,15 @@ def remove_expert(model: MediatorModel, name: str) -> None:
         smaller.set_known(fewer, float(router.temperature))
     else:
         smaller = type(router)(router.num_experts - 1, router.num_features, router.seed)
-    for layer in model.routed_layers().values():
+    for layer in active.layers.values():
         layer.cache_merged_experts(())
-        layer.bank(model.active_adapters[0]).remove(name)
+        layer.bank(active.name).remove(name)
     config.expert_names = [other for other in names if other != name]
     config.experts = {other: path for other, path in config.experts.items() if other != name}
     if config.provenance is not None:
         experts = {other: path for other, path in config.provenance.get("experts", {}).items() if other != name}
         config.provenance = {**config.provenance, "experts": experts}
-    model.mediator_router[model.active_adapters[0]] = smaller
+    active.router = smaller
 
 
 def _check_name(name: str, config: MediatorConfig) -> None:
@@ -127,17 +127,17 @@ def _check_name(name: str, config: MediatorConfig) -> None:
         raise ConfigError("\n".join(faults))
 
 
-def _deltas(model: MediatorModel, name: str, path: str) -> dict[str, SparseDelta]:
+def _deltas(active: ActiveAdapter, name: str, path: str) -> dict[str, SparseDelta]:
     """The new expert's delta of every routed layer."""
-    config = model._config
+    config = active.config
     label = f"expert {name!r}"
     checkpoint = open_checkpoints({label: str(path)})[label]
-    layers = model.routed_layers()
+    layers = active.layers
     for layer in layers.values():
         if not is_plain(layer.base_layer):
             raise UnsupportedError("deltas against a quantised backbone are not exact. Load it unquantised to add one.")
-    state = backbone_state(model.model)
-    backbone = SimpleNamespace(config=model.model.config, state_dict=lambda: state, name_or_path="the backbone")
+    state = backbone_state(active.model)
+    backbone = SimpleNamespace(config=active.model.config, state_dict=lambda: state, name_or_path="the backbone")
     job = check_job(ModelCheckpoint(backbone, "the backbone"), {name: checkpoint})  # type: ignore[arg-type]
     stored = getattr(torch, (config.provenance or {}).get("storage_dtype", "float32"))
     dtype = coarsest([stored, job.dtype])
@@ -189,7 +189,7 @@ def _read(checkpoint: Checkpoint, tensor: str, dtype: torch.dtype) -> Tensor:
 
 
 def _extended(
-    model: MediatorModel,
+    prompts: PromptRouter,
     name: str,
     texts: Any,
     tokenizer: Any,
@@ -199,7 +199,7 @@ def _extended(
     reset_router: bool,
 ) -> Router:
     """A copy of the router that knows the new expert."""
-    router = model.router
+    config, router = prompts.active.config, prompts.active.router
     if reset_router or not router.is_fitted:
         return type(router)(router.num_experts + 1, router.num_features, router.seed)
     if texts is None or tokenizer is None:
@@ -209,20 +209,19 @@ def _extended(
         )
     if isinstance(texts, Mapping):
         raise RoutingError(f"give the texts of {name!r} alone, not a dict.")
-    seed = model._config.seed
-    data = read_texts({name: texts}, [name], tokenizer, Columns(text_column), None, seed, "train")
+    data = read_texts({name: texts}, [name], tokenizer, Columns(text_column), None, config.seed, "train")
     rows = token_rows(tokenizer, data.texts, max_length)
     size = len(rows)
-    varied = varied_rows(model, tokenizer, rows, max_length)
+    varied = varied_rows(config, tokenizer, rows, max_length)
     # A router that was fitted without ordinary prompts takes no neighbours.
     takes_neighbours = router.uses_neighbours and len(router.background_novelty)
-    near = neighbour_rows(model, tokenizer, rows, data.labels, max_length) if takes_neighbours else []
-    features = row_features(model, rows + varied + near, batch_size, None, False)
-    folds = torch.tensor(hash_folds(data.texts, data.labels, router.num_folds, seed))
+    near = neighbour_rows(config, tokenizer, rows, data.labels, max_length) if takes_neighbours else []
+    features = row_features(prompts, rows + varied + near, batch_size, None, False)
+    folds = torch.tensor(hash_folds(data.texts, data.labels, router.num_folds, config.seed))
     by_way = features.to(router.known_novelty.device).unflatten(0, (-1, size))
     num_ways = 1 + len(varied) // size
     larger = extend_router(router, by_way[0], folds, by_way[1:num_ways], by_way[num_ways:])
-    settle(larger, model)
+    settle(larger, prompts.active)
     return larger
 
 

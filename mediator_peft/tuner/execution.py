@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,12 +12,9 @@ from ..bank.layer_bank import LayerBank
 from ..bank.sparse_delta import SparseDelta
 from ..config import CORRECTION, warn_of_old_name
 from ..errors import ConfigError, UnsupportedError
-from .differentiable import mixed_output
-from .expert_weights import LayerRoute
-from .few_rows import MOST_DEVICE_ROWS, DeviceRows, FewRows
-from .merged_weight import MergedWeight, mixed_bias, mixed_biases, mixed_delta, mixed_weight
-from .merged_weight_cache import MergedWeightCache
+from .merged_weight import MergedWeight, MergedWeightCache, mixed_bias, mixed_biases, mixed_delta, mixed_weight
 from .quantized import quantization_of, readable_weight
+from .routes import LayerRoute
 
 EXECUTIONS = ("merged", "sparse", "dense")
 _OLD_EXECUTIONS = {"fold": "merged", "densify": "dense"}
@@ -26,6 +25,14 @@ DENSE_TOKENS = 16
 
 DENSE_CODE_TOKENS = 192
 """The same where the weight is in 4 bits: it must be read out of its codes for every pass."""
+
+MOST_ROWS = 16
+"""Up to this many rows a loop that reads each weight once beats a general matrix product, which repacks it first."""
+
+MOST_DEVICE_ROWS = 64
+"""The same for a GPU, where the loop adds to a general product."""
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_execution(execution: str | None) -> str | None:
@@ -232,3 +239,143 @@ def _add_biases(result: Tensor, bank: LayerBank, route: LayerRoute) -> Tensor:
     """Add each row's mix of bias deltas to (B, T, O)."""
     shift = mixed_biases(bank, route)
     return result if shift is None else (result.float() + shift[:, None]).to(result.dtype)
+
+
+class FewRows:
+    """What one layer computes under one route on a CPU: backbone and deltas in one pass over the weight."""
+
+    def __init__(self, x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute) -> None:
+        self.route = route
+        self._base_layer, self._shape, self._dtype = base_layer, x.shape, x.dtype
+        self._num_outputs, self._num_inputs = bank.shape
+        num_rows = x.numel() // self._num_inputs
+        self._product = bank.product(route.key, route.columns, num_rows // len(route.expert_weights))
+        self._out_shape = (*x.shape[:-1], self._num_outputs)
+
+    @staticmethod
+    def fits(x: Tensor, base_layer: nn.Linear, bank: LayerBank) -> bool:
+        """Whether this way is open: plain float weight in whole vectors, nothing hooked to the layer, no gradients."""
+        weight, bias = base_layer.weight, base_layer.bias
+        return (
+            type(base_layer) is nn.Linear
+            and bank.has_loops
+            and x.numel() <= MOST_ROWS * x.shape[-1]
+            and x.dtype == weight.dtype
+            and x.dtype in _DTYPES
+            and x.device.type == weight.device.type == "cpu"
+            and weight.is_contiguous()
+            and weight.shape[1] % 16 == 0
+            and not bank.has_bias
+            and (bias is None or bias.dtype == torch.float32)
+            and not torch.is_grad_enabled()
+            and not (base_layer._forward_hooks or base_layer._forward_pre_hooks or hasattr(base_layer, "_hf_hook"))
+            and not torch.compiler.is_compiling()
+        )
+
+    def is_for(self, x: Tensor) -> bool:
+        """Whether an input is like the one this was made for."""
+        return x.shape == self._shape and x.dtype == self._dtype and not torch.is_grad_enabled()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Output of the layer, (..., O) in the dtype of ``x``; summed in float32 and rounded once."""
+        parameters = self._base_layer._parameters
+        rows = x.reshape(-1, self._num_inputs).float().contiguous()
+        out = torch.empty(self._out_shape)
+        self._product.multiply(rows, out.view(len(rows), -1), parameters["weight"], parameters["bias"])
+        return out.to(self._dtype)
+
+
+class DeviceRows:
+    """What one layer computes under one route on a GPU: its own product, and all deltas added by one kernel."""
+
+    def __init__(self, x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute) -> None:
+        self.route = route
+        self._base_layer, self._shape, self._dtype = base_layer, x.shape, x.dtype
+        self._num_outputs, self._num_inputs = bank.shape
+        num_tokens = x.numel() // self._num_inputs // len(route.key)
+        rows = {name: row for name, row in zip(route.columns, zip(*route.key, strict=True), strict=True) if any(row)}
+        if bank.correction is not None:
+            rows[CORRECTION] = (1.0,) * len(route.key)
+        names = [name for name in rows if bank.get(name) is not None]
+        table = torch.tensor([rows[name] for name in names]).reshape(len(names), len(route.key))
+        self._coefficients = table.repeat_interleave(num_tokens, dim=1).to(x.device)
+        self._deltas = bank.on_device(names)
+        shift = mixed_biases(bank, route)
+        self._shift = None if shift is None else shift.repeat_interleave(num_tokens, dim=0)
+
+    @staticmethod
+    def fits(x: Tensor, bank: LayerBank) -> bool:
+        """Whether this way is open: few rows on a GPU, deltas that its kernels read, no gradients."""
+        return (
+            x.device.type == "cuda"
+            and x.numel() <= MOST_DEVICE_ROWS * x.shape[-1]
+            and x.dtype in _DTYPES
+            and not torch.is_grad_enabled()
+            and bank.has_device_loops
+        )
+
+    def is_for(self, x: Tensor) -> bool:
+        """Whether an input is like the one this was made for."""
+        return x.shape == self._shape and x.dtype == self._dtype and not torch.is_grad_enabled()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Output of the layer, (..., O); deltas are summed in float32."""
+        result = self._base_layer(x).contiguous()
+        if self._deltas is not None:
+            rows = x.reshape(-1, self._num_inputs).contiguous()
+            self._deltas.add_product(rows, self._coefficients, result.view(len(rows), self._num_outputs))
+        if self._shift is not None:
+            result = (result.float() + self._shift.view(result.shape)).to(result.dtype)
+        return result
+
+
+class _MixedDelta(torch.autograd.Function):
+    """``sum_k w_k (S_k x + b_k)``; each ``S_k`` is unpacked once on the way there and once on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, bank: LayerBank, columns: tuple[str, ...]) -> Tensor:
+        ctx.save_for_backward(x, weights)
+        ctx.bank, ctx.columns = bank, columns
+        total = torch.zeros((), device=x.device)
+        for column, name in enumerate(columns):
+            delta = bank.get(name)
+            if delta is None:
+                continue
+            part = x.float() @ delta.dense().T
+            if delta.bias is not None:
+                part += delta.bias
+            total = total + weights[:, column, None, None] * part
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        x, weights = ctx.saved_tensors
+        gradient = gradients[0].float()
+        to_weights = torch.zeros_like(weights)
+        to_x = torch.zeros_like(x, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        for column, name in enumerate(ctx.columns):
+            delta = ctx.bank.get(name)
+            if delta is None:
+                continue
+            back = gradient @ delta.dense()
+            to_weights[:, column] = (back * x.float()).sum(dim=(1, 2))
+            if delta.bias is not None:
+                to_weights[:, column] += (gradient @ delta.bias).sum(dim=1)
+            if to_x is not None:
+                to_x += weights[:, column, None, None] * back
+        return None if to_x is None else to_x.to(x.dtype), to_weights, None, None
+
+
+def mixed_output(x: Tensor, weights: Tensor, bank: LayerBank, columns: tuple[str, ...]) -> Tensor:
+    """What the deltas add to a layer's output; columns of weight zero are computed too, for they have a gradient.
+
+    Args:
+        x: (B, T, I)
+        weights: (B, C) float32
+        bank: deltas of this layer.
+        columns: names of the C columns.
+
+    Returns:
+        (B, T, O) float32
+    """
+    return _MixedDelta.apply(x, weights.to(x.device), bank, columns)

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +20,15 @@ from ..routing.calibration_data import Columns, LabelledTexts, labelled_texts
 from ..routing.feature_cache import FeatureCache
 from ..routing.hard_negatives import neighbours
 from ..routing.routers import Router
-from .chat_turns import unwrapped, user_turns
-
-if TYPE_CHECKING:
-    from .model import MediatorModel
+from .chat_turns import padded, unwrapped, user_turns
+from .config import MediatorConfig
+from .routing import ActiveAdapter, PromptRouter
 
 _MOST_UNKNOWN = 0.2
 
 
 def fit_router(
-    model: MediatorModel,
+    prompts: PromptRouter,
     dataset: Any,
     tokenizer: Any,
     columns: Columns,
@@ -46,19 +45,19 @@ def fit_router(
     ranks: Ranks,
 ) -> CalibrationReport:
     """See :meth:`MediatorModel.fit_router`."""
-    config = model._config
+    config = prompts.active.config
     names = list(config.expert_names or ())
     data = read_texts(dataset, names, tokenizer, columns, max_samples, config.seed, split)
-    model.learn_turns(tokenizer)
-    ordinary = background_texts(model, tokenizer, data.texts, background)
+    prompts.learn_turns(tokenizer)
+    ordinary = background_texts(config, tokenizer, data.texts, background)
     rows = token_rows(tokenizer, data.texts + ordinary, max_length)
     num_texts, num_prompts = len(data.texts), len(rows)
-    rows += varied_rows(model, tokenizer, rows[:num_texts], max_length) if variations else []
+    rows += varied_rows(config, tokenizer, rows[:num_texts], max_length) if variations else []
     num_own = len(rows)
-    if neighbours and ordinary and model.router.uses_neighbours:
-        rows += neighbour_rows(model, tokenizer, rows[:num_texts], data.labels, max_length)
-    features = row_features(model, rows, batch_size, cache_folder, show_progress, ranks)
-    router = model.router
+    router = prompts.active.router
+    if neighbours and ordinary and router.uses_neighbours:
+        rows += neighbour_rows(config, tokenizer, rows[:num_texts], data.labels, max_length)
+    features = row_features(prompts, rows, batch_size, cache_folder, show_progress, ranks)
     report = calibrate(
         lambda: type(router)(router.num_experts, router.num_features, config.seed),
         router,
@@ -72,7 +71,7 @@ def fit_router(
         _by_way(features[num_prompts:num_own], num_texts),
         _by_way(features[num_own:], num_texts),
     )
-    settle(router, model)
+    settle(router, prompts.active)
     return report
 
 
@@ -109,16 +108,16 @@ def read_texts(
 
 
 def background_texts(
-    model: MediatorModel, tokenizer: Any, texts: list[str], background: Sequence[str] | None
+    config: MediatorConfig, tokenizer: Any, texts: list[str], background: Sequence[str] | None
 ) -> list[str]:
     """Ordinary prompts in the form of the calibration texts: as chats if those are chats."""
     prompts = our_background(tokenizer) if background is None else list(background)
-    return in_the_form_of(model, tokenizer, tokenizer(texts[:1])["input_ids"][0], prompts) if prompts else prompts
+    return in_the_form_of(config, tokenizer, tokenizer(texts[:1])["input_ids"][0], prompts) if prompts else prompts
 
 
-def in_the_form_of(model: MediatorModel, tokenizer: Any, row: list[int], prompts: list[str]) -> list[str]:
+def in_the_form_of(config: MediatorConfig, tokenizer: Any, row: list[int], prompts: list[str]) -> list[str]:
     """Prompts as chats, if the tokens of a calibration text are a chat's."""
-    markers = model._config.turn_markers
+    markers = config.turn_markers
     if markers is None or not user_turns(row, markers):
         return prompts
     template = unwrapped(tokenizer).apply_chat_template
@@ -139,11 +138,11 @@ def _are_unknown(tokenizer: Any, rows: Sequence[Sequence[int]]) -> bool:
     return unknown is not None and ids.count(unknown) > _MOST_UNKNOWN * len(ids)
 
 
-def settle(router: Router, model: MediatorModel) -> None:
+def settle(router: Router, active: ActiveAdapter) -> None:
     """Put a fitted router where its model lies, trainable if the model is."""
     for parameter in router.parameters():
-        parameter.requires_grad_(not model._config.inference_mode)
-    router.to(next(model.model.parameters()).device)
+        parameter.requires_grad_(not active.config.inference_mode)
+    router.to(active.device)
 
 
 def token_rows(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
@@ -152,12 +151,12 @@ def token_rows(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[li
     return rows
 
 
-def varied_rows(model: MediatorModel, tokenizer: Any, rows: list[list[int]], max_length: int) -> list[list[int]]:
+def varied_rows(config: MediatorConfig, tokenizer: Any, rows: list[list[int]], max_length: int) -> list[list[int]]:
     """Altered copies of prompts, each way of altering them as long as ``rows``; what users wrote is altered alone.
 
     A way is left out where the tokenizer does not know the words that come of it: they would all look alike.
     """
-    plain, seed, markers = unwrapped(tokenizer), model._config.seed, model._config.turn_markers
+    plain, seed, markers = unwrapped(tokenizer), config.seed, config.turn_markers
     if not hasattr(plain, "decode"):
         return []
     copies: list[list[list[int]]] = [[list(row) for row in rows] for _ in VARIATIONS]
@@ -174,20 +173,20 @@ def varied_rows(model: MediatorModel, tokenizer: Any, rows: list[list[int]], max
 
 
 def neighbour_rows(
-    model: MediatorModel, tokenizer: Any, rows: list[list[int]], labels: Sequence[int], max_length: int
+    config: MediatorConfig, tokenizer: Any, rows: list[list[int]], labels: Sequence[int], max_length: int
 ) -> list[list[int]]:
     """Other requests about what each text is about, each way of putting them as long as ``rows``.
 
     Nothing comes of it where the tokenizer does not know the words of these requests.
     """
-    plain, markers = unwrapped(tokenizer), model._config.turn_markers
+    plain, markers = unwrapped(tokenizer), config.turn_markers
     if not hasattr(plain, "decode"):
         return []
     texts = [_user_text(plain, row, markers) for row in rows]
-    asked = [request for way in neighbours(texts, labels, model._config.seed) for request in way]
+    asked = [request for way in neighbours(texts, labels, config.seed) for request in way]
     if _are_unknown(plain, plain(asked)["input_ids"]):
         return []
-    return token_rows(tokenizer, in_the_form_of(model, tokenizer, rows[0], asked), max_length)
+    return token_rows(tokenizer, in_the_form_of(config, tokenizer, rows[0], asked), max_length)
 
 
 def _user_text(tokenizer: Any, row: list[int], markers: Any) -> str:
@@ -207,7 +206,7 @@ def _user_places(row: list[int], markers: Any) -> tuple[list[tuple[int, int]], i
 
 
 def text_features(
-    model: MediatorModel,
+    prompts: PromptRouter,
     tokenizer: Any,
     texts: list[str],
     batch_size: int,
@@ -218,11 +217,11 @@ def text_features(
 ) -> Tensor:
     """Pooled features of many texts, in their order; see :func:`row_features`."""
     rows = token_rows(tokenizer, texts, max_length)
-    return row_features(model, rows, batch_size, cache_folder, show_progress, ranks)
+    return row_features(prompts, rows, batch_size, cache_folder, show_progress, ranks)
 
 
 def row_features(
-    model: MediatorModel,
+    prompts: PromptRouter,
     rows: list[list[int]],
     batch_size: int,
     cache_folder: str | os.PathLike[str] | None,
@@ -233,12 +232,12 @@ def row_features(
 
     Ranks share whole batches, so that no number depends on how many there are.
     """
-    cache = _cache(model, cache_folder)
+    cache = _cache(prompts, cache_folder)
     keys = [cache.key(row) for row in rows]
     new = {key: row for key, row in zip(keys, rows, strict=True) if cache.get(key) is None}
     # Texts of like length share a batch, so that little is padded.
     order = sorted(new, key=lambda key: len(new[key]))
-    device = next(model.model.parameters()).device
+    device = prompts.active.device
     progress = bar_progress if show_progress else no_progress
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     ranks = ranks or Ranks.alone()
@@ -247,7 +246,7 @@ def row_features(
         with progress("reading prompts", len(some)) as advance:
             for batch in some:
                 ids, mask = padded([new[key] for key in batch])
-                yield model.prompt_features(ids.to(device), mask.to(device)).cpu()
+                yield prompts.features(ids.to(device), mask.to(device)).cpu()
                 advance()
 
     found = ranks.share(batches, read)
@@ -258,26 +257,15 @@ def row_features(
     return torch.stack([cache.get(key) for key in keys])  # type: ignore[misc]
 
 
-def _cache(model: MediatorModel, folder: str | os.PathLike[str] | None) -> FeatureCache:
+def _cache(prompts: PromptRouter, folder: str | os.PathLike[str] | None) -> FeatureCache:
     """The model's cache for its backbone, layer and way of routing; a folder's entries are read in."""
-    config = model._config
-    weight = next(model.model.parameters())
-    place_in_chat = [config.routing_turn, model.single_pass_routing]
-    settings = [config.backbone_fingerprint, model.router_layer, place_in_chat, str(weight.dtype), str(weight.device)]
+    config = prompts.active.config
+    weight = next(prompts.active.model.parameters())
+    place_in_chat = [config.routing_turn, prompts.single_pass_routing]
+    settings = [config.backbone_fingerprint, prompts.router_layer, place_in_chat, str(weight.dtype), str(weight.device)]
     origin = json.dumps(settings, sort_keys=True)
-    caches: dict[tuple[str, str], FeatureCache] = model.__dict__.setdefault("_feature_caches", {})
+    caches = prompts.feature_caches
     place = (origin, str(folder))
     if place not in caches:
         caches[place] = FeatureCache(origin, None if folder is None else Path(folder).expanduser())
     return caches[place]
-
-
-def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, (B, T) each; padded by hand, for a tokenizer may have no padding token."""
-    width = max(1, max(len(row) for row in rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = torch.tensor(row, dtype=torch.long)
-        mask[number, : len(row)] = 1
-    return ids, mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 
 import torch
@@ -12,9 +13,7 @@ from ..bank.layer_bank import LayerBank
 from ..bank.restoring import ComputedBack, KeptEntries, Saved, free_low_bits, has_loops_for
 from ..kernels import dispatch as kernels
 from ..kernels.dispatch import PackedDelta
-from .expert_weights import LayerRoute
-
-Mix = tuple[tuple[str, float], ...]
+from .routes import LayerRoute, Mix
 
 
 def plain_weight(base_layer: nn.Linear) -> Tensor:
@@ -159,3 +158,36 @@ def _only_where_changed(weight: Tensor, delta: Tensor | None) -> Tensor:
     if delta is None:
         return weight
     return torch.where(delta != 0, (weight.float() + delta).to(weight.dtype), weight)
+
+
+class MergedWeightCache:
+    """``D + S_k`` of some experts of one layer, each a dense copy in the dtype of the backbone's weight."""
+
+    def __init__(self) -> None:
+        self.names: tuple[str, ...] = ()
+        self._weights: dict[str, Tensor] = {}
+
+    def keep(self, names: Sequence[str], base_layer: nn.Linear, bank: LayerBank) -> None:
+        """Make the weights of these experts, and drop all others. The backbone's weight must not be folded now."""
+        kept = {name: self._weights[name] for name in names if name in self._weights}
+        self.names, self._weights = tuple(names), kept
+        for name in names:
+            if name not in kept and bank.get(name) is not None:
+                kept[name] = mixed_weight(plain_weight(base_layer), bank, ((name, 1.0),))
+
+    def drop(self) -> None:
+        """Keep nothing."""
+        self.names, self._weights = (), {}
+
+    def has(self, mix: Mix) -> bool:
+        """Whether nothing is left to add for a mix: one kept expert in full, or the backbone alone."""
+        return not mix or (len(mix) == 1 and mix[0][1] == 1.0 and mix[0][0] in self.names)
+
+    def weight(self, mix: Mix) -> Tensor | None:
+        """The weight (O, I) of a mix, if kept; None where the expert has no delta here or is not kept."""
+        return self._weights.get(mix[0][0]) if mix and self.has(mix) else None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all copies."""
+        return sum(weight.nbytes for weight in self._weights.values())

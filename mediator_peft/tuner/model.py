@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,36 +12,38 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from tqdm import tqdm
+from typing_extensions import Self
 
 from ..bank.expert_store import ExpertStore
 from ..config import warn_of_old_name
 from ..errors import RoutingError, UnsupportedError
 from ..merge.builder import Bank
 from ..methods.rounding import ROUNDINGS
+from ..ranks import Ranks
 from ..registration import PREFIX
-from ..routing.block_hook import BlockTap
-from . import saving as persistence
+from ..routing.calibration import CalibrationReport
+from ..routing.calibration_data import Columns
+from ..routing.explain import Explanation
+from ..routing.gate import RouteOutput
+from ..routing.routers import Router
 from .build_in_memory import build_in_memory
 from .config import MediatorConfig
-from .embedding import MediatorEmbedding, tie_head, untie_head
+from .editing import add_expert, remove_expert
 from .execution import check_execution
-from .expert_weights import ExpertWeights, make_route
+from .fitting import fit_router
 from .forward import RoutedForward
-from .layer import MediatorLayer
-from .quantized import lay_out_plainly, quantization_of
-from .requests import RouteBoard
-from .routing import PromptRouting
+from .layer import MediatorEmbedding, MediatorLayer, routed_layers, tie_head, untie_head
+from .quantized import quantization_of
+from .routes import ExpertWeights, RequestBoard, make_route
+from .routing import ActiveAdapter, PromptRouter
+from .saving import AdapterFiles
 
 
-def _before_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    lay_out_plainly(module)
-
-
-class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, BaseTuner):
+class MediatorModel(BaseTuner):
     """A backbone with sparse experts, mixed per prompt.
 
     Made by :func:`get_mediator_model`, :func:`load_mediator`, or by PEFT itself; its methods can be called on the
-    ``PeftModel`` around it.
+    ``PeftModel`` around it. It owns the parts that do the work, and hands each call to one of them.
     """
 
     prefix = PREFIX
@@ -53,18 +56,18 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
     # --- wrapping -----------------------------------------------------------------------------------------------
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        self._board = RouteBoard()
-        self._tap = BlockTap()
-        self._adapters_off = False
-        self._execution: str | None = None
-        self.expert_store: ExpertStore | None = None
-        self._built: dict[str, Bank] = {}
+        """Make all parts. PEFT calls this from its ``__init__``, before it injects the first adapter."""
         self.mediator_router = nn.ModuleDict()
-        self._hooks = [
-            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
-            model.register_state_dict_pre_hook(_before_saving),
-        ]
+        """Adapter name → router. Its name is a part of the keys of saved adapters."""
+        self.active = ActiveAdapter(model, self.peft_config, self.mediator_router, self._active_names)
+        self.board = RequestBoard()
+        self.prompt_router = PromptRouter(self.active, self.board)
+        self.routed_forward = RoutedForward(self.active, self.board, self.prompt_router)
+        self.adapter_files = AdapterFiles(model)
+        self._built: dict[str, Bank] = {}
+
+    def _active_names(self) -> list[str]:
+        return self.active_adapters
 
     def inject_adapter(
         self,
@@ -94,8 +97,8 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
         tie_head(model)
         self._built.pop(adapter_name, None)
         self._warn_of_other_quantization(config)
-        self.mediator_router[adapter_name] = self._new_router(config)
-        config.bind(self._on_save)
+        self.mediator_router[adapter_name] = self.prompt_router.new_router(config)
+        config.bind(self.adapter_files.before_saving)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._mark_only_adapters_as_trainable(model)
 
@@ -112,7 +115,7 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
         layer = target
         if not isinstance(layer, MediatorLayer):
             kind = MediatorEmbedding if isinstance(target, nn.Embedding) else MediatorLayer
-            layer = kind(target, self._board)
+            layer = kind(target, self.board)
             self._replace_module(parent, target_name, layer, target)
         bank = layer.add_bank(adapter_name, peft_config.encoding)
         quantization = quantization_of(layer.base_layer)
@@ -137,7 +140,7 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
         return peft_config
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        self._adapters_off = not enabled
+        self.routed_forward.adapters_off = not enabled
         super()._enable_adapter_layers(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -157,22 +160,40 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
     # --- what is active ------------------------------------------------------------------------------------------
 
     @property
-    def _config(self) -> MediatorConfig:
-        if len(self.active_adapters) != 1:
-            raise UnsupportedError(
-                f"one Mediator adapter can be active at a time, not {self.active_adapters}. Mix experts of one adapter "
-                "with expert_weights=."
-            )
-        return self.peft_config[self.active_adapters[0]]
-
-    @property
     def expert_names(self) -> list[str]:
         """Columns of the expert weights, in order; with ``fallback="base"`` the last is ``"base"``."""
-        return self._config.columns
+        return self.active.config.columns
 
     def routed_layers(self) -> dict[str, MediatorLayer]:
         """Layer name → routed layer."""
-        return {name: module for name, module in self.model.named_modules() if isinstance(module, MediatorLayer)}
+        return routed_layers(self.model)
+
+    @property
+    def expert_store(self) -> ExpertStore | None:
+        """Where deltas lie, if the configuration limits how many experts are held in memory."""
+        return self.routed_forward.expert_store
+
+    # --- running -------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped model's forward pass; ``expert_weights=`` overrides routing."""
+        return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, expert_weights: ExpertWeights = None, **kwargs: Any) -> Any:
+        """``transformers``' ``generate``, with each prompt routed once before its first token.
+
+        Args:
+            *args: as for the wrapped model.
+            expert_weights: use these instead of routing; None routes (or follows ``use_experts``).
+            **kwargs: as for the wrapped model.
+        """
+        return self.routed_forward.generate(*args, expert_weights=expert_weights, **kwargs)
+
+    @contextmanager
+    def use_experts(self, expert_weights: ExpertWeights) -> Iterator[Self]:
+        """Use these expert weights for every forward pass and generation inside the block; None is the backbone."""
+        with self.routed_forward.request(self.active.table(expert_weights)):
+            yield self
 
     def set_execution(self, execution: str | None) -> None:
         """Force how deltas are applied: ``"merged"``, ``"sparse"``, ``"dense"``, or None to let the library pick.
@@ -180,7 +201,7 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
         Raises:
             ConfigError: any other name.
         """
-        self._execution = check_execution(execution)
+        self.routed_forward.execution = check_execution(execution)
 
     def cache_merged_experts(self, experts: Sequence[str]) -> None:
         """Hold whole weights of hot experts beside the backbone's: one dense copy of the routed layers for each.
@@ -196,7 +217,7 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
             UnsupportedError: the backbone is quantised or offloaded.
         """
         for name in experts:
-            self._parse(name)
+            self.active.table(name)
         for layer in self.routed_layers().values():
             layer.cache_merged_experts(tuple(experts))
 
@@ -210,6 +231,176 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
         """Former name of :attr:`single_pass_routing`."""
         warn_of_old_name("reads_in_passing", "single_pass_routing")
         return self.single_pass_routing
+
+    # --- routing -------------------------------------------------------------------------------------------------
+
+    @property
+    def router(self) -> Router:
+        """The active adapter's router."""
+        return self.active.router
+
+    @property
+    def router_layer(self) -> int:
+        """After how many blocks the router reads the hidden state."""
+        return self.prompt_router.router_layer
+
+    @property
+    def single_pass_routing(self) -> bool:
+        """Whether a prompt is judged inside its own forward pass, without a second one.
+
+        So it is where all routed layers lie above ``router_layer``. The turns that are routed on are then read where
+        they stand, with what comes before them in view; otherwise they are read as prompts of their own.
+        """
+        return self.prompt_router.single_pass_routing
+
+    def learn_turns(self, tokenizer: Any) -> None:
+        """Note how the tokenizer's chat template marks user turns, for ``routing_turn``."""
+        self.prompt_router.learn_turns(tokenizer)
+
+    def prompt_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Pooled hidden state of the backbone over the turns that are routed on: (B, T) token ids → (B, H) float32."""
+        return self.prompt_router.features(input_ids, attention_mask)
+
+    def route(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> RouteOutput:
+        """Decide the expert weights of each prompt.
+
+        Args:
+            input_ids: (B, T)
+            attention_mask: (B, T), 1 for real tokens; padding may be on either side.
+            token_type_ids: what some tokenizers return besides; not used.
+
+        Raises:
+            RouterNotFittedError: the router has not been fitted.
+        """
+        return self.prompt_router.route(input_ids, attention_mask)
+
+    def explain(
+        self, prompts: Any, tokenizer: Any = None, use_template: bool = True, max_length: int = 2048
+    ) -> list[Explanation]:
+        """Why prompts go where they go.
+
+        Args:
+            prompts: a text, a chat (list of messages), a list of these, or what a tokenizer returned.
+            tokenizer: the backbone's; not needed for tokenised prompts.
+            use_template: whether texts are rendered as a user's turn, where the tokenizer has a chat template.
+            max_length: longer texts are cut after this many tokens.
+
+        Returns:
+            One explanation a prompt; ``str()`` of it is a sentence.
+
+        Raises:
+            RouterNotFittedError: the router has not been fitted.
+            RoutingError: texts were given without a tokenizer.
+        """
+        return self.prompt_router.explain(prompts, tokenizer, use_template, max_length)
+
+    def fit_router(
+        self,
+        dataset: Any,
+        tokenizer: Any,
+        text_column: str = "prompt",
+        label_column: str = "expert",
+        batch_size: int = 16,
+        max_length: int = 2048,
+        show_progress: bool = False,
+        *,
+        group_column: str | None = None,
+        max_samples: int | None = None,
+        split: str = "train",
+        cache_folder: str | os.PathLike[str] | None = None,
+        background: Sequence[str] | None = None,
+        variations: bool = True,
+        neighbours: bool = True,
+        over_ranks: bool = False,
+    ) -> CalibrationReport:
+        """Fit the router on texts with known experts.
+
+        Args:
+            dataset: a ``datasets.Dataset``, ``DatasetDict`` or streaming dataset; a JSONL, CSV or Parquet file; or a
+                dict expert name → texts, or any of these.
+            tokenizer: the backbone's.
+            text_column: column with the prompt, as it will be tokenised in use; or with a chat, a list of messages,
+                which is rendered with the tokenizer's template.
+            label_column: column with the expert's name.
+            batch_size: texts per forward pass.
+            max_length: longer texts are cut after this many tokens.
+            show_progress: a bar on the error stream.
+            group_column: column with what texts have in common (a template, a source). Whole groups are then held out
+                together, so that the yardstick of novelty allows for unseen ones.
+            max_samples: at most so many texts an expert, drawn by the configuration's seed; None takes all.
+            split: which one of a ``DatasetDict``.
+            cache_folder: keep features there, by content, for later fits on the same backbone.
+            background: ordinary prompts that belong to no expert, as a user would write them. None takes eighty of
+                ours, in English for the most part, unless the tokenizer cannot read them; an empty list takes none.
+            variations: fit on altered copies of the texts as well: words left out, letters mistyped, something said
+                around it. So other wordings of a known task are known. Reading takes four times as long.
+            neighbours: fit on other requests about the texts' words and numbers, too ("What does … mean?"), as prompts
+                of no expert. So requests near to a task are more often left to the base. Twice as many texts, short
+                ones, are read besides. Only beside ordinary prompts, and not used by ``prototype``.
+            over_ranks: share the reading of texts among the processes that torchrun started; each of them must call
+                this with the same arguments, and ends with the same router.
+
+        Returns:
+            What held-out texts say of the fit.
+
+        Raises:
+            RoutingError: the data cannot be used.
+        """
+        return fit_router(
+            self.prompt_router,
+            dataset,
+            tokenizer,
+            Columns(text_column, label_column, group_column),
+            batch_size=batch_size,
+            max_length=max_length,
+            max_samples=max_samples,
+            split=split,
+            cache_folder=cache_folder,
+            background=background,
+            variations=variations,
+            neighbours=neighbours,
+            show_progress=show_progress,
+            ranks=Ranks() if over_ranks else Ranks.alone(),
+        )
+
+    # --- editing -------------------------------------------------------------------------------------------------
+
+    def add_expert(self, name: str, checkpoint: Any, texts: Any = None, tokenizer: Any = None, **options: Any) -> None:
+        """Add one expert to the built model; see :func:`mediator_peft.tuner.editing.add_expert`."""
+        add_expert(self.prompt_router, name, checkpoint, texts, tokenizer, **options)
+
+    def remove_expert(self, name: str) -> None:
+        """Take one expert out of the built model; see :func:`mediator_peft.tuner.editing.remove_expert`."""
+        remove_expert(self.active, name)
+
+    # --- saving and loading --------------------------------------------------------------------------------------
+
+    def set_backbone(self, path: str) -> None:
+        """Say where the backbone lies (folder or hub id), so that ``save_pretrained`` need not write it."""
+        self.adapter_files.backbone_path = path
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        return AdapterFiles.saved_tensors(state_dict, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Put an adapter file's tensors into the model, and give PEFT the same tensors under the model's names."""
+        tuner: Any = model.base_model
+        loaded, store = tuner.adapter_files.load(config, tuner.mediator_router[adapter_name], adapter_name, state_dict)
+        tuner.routed_forward.expert_store = store
+        return loaded
 
     # --- leaving -------------------------------------------------------------------------------------------------
 
@@ -231,7 +422,7 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
         Raises:
             RoutingError: no mix was given, or rows differ.
         """
-        table = self._board.request if expert_weights is None else self._parse(expert_weights)
+        table = self.board.request if expert_weights is None else self.active.table(expert_weights)
         if table is None:
             raise RoutingError(
                 "say which mix to merge: merge_and_unload(expert_weights='name'), or call it inside "
@@ -252,9 +443,8 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
             parent, _, child = name.rpartition(".")
             setattr(self.model.get_submodule(parent), child, layer.get_base_layer())
         untie_head(self.model)
-        for handle in self._hooks:
-            handle.remove()
-        self._tap.remove()
+        self.routed_forward.remove()
+        self.adapter_files.remove()
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
@@ -262,4 +452,4 @@ class MediatorModel(RoutedForward, PromptRouting, persistence.AdapterFiles, Base
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for config in self.peft_config.values():
-            config.bind(self._on_save)
+            config.bind(self.adapter_files.before_saving)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +21,35 @@ from ..errors import AdapterError
 from ..merge.model_card import model_card
 from ..merge.tensor_work import deltas_stored
 from ..methods.encoding.bitmaps import count_bits
+from ..routing.routers import Router
 from .config import MediatorConfig
-from .layer import MediatorLayer
+from .layer import MediatorLayer, routed_layers
+from .quantized import lay_out_plainly
 
 BACKBONE_FOLDER = "backbone"
 _LISTED = 5
 
 
 class AdapterFiles:
-    """The part of the tuner that PEFT calls to save and load."""
+    """What PEFT saves and loads of a model's adapters, and where their backbone lies.
 
-    model: Any
-    peft_config: dict[str, Any]
+    Args:
+        model: the wrapped model.
+    """
 
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: PeftConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.backbone_path: str | None = None
+        """Folder or hub id of the backbone; None until it is known or written."""
+        self._hook = model.register_state_dict_pre_hook(_before_saving)
+
+    def remove(self) -> None:
+        """Take the hook off the model."""
+        self._hook.remove()
+
+    @staticmethod
+    def saved_tensors(state_dict: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+        """One adapter's tensors of a model's state dict, in the form of an adapter file."""
         wanted = (f".{BANK_ATTRIBUTE}.{adapter_name}.", f"{ROUTER_ATTRIBUTE}.{adapter_name}.")
         found = {}
         for key, tensor in state_dict.items():
@@ -52,11 +59,19 @@ class AdapterFiles:
                 found[key] = tensor.detach().flatten()
         return found or {f"empty.{adapter_name}": torch.zeros(0)}
 
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Check everything, put the tensors into the model, and give PEFT the same tensors under the model's names.
+    def load(
+        self, config: PeftConfig, router: Router, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], ExpertStore | None]:
+        """Check everything of an adapter file and put its tensors into the model.
+
+        Args:
+            config: the adapter's settings.
+            router: the adapter's router; gets the stored state, if there is one.
+            adapter_name: PEFT's name of the adapter.
+            state_dict: tensors of the adapter file.
+
+        Returns:
+            The same tensors under the model's names, and the store that holds the deltas, if their number is limited.
 
         Raises:
             AdapterError: tensors are missing, unknown or damaged.
@@ -64,12 +79,12 @@ class AdapterFiles:
         """
         if not isinstance(config, MediatorConfig):
             raise AdapterError(f"a Mediator adapter needs a MediatorConfig, got {type(config).__name__}.")
-        tuner: Any = model.base_model
-        check_fingerprint(config.backbone_fingerprint or {}, backbone_state(tuner.model), "the model at hand")
-        _check_keys(config, tuner, adapter_name, set(state_dict))
+        check_fingerprint(config.backbone_fingerprint or {}, backbone_state(self._model), "the model at hand")
+        layers = routed_layers(self._model)
+        _check_keys(config, layers, adapter_name, set(state_dict))
         loaded: dict[str, Tensor] = {}
-        tuner.expert_store = store = _store(config, tuner, adapter_name, state_dict)
-        for name, layer in tuner.routed_layers().items():
+        store = _store(config, layers, adapter_name, state_dict)
+        for name, layer in layers.items():
             if adapter_name in layer.mediator_bank:
                 loaded.update(_load_layer(name, layer, adapter_name, deltas_stored(config), state_dict, store))
         if store is not None:
@@ -78,35 +93,34 @@ class AdapterFiles:
             key.removeprefix(ROUTER_PREFIX): value for key, value in state_dict.items() if key.startswith(ROUTER_PREFIX)
         }
         if stored:
-            router = tuner.mediator_router[adapter_name]
             for key, tensor in router.load_flat(stored).items():
                 loaded[f"{ROUTER_PREFIX}{adapter_name}.{key}"] = tensor
             for parameter in router.parameters():
                 parameter.requires_grad_(not config.inference_mode)
-            router.to(next(tuner.model.parameters()).device)
-        return loaded
+            router.to(next(self._model.parameters()).device)
+        return loaded, store
 
-    def _on_save(self, folder: Path, config: MediatorConfig) -> None:
+    def before_saving(self, folder: Path, config: MediatorConfig) -> None:
         """Before PEFT writes the configuration: make sure of the backbone, and write the card."""
         give_usual_mode(folder)
         config.base_model_name_or_path = self._backbone_reference(folder, config)
         (folder / "README.md").write_text(model_card(config, report=None), encoding="utf-8")
 
-    def set_backbone(self, path: str) -> None:
-        """Say where the backbone lies (folder or hub id), so that ``save_pretrained`` need not write it."""
-        self._backbone_path = path
-
     def _backbone_reference(self, folder: Path, config: MediatorConfig) -> str:
         """Where the saved adapter will find its backbone; written beside it where it lies nowhere else."""
-        known = getattr(self, "_backbone_path", None)
+        known = self.backbone_path
         if known is not None and not Path(known).is_dir():
             return known
         if known is None:
             # Checkpoints of a training run come and go, and share one backbone that stands beside them.
             target = (folder.parent if folder.name.startswith("checkpoint-") else folder) / BACKBONE_FOLDER
-            save_backbone(self.model, target, config)
-            self._backbone_path = known = str(target.resolve())
+            save_backbone(self._model, target, config)
+            self.backbone_path = known = str(target.resolve())
         return portable_reference(Path(known), folder)
+
+
+def _before_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    lay_out_plainly(module)
 
 
 def portable_reference(backbone: Path, folder: Path) -> str:
@@ -142,9 +156,10 @@ def save_backbone(model: Any, folder: Path, config: MediatorConfig) -> None:
         model.generation_config.save_pretrained(folder)
 
 
-def _check_keys(config: MediatorConfig, tuner: Any, adapter_name: str, present: set[str]) -> None:
+def _check_keys(
+    config: MediatorConfig, layers: Mapping[str, MediatorLayer], adapter_name: str, present: set[str]
+) -> None:
     expected = set()
-    layers = tuner.routed_layers()
     for name in config.routed_modules or ():
         for column in deltas_stored(config):
             for part in layers[name].bank(adapter_name).part_names:
@@ -160,12 +175,14 @@ def _check_keys(config: MediatorConfig, tuner: Any, adapter_name: str, present: 
         raise AdapterError(f"the adapter file {'; it '.join(faults)}. Copy or build the adapter again.")
 
 
-def _store(config: MediatorConfig, tuner: Any, adapter_name: str, state_dict: dict[str, Tensor]) -> ExpertStore | None:
+def _store(
+    config: MediatorConfig, layers: Mapping[str, MediatorLayer], adapter_name: str, state_dict: dict[str, Tensor]
+) -> ExpertStore | None:
     """Room on disk for the deltas, where the configuration limits how many experts are in memory."""
     if config.max_resident_experts is None:
         return None
     sizes = dict.fromkeys(deltas_stored(config), 0)
-    for name, layer in tuner.routed_layers().items():
+    for name, layer in layers.items():
         for column in sizes:
             for part in layer.bank(adapter_name).part_names:
                 key = f"{column}:{part}"
@@ -204,7 +221,7 @@ def _load_layer(
                 tensor = store.keep(column, tensor)
             elif device.type != "meta":
                 tensor = tensor.to(device)
-            bank._put_part(key, tensor)
+            bank.put_part(key, tensor)
             loaded[f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}.{adapter_name}.{key}"] = tensor
     deltas = {column: bank.get(column) for column in columns}
     if store is not None:

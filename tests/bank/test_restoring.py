@@ -1,7 +1,5 @@
 """A weight that deltas are written to comes back bit for bit, in every dtype and in little memory."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,7 @@ from mediator_peft.kernels import dispatch as kernels
 
 from ..kernels.test_kernels import random_delta
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
+pytestmark = pytest.mark.skipif(kernels.native() is None, reason="the native kernels are not there")
 SHAPES = [(3, 5), (33, 65), (64, 576), (20, 130)]
 FORMS = ["sign", "float32", "bfloat16"]
 
@@ -102,7 +100,7 @@ def test_an_addition_that_was_cut_short_is_taken_back(monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kept_entries_come_back_and_others_are_not_touched(monkeypatch, shape, dtype, with_loops):
     if not with_loops:
-        monkeypatch.setattr(kernels, "_compiled", lambda: None)
+        monkeypatch.setattr(kernels, "native", lambda: None)
     delta, dense = random_delta(shape, 0.2)
     weight = awkward_weight(shape, torch.bfloat16).to(dtype)
     before, mask = weight.clone(), torch.from_numpy(delta.mask)

@@ -26,11 +26,11 @@ def milliseconds(run):
     return triton.testing.do_bench(run, warmup=5, rep=40, return_mode="median")
 
 
-def measure(shape, values, density, dtype):
+def measure(shape, encoding, density, dtype):
     num_outputs, num_inputs = shape
     copies = max(1, min(16, (200 << 20) // (num_outputs * num_inputs * 2)))
     weights = [torch.randn(shape, device="cuda", dtype=dtype) * 0.02 for _ in range(copies)]
-    sparse = [random_delta(shape, values, density).to(torch.device("cuda")) for _ in range(4)]
+    sparse = [random_delta(shape, encoding, density).to(torch.device("cuda")) for _ in range(4)]
     deltas = [DeviceDelta(each) for each in sparse]
     four, one = DeviceDeltas(deltas), DeviceDeltas(deltas[:1])
     turn = iter(range(1 << 60))
@@ -46,14 +46,14 @@ def measure(shape, values, density, dtype):
             "one delta": partial(one.add_product, x, coefficients[:1].contiguous(), out),
         }
         times = {name: milliseconds(run) for name, run in runs.items()}
-        lines.append({"shape": shape, "values": values, "density": density, "rows": rows, **times})
+        lines.append({"shape": shape, "encoding": encoding, "density": density, "rows": rows, **times})
     c = torch.ones(1, device="cuda")
     plain = {
         "added by triton": milliseconds(lambda: one.added(weights[next(turn) % copies], c)),
         "added by torch": milliseconds(lambda: (weights[0].float() + sparse[0].dense()).to(dtype)),
         "copy": milliseconds(lambda: weights[next(turn) % copies].clone()),
     }
-    return lines, {"shape": shape, "values": values, "density": density, **plain}
+    return lines, {"shape": shape, "encoding": encoding, "density": density, **plain}
 
 
 def main():
@@ -62,14 +62,14 @@ def main():
     args = parser.parse_args()
     print(torch.cuda.get_device_name(), torch.__version__, triton.__version__)
     results = []
-    for values, density in (("sign", 0.2), ("float", 0.1)):
+    for encoding, density in (("sign", 0.2), ("float", 0.1)):
         for shape in SHAPES:
-            lines, plain = measure(shape, values, density, torch.bfloat16)
+            lines, plain = measure(shape, encoding, density, torch.bfloat16)
             results += [*lines, plain]
             for line in lines:
                 share = line["dense"] / (line["dense"] + line["four deltas"])
                 print(
-                    f"{shape} {values} rows {line['rows']:3}: dense {1e3 * line['dense']:7.1f} us, one delta "
+                    f"{shape} {encoding} rows {line['rows']:3}: dense {1e3 * line['dense']:7.1f} us, one delta "
                     f"{1e3 * line['one delta']:7.1f}, four {1e3 * line['four deltas']:7.1f}, speed {share:.2f}",
                     flush=True,
                 )

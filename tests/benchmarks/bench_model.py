@@ -43,7 +43,7 @@ SHAPE_1B = dict(
 NAMES = ["one", "two", "three", "four"]
 
 
-def random_model(num_layers: int, values: str, density: float) -> Any:
+def random_model(num_layers: int, encoding: str, density: float) -> Any:
     """A Llama of the 1B shape with fewer layers, from bfloat16 numbers as a checkpoint has, and four random experts.
 
     The vocabulary is cut like the layers (32000 go with 16), so that the output layer keeps its share.
@@ -59,23 +59,23 @@ def random_model(num_layers: int, values: str, density: float) -> Any:
     ]
     config = MediatorConfig(
         experts=dict.fromkeys(NAMES, ""), expert_names=NAMES, routed_modules=layers, num_blocks=num_layers,
-        encoding=values, density=density, fallback="backbone",
+        encoding=encoding, density=density, fallback="backbone",
     )  # fmt: skip
     wrapped = get_peft_model(model, config)
     for layer in wrapped.base_model.routed_layers().values():
         for name in NAMES:
-            layer.bank("default").put(name, random_delta(layer.shape, values, density))
+            layer.bank("default").put(name, random_delta(layer.shape, encoding, density))
     return wrapped.eval()
 
 
-def random_delta(shape: tuple[int, int], values: str, density: float) -> SparseDelta:
+def random_delta(shape: tuple[int, int], encoding: str, density: float) -> SparseDelta:
     kept = torch.rand(shape) < density
     num_kept = int(kept.sum())
-    if values == "sign":
+    if encoding == "sign":
         parts = {"signs": pack_bits(torch.rand(num_kept) < 0.5), "scales": (torch.rand(shape[0]) * 1e-3).bfloat16()}
     else:
         parts = {"values": (torch.randn(num_kept) * 1e-3).bfloat16()}
-    return SparseDelta(shape, values, pack_bits(kept), parts)
+    return SparseDelta(shape, encoding, pack_bits(kept), parts)
 
 
 def with_adapters(plain: torch.nn.Module, config: Any) -> Any:

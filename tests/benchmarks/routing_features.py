@@ -86,8 +86,7 @@ def make_features(out: Path, path: Path, seeds: tuple[int, int], layers: list[in
 @torch.no_grad()
 def pooled_states(backbone, tokenizer, texts, markers, layers, batch_size=16):
     """(N, len(layers), H) of the texts' last user turns."""
-    from mediator_peft.tuner.chat_turns import user_turns
-    from mediator_peft.tuner.fitting import padded
+    from mediator_peft.tuner.chat_turns import padded, user_turns
 
     rows = []
     for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:

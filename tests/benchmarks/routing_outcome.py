@@ -123,9 +123,9 @@ def _answered(seed, folder, rows):
 @torch.no_grad()
 def _judged(model, tokenizer, rows):
     """Expert weights (N, K + 1), the base's column last, and what the gate said of each prompt."""
-    router, settings = model.router.to("cpu"), model._gate_settings
+    router, settings = model.router.to("cpu"), model.prompt_router.gate_settings
     texts = _rendered(tokenizer, [row["prompt"] for row in rows])
-    x = text_features(model, tokenizer, texts, 32, 2048, None, False)
+    x = text_features(model.prompt_router, tokenizer, texts, 32, 2048, None, False)
     scores, novelty, distance = router.calibrated(x), router.novelty(x), router.distance(x)
     routed = gate(scores, novelty, distance, router.known, settings)
     notes = {

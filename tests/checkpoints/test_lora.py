@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mediator_peft import (
@@ -18,9 +18,10 @@ from mediator_peft import (
     plan_mediator,
     verify_mediator,
 )
+from mediator_peft.checkpoints import patterns
 from mediator_peft.checkpoints.opening import open_checkpoint
 from mediator_peft.errors import CheckpointError, MediatorError
-from tests.tiny import write_tiny_checkpoints
+from tests.tiny import tiny_model, write_tiny_checkpoints
 
 
 def write_lora(base, folder, seed=0, **settings):
@@ -188,3 +189,149 @@ def test_rows_in_parts_are_the_rows_of_the_whole(tmp_path):
     for start in range(0, 32, 5):
         stop = min(32, start + 5)
         torch.testing.assert_close(adapter.read_rows(name, start, stop), whole[start:stop], rtol=1e-6, atol=1e-7)
+
+
+def saved_lora(base, folder, **options):
+    """A LoRA with factors that are not zero, saved by PEFT, and the model that it makes of the base."""
+    from copy import deepcopy
+
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    name = options.pop("name", "default")
+    save = options.pop("save", {})
+    model = get_peft_model(deepcopy(base), LoraConfig(**{**settings, **options}), adapter_name=name)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_" in parameter_name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model.save_pretrained(folder, **save)
+    return model.merge_and_unload()
+
+
+def as_pickle(folder):
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    return folder
+
+
+def with_names_of_the_state(folder):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    renamed = {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}
+    save_file(renamed, folder / "adapter_model.safetensors")
+    return folder
+
+
+def beside_a_config(folder):
+    tiny_model().config.save_pretrained(folder)
+    return folder
+
+
+READ = {
+    "a .bin file": (as_pickle, {}),
+    "names of the state": (with_names_of_the_state, {}),
+    "beside a config.json": (beside_a_config, {}),
+    "in a folder of its name": (lambda folder: folder, {"name": "poet"}),
+    "beside a config.json, in a folder of its name": (beside_a_config, {"name": "poet"}),
+    "patterns with repetitions": (
+        lambda folder: folder,
+        {"alpha_pattern": {r".*\.[0-1]\.self_attn\.q_pro+j": 64}, "rank_pattern": {r"layers\.\d+\.mlp\.down_proj": 2}},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_adapters_are_found_and_read_however_they_were_saved(kind, tmp_path):
+    change, options = READ[kind]
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "base")
+    merged = saved_lora(base, tmp_path / "lora", **options).state_dict()
+    change(tmp_path / "lora")
+    expert = open_checkpoint(str(tmp_path / "lora"), "expert 'a'", allow_pickle=True)
+    assert expert.bind(open_checkpoint(str(tmp_path / "base"), "base"), {}) == []
+    for name, tensor in merged.items():
+        torch.testing.assert_close(expert.read(name), tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pickled_adapter_is_read_on_request_only(tmp_path):
+    base = tiny_model()
+    saved_lora(base, tmp_path / "lora")
+    as_pickle(tmp_path / "lora")
+    with pytest.raises(CheckpointError, match="allow_pickle"):
+        open_checkpoint(str(tmp_path / "lora"), "expert 'a'")
+
+
+def test_several_adapters_in_one_folder_must_be_told_apart(tmp_path):
+    for name in ("poet", "cook"):
+        saved_lora(tiny_model(), tmp_path / "lora", name=name)
+    with pytest.raises(CheckpointError, match=r"several adapters \(cook, poet\)"):
+        open_checkpoint(str(tmp_path / "lora"), "expert 'a'")
+
+
+def test_a_whole_model_and_an_adapter_in_one_folder_must_be_told_apart(tmp_path):
+    saved_lora(tiny_model(), tmp_path / "lora")
+    tiny_model().save_pretrained(tmp_path / "lora")
+    with pytest.raises(CheckpointError, match="both"):
+        open_checkpoint(str(tmp_path / "lora"), "expert 'a'")
+
+
+def test_an_adapter_as_base_is_named(tmp_path):
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "base")
+    saved_lora(base, tmp_path / "lora")
+    saved_lora(base, tmp_path / "other")
+    for experts in ({"a": tmp_path / "base"}, {"a": tmp_path / "other"}):
+        with pytest.raises(CheckpointError, match="it is a LoRA adapter, no whole model"):
+            build_mediator(tmp_path / "lora", experts, tmp_path / "out")
+        planned = plan_mediator(tmp_path / "lora", experts)
+        assert sum("is a LoRA adapter" in problem for problem in planned.problems) == 1
+
+
+@pytest.mark.parametrize("saved", ["both", "embedding", "head"])
+def test_embeddings_of_a_tied_model_that_were_saved_unchanged_do_not_hinder(saved, tmp_path):
+    base = tiny_model("llama_tied")
+    base.save_pretrained(tmp_path / "base")
+    merged = saved_lora(base, tmp_path / "lora", save={"save_embedding_layers": True}).state_dict()
+    path = tmp_path / "lora" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    names = {"embedding": "embed_tokens.weight", "head": "lm_head.weight"}
+    assert any(name.endswith("embed_tokens.weight") for name in tensors)
+    prefix = "base_model.model."
+    tensors.setdefault(f"{prefix}lm_head.weight", tensors[f"{prefix}model.embed_tokens.weight"].clone())
+    if saved != "both":
+        tensors = {name: value for name, value in tensors.items() if "lora" in name or name.endswith(names[saved])}
+    save_file(tensors, path)
+    build_mediator(tmp_path / "base", {"a": tmp_path / "lora"}, tmp_path / "out", MediatorConfig(density=0.2))
+    changed = {
+        **tensors,
+        f"{prefix}{'lm_head' if saved == 'head' else 'model.embed_tokens'}.weight": torch.ones(96, 32),
+    }
+    save_file(changed, path)
+    with pytest.raises(CheckpointError, match=r"lm_head|embed_tokens"):
+        build_mediator(tmp_path / "base", {"a": tmp_path / "lora"}, tmp_path / "out2", MediatorConfig(density=0.2))
+    assert merged
+
+
+@pytest.mark.parametrize("key", ["alpha_pattern", "rank_pattern"])
+@pytest.mark.parametrize("pattern", ["(a+)+b", "(.*.*)*x", "(?:o|o|_|l|a|y)*!", ".*.*.*.*.*.*.*.*.*!"])
+def test_a_pattern_without_end_is_refused_in_time(key, pattern, tmp_path, monkeypatch):
+    monkeypatch.setattr(patterns, "SECONDS", 1.0)
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "base")
+    saved_lora(base, tmp_path / "lora")
+    settings = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    settings[key] = {pattern: 4}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(settings))
+    # Names that these patterns are slow on.
+    path = tmp_path / "lora" / "adapter_model.safetensors"
+    long = "a" * 200 + "_layo" * 40
+    save_file({name.replace("q_proj", long): value for name, value in load_file(path).items()}, path)
+    with pytest.raises(CheckpointError, match=f"{key}|no such layer"):
+        build_mediator(tmp_path / "base", {"a": tmp_path / "lora"}, tmp_path / "out")
+
+
+def test_a_pointer_in_the_place_of_an_adapter_is_named(tmp_path):
+    saved_lora(tiny_model(), tmp_path / "lora")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:46\nsize 4932307584\n"
+    (tmp_path / "lora" / "adapter_model.safetensors").write_bytes(pointer)
+    with pytest.raises(CheckpointError, match="Git LFS pointer"):
+        open_checkpoint(str(tmp_path / "lora"), "expert 'a'")

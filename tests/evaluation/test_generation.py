@@ -126,7 +126,7 @@ def test_each_prompt_runs_under_the_weights_of_its_route(tokenizer):
 
 @pytest.mark.parametrize("has_kernels", [True, False])
 def test_groups_of_few_rows_share_a_batch_where_there_are_kernels(tokenizer, monkeypatch, has_kernels):
-    monkeypatch.setattr("mediator_peft.evaluation.batching.has_compiled", lambda: has_kernels)
+    monkeypatch.setattr("mediator_peft.evaluation.batching.has_native", lambda: has_kernels)
     model = FakeMediator(tiny_model())
     weights = torch.tensor([[1.0, 0, 0]] * 5 + [[0.1 * number, 0.5, 0.0] for number in range(4)])
     prompts = [f"prompt {number}" for number in range(9)]

@@ -1,22 +1,19 @@
-"""The compiled loops give what the plain steps give, bit for bit."""
+"""The native loops of a build give what plain numpy gives, bit for bit."""
 
 from __future__ import annotations
-
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from mediator_peft.kernels import build_loops as loops
-from mediator_peft.kernels.build_loops import compiled
+from mediator_peft.kernels import dispatch
 from mediator_peft.merge import signed_selection as signed
 from mediator_peft.merge import tiles
 from mediator_peft.methods.sparsifying.selection import chosen_ones
 from tests.merge.helpers import EXPERTS, InMemory, build, digests
 from tests.tiny import write_tiny_checkpoints
 
-pytestmark = pytest.mark.skipif(compiled() is None, reason="numba is not there")
+pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native kernels are not there")
 
 SHAPES = [(1, 1), (3, 7), (5, 8), (4, 15), (2, 16), (7, 17), (3, 40), (6, 64), (2, 577)]
 
@@ -51,7 +48,7 @@ BRACKETS = [(0.5, 1.25), (1.25, 1.25), (1e-45, np.inf), (np.inf, np.inf)]
 @pytest.mark.parametrize("use_loops", [True, False])
 def test_marking_is_comparing_and_summing(shape, dtype, use_loops, monkeypatch):
     if not use_loops:
-        monkeypatch.setattr(signed, "compiled", lambda: None)
+        monkeypatch.setattr(dispatch, "native", lambda: None)
     pairs = [
         (torch.from_numpy(values_of(shape, seed)).to(dtype), torch.from_numpy(values_of(shape, seed + 9)).to(dtype))
         for seed in range(len(BRACKETS))
@@ -80,8 +77,8 @@ def test_marking_is_comparing_and_summing(shape, dtype, use_loops, monkeypatch):
 def test_marks_and_sums_are_the_same_to_the_last_bit(shape, dtype, monkeypatch):
     first, second = (torch.from_numpy(values_of(shape, seed)).to(dtype) for seed in (3, 4))
     found = []
-    for loops_or_none in (compiled(), None):
-        monkeypatch.setattr(signed, "compiled", lambda given=loops_or_none: given)
+    for native_or_none in (dispatch.native(), None):
+        monkeypatch.setattr(dispatch, "native", lambda given=native_or_none: given)
         selections = selections_of(shape, BRACKETS)
         signed.Marking(selections, tiles.Workspace()).add(0, [(first, second)] * len(BRACKETS))
         found.append([array for each in selections for array in (each.sums, each.negative, each.selection.above)])
@@ -112,8 +109,8 @@ def test_merging_a_tile_is_what_torch_does(num_experts, shape, method, monkeypat
         tensor.view(-1)[2::7] = 0.5
     monkeypatch.setattr(tiles, "TILE_ENTRIES", 64)
     found = []
-    for loops_or_none in (compiled(), None):
-        monkeypatch.setattr(tiles, "compiled", lambda given=loops_or_none: given)
+    for native_or_none in (dispatch.native(), None):
+        monkeypatch.setattr(dispatch, "native", lambda given=native_or_none: given)
         seen = tiles.TensorTiles(
             "w", [InMemory({"w": each}) for each in stored], torch.bfloat16, method, tiles.Workspace()
         )
@@ -134,7 +131,7 @@ def test_taking_bits_is_choosing_by_a_mask(shape):
     generator = np.random.default_rng(2)
     bits, mask = generator.random(shape) < 0.5, generator.random(shape) < 0.3
     expected = np.packbits(bits[mask], bitorder="little")
-    np.testing.assert_array_equal(signed.kept_bits(packed(bits), packed(mask), shape[1]), expected)
+    np.testing.assert_array_equal(dispatch.take_bits(packed(bits), packed(mask), shape[1]), expected)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 64), (3, 128), (40, 200)])
@@ -145,25 +142,18 @@ def test_choosing_ones_is_what_numpy_does(shape, share):
     choice = generator.random(int(mask.sum())) < 0.5
     expected = mask.copy()
     expected[mask] = choice
-    for found in (signed.choose(packed(mask), choice, shape[1]), chosen_ones(packed(mask), choice, shape[1])):
+    for found in (dispatch.put_bits(packed(mask), choice, shape[1]), chosen_ones(packed(mask), choice, shape[1])):
         np.testing.assert_array_equal(found, packed(expected))
 
 
 @pytest.mark.parametrize("settings", [{}, {"merge_method": "base"}, {"encoding": "float", "density": 1.0}])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_without_numba_the_bytes_are_the_same(settings, dtype, tmp_path, monkeypatch):
+def test_by_numpy_the_bytes_are_the_same(settings, dtype, tmp_path, monkeypatch):
     paths = write_tiny_checkpoints(tmp_path / "in", ("base", *EXPERTS), dtype=dtype)
     build(paths, tmp_path / "fast", settings)
-    for module in (signed, tiles):
-        monkeypatch.setattr(module, "compiled", lambda: None)
+    monkeypatch.setattr(dispatch, "native", lambda: None)
     build(paths, tmp_path / "slow", settings)
     assert digests(tmp_path / "fast") == digests(tmp_path / "slow")
-
-
-def test_numba_may_be_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mediator_peft.kernels.llvm_build_loops", None)
-    monkeypatch.delattr("mediator_peft.kernels.llvm_build_loops")
-    assert loops.compiled.__wrapped__() is None
 
 
 def signs_by_hand(delta, num_kept):
@@ -183,7 +173,7 @@ def signs_by_hand(delta, num_kept):
 @pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
 def test_sign_coding_is_its_formula(use_loops, shape, density, monkeypatch):
     if not use_loops:
-        monkeypatch.setattr(signed, "compiled", lambda: None)
+        monkeypatch.setattr(dispatch, "native", lambda: None)
     minuend, subtrahend = torch.from_numpy(values_of(shape, 5)), torch.from_numpy(values_of(shape, 6)) * 0.5
     delta = minuend - subtrahend
     selection = signed.SignedSelection(shape, density, delta.flatten()[::2].contiguous())

@@ -1,33 +1,32 @@
 """Products, additions and expansion straight from packed deltas, against dense matrices built entry by entry."""
 
 import copy
-import importlib.util
 import os
 import pickle
-import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from mediator_peft.kernels import dispatch as kernels
+from mediator_peft.kernels import native_kernels
 from mediator_peft.kernels.dispatch import GroupedProduct, PackedDelta, add_to, expand, row_offsets, sparse_product
 
-HAS_NUMBA = importlib.util.find_spec("numba") is not None
-needs_numba = pytest.mark.skipif(not HAS_NUMBA, reason="numba is not installed")
+needs_native = pytest.mark.skipif(kernels.native() is None, reason="the native kernels are not there")
 SHAPES = [(1, 1), (3, 5), (16, 8), (17, 64), (5, 63), (33, 65), (20, 130), (64, 576), (50, 200)]
 FORMS = ["sign", "float32", "float16", "bfloat16"]
 
 
-@pytest.fixture(params=["compiled", "numpy"])
+@pytest.fixture(params=["native", "numpy"])
 def implementation(request, monkeypatch):
     if request.param == "numpy":
-        monkeypatch.setattr(kernels, "_compiled", lambda: None)
-    elif not HAS_NUMBA:
-        pytest.skip("numba is not installed")
+        monkeypatch.setattr(kernels, "native", lambda: None)
+    elif kernels.native() is None:
+        pytest.skip("the native kernels are not there")
     return request.param
 
 
@@ -61,6 +60,13 @@ def random_delta(shape, density, form="sign", seed=0):
         return PackedDelta(mask, num_columns, signs=signs, scales=as_array(scales)), dense
     stacked = torch.stack(values) if values else torch.zeros(0, dtype=getattr(torch, form))
     return PackedDelta(mask, num_columns, values=as_array(stacked)), dense
+
+
+def as_tensors(delta):
+    """The same delta, held as tensors."""
+    parts = {name: getattr(delta, name) for name in ("signs", "scales", "values")}
+    tensors = {name: torch.from_numpy(array) for name, array in parts.items() if array is not None}
+    return PackedDelta(torch.from_numpy(delta.mask), delta.shape[1], **tensors)
 
 
 def random_batch(size, shape, seed=1):
@@ -137,15 +143,14 @@ def test_grouped_product_is_the_sum_over_experts_of_their_rows(implementation, f
     torch.testing.assert_close(out[4], untouched, rtol=0, atol=0)
 
 
+@needs_native
 @pytest.mark.parametrize("form", FORMS)
-def test_compiled_product_equals_numpy(monkeypatch, form):
-    if not HAS_NUMBA:
-        pytest.skip("numba is not installed")
+def test_native_product_equals_numpy(monkeypatch, form):
     delta, _ = random_delta((50, 200), 0.2, form)
     x, coefficients, out = random_batch(5, delta.shape)
     slow = out.clone()
     sparse_product(x.numpy(), delta, coefficients.numpy(), out.numpy())
-    monkeypatch.setattr(kernels, "_compiled", lambda: None)
+    monkeypatch.setattr(kernels, "native", lambda: None)
     sparse_product(x.numpy(), delta, coefficients.numpy(), slow.numpy())
     torch.testing.assert_close(out, slow, rtol=1e-5, atol=1e-5)
 
@@ -157,7 +162,7 @@ def test_addition_rounds_once_as_torch_does(implementation, shape, form, weight_
     delta, dense = random_delta(shape, 0.2, form)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(weight_dtype)
     expected = (weight.float() + 0.37 * dense).to(weight_dtype)
-    if implementation == "compiled":
+    if implementation == "native":
         torch.testing.assert_close(kernels.added(weight, delta, 0.37), expected, rtol=0, atol=0)
     add_to(as_array(weight), delta, 0.37)
     torch.testing.assert_close(weight, expected, rtol=0, atol=0)
@@ -190,7 +195,7 @@ def test_bfloat16_ties_go_to_even(implementation, lower_half):
     torch.testing.assert_close(weight, values.to(torch.bfloat16), rtol=0, atol=0)
 
 
-@needs_numba
+@needs_native
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 16), (7, 48), (66, 64), (130, 576)])
@@ -214,7 +219,7 @@ def test_dense_and_grouped_products_in_one_pass(shape, dtype, with_bias):
             assert torch.equal(alone[0], together[-1]), "a row depends on the others"
 
 
-@needs_numba
+@needs_native
 @pytest.mark.parametrize("shape", [(70, 576), (300, 130)])
 def test_results_do_not_depend_on_the_number_of_threads(shape):
     delta, _ = random_delta(shape, 0.2)
@@ -231,7 +236,7 @@ def test_results_do_not_depend_on_the_number_of_threads(shape):
         torch.testing.assert_close(weight, weights[0], rtol=0, atol=0)
 
 
-@needs_numba
+@needs_native
 @pytest.mark.parametrize("form", FORMS)
 def test_a_row_of_a_batch_gives_the_same_alone(form):
     delta, _ = random_delta((40, 200), 0.2, form)
@@ -244,13 +249,10 @@ def test_a_row_of_a_batch_gives_the_same_alone(form):
         torch.testing.assert_close(alone[0], together[row], rtol=0, atol=0)
 
 
-@needs_numba
+@needs_native
 @pytest.mark.parametrize("own_threads", [False, True], ids=["torch team", "helper threads"])
-def test_calls_from_several_python_threads_do_not_mix(monkeypatch, own_threads):
-    if own_threads:
-        from mediator_peft.kernels import llvm_team as kernels_team
-
-        monkeypatch.setattr(kernels_team, "_torch_team", lambda: None)
+def test_calls_from_several_python_threads_do_not_mix(own_threads):
+    native_kernels.use_own_threads(own_threads)
     pairs = [random_delta((200, 200), 0.2, seed=seed) for seed in range(4)]
 
     def work(number):
@@ -262,11 +264,14 @@ def test_calls_from_several_python_threads_do_not_mix(monkeypatch, own_threads):
             sparse_product(x.numpy(), delta, coefficients.numpy(), result.numpy(), 2)
             torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(8)))
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(8)))
+    finally:
+        native_kernels.use_own_threads(False)
 
 
-@needs_numba
+@needs_native
 def test_not_kept_inputs_do_not_matter():
     delta, dense = random_delta((4, 64), 0.2)
     x, coefficients, out = random_batch(1, delta.shape)
@@ -317,57 +322,116 @@ def test_arrays_that_do_not_fit_are_refused(implementation):
         add_to(frozen, delta, 1.0)
 
 
-def test_numpy_steps_in_without_numba():
-    code = (
-        "import sys; sys.modules['numba'] = None\n"
-        "import warnings, numpy as np\n"
-        "from mediator_peft.kernels.dispatch import PackedDelta, expand, has_compiled\n"
-        "delta = PackedDelta(np.array([[5]], np.uint8), 3, values=np.array([1, 2], np.float32))\n"
-        "with warnings.catch_warnings(record=True) as caught:\n"
-        "    warnings.simplefilter('always')\n"
-        "    assert expand(delta).tolist() == [[1, 0, 2]]\n"
-        "assert [w for w in caught if 'pip install numba' in str(w.message)] and not has_compiled()\n"
+@pytest.mark.parametrize("form", ["sign", "float32"])
+def test_memory_that_moves_is_followed(implementation, form):
+    """As when a model is handed to another process: its tensors move into shared memory, the old is freed."""
+    delta, dense = random_delta((200, 576), 0.2, form)
+    held = as_tensors(delta)
+    product = GroupedProduct([held], [np.array([0])], [np.array([1.0])])
+    x, _, out = random_batch(1, delta.shape)
+    expected = out + x @ dense.T
+    for _ in range(2):
+        result = out.clone()
+        product(x.numpy(), result.numpy())
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(expand(held), dense.numpy())
+        for name in ("_mask", "_signs", "_scales", "_values"):
+            tensor = getattr(held, name)
+            if tensor is not None:
+                before = tensor.data_ptr()
+                tensor.share_memory_()
+                assert tensor.data_ptr() != before or tensor.is_shared()
+        spoilt = [torch.full((size,), 0x7F, dtype=torch.uint8) for size in (1600, 3200, 14400) for _ in range(200)]
+        del spoilt
+
+
+@needs_native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs to fork")
+def test_a_forked_child_computes_with_threads_of_its_own():
+    delta, _ = random_delta((200, 576), 0.2)
+    x, coefficients, out = random_batch(3, delta.shape)
+    expected = out.clone()
+    sparse_product(x.numpy(), delta, coefficients.numpy(), expected.numpy(), 2)
+    child = os.fork()
+    if child == 0:
+        try:
+            sparse_product(x.numpy(), delta, coefficients.numpy(), out.numpy(), 2)
+            os._exit(0 if torch.equal(out, expected) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@needs_native
+def test_sums_do_not_go_beyond_what_a_wrong_mask_says():
+    """A mask that changed after the delta was made asks for more entries than there are: they count as zeros."""
+    delta, _ = random_delta((40, 200), 0.2, "float32")
+    delta.mask[:] = 0xFF
+    out = np.zeros((1, 40), np.float32)
+    sparse_product(np.ones((1, 200), np.float32), delta, np.ones(1), out)
+    assert np.isfinite(out).all()
+
+
+def run_python(code, **environment):
+    command = [sys.executable, "-W", "always", "-c", code]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment}, check=False
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-@needs_numba
+ONE_DELTA = (
+    "import warnings, numpy as np\n"
+    "from mediator_peft.kernels import dispatch, native_kernels\n"
+    "delta = dispatch.PackedDelta(np.array([[5]], np.uint8), 3, values=np.array([1, 2], np.float32))\n"
+)
+
+
+@pytest.mark.parametrize("fault", ["missing", "other sources", "no such instruction set"])
+def test_numpy_steps_in_with_one_warning(fault, tmp_path):
+    cause = {
+        "missing": "native_kernels._LIBRARY_NAMES = ('nowhere.so',)\n",
+        "other sources": "native_kernels.source_digest = lambda: 'other'\n",
+        "no such instruction set": "import os; os.environ['MEDIATOR_PEFT_ISA'] = 'abacus'\n",
+    }[fault]
+    done = run_python(
+        ONE_DELTA + cause + "for _ in range(2): assert dispatch.expand(delta).tolist() == [[1, 0, 2]]\n"
+        "assert not dispatch.has_native()\n",
+        MEDIATOR_PEFT_KERNELS="",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("The native kernels cannot be used") == 1
+    assert "MEDIATOR_PEFT_KERNELS=numpy to silence" in done.stderr
+
+
+def test_an_implementation_can_be_forced():
+    check = ONE_DELTA + "assert dispatch.expand(delta).tolist() == [[1, 0, 2]]\nprint(dispatch.has_native())\n"
+    done = run_python(check, MEDIATOR_PEFT_KERNELS="numpy")
+    assert (done.stdout.strip(), done.stderr) == ("False", "")
+    missing = ONE_DELTA + "native_kernels._LIBRARY_NAMES = ('nowhere.so',)\ndispatch.native()\n"
+    done = run_python(missing, MEDIATOR_PEFT_KERNELS="native")
+    assert "UnsupportedError" in done.stderr
+    done = run_python(check, MEDIATOR_PEFT_KERNELS="fast")
+    assert "ConfigError" in done.stderr
+
+
+def supported(isa):
+    """Whether the library here has an instruction set."""
+    return kernels.native() is not None and native_kernels.library().mediator_use_isa(isa.encode()) is not None
+
+
+@needs_native
 @pytest.mark.slow
-def test_loops_for_signs_and_values_from_the_cache_on_disk_are_not_mixed_up(tmp_path):
-    """Compiled by two processes, read by a third."""
-    signs = (
-        "PackedDelta(np.array([[1]], np.uint8), 1, signs=np.array([1], np.uint8), scales=np.array([0x4000], np.uint16))"
-    )
-    values = "PackedDelta(np.array([[1]], np.uint8), 1, values=np.array([3], np.float32))"
-    start = "import numpy as np\nfrom mediator_peft.kernels.dispatch import PackedDelta, expand, sparse_product\n"
-    check = (
-        "def check(delta, entry):\n"
-        "    assert expand(delta) == [[entry]]\n"
-        "    out = np.zeros((1, 1), np.float32)\n"
-        "    sparse_product(np.ones((1, 1), np.float32), delta, np.ones(1, np.float32), out)\n"
-        "    assert out == [[entry]]\n"
-    )
-    for calls in (f"check({signs}, -2)", f"check({values}, 3)", f"check({signs}, -2)\ncheck({values}, 3)"):
-        command = [sys.executable, "-c", start + check + calls]
-        subprocess.run(command, check=True, timeout=300, env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)})
-    assert len(list(tmp_path.rglob("*.nbc"))) == 4
-
-
-@needs_numba
-@pytest.mark.slow
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names features of x86")
-def test_a_processor_with_few_extensions_gives_the_same(tmp_path):
-    plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+f16c,+fma", "NUMBA_CACHE_DIR": str(tmp_path)}
-    chosen = "sign and (product_holds or expanded_delta or rounds_once)"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        f"({chosen}) and compiled",
-    ]
-    subprocess.run(command, check=True, timeout=600, env={**os.environ, **plain})
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "neon"])
+def test_every_instruction_set_gives_the_same(isa):
+    """All tests of kernels, builds' loops and merged weights again, under each that this processor has."""
+    try:
+        if not supported(isa):
+            pytest.skip(f"this processor has no {isa}")
+    finally:
+        native_kernels.instruction_set()
+    tests = [__file__, str(Path(__file__).with_name("test_build_loops.py"))]
+    tests.append(str(Path(__file__).parents[1] / "bank" / "test_restoring.py"))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests]
+    environment = {**os.environ, "MEDIATOR_PEFT_ISA": isa, "MEDIATOR_PEFT_KERNELS": "native"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -27,7 +27,7 @@ def test_all_by_the_interpreter():
 
 def deltas(shape, coding, densities, dtype=None):
     from mediator_peft.bank.sparse_delta import SparseDelta
-    from mediator_peft.methods.encoding.values import Precision
+    from mediator_peft.methods.encoding.base import Precision
 
     generator = torch.Generator().manual_seed(0)
     made = []

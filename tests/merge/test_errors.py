@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mediator_peft import MediatorConfig, build_mediator, plan_mediator
+from mediator_peft import MediatorConfig, build_mediator, get_mediator_model, plan_mediator
 from mediator_peft.checkpoints import backbone_files as shards
 from mediator_peft.checkpoints import output_folder as writing
 from mediator_peft.errors import (
@@ -278,3 +278,57 @@ def test_a_pickle_with_code_is_refused(paths, tmp_path):
     (paths["math"] / WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match="more than tensors"):
         build_mediator(paths["base"], {"math": paths["math"]}, tmp_path / "out", allow_pickle=True)
+
+
+@pytest.mark.parametrize("experts", [["math"], "math", {"math": 5}, {"math": None}, None], ids=str)
+def test_experts_that_are_no_pairs_of_name_and_path(experts, paths, tmp_path):
+    for call in (build_mediator, plan_mediator):
+        with pytest.raises(ConfigError, match="expert"):
+            call(paths["base"], experts, tmp_path / "out")
+
+
+def test_a_plan_that_cannot_be_written(paths, tmp_path):
+    planned = plan_mediator(paths["base"], {"math": paths["math"]})
+    with pytest.raises(OutputError, match="cannot be written"):
+        planned.save(tmp_path / "nowhere" / "plan.json")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "README.md"])
+def test_a_side_file_that_may_not_be_read_is_not_taken_for_the_output(name, paths, tmp_path, monkeypatch):
+    for folder in ("base", "math"):
+        (paths[folder] / name).write_text("{}")
+    real = open
+
+    def denied(path, *arguments, **options):
+        if Path(str(path)).name == name and "in" in Path(str(path)).parts:
+            raise PermissionError(EACCES, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", denied)
+    monkeypatch.setattr("io.open", denied)
+    assert not plan_mediator(paths["base"], {"math": paths["math"]}).problems
+    if name == "README.md":
+        return
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read: Permission denied"):
+        build_mediator(paths["base"], {"math": paths["math"]}, tmp_path / "out")
+
+
+def test_a_model_in_memory_that_carries_a_lora_is_named(paths):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(CheckpointError, match="carries a LoRA"):
+        get_mediator_model(model, MediatorConfig(experts={"math": str(paths["math"])}))
+
+
+@pytest.mark.parametrize("kind", ["sequence classification", "bare model"])
+def test_another_kind_of_model_is_refused_by_its_class(kind, tmp_path):
+    from transformers import LlamaForSequenceClassification, LlamaModel
+
+    config = tiny_model().config
+    made = LlamaModel(config) if kind == "bare model" else LlamaForSequenceClassification(config)
+    made.save_pretrained(tmp_path / "model")
+    name = type(made).__name__
+    with pytest.raises(UnsupportedError, match=f"is a {name}"):
+        build_mediator(tmp_path / "model", {"a": tmp_path / "model"}, tmp_path / "out")
+    assert any(name in problem for problem in plan_mediator(tmp_path / "model", {"a": tmp_path / "model"}).problems)

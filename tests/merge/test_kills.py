@@ -11,7 +11,7 @@ import time
 import pytest
 
 from mediator_peft.checkpoints.output_folder import partial_name
-from mediator_peft.kernels.build_loops import compiled
+from mediator_peft.kernels import dispatch
 from mediator_peft.merge import journal as pieces
 from mediator_peft.merge import offline
 from tests.merge.helpers import EXPERTS, build, digests
@@ -43,7 +43,7 @@ def build_in_a_child(paths, out, workers):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_twenty_kills_at_random_points(workers, tmp_path):
     paths = write_tiny_checkpoints(tmp_path / "in", ("base", *EXPERTS))
-    compiled()
+    dispatch.native()
     started = time.perf_counter()
     os.waitpid(build_in_a_child(paths, tmp_path / "whole", workers), 0)
     duration = time.perf_counter() - started

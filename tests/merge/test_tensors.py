@@ -14,7 +14,7 @@ from mediator_peft.merge.builder import merge_in_memory
 from mediator_peft.merge.compatibility import check_job
 from mediator_peft.merge.signed_selection import errors_of
 from mediator_peft.merge.tensor_work import Task, TensorWork
-from mediator_peft.methods.encoding.values import Precision
+from mediator_peft.methods.encoding.base import Precision
 from mediator_peft.methods.sparsifying.magnitude import largest_mask
 from tests.tiny import fine_tuned, tiny_model
 

@@ -1,4 +1,4 @@
-"""One tensor by the compiled loops and by plain numpy: every number the same; and what neither may let through."""
+"""One tensor by the native kernels and by plain numpy: every number the same; and what neither may let through."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import torch
 
 from mediator_peft.config import MediatorSettings
 from mediator_peft.errors import CheckpointError
-from mediator_peft.kernels.build_loops import compiled
-from mediator_peft.merge import signed_selection as signed
+from mediator_peft.kernels import dispatch
 from mediator_peft.merge import tiles
 from mediator_peft.merge.tensor_work import Task, TensorWork
 from tests.merge.helpers import InMemory
 
-needs_loops = pytest.mark.skipif(compiled() is None, reason="numba is not there")
+needs_loops = pytest.mark.skipif(dispatch.native() is None, reason="the native kernels are not there")
 SHAPES = [(9, 1), (1, 21), (7, 37), (40, 64), (33, 80), (5, 2003)]
 
 
@@ -74,9 +73,8 @@ def test_both_paths_give_the_same_numbers(num_experts, shape, settings, monkeypa
         Task("b", False, None, False, None),  # a norm
     ]
     found = []
-    for loops_or_none in (compiled(), None):
-        for module in (signed, tiles):
-            monkeypatch.setattr(module, "compiled", lambda given=loops_or_none: given)
+    for native_or_none in (dispatch.native(), None):
+        monkeypatch.setattr(dispatch, "native", lambda given=native_or_none: given)
         found.append([numbers_of(*work_on(checkpoints, task, **settings)) for task in tasks])
     for fast, slow in zip(*found, strict=True):
         assert fast.keys() == slow.keys()
@@ -89,8 +87,7 @@ def test_both_paths_give_the_same_numbers(num_experts, shape, settings, monkeypa
 @pytest.mark.parametrize("whose", [0, 1, 2])
 def test_what_is_not_finite_is_found_wherever_it_is(use_loops, value, whose, monkeypatch):
     if not use_loops:
-        for module in (signed, tiles):
-            monkeypatch.setattr(module, "compiled", lambda: None)
+        monkeypatch.setattr(dispatch, "native", lambda: None)
     monkeypatch.setattr(tiles, "TILE_ENTRIES", 100)
     for name, place in (("w", (0, 0)), ("w", (-1, 20)), ("w", (-1, 15)), ("w", (3, 16)), ("b", (0,)), ("b", (-1,))):
         for task in (
@@ -106,8 +103,7 @@ def test_what_is_not_finite_is_found_wherever_it_is(use_loops, value, whose, mon
 @pytest.mark.parametrize("use_loops", [pytest.param(True, marks=needs_loops), False])
 def test_infinity_in_all_of_them_is_found(use_loops, monkeypatch):
     if not use_loops:
-        for module in (signed, tiles):
-            monkeypatch.setattr(module, "compiled", lambda: None)
+        monkeypatch.setattr(dispatch, "native", lambda: None)
     stored = [weights_of((13, 21), number) for number in range(3)]
     for weights in stored:
         weights["w"][5, 5] = float("inf")
@@ -119,8 +115,7 @@ def test_infinity_in_all_of_them_is_found(use_loops, monkeypatch):
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_large_numbers_are_numbers(use_loops, monkeypatch):
     if not use_loops:
-        for module in (signed, tiles):
-            monkeypatch.setattr(module, "compiled", lambda: None)
+        monkeypatch.setattr(dispatch, "native", lambda: None)
     stored = [weights_of((13, 21), number) for number in range(3)]
     stored[1]["w"][5, 5] = 1e30  # its square is infinite in float32
     _, backbone = work_on([InMemory(each) for each in stored], Task("w", False, None, False, None))

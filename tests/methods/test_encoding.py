@@ -11,8 +11,8 @@ from mediator_peft.bank.sparse_delta import SparseDelta
 from mediator_peft.errors import AdapterError
 from mediator_peft.merge.signed_selection import Marking, SignedSelection
 from mediator_peft.merge.tiles import Workspace
+from mediator_peft.methods.encoding.base import Precision
 from mediator_peft.methods.encoding.scales import NUMBER_SCALES, SIGN_SCALES, RowSums
-from mediator_peft.methods.encoding.values import Precision
 from mediator_peft.methods.sparsifying.magnitude import largest_mask
 from tests.reference import thin_out
 
@@ -148,9 +148,9 @@ def test_a_bank_keeps_factors_without_a_mask():
     stored = {key: to_disk(key, buffer) for key, buffer in bank.state_dict().items()}
     again = LayerBank((6, 10), "factors", False)
     for key, tensor in stored.items():
-        again._put_part(key, from_disk(key, tensor, again.shape))
+        again.put_part(key, from_disk(key, tensor, again.shape))
     check_parts(again, "layer", {"e": 60})
     torch.testing.assert_close(again.get("e").dense(), left @ right)
-    again._put_part("e:left", torch.ones(13))
+    again.put_part("e:left", torch.ones(13))
     with pytest.raises(AdapterError, match="factors of 13 and 20"):
         check_parts(again, "layer", {"e": 60})

@@ -72,7 +72,7 @@ def test_in_a_chat_only_the_users_words_are_altered(build, chat_tokenizer):
     user, answer = "w5 w6 w7 w8 w9 w10 w11 w12", "w40 w41 w42 w43 w44 w45 w46 w47"
     (row,) = chats(chat_tokenizer, (user, answer, user))
     mine, unknown = range(5, 13), chat_tokenizer.unk_token_id
-    shorter, mistyped, longer = varied_rows(model, chat_tokenizer, [row], 1000)
+    shorter, mistyped, longer = varied_rows(model.active.config, chat_tokenizer, [row], 1000)
     frame = [token for token in row if token not in mine]
     assert [token for token in shorter if token not in mine] == frame
     assert 2 <= sum(token in mine for token in shorter) < 16
@@ -87,21 +87,21 @@ def test_in_a_chat_only_the_users_words_are_altered(build, chat_tokenizer):
 def test_copies_of_unknown_words_are_left_out(build):
     rows = tiny_tokenizer()([f"w{number}" for number in range(5, 35)])["input_ids"]
     # With a sentence around one word, most words are unknown; a word of three letters is hardly ever mistyped.
-    assert len(varied_rows(build(), tiny_tokenizer(), rows, 1000)) == 2 * len(rows)
+    assert len(varied_rows(build().active.config, tiny_tokenizer(), rows, 1000)) == 2 * len(rows)
 
 
 def test_long_copies_are_cut(build, chat_tokenizer):
     model = build()
     model.learn_turns(chat_tokenizer)
     rows = chats(chat_tokenizer, (" ".join(f"w{5 + n % 80}" for n in range(60)),))
-    assert all(len(row) <= 20 for row in varied_rows(model, chat_tokenizer, rows, 20))
+    assert all(len(row) <= 20 for row in varied_rows(model.active.config, chat_tokenizer, rows, 20))
 
 
 def test_plain_texts_are_altered_whole(build):
     tokenizer = tiny_tokenizer()
     model = build()
     rows = tokenizer([" ".join(f"w{n}" for n in range(5, 25))])["input_ids"]
-    copy = varied_rows(model, tokenizer, rows, 1000)[0]
+    copy = varied_rows(model.active.config, tokenizer, rows, 1000)[0]
     assert len(copy) < len(rows[0])
     rest = iter(rows[0])
     assert all(token in rest for token in copy)

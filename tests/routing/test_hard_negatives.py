@@ -178,28 +178,31 @@ def test_chats_are_asked_about_in_chats_and_plain_texts_in_plain_ones(build):
     model = build()
     tokenizer = character_tokenizer(CHAT_TEMPLATE)
     model.learn_turns(tokenizer)
+    config = model.active.config
     chats = [
         tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
         for text in TEXTS
     ]
     labels = [0] * 6 + [1] * 6
-    rows = neighbour_rows(model, tokenizer, tokenizer(chats)["input_ids"], labels, 1000)
+    rows = neighbour_rows(config, tokenizer, tokenizer(chats)["input_ids"], labels, 1000)
     texts = [tokenizer.decode(row) for row in rows]
     assert len(texts) == 2 * len(TEXTS)
-    plain = [tokenizer.decode(r) for r in neighbour_rows(model, tokenizer, tokenizer(TEXTS)["input_ids"], labels, 1000)]
+    plain = [
+        tokenizer.decode(r) for r in neighbour_rows(config, tokenizer, tokenizer(TEXTS)["input_ids"], labels, 1000)
+    ]
     for number, (chat, request) in enumerate(zip(texts, plain, strict=True)):
         assert chat == f"<s>[user] {request}\n[assistant] "
         assert ANIMALS[number % 12] in request.replace("<unk>", "")
-    assert all(len(row) <= 9 for row in neighbour_rows(model, tokenizer, tokenizer(chats)["input_ids"], labels, 9))
+    assert all(len(row) <= 9 for row in neighbour_rows(config, tokenizer, tokenizer(chats)["input_ids"], labels, 9))
 
 
 def test_what_an_experts_texts_share_does_not_depend_on_the_others(build):
-    model, tokenizer = build(), character_tokenizer()
+    config, tokenizer = build().active.config, character_tokenizer()
     # Both of these share two words, which few of all fourteen would.
     more = ["Please mend typing mistakes", "Please mend typing everywhere"]
     rows = tokenizer(TEXTS + more)["input_ids"]
-    both = neighbour_rows(model, tokenizer, rows, [0] * 12 + [1] * 2, 1000)
-    alone = [neighbour_rows(model, tokenizer, some, [0] * len(some), 1000) for some in (rows[:12], rows[12:])]
+    both = neighbour_rows(config, tokenizer, rows, [0] * 12 + [1] * 2, 1000)
+    alone = [neighbour_rows(config, tokenizer, some, [0] * len(some), 1000) for some in (rows[:12], rows[12:])]
     assert both == alone[0][:12] + alone[1][:2] + alone[0][12:] + alone[1][2:]
 
 
@@ -207,7 +210,7 @@ def test_words_that_the_tokenizer_does_not_know_are_not_asked(build, topics):
     tokenizer = tiny_tokenizer()
     model = build()
     rows = tokenizer(topics["math"])["input_ids"]
-    assert neighbour_rows(model, tokenizer, rows, [0] * len(rows), 1000) == []
+    assert neighbour_rows(model.active.config, tokenizer, rows, [0] * len(rows), 1000) == []
 
 
 @pytest.mark.parametrize("router", ["gaussian", "prototype"])

@@ -38,7 +38,7 @@ def chats(tokenizer, *chats):
 def count_passes(model):
     """How often the first block has run."""
     calls = []
-    model._blocks()[0].register_forward_hook(lambda *_: calls.append(1))
+    model.prompt_router.blocks[0].register_forward_hook(lambda *_: calls.append(1))
     return calls
 
 
@@ -84,7 +84,7 @@ def test_a_turn_is_read_where_it_stands(build, chat_tokenizer, two, asked):
     model = build(**ABOVE)
     model.fit_router(two, chat_tokenizer)
     states = {}
-    model._blocks()[1].register_forward_pre_hook(
+    model.prompt_router.blocks[1].register_forward_pre_hook(
         lambda module, args, kwargs: states.update(h=args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
     positions = (asked["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
@@ -119,7 +119,7 @@ def test_an_unfitted_router_is_refused_and_leaves_no_request(build, asked):
         model.generate(**asked, max_new_tokens=1)
     with pytest.raises(RouterNotFittedError), torch.no_grad():
         model(input_ids=asked["input_ids"])
-    assert model._board.pending is None
+    assert model.board.pending is None
     model.generate(**asked, max_new_tokens=1, expert_weights="math")
 
 
@@ -181,7 +181,7 @@ def test_blocks_compiled_one_by_one_route_the_same(build, chat_tokenizer, two, a
     model.fit_router(two, chat_tokenizer)
     with torch.no_grad():
         expected = model(**asked).logits
-        for block in model._blocks():
+        for block in model.prompt_router.blocks:
             block.compile(backend="eager")
         torch.testing.assert_close(model(**asked).logits, expected)
         named = model(**asked, expert_weights="math").logits
@@ -191,8 +191,8 @@ def test_blocks_compiled_one_by_one_route_the_same(build, chat_tokenizer, two, a
 def test_a_pass_that_never_reached_its_block_is_no_answer(build, chat_tokenizer, two, asked):
     model = build(**ABOVE)
     model.fit_router(two, chat_tokenizer)
-    model._tap.remove()
-    model._tap.start = lambda *args: setattr(model._tap._local, "listening", args)
+    model.prompt_router.tap.remove()
+    model.prompt_router.tap.start = lambda *args: setattr(model.prompt_router.tap._local, "listening", args)
     with torch.no_grad(), pytest.raises(RuntimeError, match="without reaching"):
         model(**asked)
 

@@ -9,7 +9,7 @@ from tiny import ARCHITECTURES, random_prompts, write_tiny_checkpoints
 from tokenizer import tiny_tokenizer, topic_texts
 
 from mediator_peft import MediatorConfig, build_mediator, get_mediator_model, load_mediator
-from mediator_peft.tuner.few_rows import MOST_DEVICE_ROWS, DeviceRows
+from mediator_peft.tuner.execution import MOST_DEVICE_ROWS, DeviceRows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
@@ -33,11 +33,11 @@ def built(folder, arch="llama", dtype=torch.float32, **settings):
     return paths, model.to("cuda")
 
 
-@pytest.mark.parametrize("values", ["sign", "float"])
+@pytest.mark.parametrize("encoding", ["sign", "float"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @torch.no_grad()
-def test_each_row_equals_its_own_dense_model(tmp_path, arch, values):
-    paths, model = built(tmp_path, arch, values=values)
+def test_each_row_equals_its_own_dense_model(tmp_path, arch, encoding):
+    paths, model = built(tmp_path, arch, encoding=encoding)
     assert all(layer.bank("default").has_device_loops for layer in model.routed_layers().values())
     prompts = random_prompts(len(MIXES))
     on_gpu = prompts.cuda()
@@ -51,7 +51,7 @@ def test_each_row_equals_its_own_dense_model(tmp_path, arch, values):
         logits = torch.cat([prefill.logits, step], dim=1)
         assert (logits[:-1] - backbone[:-1]).abs().amax(dim=(1, 2)).min() > 1e-2, "the adapter changes nothing"
         for row, mix in enumerate(MIXES):
-            expected = mixed_model(paths, mix, 0.3, values).cuda()(input_ids=on_gpu[row : row + 1]).logits[0]
+            expected = mixed_model(paths, mix, 0.3, encoding).cuda()(input_ids=on_gpu[row : row + 1]).logits[0]
             torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)
             with model.use_experts(mix):
                 alone = model(input_ids=on_gpu[row : row + 1]).logits[0]

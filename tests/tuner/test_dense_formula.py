@@ -18,18 +18,18 @@ def built(tmp_path, arch, **settings):
     return paths, model
 
 
-@pytest.mark.parametrize("values", ["sign", "float"])
+@pytest.mark.parametrize("encoding", ["sign", "float"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @torch.no_grad()
-def test_each_row_equals_its_own_dense_model(tmp_path, arch, values):
-    paths, model = built(tmp_path, arch, density=0.3, values=values)
+def test_each_row_equals_its_own_dense_model(tmp_path, arch, encoding):
+    paths, model = built(tmp_path, arch, density=0.3, encoding=encoding)
     prompts = random_prompts(len(MIXES))
     logits = model(input_ids=prompts, expert_weights=MIXES).logits
     with model.disable_adapter():
         backbone = model(input_ids=prompts).logits
     assert (logits[:-1] - backbone[:-1]).abs().amax(dim=(1, 2)).min() > 1e-2, "the adapter changes nothing"
     for row, mix in enumerate(MIXES):
-        expected = mixed_model(paths, mix, density=0.3, values=values)(input_ids=prompts[row : row + 1]).logits[0]
+        expected = mixed_model(paths, mix, density=0.3, encoding=encoding)(input_ids=prompts[row : row + 1]).logits[0]
         torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -50,13 +50,13 @@ def test_every_way_of_applying_deltas_gives_the_same(tmp_path, arch, execution):
         torch.testing.assert_close(mixed[row], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("values", ["int8", "nf4"])
+@pytest.mark.parametrize("encoding", ["int8", "nf4"])
 @torch.no_grad()
-def test_quantised_values_too_in_every_way_and_after_a_round_trip(tmp_path, values):
+def test_quantised_values_too_in_every_way_and_after_a_round_trip(tmp_path, encoding):
     pytest.importorskip("bitsandbytes")
-    paths, model = built(tmp_path, "llama", density=0.3, values=values)
+    paths, model = built(tmp_path, "llama", density=0.3, encoding=encoding)
     prompts, mix = random_prompts(len(MIXES)), {"math": 0.7, "code": 0.2}
-    expected = [mixed_model(paths, row, 0.3, values)(input_ids=prompts).logits for row in [*MIXES, mix]]
+    expected = [mixed_model(paths, row, 0.3, encoding)(input_ids=prompts).logits for row in [*MIXES, mix]]
     assert (expected[0] - expected[-2]).abs().max() > 1e-2
     model.save_pretrained(tmp_path / "saved")
     again, _ = load_mediator(tmp_path / "saved", dtype=torch.float32)

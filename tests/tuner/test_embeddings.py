@@ -14,7 +14,7 @@ from mediator_peft import MediatorConfig, build_mediator, get_mediator_model, lo
 from mediator_peft.bank.delta_rows import DeltaRows
 from mediator_peft.bank.sparse_delta import SparseDelta
 from mediator_peft.errors import ConfigError, UnsupportedError
-from mediator_peft.tuner.embedding import TiedHead
+from mediator_peft.tuner.layer import TiedHead
 
 from .conftest import build_and_fit
 
@@ -48,11 +48,11 @@ def by_the_formula(model, weights, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("values", ["sign", "float"])
+@pytest.mark.parametrize("encoding", ["sign", "float"])
 @pytest.mark.parametrize("execution", [None, "merged", "sparse", "dense"])
 @torch.no_grad()
-def test_equals_a_plain_model_with_the_mixed_matrices(tmp_path, arch, values, execution):
-    model, _ = built(tmp_path, arch, values=values)
+def test_equals_a_plain_model_with_the_mixed_matrices(tmp_path, arch, encoding, execution):
+    model, _ = built(tmp_path, arch, encoding=encoding)
     model.base_model.set_execution(execution)
     mixes = [{"math": 1.0}, {"math": 0.3, "code": 0.5, "base": 0.2}]
     expected = [by_the_formula(model, mix, arch)(IDS).logits for mix in mixes]
@@ -73,7 +73,7 @@ def test_equals_a_plain_model_with_the_mixed_matrices(tmp_path, arch, values, ex
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_tied_matrices_are_stored_once(tmp_path, arch):
     model, _ = built(tmp_path, arch)
-    outer = {name for name in model.base_model._config.routed_modules if ".layers." not in name}
+    outer = {name for name in model.base_model.active.config.routed_modules if ".layers." not in name}
     assert outer == ({"model.embed_tokens"} if arch.endswith("tied") else {"model.embed_tokens", "lm_head"})
     keys = load_file(tmp_path / "out" / "mediator" / "adapter_model.safetensors")
     assert any(".embed_tokens." in key for key in keys)
@@ -163,7 +163,7 @@ def test_rows_of_a_delta_are_those_of_the_whole(coding):
 
 def test_nothing_outside_of_the_blocks_gets_deltas_unless_it_is_named(tmp_path):
     model, _ = built(tmp_path, "llama", target_modules=None)
-    assert all(".layers." in name for name in model.base_model._config.routed_modules)
+    assert all(".layers." in name for name in model.base_model.active.config.routed_modules)
 
 
 def test_a_matrix_without_conflict_stays_with_the_backbone(tmp_path):

@@ -231,14 +231,14 @@ def test_one_way_of_applying_deltas_after_the_other(folders, kind):
         assert torch.equal(found, (sparse, dense)[place % 2])
 
 
-@pytest.mark.parametrize(("kind", "values"), [("nf4", "sign"), ("nf4", "float"), ("fp4", "sign"), ("int8", "sign")])
+@pytest.mark.parametrize(("kind", "encoding"), [("nf4", "sign"), ("nf4", "float"), ("fp4", "sign"), ("int8", "sign")])
 @pytest.mark.parametrize("execution", ["sparse", "dense"])
 @torch.no_grad()
-def test_a_correction_takes_back_rounding_errors(folders, tmp_path, monkeypatch, kind, values, execution):
+def test_a_correction_corrects_quantization_error(folders, tmp_path, monkeypatch, kind, encoding, execution):
     # Matrices of several tiles, as real ones are.
     monkeypatch.setattr(tiles, "TILE_ENTRIES", 512)
     experts = {name: folders[name] for name in ("math", "code")}
-    settings = MediatorConfig(density=DENSITY, values=values, for_quantization=kind, correction_density=0.4)
+    settings = MediatorConfig(density=DENSITY, encoding=encoding, for_quantization=kind, correction_density=0.4)
     build_mediator(folders["base"], experts, tmp_path / "corrected", settings)
     model = quantized(tmp_path / "corrected", kind)
     model.set_execution(execution)
@@ -250,10 +250,10 @@ def test_a_correction_takes_back_rounding_errors(folders, tmp_path, monkeypatch,
         state = plain.state_dict()
         for name in [name for name in backbone if name.endswith("proj.weight")]:
             rounded = numbers_of(backbone[name], kind)
-            total = rounded + thin_out(backbone[name] - rounded, 0.4, values, "mean")
+            total = rounded + thin_out(backbone[name] - rounded, 0.4, encoding, "mean")
             for expert, weight in mix.items():
                 theirs = load(folders[expert]).state_dict()[name]
-                total = total + weight * thin_out(theirs - backbone[name], DENSITY, values)
+                total = total + weight * thin_out(theirs - backbone[name], DENSITY, encoding)
             state[name] = total
         by_hand = load(folders["out"])
         by_hand.load_state_dict(state)

@@ -30,10 +30,10 @@ def same_routes(one, other, prompts):
     return all(torch.equal(a, b) for a, b in zip(one.route(prompts), other.route(prompts), strict=True))
 
 
-@pytest.mark.parametrize("values", ["sign", "float"])
+@pytest.mark.parametrize("encoding", ["sign", "float"])
 @pytest.mark.parametrize("arch", ["llama", "llama_tied", "gpt2", "qwen2"])
-def test_save_and_load_are_bit_equal_router_included(tmp_path, topics, tokenizer, arch, values):
-    model = build_and_fit(tmp_path, topics, tokenizer, arch, values=values)
+def test_save_and_load_are_bit_equal_router_included(tmp_path, topics, tokenizer, arch, encoding):
+    model = build_and_fit(tmp_path, topics, tokenizer, arch, encoding=encoding)
     model.save_pretrained(tmp_path / "out" / "mediator")
     again, _ = load_mediator(tmp_path / "out", dtype=torch.float32)
     assert same_state(model, again)
@@ -107,8 +107,8 @@ def test_copies_and_pickles_work_and_are_independent(model):
             assert torch.equal(twin(input_ids=prompts, expert_weights="math").logits, expected)
             with model.disable_adapter():
                 assert torch.equal(twin(input_ids=prompts, expert_weights="math").logits, expected)
-            assert twin.base_model._board is not model.base_model._board
-            assert next(iter(twin.routed_layers().values()))._board is twin.base_model._board
+            assert twin.base_model.board is not model.base_model.board
+            assert next(iter(twin.routed_layers().values())).board is twin.base_model.board
 
 
 def test_merge_and_unload_gives_a_plain_model_of_the_mix(tmp_path, model):

@@ -1,4 +1,4 @@
-"""What the mean loses of the experts."""
+"""Share of the task vectors' energy that the mean loses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What conflict scores are computed from: small numbers and bitmaps of one tensor."""
+"""Per-tensor statistics from which conflict scores are computed."""
 
 from __future__ import annotations
 

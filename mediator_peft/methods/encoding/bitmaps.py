@@ -1,4 +1,4 @@
-"""Positions and signs as bits, and bits as compact bytes on disk."""
+"""Bitmaps of positions and signs in memory, and their compressed form on disk."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Merge methods: how task vectors become the one that is added to the base."""
+"""Merge methods: how task vectors become the one that is added to the base. One file and one row each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -11,15 +12,26 @@ from .base import keep_base
 from .task_arithmetic import task_arithmetic
 from .ties import ties
 
-MergeMethod = Callable[[Tensor], Tensor]
-"""Task vectors (K, *shape), float32 → merged task vector (*shape)."""
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """One way to merge task vectors; a row of ``MERGE_METHODS``."""
+
+    merge: Callable[[Tensor], Tensor]
+    """Task vectors (K, *shape), float32 → merged task vector (*shape)."""
+
+    is_entrywise: bool = False
+    """Whether an entry of the result depends on that entry of the task vectors alone: then a large tensor is merged a
+    few rows at a time; otherwise whole tensors are held in memory."""
+
+    def __call__(self, task_vectors: Tensor) -> Tensor:
+        """``merge(task_vectors)``."""
+        return self.merge(task_vectors)
+
 
 MERGE_METHODS: dict[str, MergeMethod] = {
-    "average": average,
-    "base": keep_base,
-    "task_arithmetic": task_arithmetic,
-    "ties": ties,
+    "average": MergeMethod(average, is_entrywise=True),
+    "base": MergeMethod(keep_base, is_entrywise=True),
+    "task_arithmetic": MergeMethod(task_arithmetic, is_entrywise=True),
+    "ties": MergeMethod(ties),
 }
-
-ENTRYWISE = frozenset({"average", "base", "task_arithmetic"})
-"""Methods whose result for an entry depends on that entry alone: large tensors can be merged a few rows at a time."""

@@ -1,0 +1,4 @@
+#include "isa_avx2.h"
+#include "kernels.inl"
+
+TABLE(table_avx2, "avx2");

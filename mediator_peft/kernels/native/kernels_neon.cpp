@@ -1,0 +1,4 @@
+#include "isa_neon.h"
+#include "kernels.inl"
+
+TABLE(table_neon, "neon");
