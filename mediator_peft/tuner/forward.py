@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..bank.expert_store import ExpertStore
 from ..errors import RoutingError, UnsupportedError
 from ..routing.features import mean_over_tokens
+from .differentiable import anchor
 from .routes import ExpertWeights, LayerRoute, Pending, RequestBoard, expand_rows, make_route
 from .routing import ActiveAdapter, PromptRouter
 
@@ -35,6 +36,7 @@ class RoutedForward:
         """Forced way of applying deltas; see :meth:`MediatorModel.set_execution`."""
         self.expert_store: ExpertStore | None = None
         """Where deltas lie, if only some of them are held in memory."""
+        self._is_anchored = False
         self._hooks = [
             active.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             active.model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
@@ -117,6 +119,14 @@ class RoutedForward:
         if route is not None and self.expert_store is not None:
             self._let_go(self.expert_store.use({name for group in route.groups for name, _ in group.mix}))
         self._board.keep_for_backward(self._board.route if torch.is_grad_enabled() else None)
+        if route is not None and route.gradient is not None and not self._is_anchored:
+            self._is_anchored = True
+            embedding = self._active.model.get_input_embeddings()
+            self._hooks.append(embedding.register_forward_hook(self._after_embedding))
+
+    def _after_embedding(self, module: nn.Module, args: Any, hidden: Tensor) -> Tensor:
+        route = self._board.route
+        return hidden if route is None or route.gradient is None else anchor(hidden, route)
 
     def _starts_reading(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Have the route decided half-way, where this forward pass allows for it."""

@@ -31,6 +31,24 @@ class Group(NamedTuple):
     mix: Mix
 
 
+class WeightGradient:
+    """Gradient of a loss by the expert weights of one forward pass, as the layers find it."""
+
+    def __init__(self, expert_weights: Tensor) -> None:
+        self._total = torch.zeros_like(expert_weights, requires_grad=False)
+        self.is_anchored = False
+        """Whether somebody takes it on the way back."""
+
+    def add(self, part: Tensor) -> None:
+        """Add one layer's part, (B, C)."""
+        self._total += part.to(self._total)
+
+    def take(self) -> Tensor:
+        """The sum (B, C), which starts from zero again."""
+        total, self._total = self._total, torch.zeros_like(self._total)
+        return total
+
+
 class LayerRoute(NamedTuple):
     """What a layer needs to know of one forward pass."""
 
@@ -47,6 +65,9 @@ class LayerRoute(NamedTuple):
 
     key: tuple[tuple[float, ...], ...]
     """The table as plain numbers: equal keys, equal routes."""
+
+    gradient: WeightGradient | None = None
+    """Where layers add their gradient by the expert weights, if these have one."""
 
     @property
     def is_differentiable(self) -> bool:
@@ -140,7 +161,9 @@ def make_route(table: Tensor, columns: Sequence[str], may_merge: bool, execution
         )
         for weights, rows in rows_of.items()
     )
-    return LayerRoute(table, tuple(columns), groups, may_merge, execution, tuple(map(tuple, values)))
+    has_gradient = torch.is_grad_enabled() and table.requires_grad
+    gradient = WeightGradient(table) if has_gradient else None
+    return LayerRoute(table, tuple(columns), groups, may_merge, execution, tuple(map(tuple, values)), gradient)
 
 
 Rows: TypeAlias = tuple[tuple[float, ...], ...]

@@ -180,6 +180,14 @@ class Router(nn.Module, ABC):
         if not same or set(labels.tolist()) != set(range(self.num_experts)):
             raise AdapterError("the router's calibration values do not fit together: the adapter is damaged.")
 
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        # Moves between devices are wanted, changes of dtype (model.half()) are not: scores are computed in float32.
+        def move(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
     def _set(self, name: str, value: Tensor) -> None:
         """Set or replace a parameter or buffer, on the device the router already has."""
         old = getattr(self, name, None)
