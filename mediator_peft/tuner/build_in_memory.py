@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints.opening import Checkpoint, ModelCheckpoint, open_checkpoint, open_checkpoints
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UnsupportedError
 from ..merge.builder import Bank, checkpoints_by_name, label_checkpoints, merge_in_memory, require_experts
 from ..merge.compatibility import check_job
 from .config import MediatorConfig
@@ -24,6 +24,13 @@ def build_in_memory(model: nn.Module, config: MediatorConfig) -> Bank:
     require_experts(config)
     experts = open_checkpoints(label_checkpoints(None, config.experts))
     quantized = {name: layer for name, layer in model.named_modules() if _is_quantized(layer)}
+    unreadable = [name for name, layer in quantized.items() if quantization_of(layer) == "other"]
+    if unreadable:
+        raise UnsupportedError(
+            f"the base has {len(unreadable)} layers that are offloaded or quantised in a way whose codes cannot be "
+            f"written ({unreadable[0]}, ...). Build with build_mediator() from checkpoints, and use load_mediator() "
+            "with this quantization."
+        )
     base = _base_on_disk(model) if quantized else ModelCheckpoint(model)
     job = check_job(base, checkpoints_by_name(experts, config.experts))
     bank, backbone, built, _ = merge_in_memory(job, config)

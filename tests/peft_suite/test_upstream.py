@@ -1,0 +1,80 @@
+"""PEFT's own common tests for decoder models, with our configuration. Nothing of them is copied: ``PEFT_SOURCE`` names an
+unpacked source distribution of PEFT (``pip download peft --no-binary :all: --no-deps``); without it these are skipped.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import types
+from contextlib import nullcontext
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mediator_peft import MediatorConfig, MediatorModel
+from mediator_peft.errors import MediatorError
+
+from .models import ARCHITECTURES, fit, settings_for, write_models
+
+SOURCE = os.environ.get("PEFT_SOURCE")
+pytestmark = pytest.mark.skipif(SOURCE is None, reason="PEFT_SOURCE does not name PEFT's sources")
+
+
+def _upstream():
+    """PEFT's module of common tests, imported from its sources; image models are not wanted."""
+    package = types.ModuleType("peft_source_tests")
+    package.__path__ = [str(Path(SOURCE) / "tests")]
+    sys.modules.setdefault("peft_source_tests", package)
+    if importlib.util.find_spec("diffusers") is None:
+        sys.modules["diffusers"] = types.SimpleNamespace(StableDiffusionPipeline=type(None))
+    return importlib.import_module("peft_source_tests.testing_common")
+
+
+METHODS = {}
+"""Name of a test → further arguments."""
+if SOURCE is not None:
+    common = _upstream()
+    further = {
+        "_test_add_adapter_no_autocast_adapter_dtype": (torch.bfloat16,),
+        "_test_generate_pos_args": (False,),
+    }
+    METHODS = {
+        name: further.get(name, ())
+        for name in dir(common.PeftCommonTester)
+        if name.startswith("_test_") and name not in ("_test_passing_input_embeds_works",)
+        and not name.startswith("_test_weighted_combination_of_adapters_")
+    }
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {name: str(write_models(folder, name)) for name in ARCHITECTURES}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", METHODS)
+def test_upstream(bases, method, architecture):
+    class Tester(common.PeftCommonTester):
+        transformers_class = AutoModelForCausalLM
+
+        def prepare_inputs_for_testing(self):
+            return {
+                "input_ids": torch.tensor([[1, 1, 1], [1, 2, 1]]),
+                "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 1]]),
+            }
+
+    base = bases[architecture]
+    real = common.get_peft_model
+
+    def wrap(model, config, *args, **kwargs):
+        model = real(model, config, *args, **kwargs)
+        return fit(model) if isinstance(config, MediatorConfig) else model
+
+    with mock.patch.object(common, "get_peft_model", wrap), mock.patch.object(common, "hub_online_once", nullcontext):
+        getattr(Tester(), method)(base, MediatorConfig, settings_for(base), *METHODS[method])
