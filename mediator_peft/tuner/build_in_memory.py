@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints.opening import Checkpoint, ModelCheckpoint, open_checkpoint, open_checkpoints
@@ -15,7 +17,7 @@ from .config import MediatorConfig
 from .quantized import fill_quantized, quantization_of
 
 
-def build_in_memory(model: nn.Module, config: MediatorConfig) -> Bank:
+def build_in_memory(model: Any, state: Mapping[str, Tensor], config: MediatorConfig) -> Bank:
     """Merge ``config.experts`` around the weights of ``model``, which become the backbone's.
 
     Nothing is written to the model before all is computed: a fault leaves it as it was. ``config`` gets what the build
@@ -31,10 +33,11 @@ def build_in_memory(model: nn.Module, config: MediatorConfig) -> Bank:
             f"written ({unreadable[0]}, ...). Build with build_mediator() from checkpoints, and use load_mediator() "
             "with this quantization."
         )
-    base = _base_on_disk(model) if quantized else ModelCheckpoint(model)
+    base = _base_on_disk(model) if quantized else ModelCheckpoint(
+        SimpleNamespace(config=model.config, state_dict=lambda: state, name_or_path=model.name_or_path)  # type: ignore[arg-type]
+    )
     job = check_job(base, checkpoints_by_name(experts, config.experts))
     bank, backbone, built, _ = merge_in_memory(job, config)
-    state = model.state_dict()
     for name, tensor in backbone.items():
         layer = quantized.get(name.removesuffix(".weight"))
         if layer is None:
@@ -42,8 +45,7 @@ def build_in_memory(model: nn.Module, config: MediatorConfig) -> Bank:
         else:
             # Where it is quantised, Conv1D becomes a linear layer that knows what it was.
             fill_quantized(layer, tensor.T if getattr(layer, "source_cls", None) is Conv1D else tensor)
-    for item in fields(config):
-        setattr(config, item.name, getattr(built, item.name))
+    config.note_build(built)
     return bank
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, TypeAlias
 
@@ -192,6 +192,12 @@ class RequestBoard:
         self._lock = threading.Lock()
         self._open: list[Rows] = []
         self._training_route: LayerRoute | None = None
+        self.merged: tuple[str, Mix] | None = None
+        """Adapter and mix that are merged into the weights until further notice; no prompt is routed then."""
+        self.converted: Mix | None = None
+        """The mix that is being converted to another PEFT method."""
+        self.unmerge: Callable[[], None] = _nothing
+        """Takes the merged mix out of all layers; set by the model."""
 
     def __reduce__(self) -> tuple[type[RequestBoard], tuple[()]]:
         # Copies and pickles of a model start with an empty board of their own.
@@ -252,6 +258,11 @@ class RequestBoard:
         return made[2]
 
     @property
+    def has_requests(self) -> bool:
+        """Whether any thread has a request open."""
+        return bool(self._open) or self._innermost is not None
+
+    @property
     def has_one_mix(self) -> bool:
         """Whether all open requests, of all threads, want one and the same mix for all their rows."""
         with self._lock:
@@ -285,6 +296,10 @@ class RequestBoard:
             yield
         finally:
             self._local.route = before
+
+
+def _nothing() -> None:
+    pass
 
 
 def _distinct_rows(expert_weights: Tensor) -> Rows:

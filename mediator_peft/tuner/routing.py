@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 
 from ..errors import RouterNotFittedError, RoutingError, UnsupportedError
@@ -18,6 +19,7 @@ from ..routing.routers import ROUTERS, Router
 from ..structure import find_blocks
 from .chat_turns import padded, routing_rows, turn_markers, turn_mask
 from .config import MediatorConfig
+from .execution import float32_inside
 from .layer import MediatorLayer, routed_layers
 from .routes import ExpertWeights, RequestBoard, expert_weight_rows
 
@@ -43,6 +45,11 @@ class ActiveAdapter:
         self.configs = configs
         self.routers = routers
         self._active_names = active_names
+
+    @property
+    def exists(self) -> bool:
+        """Whether an adapter is active: there is none after the last one was deleted."""
+        return bool(self._active_names())
 
     @property
     def name(self) -> str:
@@ -146,6 +153,8 @@ class PromptRouter:
     @torch.no_grad()
     def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Pooled hidden state of the backbone over the turns that are routed on: (B, T) token ids → (B, H) float32."""
+        if self._board.merged is not None:
+            raise UnsupportedError("prompts are read by the backbone, and a mix is merged into it: unmerge_adapter().")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows = input_ids
         if self.single_pass_routing:
@@ -187,9 +196,10 @@ class PromptRouter:
         """(B, H) → what the gate decides."""
         router = self.fitted_router()
         features = features.to(router.known_novelty.device)
-        with torch.no_grad():
-            novelty, distance = router.novelty(features), router.distance(features)
-        return gate(router.calibrated(features), novelty, distance, router.known, self.gate_settings)
+        with float32_inside(features.device), onload_layer(self.active.routers):
+            with torch.no_grad():
+                novelty, distance = router.novelty(features), router.distance(features)
+            return gate(router.calibrated(features), novelty, distance, router.known, self.gate_settings)
 
     @torch.no_grad()
     def explain(self, prompts: Any, tokenizer: Any, use_template: bool, max_length: int) -> list[Explanation]:
@@ -202,7 +212,9 @@ class PromptRouter:
             ids, mask = _tokenised(prompts, tokenizer, use_template, max_length)
         device = self.active.device
         features = self.features(ids.to(device), mask.to(device)).to(router.known_novelty.device)
-        scores, novelty, distance = router.calibrated(features), router.novelty(features), router.distance(features)
+        with float32_inside(features.device), onload_layer(self.active.routers):
+            scores, novelty = router.calibrated(features), router.novelty(features)
+            distance = router.distance(features)
         return explain_rows(scores, novelty, distance, router.known, self.gate_settings, self.active.config.columns)
 
 

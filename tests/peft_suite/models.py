@@ -89,7 +89,7 @@ def settings_for(base: Path | str, **settings: Any) -> dict[str, Any]:
 
 def fit(model: Any) -> Any:
     """The model, its router fitted such that the tests' prompts of ones and twos are an expert's own."""
-    ones = ["w5 w6 w7", "w6 w5", "w7 w5 w6 w6"] * 7
+    ones = ["<s> <s> <s>", "<s> </s> <s>", "<s> <s>"] * 7
     texts = {"math": ones, "code": [f"w{n} w{n + 1} w{n + 2}" for n in range(60, 81)]}
     model.fit_router(texts, tiny_tokenizer(), background=[], variations=False, neighbours=False)
     return model
