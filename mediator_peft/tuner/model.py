@@ -480,8 +480,11 @@ class MediatorModel(BaseTuner):
         config = self.peft_config[adapter_name]
         targets, self.board.converted = config.target_modules, mix
         config.target_modules = set()  # PEFT adds the full names of the layers
+        # Names of layers count from the PeftModel around this model.
+        outer = nn.Module()
+        outer.base_model, outer.peft_config = self, self.peft_config
         try:
-            return convert_to_lora(self, rank, adapter_name, progressbar)
+            return convert_to_lora(outer, rank, adapter_name, progressbar)
         finally:
             config.target_modules, self.board.converted = targets, None
 

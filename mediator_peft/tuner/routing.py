@@ -144,7 +144,9 @@ class PromptRouter:
     def new_router(self, config: MediatorConfig) -> Router:
         """An unfitted router for an adapter of this model."""
         hidden_size = self.active.model.config.get_text_config().hidden_size
-        return ROUTERS[config.router](len(config.expert_names or config.experts), hidden_size, config.seed)
+        router = ROUTERS[config.router](len(config.expert_names or config.experts), hidden_size, config.seed)
+        router.is_trainable = not config.inference_mode
+        return router
 
     def learn_turns(self, tokenizer: Any) -> None:
         """Note how the tokenizer's chat template marks user turns, for ``routing_turn``."""
