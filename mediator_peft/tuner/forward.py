@@ -191,6 +191,7 @@ class RoutedForward:
 
     def _layer_route(self, spec: ExpertWeights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerRoute:
         inputs = kwargs.get("input_ids", args[0] if args else None)
+        self._active.check_loaded()
         rows = inputs if inputs is not None else kwargs.get("inputs_embeds")
         if rows is None:
             raise RoutingError("a forward pass needs input_ids or inputs_embeds.")

@@ -37,7 +37,7 @@ from .merging import AdapterMerging
 from .quantized import quantization_of
 from .routes import ExpertWeights, RequestBoard
 from .routing import ActiveAdapter, PromptRouter
-from .saving import AdapterFiles, backbone_state
+from .saving import AdapterFiles
 
 
 class MediatorModel(BaseTuner):
@@ -91,9 +91,9 @@ class MediatorModel(BaseTuner):
                     f"the model has adapters already ({', '.join(others)}), and merge_method={config.merge_method!r} "
                     "would change the weights that they belong to. Use merge_method='base', or unload() first."
                 )
-            self._built[adapter_name] = build_in_memory(model, backbone_state(model), config)
+            self._built[adapter_name] = build_in_memory(model, config)
         elif config.routed_modules:
-            self.adapter_files.awaited.add(adapter_name)
+            self.active.awaited.add(adapter_name)
         modules = dict(model.named_modules())
         for name in config.routed_modules:
             target = modules.get(name)
@@ -157,6 +157,7 @@ class MediatorModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop one adapter with its bank and router."""
         super().delete_adapter(adapter_name)
+        self.active.awaited.discard(adapter_name)
         if adapter_name in self.mediator_router:
             del self.mediator_router[adapter_name]
 
@@ -413,6 +414,7 @@ class MediatorModel(BaseTuner):
         tuner: Any = model.base_model
         loaded, store = tuner.adapter_files.load(config, tuner.mediator_router[adapter_name], adapter_name, state_dict)
         tuner.routed_forward.expert_store = store
+        tuner.active.awaited.discard(adapter_name)
         return loaded
 
     # --- leaving -------------------------------------------------------------------------------------------------
@@ -479,7 +481,7 @@ class MediatorModel(BaseTuner):
                 raise UnsupportedError(f"{name!r} has deltas of a bias or an embedding, which LoRA layers do not have.")
         config = self.peft_config[adapter_name]
         targets, self.board.converted = config.target_modules, mix
-        config.target_modules = set()  # PEFT adds the full names of the layers
+        config.target_modules = set(self.routed_layers())
         # Names of layers count from the PeftModel around this model.
         outer = nn.Module()
         outer.base_model, outer.peft_config = self, self.peft_config

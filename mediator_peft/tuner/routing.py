@@ -45,11 +45,26 @@ class ActiveAdapter:
         self.configs = configs
         self.routers = routers
         self._active_names = active_names
+        self.awaited: set[str] = set()
+        """Adapters whose layers are there and whose deltas have not been loaded yet."""
 
     @property
     def exists(self) -> bool:
         """Whether an adapter is active: there is none after the last one was deleted."""
         return bool(self._active_names())
+
+    def check_loaded(self) -> None:
+        """Refuse an adapter whose deltas are still awaited.
+
+        Raises:
+            UnsupportedError: its configuration came from a file, and its tensors did not.
+        """
+        if self.name in self.awaited:
+            raise UnsupportedError(
+                f"adapter {self.name!r} was made from the configuration of a saved adapter and has no deltas. Load it: "
+                "PeftModel.from_pretrained(backbone, folder) or load_mediator(folder). To build it anew, make a "
+                "MediatorConfig with the experts."
+            )
 
     @property
     def name(self) -> str:

@@ -41,8 +41,6 @@ class AdapterFiles:
         self._model = model
         self.backbone_path: str | None = None
         """Folder or hub id of the backbone; None until it is known or written."""
-        self.awaited: set[str] = set()
-        """Adapters whose layers are there and whose deltas have not been loaded yet."""
         self._hook = model.register_state_dict_pre_hook(_before_saving)
 
     def remove(self) -> None:
@@ -84,7 +82,6 @@ class AdapterFiles:
         check_fingerprint(config.backbone_fingerprint or {}, backbone_state(self._model), "the model at hand")
         layers = routed_layers(self._model)
         _check_keys(config, layers, adapter_name, set(state_dict))
-        self.awaited.discard(adapter_name)
         loaded: dict[str, Tensor] = {}
         store = _store(config, layers, adapter_name, state_dict)
         for name, layer in layers.items():
