@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..checkpoints.adapter_files import BANK_ATTRIBUTE
 from ..checkpoints.opening import Checkpoint, ModelCheckpoint, open_checkpoint, open_checkpoints
 from ..errors import CheckpointError, UnsupportedError
 from ..merge.builder import Bank, checkpoints_by_name, label_checkpoints, merge_in_memory, require_experts
@@ -17,7 +17,7 @@ from .config import MediatorConfig
 from .quantized import fill_quantized, quantization_of
 
 
-def build_in_memory(model: Any, state: Mapping[str, Tensor], config: MediatorConfig) -> Bank:
+def build_in_memory(model: Any, config: MediatorConfig) -> Bank:
     """Merge ``config.experts`` around the weights of ``model``, which become the backbone's.
 
     Nothing is written to the model before all is computed: a fault leaves it as it was. ``config`` gets what the build
@@ -25,7 +25,13 @@ def build_in_memory(model: Any, state: Mapping[str, Tensor], config: MediatorCon
     """
     require_experts(config)
     experts = open_checkpoints(label_checkpoints(None, config.experts))
-    quantized = {name: layer for name, layer in model.named_modules() if _is_quantized(layer)}
+    # Another adapter may wrap the layers already.
+    state = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in model.state_dict().items()
+        if f".{BANK_ATTRIBUTE}." not in name
+    }
+    quantized = {name.removesuffix(".base_layer"): layer for name, layer in model.named_modules() if _is_quantized(layer)}
     unreadable = [name for name, layer in quantized.items() if quantization_of(layer) == "other"]
     if unreadable:
         raise UnsupportedError(
@@ -33,9 +39,10 @@ def build_in_memory(model: Any, state: Mapping[str, Tensor], config: MediatorCon
             f"written ({unreadable[0]}, ...). Build with build_mediator() from checkpoints, and use load_mediator() "
             "with this quantization."
         )
-    base = _base_on_disk(model) if quantized else ModelCheckpoint(
-        SimpleNamespace(config=model.config, state_dict=lambda: state, name_or_path=model.name_or_path)  # type: ignore[arg-type]
+    plain: Any = SimpleNamespace(
+        config=model.config, state_dict=lambda: state, name_or_path=getattr(model, "name_or_path", "")
     )
+    base = _base_on_disk(model) if quantized else ModelCheckpoint(plain)
     job = check_job(base, checkpoints_by_name(experts, config.experts))
     bank, backbone, built, _ = merge_in_memory(job, config)
     for name, tensor in backbone.items():
