@@ -186,7 +186,8 @@ class MediatorSettings:
         unknown = [name for name in settings if name not in known]
         if unknown:
             faults = (unknown_name(name, known, "field of MediatorConfig") for name in unknown)
-            raise ConfigError("\n".join(_PEFT_NAMES.get(name, fault) for name, fault in zip(unknown, faults, strict=True)))
+            pairs = zip(unknown, faults, strict=True)
+            raise ConfigError("\n".join(_PEFT_NAMES.get(name, fault) for name, fault in pairs))
         for name, item in known.items():
             if name in settings:
                 setattr(self, name, settings[name])

@@ -31,7 +31,8 @@ def build_in_memory(model: Any, config: MediatorConfig) -> Bank:
         for name, tensor in model.state_dict().items()
         if f".{BANK_ATTRIBUTE}." not in name
     }
-    quantized = {name.removesuffix(".base_layer"): layer for name, layer in model.named_modules() if _is_quantized(layer)}
+    modules = model.named_modules()
+    quantized = {name.removesuffix(".base_layer"): layer for name, layer in modules if _is_quantized(layer)}
     unreadable = [name for name, layer in quantized.items() if quantization_of(layer) == "other"]
     if unreadable:
         raise UnsupportedError(

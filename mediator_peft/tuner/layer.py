@@ -80,7 +80,7 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.merged_adapters:
-            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return self.base_layer(x, *args, **kwargs)
         # Locks, and weights that change between steps, are nothing for a compiled graph: it breaks around the layer.
         if torch.compiler.is_compiling():
             return self._outside_graph(x, *args, **kwargs)
@@ -223,7 +223,7 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
 
     def hold_mix(self, adapter_name: str, mix: Mix) -> None:
         """Write a mix into the weight until :meth:`unmerge`."""
-        bank = self.mediator_bank[adapter_name] if adapter_name in self.mediator_bank else None
+        bank = self.mediator_bank[adapter_name] if adapter_name in self.mediator_bank else None  # noqa: SIM401 - a ModuleDict has no default
         with self._lock:
             self.unmerge()
             self._merged_weight.switch(bank, mix)  # type: ignore[arg-type]
@@ -380,7 +380,7 @@ class TiedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._owner[0].merged_adapters:
-            return self.base_layer(x)  # type: ignore[no-any-return]
+            return self.base_layer(x)
         return self._outside_graph(x) if torch.compiler.is_compiling() else self._forward(x)
 
     @torch.compiler.disable

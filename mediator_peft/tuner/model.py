@@ -483,7 +483,7 @@ class MediatorModel(BaseTuner):
         targets, self.board.converted = config.target_modules, mix
         config.target_modules = set(self.routed_layers())
         # Names of layers count from the PeftModel around this model.
-        outer = nn.Module()
+        outer: Any = nn.Module()
         outer.base_model, outer.peft_config = self, self.peft_config
         try:
             return convert_to_lora(outer, rank, adapter_name, progressbar)

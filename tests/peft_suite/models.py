@@ -1,4 +1,4 @@
-"""Eleven tiny architectures and experts of each, as PEFT's own tests use them: a base, a configuration, a fitted model."""
+"""Eleven tiny architectures with experts, as in PEFT's own tests: a base, a configuration, a fitted model."""
 
 from __future__ import annotations
 

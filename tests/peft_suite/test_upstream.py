@@ -1,4 +1,4 @@
-"""PEFT's own common tests for decoder models, with our configuration. Nothing of them is copied: ``PEFT_SOURCE`` names an
+"""PEFT's own common tests for decoder models, with our configuration. None is copied: ``PEFT_SOURCE`` names an
 unpacked source distribution of PEFT (``pip download peft --no-binary :all: --no-deps``); without it these are skipped.
 """
 
@@ -93,7 +93,7 @@ def test_upstream(bases, method, architecture):
 
     with (
         mock.patch.object(common, "get_peft_model", wrap),
-        mock.patch.object(common, "hub_online_once", lambda *args: nullcontext()),
+        mock.patch.object(common, "hub_online_once", return_value=nullcontext()),
         mock.patch.object(MediatorModel, "merge_adapter", _with_a_mix(MediatorModel.merge_adapter)),
         mock.patch.object(MediatorModel, "merge_and_unload", _with_a_mix(MediatorModel.merge_and_unload)),
     ):

@@ -203,7 +203,8 @@ class Router(nn.Module, ABC):
         old = getattr(self, name, None)
         value = value.detach().to(old.device if isinstance(old, Tensor) else value.device)
         if name in self.trainable:
-            setattr(self, name, nn.Parameter(value.clone(), requires_grad=self.is_trainable if old is None else old.requires_grad))
+            requires_grad = self.is_trainable if old is None else old.requires_grad
+            setattr(self, name, nn.Parameter(value.clone(), requires_grad=requires_grad))
         elif name in self._buffers:
             self._buffers[name] = value
         else:
