@@ -13,7 +13,6 @@ from mediator_peft import MediatorConfig, build_mediator, plan_mediator
 from mediator_peft.checkpoints import output_folder
 from mediator_peft.checkpoints.output_folder import new_folder, partial_name, resumable_folder
 from mediator_peft.errors import OutputExistsError
-from mediator_peft.kernels.build_loops import compiled
 from tests.merge.helpers import digests, experts_of
 from tests.tiny import write_tiny_checkpoints
 
@@ -186,7 +185,6 @@ def reported(out):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs to fork")
 @pytest.mark.parametrize("stride", [13, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_build_killed_before_any_change_ends_with_the_same_bytes(stride, paths, tmp_path):
-    compiled()
     build(paths, tmp_path / "whole")
     expected = digests(tmp_path / "whole"), reported(tmp_path / "whole")
     number = 1
