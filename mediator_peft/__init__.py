@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .optional import quiet_missing_kernel
 from .registration import register_with_peft
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .tuner.model import MediatorModel
 
 register_with_peft()
+quiet_missing_kernel()
 
 __version__ = "0.1.0"
 

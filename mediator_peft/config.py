@@ -39,6 +39,16 @@ OLD_FIELDS = {
 }
 """Former names of fields → names of today. Files of former versions have them; in code they warn for one release."""
 
+_PEFT_NAMES = {
+    "layers_to_transform": "layers_to_transform is not a field of MediatorConfig: say which blocks get experts with "
+    "routed_layers=[0, 1].",
+    "bias": "bias is not a field of MediatorConfig: biases of routed layers always get deltas.",
+    "modules_to_save": "modules_to_save is not a field of MediatorConfig: what lies outside of the routed layers is "
+    "averaged into the backbone.",
+    "r": "r is not a field of MediatorConfig: use rank, with sparsifier='svd'.",
+}
+"""What other PEFT methods call a field → what to use here."""
+
 _OLD_CHOICES = {"sparsifier": {"random": "dare"}}
 
 _BUDGET = re.compile(r"\d+(\.\d+)?\s*(x|b|[kmgt]i?b)?")
@@ -175,7 +185,9 @@ class MediatorSettings:
         known = {item.name: item for item in fields(type(self))}
         unknown = [name for name in settings if name not in known]
         if unknown:
-            raise ConfigError("\n".join(unknown_name(name, known, "field of MediatorConfig") for name in unknown))
+            faults = (unknown_name(name, known, "field of MediatorConfig") for name in unknown)
+            pairs = zip(unknown, faults, strict=True)
+            raise ConfigError("\n".join(_PEFT_NAMES.get(name, fault) for name, fault in pairs))
         for name, item in known.items():
             if name in settings:
                 setattr(self, name, settings[name])

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "mediator_peft"
 
 # Parts of the package, in the order of the data: each may import from the parts above it, and from itself.
 ORDER = (
-    *("errors", "tables", "progress", "optional", "ranks", "structure", "registration", "reference"),
-    *("methods", "kernels", "routing", "registry", "config", "checkpoints", "bank", "merge", "tuner"),
+    *("errors", "tables", "data_files", "time_limit", "progress", "optional", "ranks", "structure", "registration"),
+    *("reference", "methods", "kernels", "routing", "registry", "config", "checkpoints", "bank", "merge", "tuner"),
     *("evaluation", "demo", "cli"),
 )
 # What starts the package: they import any part, and none imports them.

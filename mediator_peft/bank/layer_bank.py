@@ -196,6 +196,16 @@ class LayerBank(nn.Module):
         for part in self.part_names:
             self._buffers.pop(f"{name}{_SEPARATOR}{part}", None)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
+        # Deltas never change in place, for copies of the model share them; those of another build have other sizes.
+        for key, buffer in list(self._buffers.items()):
+            tensor = state_dict.get(prefix + key)
+            is_known = tensor is None or buffer is None or tensor.data_ptr() == buffer.data_ptr()
+            if not is_known and tensor.device.type != "meta":
+                device = tensor.device if buffer.device.type == "meta" else buffer.device
+                self.put_part(key, tensor.detach().to(device, buffer.dtype, copy=True))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def __deepcopy__(self, memo: dict[int, object]) -> LayerBank:
         # Deltas never change in place, so copies of a model share them.
         copy = LayerBank(self.shape, self.coding, self.has_bias)

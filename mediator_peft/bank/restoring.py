@@ -37,7 +37,8 @@ class Saved(Protocol):
 
 def has_loops_for(weight: Tensor) -> bool:
     """Whether the native kernels can write to this weight."""
-    return weight.device.type == "cpu" and weight.is_contiguous() and kernels.has_native()
+    has_width = weight.dtype.itemsize in (2, 4)
+    return weight.device.type == "cpu" and weight.is_contiguous() and has_width and kernels.has_native()
 
 
 def free_low_bits(weight: Tensor) -> int:

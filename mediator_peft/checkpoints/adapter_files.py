@@ -107,7 +107,7 @@ def read_raw_config(folder: Path) -> dict[str, object]:
     path = folder / CONFIG_FILE
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as fault:
+    except (OSError, ValueError, RecursionError) as fault:
         raise AdapterError(f"{path} cannot be read ({fault}). Copy or build the adapter again.") from fault
     if not isinstance(loaded, dict) or loaded.get("peft_type") != "MEDIATOR":
         raise AdapterError(f"{path} does not describe a Mediator adapter.")

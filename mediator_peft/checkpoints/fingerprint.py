@@ -30,6 +30,12 @@ def sample(tensor: Tensor) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "values": values.float().cpu().tolist()}
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor holds its own numbers: subclasses hold codes, or one device's part."""
+    is_here = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
+    return is_here and tensor.is_floating_point() and tensor.dtype.itemsize >= 2
+
+
 def check_fingerprint(expected: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> int:
     """Compare a backbone with the one an adapter was built on.
 
@@ -55,7 +61,7 @@ def check_fingerprint(expected: Mapping[str, Any], state: Mapping[str, Tensor], 
                 f"this adapter belongs to a backbone with a tensor {name!r}, which {where} has not. Load the backbone "
                 "that the adapter was built with (base_model_name_or_path in adapter_config.json)."
             )
-        if not tensor.is_floating_point() or tensor.device.type == "meta" or tensor.dtype.itemsize < 2:
+        if not _is_plain(tensor):
             continue
         found = sample(tensor)
         rounded = torch.tensor(known["values"]).to(tensor.dtype).float().tolist()

@@ -9,7 +9,7 @@ import typer
 
 from .bench import bench
 from .build import build
-from .common import GuardedGroup
+from .common import GuardedGroup, prepare_streams
 from .demo import demo
 from .env import env
 from .evaluate import evaluate
@@ -28,7 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Merge fine-tuned models of one base into a backbone plus sparse experts, routed per prompt by uncertainty.",
-    epilog="Exit codes: 0 done, 2 wrong command line, 3 bad input, 4 out of memory or disk.",
+    epilog="Exit codes: 0 done, 1 unexpected error or interrupted, 2 wrong command line, 3 bad input, 4 out of memory "
+    "or disk. Example: mediator-peft plan --base base --expert math=math --expert cron=cron",
 )
 
 app.command()(plan)
@@ -59,10 +60,14 @@ def _options(
     show_version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
+    show_traceback: Annotated[
+        bool, typer.Option("--traceback", help="Print the traceback of an error; allowed anywhere in the command line.")
+    ] = False,
 ) -> None:
     pass
 
 
 def main() -> None:
     """Entry point of the command."""
+    prepare_streams()
     app()

@@ -7,7 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import AsJson, Device, Dtype, OutputFolder, console, load, print_json
+from .common import (
+    MOST_ROUNDS,
+    MOST_ROWS,
+    MOST_TOKENS,
+    AsJson,
+    Device,
+    Dtype,
+    OutputFolder,
+    check_folder,
+    console,
+    load,
+    print_json,
+    usable_cpus,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,14 +30,23 @@ if TYPE_CHECKING:
 
 def bench(
     out: OutputFolder,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
-    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache of a decode step.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a decode step of a batch.")] = 8,
-    num_experts: Annotated[int, typer.Option("--experts", min=1, help="Most experts in a mixed batch.")] = 4,
+    prompt_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens of a prompt.")] = 512,
+    context: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens in the cache of a decode step.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST_ROWS, help="Rows in a batched decode step.")] = 8,
+    num_experts: Annotated[
+        int, typer.Option("--experts", min=1, max=MOST_ROWS, help="Largest number of experts in a mixed batch.")
+    ] = 4,
     rounds: Annotated[
-        int, typer.Option(min=1, help="Turns of each contestant at a prefill; six times as many at decoding.")
+        int,
+        typer.Option(
+            min=1,
+            max=MOST_ROUNDS,
+            help="Timed repetitions of a prefill per configuration; decoding has six times as many.",
+        ),
     ] = 7,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's own choice.")] = 0,
+    threads: Annotated[
+        int, typer.Option(min=0, help="CPU threads; 0 takes torch's choice, but no more than the process may use.")
+    ] = 0,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the ratios to this file (.png, .svg or .pdf).", show_default=False)
     ] = None,
@@ -32,9 +54,9 @@ def bench(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Time prefill and decode of OUT beside its plain backbone: one expert, mixed batches, switching, routing, memory.
+    """Time prefill and decode of OUT against its plain backbone: one expert, mixed batches, switching, routing, memory.
 
-    Contestants take turns; medians over the rounds count. Stop other work on the machine first.
+    Configurations are timed alternately; medians over the rounds are reported. Stop other work on the machine first.
 
     Example:
       mediator-peft bench out --threads 2 --plot speed.png
@@ -47,8 +69,11 @@ def bench(
 
     if plot is not None:
         check_plot(plot)
-    if threads:
-        torch.set_num_threads(threads)
+        check_folder(plot.absolute().parent, "--plot's folder")
+    # More threads than processors wait for each other, for minutes at each step.
+    if threads > usable_cpus():
+        raise typer.BadParameter(f"this process may use {usable_cpus()} CPUs, not {threads}.", param_hint="--threads")
+    torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cpus()))
     settings = SpeedSettings(prompt_tokens, context, batch_size, num_experts, rounds)
     model, _ = load(out, dtype, device)
     with bar_progress("timing", num_rounds(settings)) as advance:
@@ -64,6 +89,7 @@ def bench(
 def print_speed(report: SpeedReport, target: Console) -> None:
     """The measurements as tables."""
     from rich.table import Table
+    from rich.text import Text
 
     from ..evaluation.sizes import format_bytes
 
@@ -72,8 +98,6 @@ def print_speed(report: SpeedReport, target: Console) -> None:
         f"{report.num_parameters:,} parameters in {report.dtype}, {report.threads} threads, experts "
         f"{', '.join(report.experts)}; prompts of {settings.prompt_tokens} tokens, {settings.context} in the cache; "
         f"medians of {settings.rounds} rounds in turn",
-        highlight=False,
-        markup=False,
     )
     table = Table(pad_edge=False)
     for heading in ("work", "rows", "model", "ms", "tokens/s", "of the backbone"):
@@ -83,7 +107,7 @@ def print_speed(report: SpeedReport, target: Console) -> None:
         table.add_row(pace.work, str(pace.batch_size), pace.name, *numbers)
     target.print(table)
     lines = [
-        ("changing the folded expert", f"{1e3 * report.switch_seconds:.1f} ms, {report.switch_steps:.1f} decode steps")
+        ("changing the merged expert", f"{1e3 * report.switch_seconds:.1f} ms, {report.switch_steps:.1f} decode steps")
     ]
     if report.routing_seconds is None or report.routing_share is None:
         lines.append(("routing a prompt", "not measured: the router is not fitted"))
@@ -93,5 +117,5 @@ def print_speed(report: SpeedReport, target: Console) -> None:
     lines += [(f"memory: {part}", format_bytes(size)) for part, size in report.memory.items()]
     facts = Table.grid(padding=(0, 2))
     for label, value in lines:
-        facts.add_row(f"[dim]{label}[/dim]", value)
+        facts.add_row(Text(label, style="dim"), value)
     target.print(facts)

@@ -14,16 +14,17 @@ from .common import AsJson, console, print_json, quiet_transformers, say
 @merge.takes_merge_options
 def build(
     ctx: typer.Context,
-    output: Annotated[Path, typer.Option(help="A folder that does not exist yet.", show_default=False)],
-    hash_inputs: Annotated[bool, typer.Option(help="Write the sha256 of every input file into the output.")] = True,
+    output: Annotated[Path, typer.Option(help="Output folder; must not exist.", show_default=False)],
+    hash_inputs: Annotated[bool, typer.Option(help="Record the SHA-256 of every input file.")] = True,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the inputs, say what would be built, stop.")
+        bool, typer.Option("--dry-run", help="Check the inputs and print the plan; write nothing.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge fine-tuned models of one base into a backbone and sparse experts.
 
-    Reads one tensor at a time; OUT appears when all is done, and not at all otherwise.
+    Reads one tensor at a time. The output folder appears only when the build is complete; a killed build continues
+    where it stopped when the command is run again.
 
     Example:
       mediator-peft build --base base --expert math=math --expert cron=cron --output out

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .common import AsJson, Device, console, pick_device, print_json, quiet_transformers, say
+from .common import AsJson, Device, check_folder, console, pick_device, print_json, quiet_transformers, say
 
 _GPU_BATCH = 256
 """Prompts at once on a GPU, whose steps take as long for many rows as for few."""
@@ -16,16 +16,16 @@ _GPU_BATCH = 256
 
 def demo(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer steps and items: minutes instead of a quarter hour.")
+        bool, typer.Option("--quick", help="Fewer steps and items: minutes instead of a quarter of an hour.")
     ] = False,
     output: Annotated[Path, typer.Option(help="Folder for base, experts, model and results.")] = Path("mediator-demo"),
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Seeds items and fine-tuning.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of items and fine-tuning.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune three experts of a small model, merge, route and measure them.
+    """Fine-tune three experts of a small model, merge them, fit the router and evaluate.
 
-    Needs the extra `demo`; a CPU will do. Trained experts stay in the output folder for the next run.
+    Needs the extra `demo`; runs on a CPU. Trained experts are kept in the output folder and used again.
 
     Example:
       mediator-peft demo --quick --output demo
@@ -35,6 +35,7 @@ def demo(
     from ..demo.settings import FULL, QUICK
 
     quiet_transformers()
+    check_folder(output, "--output")
     settings, place = replace(QUICK if quick else FULL, seed=seed), pick_device(device)
     if place.type != "cpu":
         settings = replace(settings, batch_size=_GPU_BATCH)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
+import os
+import shutil
+from functools import partial as bind
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .common import (
+    MOST_TOKENS,
     AsJson,
     BatchSize,
     Device,
@@ -16,12 +19,17 @@ from .common import (
     OutputFolder,
     Quantize,
     Raw,
+    check_folder,
+    check_match,
     console,
     load,
     parse_pairs,
     print_json,
     say,
 )
+
+_PARTIAL = ".mediator-eval.partial"
+"""Folder in that of a report, where a report is written before it replaces an older one."""
 
 
 def evaluate(
@@ -30,22 +38,26 @@ def evaluate(
         list[str],
         typer.Option(
             metavar="TASK=FILE",
-            help="A JSONL file with prompt, answer and, if need be, match; once each. A task with an expert's name "
-            "belongs to that expert, any other is one that no expert knows.",
+            help="A JSONL file with the columns prompt, answer and, optionally, match; repeatable. A task named like "
+            "an expert is that expert's task; any other task is out of distribution.",
             show_default=False,
         ),
     ],
     match: Annotated[
-        str, typer.Option(help="How answers are judged where a line does not say: exact, contains, last_number.")
+        str, typer.Option(help="How answers are compared where a line does not say: exact, contains or last_number.")
     ] = "exact",
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Answers are cut off here. Without it: half as long again as references.")
+        int | None,
+        typer.Option(min=1, max=MOST_TOKENS, help="Most tokens of an answer; by default 1.5 × the longest reference."),
     ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Write results, answers and a figure to this folder.", show_default=False)
     ] = None,
     only_routed: Annotated[
-        bool, typer.Option("--only-routed", help="Leave out the comparisons: averaged backbone, expert named.")
+        bool,
+        typer.Option(
+            "--only-routed", help="Leave out the comparisons with the averaged backbone and the named expert."
+        ),
     ] = False,
     raw: Raw = False,
     batch_size: BatchSize = 16,
@@ -54,7 +66,7 @@ def evaluate(
     quantize: Quantize = None,
     as_json: AsJson = False,
 ) -> None:
-    """Accuracy of OUT per task, beside the averaged backbone and the experts named; and where prompts were routed.
+    """Measure the accuracy of OUT per task, against the averaged backbone and the named experts, and its routing.
 
     Example:
       mediator-peft eval out --data math=math.test.jsonl --data cron=cron.test.jsonl
@@ -65,14 +77,17 @@ def evaluate(
     from ..ranks import Ranks
 
     files = parse_pairs(data, "--data")
-    # Read before the model is loaded: what is wrong with them is told at once.
+    check_match(match)
+    if report is not None:
+        check_folder(report, "--report")
+    # Read before the model is loaded, so that faults are reported at once.
     items = {name: read_task(path, match) for name, path in files.items()}
     model, tokenizer = load(out, dtype, device, quantize)
     tasks = [EvalTask.of_items(name, items[name], model.expert_names, tokenizer, max_new_tokens) for name in files]
     result = EvaluationReport(tasks)
     _score(result, model, tokenizer, only_routed, {"batch_size": batch_size, "use_template": not raw})
     if report is not None:
-        Ranks().first(partial(_write, result, report))
+        Ranks().first(bind(_write, result, report))
     if as_json:
         print_json(result.to_dict())
         return
@@ -83,7 +98,7 @@ def evaluate(
     if result.routing is not None:
         target.print(routing_table(result.routing, title="Where prompts were routed"))
         if result.routing.overall is not None:
-            target.print(f"routing accuracy: {result.routing.overall:.1%}", highlight=False)
+            target.print(f"routing accuracy: {result.routing.overall:.1%}")
 
 
 def _score(result: Any, model: Any, tokenizer: Any, only_routed: bool, shared: dict[str, Any]) -> None:
@@ -105,13 +120,25 @@ def _score(result: Any, model: Any, tokenizer: Any, only_routed: bool, shared: d
 
 
 def _write(result: Any, folder: Path) -> None:
-    from ..errors import MissingPackageError
+    from ..errors import MissingPackageError, OutputError
     from ..evaluation.report import draw_report, write_json
 
-    write_json(result.to_dict(), folder / "results.json")
-    write_json(result.answers(), folder / "answers.json")
+    partial = folder / _PARTIAL
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise OutputError(f"{str(partial)!r} stands in the way of the report. Move it away.")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     try:
-        draw_report(result, folder / "results.png")
-    except MissingPackageError as fault:
-        say(f"note: the figure was left out: {fault}")
+        write_json(result.answers(), partial / "answers.json")
+        try:
+            draw_report(result, partial / "results.png")
+        except MissingPackageError as fault:
+            say(f"note: the figure was left out: {fault}")
+        write_json(result.to_dict(), partial / "results.json")
+        # All of it is on the disk before any old file is replaced; the results come last.
+        for name in ("answers.json", "results.png", "results.json"):
+            if (partial / name).exists():
+                os.replace(partial / name, folder / name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     say(f"written to {folder}")

@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from ..checkpoints.adapter_files import find_adapter
-from .common import AsJson, BatchSize, Device, Dtype, OutputFolder, Raw, console, load, parse_pairs, print_json, say
-
-if TYPE_CHECKING:
-    pass
+from ..checkpoints.adapter_files import find_adapter, read_raw_config
+from ..errors import RoutingError
+from ..routing.calibration_data import content_hash
+from ..tables import unknown_name
+from .common import (
+    AsJson,
+    BatchSize,
+    Device,
+    Dtype,
+    OutputFolder,
+    Raw,
+    check_match,
+    console,
+    load,
+    parse_pairs,
+    print_json,
+    say,
+)
 
 
 def fit_router(
     out: OutputFolder,
     data: Annotated[
         list[str],
-        typer.Option(metavar="NAME=FILE", help="An expert's JSONL file of prompts; once each.", show_default=False),
+        typer.Option(metavar="NAME=FILE", help="JSONL file of prompts of an expert; repeatable.", show_default=False),
     ],
-    text_column: Annotated[str, typer.Option(help="Which field of a line holds the prompt.")] = "prompt",
+    text_column: Annotated[str, typer.Option(help="Column that holds the prompt.")] = "prompt",
     answered: Annotated[
         Path | None,
-        typer.Option(help="A JSONL file of other prompts with answers, of any kind: who answers them right gets them."),
+        typer.Option(
+            help="JSONL file of further prompts with answers: each is assigned to the expert that answers correctly."
+        ),
     ] = None,
     match: Annotated[
-        str, typer.Option(help="When an answer to those is right: exact, contains or last_number; a line may say it.")
+        str,
+        typer.Option(help="How these answers are compared where a line does not say: exact, contains or last_number."),
     ] = "exact",
     raw: Raw = False,
     batch_size: BatchSize = 16,
@@ -35,13 +51,14 @@ def fit_router(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Fit the router of OUT on prompts of each expert, 50 or more of each, and save it there.
+    """Fit the router of OUT on prompts of each expert, preferably 50 or more, and save it in OUT.
 
-    Prompts near to an expert's task that it spoils are recognised by the answers in --answered alone.
+    Near-OOD prompts that an expert answers worse than the base are found with --answered only.
 
     Example:
       mediator-peft fit-router out --data math=math.jsonl --data cron=cron.jsonl --answered others.jsonl
     """
+    check_match(match)
     report = calibrated(
         out,
         data=parse_pairs(data, "--data"),
@@ -66,11 +83,11 @@ def fit_router(
     for name, row in zip(names, report["confusion"], strict=True):
         table.add_row(name, *map(str, row))
     console().print(table)
-    say(f"router fitted and saved; {report['accuracy']:.1%} of held-out prompts went to their expert")
-    say(f"flagged as unknown: {report['false_fallback']:.1%} of them; calibration error {report['ece']:.3f}")
+    say(f"router fitted and saved; {report['accuracy']:.1%} of held-out prompts are routed to their expert")
+    say(f"flagged as OOD: {report['false_fallback']:.1%} of them; calibration error {report['ece']:.3f}")
     if report["auroc"] is not None:
-        at_95 = f"{report['fpr_at_95']:.1%} of known prompts flagged where 95 % of the ordinary ones are"
-        say(f"against ordinary prompts: AUROC {report['auroc']:.3f}; {at_95}")
+        at_95 = f"{report['fpr_at_95']:.1%} of in-distribution prompts flagged where 95 % of background prompts are"
+        say(f"against background prompts: AUROC {report['auroc']:.3f}; {at_95}")
     if "outcomes" in report:
         say(outcomes_line(report["outcomes"]))
     say(f"figures and data: {find_adapter(out) / 'report'}")
@@ -95,13 +112,42 @@ def calibrated(
 
     prompts = {name: read_prompts(Path(path), text_column) for name, path in data.items()}
     items = [] if answered is None else read_task(answered, match, text_column)
+    check_prompts(prompts, saved_experts(out))
     model, tokenizer = load(out, dtype, device)
     return fit_and_save(
         model, tokenizer, prompts, find_adapter(out), use_template=not raw, batch_size=batch_size, answered=items
     )
 
 
+def saved_experts(out: Path) -> list[str] | None:
+    """Names of the experts of an output folder; None where it is no folder, or does not say."""
+    if not out.expanduser().is_dir():
+        return None
+    names = read_raw_config(find_adapter(out.expanduser())).get("expert_names")
+    return list(map(str, names)) if isinstance(names, list) else None
+
+
+def check_prompts(prompts: Mapping[str, Sequence[str]], experts: Sequence[str] | None) -> None:
+    """Refuse, before a model is loaded, prompts that no router can be fitted on.
+
+    Args:
+        prompts: expert → prompts.
+        experts: names of the experts; None where they are not known yet.
+
+    Raises:
+        RoutingError: prompts of an expert are missing or too few, or belong to no expert; all faults are listed.
+    """
+    faults = [unknown_name(name, experts, "expert") for name in prompts if experts is not None and name not in experts]
+    for name in prompts if experts is None else experts:
+        if name not in prompts:
+            faults.append(f"expert {name!r} has no prompts: give --data {name}=FILE")
+        elif len({content_hash(text) for text in prompts[name]}) < 2:
+            faults.append(f"expert {name!r} needs at least 2 different prompts, better 50")
+    if faults:
+        raise RoutingError("\n".join(faults))
+
+
 def outcomes_line(outcomes: Mapping[str, Any]) -> str:
-    """What became of the prompts with answers, in one line."""
+    """How prompts with answers were assigned, in one line."""
     experts = ", ".join(f"{count} to {name}" for name, count in outcomes["experts"].items())
-    return f"by their answers: {experts}, {outcomes['ordinary']} to the fallback, {outcomes['undecided']} undecided"
+    return f"assigned by answers: {experts}, {outcomes['ordinary']} to the fallback, {outcomes['undecided']} undecided"

@@ -8,8 +8,24 @@ from typing import Annotated, Any
 
 import typer
 
+from ..data_files import surrogate_fault, text_lines
 from ..errors import MediatorError
-from .common import AsJson, BatchSize, Device, Dtype, OutputFolder, Quantize, Raw, console, load, print_json
+from .common import (
+    MOST_TOKENS,
+    AsJson,
+    BatchSize,
+    Device,
+    Dtype,
+    OutputFolder,
+    Quantize,
+    Raw,
+    console,
+    load,
+    print_json,
+)
+
+_LONGEST_PROMPT = 1 << 24
+"""Characters of a prompt on the standard input."""
 
 
 def generate(
@@ -20,13 +36,14 @@ def generate(
     file: Annotated[
         Path | None,
         typer.Option(
-            help="Many prompts: a JSONL file with `prompt`, or a text file with one a line.", show_default=False
+            help="Many prompts: a JSONL file with a column prompt, or a text file with one prompt a line.",
+            show_default=False,
         ),
     ] = None,
     expert: Annotated[
-        str | None, typer.Option(help="Let this expert answer instead of routing.", show_default=False)
+        str | None, typer.Option(help="Use this expert for all prompts, without routing.", show_default=False)
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="An answer is cut off here.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Most tokens of an answer.")] = 128,
     raw: Raw = False,
     batch_size: BatchSize = 16,
     dtype: Dtype = "auto",
@@ -34,7 +51,7 @@ def generate(
     quantize: Quantize = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer a prompt, or a file of prompts, greedily; prints which expert answered and how sure the router was.
+    """Answer a prompt, or a file of prompts, by greedy decoding; print the expert and the router's uncertainty.
 
     Example:
       mediator-peft generate out "Write a cron expression: At 04:05 PM"
@@ -73,9 +90,9 @@ def generate(
     target = console()
     for record in records:
         if len(records) > 1:
-            target.print(f"> {record['prompt']}", style="dim", markup=False, highlight=False)
-        target.print(_who(record), style="cyan", markup=False, highlight=False)
-        target.print(record["answer"].strip(), markup=False, highlight=False, soft_wrap=True)
+            target.print(f"> {record['prompt']}", style="dim")
+        target.print(_who(record), style="cyan")
+        target.print(record["answer"].strip(), soft_wrap=True)
         if len(records) > 1:
             target.print()
 
@@ -97,21 +114,32 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
     if (prompt is None) == (file is None):
         raise typer.BadParameter("give either a prompt or --file.", param_hint="PROMPT")
     if file is None:
-        text = sys.stdin.read() if prompt == "-" else str(prompt)
-        if not text.strip():
-            raise typer.BadParameter("the prompt is empty.", param_hint="PROMPT")
+        text = _standard_input() if prompt == "-" else str(prompt)
+        fault = surrogate_fault(text) if text.strip() else "is empty"
+        if fault is not None:
+            raise typer.BadParameter(f"the prompt {fault}.", param_hint="PROMPT")
         return [text]
     if file.suffix in (".jsonl", ".json"):
         from ..evaluation.prompts import read_prompts
 
         return read_prompts(file)
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as fault:
-        raise EmptyFileError(f"{file} is no UTF-8 text: {fault}") from fault
+    lines = [text for _, line in text_lines(file) if (text := line.rstrip("\r\n")).strip()]
     if not lines:
         raise EmptyFileError(f"{file} holds no prompts. Write one a line.")
     return lines
+
+
+def _standard_input() -> str:
+    """One prompt from the standard input, in bounded memory."""
+    try:
+        text = sys.stdin.read(_LONGEST_PROMPT + 1)
+    except UnicodeDecodeError as fault:
+        raise EmptyFileError(f"the standard input is not UTF-8 text: {fault}") from fault
+    if len(text) > _LONGEST_PROMPT:
+        raise EmptyFileError(
+            f"the standard input holds more than {_LONGEST_PROMPT:,} characters, the most of a prompt."
+        )
+    return text
 
 
 class EmptyFileError(MediatorError, ValueError):

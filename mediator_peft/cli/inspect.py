@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..config import CORRECTION
-from .common import AsJson, OutputFolder, console, print_json
+from .common import AsJson, OutputFolder, check_output, console, print_json, reading_output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,30 +16,33 @@ _LEVELS = " ▁▂▃▄▅▆▇█"
 
 
 def inspect(out: OutputFolder, as_json: AsJson = False) -> None:
-    """Sizes by part, settings and layer plan of OUT; reads JSON and file headers and builds no model.
+    """Show sizes by part, settings and routed layers of OUT, from its JSON files and tensor headers alone.
 
     Example:
       mediator-peft inspect out
     """
     from ..evaluation.sizes import read_adapter_info
 
-    info = read_adapter_info(out)
-    if as_json:
-        print_json(info.to_dict())
-    else:
-        print_info(info, console())
+    check_output(out)
+    with reading_output(out):
+        info = read_adapter_info(out)
+        if as_json:
+            print_json(info.to_dict())
+        else:
+            print_info(info, console())
 
 
 def print_info(info: AdapterInfo, target: Console) -> None:
     """An adapter's sizes, settings and plan as tables."""
     from rich.table import Table
+    from rich.text import Text
 
     from ..evaluation.sizes import format_bytes
 
     facts = info.to_dict()
     table = Table.grid(padding=(0, 2))
     for label, value in _facts(facts):
-        table.add_row(f"[dim]{label}[/dim]", value)
+        table.add_row(Text(label, style="dim"), Text(value))
     target.print(table)
     sizes = Table(title="Bytes on disk", title_justify="left", pad_edge=False)
     parts = sorted({part for column in info.column_bytes.values() for part in column})
@@ -48,7 +51,7 @@ def print_info(info: AdapterInfo, target: Console) -> None:
     for name, column in info.column_bytes.items():
         cells = [format_bytes(column.get(part, 0)) for part in parts]
         label = "correction of the quantised backbone" if name == CORRECTION else f"delta of {name}"
-        sizes.add_row(label, *cells, format_bytes(sum(column.values())))
+        sizes.add_row(Text(label), *cells, format_bytes(sum(column.values())))
     blank = [""] * len(parts)
     sizes.add_row("router", *blank, format_bytes(info.router_bytes) if info.has_router else "not fitted")
     sizes.add_row("adapter file", *blank, format_bytes(info.adapter_bytes))
@@ -57,22 +60,20 @@ def print_info(info: AdapterInfo, target: Console) -> None:
 
 
 def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    from rich.markup import escape
-
     settings = facts["settings"]
     provenance = facts["provenance"] or {}
     rows = [
-        ("adapter", escape(facts["adapter"])),
-        ("backbone", escape(facts["backbone"])),
-        ("base", escape(str(provenance.get("base", "unknown")))),
-        *((f"expert {name}", escape(str(path))) for name, path in (provenance.get("experts") or {}).items()),
+        ("adapter", str(facts["adapter"])),
+        ("backbone", str(facts["backbone"])),
+        ("base", str(provenance.get("base", "unknown"))),
+        *((f"expert {name}", str(path)) for name, path in (provenance.get("experts") or {}).items()),
         ("columns", ", ".join(facts["columns"])),
         (
             "deltas",
             f"{settings['density']:.0%} of entries by {settings['sparsifier']}, stored as {settings['encoding']}",
         ),
         ("backbone by", str(settings["merge_method"])),
-        ("router", f"{settings['router']}, {'fitted' if facts['has_router'] else 'not fitted yet: calibrate it'}"),
+        ("router", f"{settings['router']}, {'fitted' if facts['has_router'] else 'not fitted: run fit-router'}"),
         ("fallback", str(settings["fallback"])),
         ("routed layers", _plan(facts)),
     ]

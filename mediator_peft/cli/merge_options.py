@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..config import MediatorSettings
-from .common import parse_pairs
+from .common import MOST_WORKERS, parse_pairs
 
 HOW_TO_MERGE = "How to merge"
 """Panel of the options that are fields of the configuration."""
@@ -27,52 +27,56 @@ def _setting(text: str) -> Any:
     return typer.Option(help=text, rich_help_panel=HOW_TO_MERGE)
 
 
-Base = Annotated[str, typer.Option(help="The base: a folder, or a hub id, org/model@revision.", show_default=False)]
+Base = Annotated[str, typer.Option(help="Base model: a folder or a hub id, org/model@revision.", show_default=False)]
 Expert = Annotated[
-    list[str], typer.Option(metavar="NAME=PATH", help="A fine-tuned expert; once for each.", show_default=False)
+    list[str], typer.Option(metavar="NAME=PATH", help="A fine-tuned expert; repeatable.", show_default=False)
 ]
-MergeMethod = Annotated[str, _setting("How experts become the backbone, e.g. average, base, ties.")]
-Density = Annotated[float, _setting("Share of a delta's entries that is kept, in (0, 1].")]
-DensityScope = Annotated[str, _setting("Where density holds: in each matrix, or in the model (one threshold).")]
+MergeMethod = Annotated[str, _setting("How experts are merged into the backbone, e.g. average, base, ties.")]
+Density = Annotated[float, _setting("Share of entries kept in a delta, in (0, 1].")]
+DensityScope = Annotated[str, _setting("Scope of density: matrix, or model (one threshold for all matrices).")]
 Budget = Annotated[
-    str | None, _setting("Fit density to the bytes of backbone and adapter: 1.5x the backbone, or 400MB.")
+    str | None, _setting("Choose density by size of backbone and adapter: 1.5x (of the backbone) or 400MB.")
 ]
-Encoding = Annotated[str, _setting("How kept entries are stored: sign, float, int8 or nf4.")]
-Rescale = Annotated[str, _setting("How large kept entries are made: projection, norm or mean.")]
-Sparsifier = Annotated[str, _setting("What is kept: magnitude, dare or svd.")]
+Encoding = Annotated[str, _setting("Encoding of kept entries: sign, float, int8 or nf4.")]
+Rescale = Annotated[str, _setting("How kept entries are rescaled: projection, norm or mean.")]
+Sparsifier = Annotated[str, _setting("Which entries are kept: magnitude, dare or svd.")]
 Rank = Annotated[
-    int | None, _setting("With svd: rank of every delta; without it, as many bytes as signs at the density.")
+    int | None, _setting("With svd: rank of every delta. Default: as many bytes as encoding sign has at this density.")
 ]
 RoutedLayers = Annotated[str, _setting("auto, all, a share of blocks such as 0.5, or block numbers such as 0,1,2.")]
 TargetModule = Annotated[
     list[str] | None,
-    _setting("What gets deltas, e.g. q_proj, all-linear or embed_tokens; once for each. All-linear without it."),
+    _setting("Modules with deltas, e.g. q_proj, all-linear or embed_tokens; repeatable. Default: all-linear."),
 ]
-ConflictScore = Annotated[str, _setting("What ranks blocks.")]
-ConflictDensity = Annotated[float, _setting("Share of entries that vote in the score, in (0, 1].")]
-ConflictThreshold = Annotated[float, _setting("With auto: blocks are routed from this score on.")]
-Router = Annotated[str, _setting("Which router decides.")]
-RouterLayer = Annotated[int | None, _setting("The router reads after this many blocks; a tenth of them without it.")]
-OodAlpha = Annotated[float, _setting("Share of known prompts that may be taken for unknown.")]
-RoutingTopP = Annotated[float, _setting("The fewest experts that reach this probability are mixed.")]
-Fallback = Annotated[str, _setting("Where unknown prompts go: base or backbone.")]
+ConflictScore = Annotated[str, _setting("Conflict score that ranks blocks: sign, sign_any or energy.")]
+ConflictDensity = Annotated[float, _setting("Share of largest entries used in the conflict score, in (0, 1].")]
+ConflictThreshold = Annotated[float, _setting("With routed-layers auto: blocks with at least this score are routed.")]
+Router = Annotated[str, _setting("Router: gaussian, mlp or prototype.")]
+RouterLayer = Annotated[
+    int | None, _setting("The router uses the hidden state after this many blocks. Default: a tenth of them.")
+]
+OodAlpha = Annotated[float, _setting("Accepted share of in-distribution prompts flagged as OOD, in (0, 1).")]
+RoutingTopP = Annotated[
+    float, _setting("The smallest set of experts that reaches this probability is mixed, in (0, 1].")
+]
+Fallback = Annotated[str, _setting("Where OOD prompts go: base or backbone.")]
 ForQuantization = Annotated[
-    str | None, _setting("Correct the quantization error of a backbone in nf4, fp4 or int8 by one more delta.")
+    str | None, _setting("Add a delta that corrects the quantization error of a backbone in nf4, fp4 or int8.")
 ]
-CorrectionDensity = Annotated[float, _setting("Share of these errors that is corrected, in (0, 1].")]
-Seed = Annotated[int, _setting("Seeds whatever is drawn.")]
+CorrectionDensity = Annotated[float, _setting("Share of entries with a correction, in (0, 1].")]
+Seed = Annotated[int, _setting("Seed of random choices.")]
 PlanFile = Annotated[
     Path | None,
     typer.Option(
         "--plan",
-        help="Obey this file of `plan --save`: its blocks, and its settings where no option here says otherwise.",
+        help="Use the blocks and settings of a file of `plan --save`; options given here take precedence.",
     ),
 ]
-Workers = Annotated[int, typer.Option(min=1, help="Processes that share the tensors; the bytes are the same.")]
-MaxMemory = Annotated[str | None, typer.Option(help="Most memory to take, e.g. 4GiB.")]
-AllowPickle = Annotated[bool, typer.Option(help="Also read .bin files, with weights_only.")]
-Dequantize = Annotated[bool, typer.Option(help="Read quantised checkpoints as the weights that they stand for.")]
-AllowDistant = Annotated[bool, typer.Option(help="Build although an expert has next to nothing of the base.")]
+Workers = Annotated[int, typer.Option(min=1, max=MOST_WORKERS, help="Processes; the output has the same bytes.")]
+MaxMemory = Annotated[str | None, typer.Option(help="Memory limit, e.g. 4GiB.")]
+AllowPickle = Annotated[bool, typer.Option(help="Also read .bin files, with weights_only=True.")]
+Dequantize = Annotated[bool, typer.Option(help="Dequantize quantized checkpoints to plain weights.")]
+AllowDistant = Annotated[bool, typer.Option(help="Build although an expert is too far from the base for a fine-tune.")]
 
 
 MERGE_OPTIONS: dict[str, tuple[Any, Any]] = {

@@ -1,4 +1,4 @@
-"""One file for the whole way: what to build, how to calibrate, what to evaluate. Strict keys, all faults at once."""
+"""Pipeline files: what to build, how to fit the router, what to evaluate. Strict keys; all faults are listed."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 from ..config import OLD_FIELDS, SETTABLE, MediatorSettings
+from ..data_files import DataFileError, read_text, surrogate_fault
 from ..errors import ConfigError
 from ..merge.block_plan import planned_settings
 from ..merge.memory import parse_bytes
 from ..tables import unknown_name
+from .bounded_yaml import LARGEST_FILE, MalformedYamlError, parse_yaml
+from .common import MOST_ROWS, MOST_TOKENS, MOST_WORKERS
 
 _SECTIONS = ("build", "calibrate", "eval")
+_MOST = {"batch_size": MOST_ROWS, "max_new_tokens": MOST_TOKENS, "workers": MOST_WORKERS}
+"""Key → the most that it may be; the least is 1."""
+
 _PATHS = ("build.output", "build.plan", "calibrate.answered", "eval.report")
 
 
@@ -39,7 +46,7 @@ class BuildSection:
 
 @dataclass
 class CalibrateSection:
-    """Options of ``mediator-peft calibrate``."""
+    """Options of ``mediator-peft fit-router``."""
 
     data: dict[str, str] = field(default_factory=dict)
     """Expert name → file of prompts."""
@@ -60,7 +67,7 @@ class EvalSection:
     """Options of ``mediator-peft eval``."""
 
     data: dict[str, str] = field(default_factory=dict)
-    """Task → file of prompts and answers; a task with an expert's name belongs to that expert."""
+    """Task → file of prompts and answers; a task named like an expert is that expert's task."""
 
     match: str = "exact"
     max_new_tokens: int | None = None
@@ -114,6 +121,8 @@ def read_pipeline(path: str | os.PathLike[str], overrides: Mapping[str, Any] | N
     path = Path(path).expanduser()
     content = _load(path)
     for key, value in (overrides or {}).items():
+        if key.count(".") > 2:
+            raise ConfigError(f"unknown key {short(key)}: a key is like build.config.density.")
         # What comes from a command line counts from where that was typed.
         is_path = key in _PATHS and isinstance(value, str)
         _put(content, key.split("."), str(Path(value).expanduser().absolute()) if is_path else value)
@@ -142,11 +151,9 @@ def read_pipeline(path: str | os.PathLike[str], overrides: Mapping[str, Any] | N
 
 
 def _load(path: Path) -> dict[str, Any]:
-    import yaml  # huggingface_hub brings it along
-
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as fault:
+        content = parse_yaml(read_text(path, LARGEST_FILE))
+    except (DataFileError, MalformedYamlError) as fault:
         raise ConfigError(f"pipeline {str(path)!r} cannot be read: {fault}") from fault
     if not isinstance(content, dict):
         raise ConfigError(f"pipeline {str(path)!r} must hold the sections {', '.join(_SECTIONS)}.")
@@ -162,6 +169,9 @@ def _put(content: dict[str, Any], keys: list[str], value: Any) -> None:
 
 
 def _faults(content: Mapping[str, Any]) -> list[str]:
+    faults = _unwritable(content)
+    if faults:
+        return faults
     faults = [unknown_name(key, _SECTIONS, "section") for key in content if key not in _SECTIONS]
     build = content.get("build")
     if not isinstance(build, dict):
@@ -171,7 +181,9 @@ def _faults(content: Mapping[str, Any]) -> list[str]:
         if not build.get(name):
             faults.append(f"build.{name} is missing")
     settings = build.get("config") or {}
-    if isinstance(settings, dict):
+    if isinstance(settings, dict) and "experts" in settings:
+        faults.append("build.config.experts: name the experts in build.experts")
+    elif isinstance(settings, dict):
         known = SETTABLE | OLD_FIELDS.keys()
         unknown = [key for key in settings if key not in known]
         faults += [unknown_name(key, SETTABLE, "key of build.config") for key in unknown]
@@ -190,8 +202,20 @@ def _faults(content: Mapping[str, Any]) -> list[str]:
             if not section.get("data"):
                 faults.append(f"{name}.data is missing")
         elif section is not None:
-            faults.append(f"{name} must be a section with data:, got {section!r}")
+            faults.append(f"{name} must be a section with data:, got {short(section)}")
     return faults
+
+
+def _unwritable(value: Any, place: str = "") -> list[str]:
+    """Texts with half of a character: no path and no name can hold one."""
+    if isinstance(value, str):
+        fault = surrogate_fault(value)
+        return [] if fault is None else [f"{place or 'the file'} {fault}"]
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    found = []
+    for key, inner in parts:
+        found += _unwritable(key, place) + _unwritable(inner, f"{place}.{key}".lstrip("."))
+    return found
 
 
 def _section_faults(name: str, section: Mapping[str, Any], form: type) -> list[str]:
@@ -203,16 +227,17 @@ def _section_faults(name: str, section: Mapping[str, Any], form: type) -> list[s
         item = known[key]
         default = item.default_factory() if item.default_factory is not MISSING else item.default
         if isinstance(default, dict) and not isinstance(value, dict):
-            faults.append(f"{name}.{key} must be pairs of name and value, got {value!r}")
+            faults.append(f"{name}.{key} must be pairs of name and value, got {short(value)}")
         elif item.type == "dict[str, str]":
-            odd = {inner: path for inner, path in value.items() if not isinstance(path, str)}
-            faults += [f"{name}.{key}.{inner} must be a path, got {path!r}" for inner, path in odd.items()]
+            odd = {inner: path for inner, path in value.items() if not (isinstance(path, str) and path)}
+            faults += [f"{name}.{key}.{inner} must be a path, got {short(path)}" for inner, path in odd.items()]
         elif item.type in ("str", "str | None") and not isinstance(value, str):
-            faults.append(f"{name}.{key} must be text, got {value!r}")
+            faults.append(f"{name}.{key} must be text, got {short(value)}")
+        elif key in _MOST:
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST[key]:
+                faults.append(f"{name}.{key} must be a whole number from 1 to {_MOST[key]}, got {short(value)}")
         elif isinstance(default, bool) != isinstance(value, bool):
             faults.append(f"{name}.{key} must be {'true or false' if isinstance(default, bool) else 'no truth value'}")
-        elif isinstance(default, int) and not isinstance(value, int):
-            faults.append(f"{name}.{key} must be a whole number, got {value!r}")
     return faults
 
 

@@ -8,19 +8,23 @@ from typing import Annotated, Any
 import typer
 
 from . import merge_options as merge
-from .common import BAD_INPUT, AsJson, console, print_json, quiet_transformers, say
+from .common import BAD_INPUT, AsJson, check_folder, console, print_json, quiet_transformers, say
 
 
 @merge.takes_merge_options
 def plan(
     ctx: typer.Context,
-    output: Annotated[Path | None, typer.Option(help="Where the build would write; its disk is looked at.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Write the plan here, to be edited and given to build.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where the build would write; the space on its disk is checked.")
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the plan to this file; edit it and give it to `build --plan`.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check base and experts by their headers, and predict size, time and memory of a build.
+    """Check base and experts from their headers, and predict size, time and memory of a build.
 
-    Lists every problem at once and ends with 3 if there is one. Conflict scores are estimated from samples.
+    Lists all problems at once and ends with exit code 3 if there is one. Conflict scores are estimated from samples.
 
     Example:
       mediator-peft plan --base base --expert math=math --expert cron=cron --save plan.json
@@ -28,6 +32,10 @@ def plan(
     from ..merge.preflight import plan_mediator
 
     quiet_transformers()
+    if save is not None:
+        check_folder(save.absolute().parent, "--save's folder")
+        if save.is_dir():
+            raise typer.BadParameter(f"{str(save)!r} is a folder; give a file.", param_hint="--save")
     found = plan_mediator(output=output, config=merge.merge_settings(ctx), **merge.merge_inputs(ctx))
     if save is not None and found.is_ok:
         found.save(save)

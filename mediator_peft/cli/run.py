@@ -1,9 +1,10 @@
-"""``mediator-peft run``: the whole way by one file."""
+"""``mediator-peft run``: build, fit the router and evaluate from one file."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from reprlib import repr as short
 from typing import Annotated, Any
 
 import typer
@@ -18,25 +19,28 @@ def run(
     setting: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Overrules the file, e.g. build.config.density=0.1; repeatable."
+            "--set", metavar="KEY=VALUE", help="Override a value of the file: build.config.density=0.1; repeatable."
         ),
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option(metavar="STEP", help="Only this step: build, calibrate or eval; repeatable.")
+        list[str] | None, typer.Option(metavar="STEP", help="Run only this step: build, calibrate or eval; repeatable.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the file and the inputs, and write nothing.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Build, calibrate and evaluate as a YAML file says. Unknown keys are refused; all faults are listed at once.
+    """Build, fit the router (calibrate) and evaluate as described in a YAML file.
 
-    The output keeps the file as it was carried out, with sources pinned: mediator/pipeline.yaml.
+    All sections, data files, columns and names are checked before the first step; all faults are listed. Run again
+    after an interruption, it continues: a finished build of the same file is used, another one in its place is refused.
+    The output keeps the file with pinned sources: mediator/pipeline.yaml.
 
     Example:
       mediator-peft run all.yaml --set build.output=out --only build
     """
     from ..ranks import Ranks
+    from .pipeline_check import check_pipeline
     from .pipeline_file import read_pipeline
 
     quiet_transformers()
@@ -45,28 +49,34 @@ def run(
         raise typer.BadParameter(f"{unknown[0]!r} is no step; choose from {', '.join(_STEPS)}.", param_hint="--only")
     pipeline = read_pipeline(file, parse_settings(setting or []))
     steps = [name for name in _STEPS if getattr(pipeline, name) is not None and name in (only or _STEPS)]
-    _require_data(pipeline, steps)
+    if not steps:
+        raise typer.BadParameter(f"{str(file)!r} has none of these sections.", param_hint="--only")
+    is_built = Ranks().first(lambda: check_pipeline(pipeline, steps))
     if dry_run:
         from .plan import show_plan
 
         say(f"steps: {', '.join(steps)}")
-        show_plan(_plan(pipeline), as_json)
+        if is_built:
+            say(f"{pipeline.build.output} holds this build already")
+        else:
+            show_plan(_plan(pipeline), as_json)
         return
     output = Path(pipeline.build.output)
     done: dict[str, Any] = {}
     if "build" in steps:
-        done["build"] = _build(pipeline)
+        done["build"] = _report_of(output) if is_built else _build(pipeline)
     if "calibrate" in steps:
         done["calibrate"] = _calibrate(pipeline.calibrate, output)
+        Ranks().first(lambda: _keep(pipeline, ["calibrate"], output))
     if "eval" in steps and pipeline.eval is not None:
         from .evaluate import evaluate
 
         options = asdict(pipeline.eval)
         options["report"] = None if options["report"] is None else Path(options["report"])
         evaluate(output, **{**options, "data": _pairs(options["data"])}, as_json=as_json)
+        Ranks().first(lambda: _keep(pipeline, ["eval"], output))
     elif as_json:
         print_json(done)
-    Ranks().first(lambda: _keep(pipeline, steps, output))
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
@@ -75,7 +85,7 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
     Raises:
         typer.BadParameter: no ``=``, no key, or no YAML.
     """
-    import yaml  # huggingface_hub brings it along
+    from .bounded_yaml import MalformedYamlError, parse_yaml
 
     found: dict[str, Any] = {}
     for setting in settings:
@@ -83,31 +93,10 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         if not (equals and key):
             raise typer.BadParameter(f"{setting!r} is not KEY=VALUE.", param_hint="--set")
         try:
-            found[key] = yaml.safe_load(value)
-        except yaml.YAMLError as fault:
-            raise typer.BadParameter(f"{value!r} is no YAML: {fault}", param_hint="--set") from fault
+            found[key] = parse_yaml(value)
+        except MalformedYamlError as fault:
+            raise typer.BadParameter(f"{short(value)} is no YAML: {fault}", param_hint="--set") from fault
     return found
-
-
-def _require_data(pipeline: Any, steps: list[str]) -> None:
-    """Refuse files of prompts that are not there, before the build and not after it.
-
-    Raises:
-        ConfigError: some are missing; all are listed.
-    """
-    from ..errors import ConfigError
-
-    named = {
-        f"{step}.data.{name}": path
-        for step in steps
-        if step != "build"
-        for name, path in getattr(pipeline, step).data.items()
-    }
-    if "calibrate" in steps and pipeline.calibrate.answered is not None:
-        named["calibrate.answered"] = pipeline.calibrate.answered
-    missing = [f"{key}: no file {path!r}" for key, path in named.items() if not Path(path).is_file()]
-    if missing:
-        raise ConfigError("the pipeline names files that are not there:\n- " + "\n- ".join(missing))
 
 
 def _pairs(data: dict[str, str]) -> list[str]:
@@ -142,28 +131,38 @@ def _build(pipeline: Any) -> dict[str, Any]:
     return report.to_dict()
 
 
+def _report_of(output: Path) -> dict[str, Any]:
+    """What the report of a finished build says."""
+    from ..checkpoints.adapter_files import find_adapter
+    from ..checkpoints.headers import read_json
+
+    say(f"{output} holds this build already; it is used")
+    return read_json(find_adapter(output) / "report" / "report.json")
+
+
 def _calibrate(section: Any, output: Path) -> dict[str, Any]:
     from .fit_router import calibrated
 
     report = calibrated(output, **asdict(section))
-    say(f"router fitted and saved; {report['accuracy']:.1%} of held-out prompts went to their expert")
+    say(f"router fitted and saved; {report['accuracy']:.1%} of held-out prompts are routed to their expert")
     return report
 
 
 def _keep(pipeline: Any, steps: list[str], output: Path) -> None:
     """Add the other steps to the file that the build left in its output."""
-    import yaml
-
     from ..checkpoints.adapter_files import find_adapter
+    from ..data_files import DataFileError, read_text
     from ..merge.provenance import PIPELINE_FILE, write_pipeline
+    from .bounded_yaml import MalformedYamlError, parse_yaml
 
     adapter = find_adapter(output)
     try:
-        sections = yaml.safe_load((adapter / PIPELINE_FILE).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        sections = parse_yaml(read_text(adapter / PIPELINE_FILE))
+    except (DataFileError, MalformedYamlError):
+        return
+    if not isinstance(sections, dict):
         return
     for name in steps:
-        if name != "build" and isinstance(sections, dict):
-            section = {key: value for key, value in asdict(getattr(pipeline, name)).items() if value is not None}
-            sections[name] = section
+        section = {key: value for key, value in asdict(getattr(pipeline, name)).items() if value is not None}
+        sections[name] = section
     write_pipeline(adapter, sections)

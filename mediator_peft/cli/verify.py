@@ -6,24 +6,35 @@ from typing import Annotated
 
 import typer
 
-from .common import BAD_INPUT, AsJson, OutputFolder, console, parse_pairs, print_json, quiet_transformers, say
+from .common import (
+    BAD_INPUT,
+    AsJson,
+    OutputFolder,
+    check_output,
+    console,
+    parse_pairs,
+    print_json,
+    quiet_transformers,
+    reading_output,
+    say,
+)
 
 
 def verify(
     out: OutputFolder,
     against: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=PATH", help="Compare an expert with its original; once for each.")
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="Compare an expert with its checkpoint; repeatable.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The base of experts that are LoRAs.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base of LoRA experts given with --against.")] = None,
     logits: Annotated[
-        bool, typer.Option(help="With --against: run both models and compare logits, too. Takes both in memory.")
+        bool, typer.Option(help="With --against: also compare logits. Holds both models in memory.")
     ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Check files, checksums and fingerprint of OUT; with --against also how far weights and logits are off.
+    """Check files, checksums and fingerprint of OUT; with --against also compare weights and logits with experts.
 
-    Ends with 3 where something is damaged or missing. Differences are told, not judged: sparse deltas leave something
-    out. At density 1 with encoding=float they are rounding alone.
+    Ends with exit code 3 if something is damaged or missing. Differences from experts are reported and are no fault:
+    sparse deltas are approximations. At density 1 with encoding=float only rounding differs.
 
     Example:
       mediator-peft verify out --against math=math --against cron=cron
@@ -32,12 +43,14 @@ def verify(
 
     quiet_transformers()
     originals = parse_pairs(against or [], "--against")
-    found = verify_mediator(out, against=originals, base=base)
-    if originals and logits and found.is_ok:
-        from ..evaluation.logits import logit_differences
+    check_output(out)
+    with reading_output(out):
+        found = verify_mediator(out, against=originals, base=base)
+        if originals and logits and found.is_ok:
+            from ..evaluation.logits import logit_differences
 
-        for name, largest in logit_differences(out, originals, base).items():
-            found.differences[name]["max_logit_difference"] = largest
+            for name, largest in logit_differences(out, originals, base).items():
+                found.differences[name]["max_logit_difference"] = largest
     if as_json:
         print_json(found.to_dict())
     else:

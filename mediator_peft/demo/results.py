@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ..evaluation import EvaluationReport, accuracy_table, draw_report, loss_table, routing_table
 from ..evaluation.report import share
@@ -35,7 +35,7 @@ def print_results(report: EvaluationReport, console: Console) -> None:
     for line in headlines(report):
         console.print(f"• {line}")
     for note in report.extra["notes"]:
-        console.print(f"[dim]• {note}[/dim]")
+        console.print(Text(f"• {note}", style="dim"))
 
 
 def headlines(report: EvaluationReport) -> list[str]:
@@ -84,9 +84,10 @@ def _sample_table(samples: list[dict[str, Any]]) -> Table:
     table.add_column("expert", no_wrap=True)
     table.add_column("weight", justify="right")
     for sample in samples:
-        mark = "[green]✓[/green]" if sample["is_right"] else "[red]✗[/red]"
-        texts = [escape(_shorten(sample[key])) for key in ("prompt", "answer", "reference")]
-        table.add_row(texts[0], f"{mark} {texts[1]}", texts[2], sample["expert"], f"{sample['weight']:.2f}")
+        mark = ("✓ ", "green") if sample["is_right"] else ("✗ ", "red")
+        prompt, answer, reference = (_shorten(sample[key]) for key in ("prompt", "answer", "reference"))
+        row = Text(prompt), Text.assemble(mark, answer), Text(reference), Text(sample["expert"])
+        table.add_row(*row, f"{sample['weight']:.2f}")
     return table
 
 

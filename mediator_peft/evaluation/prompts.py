@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from reprlib import repr as short
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..data_files import DataFileError, json_lines, text_fault
 from ..errors import MediatorError
 from ..tables import unknown_name
+from ..time_limit import TimeLimitExceeded, time_limit
 from .scoring import MATCHERS, last_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LISTED = 8
+_TEMPLATE_SECONDS = 10
+# What is given for JSONL by mistake.
+_OTHER_FORMS = (".csv", ".tsv", ".parquet", ".xlsx", ".yaml", ".yml")
 
 
-class DataFileError(MediatorError, ValueError):
-    """A file of prompts or tasks cannot be used; the message names the lines."""
+class ChatTemplateError(MediatorError, ValueError):
+    """A tokenizer's chat template cannot be used."""
 
 
 class TaskItem(NamedTuple):
@@ -54,7 +59,9 @@ def read_task(path: str | Path, match: str = "exact", prompt_column: str = "prom
     for number, record in _records(Path(path), faults):
         found = _field_faults(record, (prompt_column, "answer"))
         how = record.get("match", match)
-        if how not in MATCHERS:
+        if not isinstance(how, str):
+            found.append(f"'match' must be one of {sorted(MATCHERS)}, got {short(how)}")
+        elif how not in MATCHERS:
             found.append(unknown_name(how, MATCHERS, "way to match"))
         elif not found and how == "last_number" and last_number(record["answer"]) is None:
             found.append("match is 'last_number', but the answer holds no number")
@@ -86,20 +93,9 @@ def read_prompts(path: str | Path, column: str = "prompt") -> list[str]:
 
 def _records(path: Path, faults: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of every line that holds one; the others are added to ``faults``."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise DataFileError(f"no file {str(path)!r}. Give a JSONL file, one JSON object a line.") from None
-    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as fault:
-        raise DataFileError(f"{path} cannot be read as UTF-8 text: {fault}") from fault
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as fault:
-            faults.append(f"line {number}: not JSON ({fault.msg} at column {fault.colno})")
-            continue
+    if path.suffix.lower() in _OTHER_FORMS:
+        raise DataFileError(f"{str(path)!r} is no JSONL file. Write one JSON object a line, and name it .jsonl.")
+    for number, record in json_lines(path, faults):
         if isinstance(record, dict):
             yield number, record
         else:
@@ -111,8 +107,8 @@ def _field_faults(record: dict[str, Any], columns: Sequence[str]) -> list[str]:
     for column in columns:
         if column not in record:
             faults.append(unknown_name(column, record, "column"))
-        elif not isinstance(record[column], str) or not record[column].strip():
-            faults.append(f"{column!r} must be a text that is not empty, got {record[column]!r:.60}")
+        elif (fault := text_fault(record[column])) is not None:
+            faults.append(f"{column!r} {fault}")
     return faults
 
 
@@ -132,12 +128,42 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str, use_template: bool =
         tokenizer: of the model.
         prompt: what the user wrote.
         use_template: False leaves the prompt raw even where there is a template.
+
+    Raises:
+        ChatTemplateError: the template is malformed or refuses the prompt.
     """
     if not use_template or not getattr(tokenizer, "chat_template", None):
         return Rendered(prompt, add_special_tokens=True)
     message = {"role": "user", "content": prompt}
-    text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    except Exception as fault:  # whatever a template may raise
+        raise ChatTemplateError(
+            f"the chat template of the tokenizer cannot render a prompt ({type(fault).__name__}: {fault}). Mend "
+            "chat_template.jinja (or tokenizer_config.json) in the backbone's folder, or use prompts as they are "
+            "(use_template=False, --raw)."
+        ) from fault
     return Rendered(str(text), add_special_tokens=False)
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Render a short prompt, in bounded time.
+
+    A template is a program that comes with a checkpoint; loops in it may run for years.
+
+    Raises:
+        ChatTemplateError: the tokenizer's chat template fails, or takes longer than ten seconds.
+    """
+    try:
+        with time_limit(_TEMPLATE_SECONDS):
+            render(tokenizer, "hello")
+    except (ChatTemplateError, TimeLimitExceeded) as fault:
+        if not isinstance(fault, TimeLimitExceeded) and not isinstance(fault.__cause__, TimeLimitExceeded):
+            raise
+        raise ChatTemplateError(
+            f"the chat template of the tokenizer needs more than {_TEMPLATE_SECONDS} s for one short prompt. Take the "
+            "loops out of chat_template.jinja (or tokenizer_config.json) in the backbone's folder."
+        ) from fault
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> list[int]:

@@ -15,6 +15,7 @@ from .runner import EvalTask, RoutingScore, SystemScore, TaskScore
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
+    from rich.text import Text
 
 # Okabe and Ito's palette, told apart by all common kinds of colour blindness, without its yellow, too pale for lines.
 _COLOURS = ("#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000")
@@ -104,39 +105,47 @@ def _table(
     tasks: Sequence[str],
     title: str,
     caption: str,
-    cell: Callable[[TaskScore], str],
-    mean: Callable[[Sequence[TaskScore]], str] | None,
+    cell: Callable[[TaskScore], Text],
+    mean: Callable[[Sequence[TaskScore]], Text] | None,
 ) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title or None, caption=caption, title_justify="left", caption_justify="left", pad_edge=False)
     table.add_column("system")
+    # As ``Text``: names may hold what rich would take for markup.
     for name in tasks:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(Text(name), justify="right", no_wrap=True)
     if mean and len(tasks) > 1:
         table.add_column("mean", justify="right", no_wrap=True)
     for system in report.systems:
         scores = [system.tasks[name] for name in tasks if name in system.tasks]
         if not scores:
             continue
-        cells = [cell(system.tasks[name]) if name in system.tasks else "–" for name in tasks]
+        cells = [cell(system.tasks[name]) if name in system.tasks else Text("–") for name in tasks]
         if mean and len(tasks) > 1:
-            cells.append(mean(scores) if len(scores) == len(tasks) else "–")
-        table.add_row(system.name, *cells)
+            cells.append(mean(scores) if len(scores) == len(tasks) else Text("–"))
+        table.add_row(Text(system.name), *cells)
     return table
 
 
-def _accuracy_cell(score: TaskScore) -> str:
+def _accuracy_cell(score: TaskScore) -> Text:
+    from rich.text import Text
+
     low, high = score.interval
-    return f"[bold]{share(score.accuracy)}[/bold] [dim]\\[{low:.2f}–{high:.2f}][/dim]"
+    return Text.assemble((share(score.accuracy), "bold"), " ", (f"[{low:.2f}–{high:.2f}]", "dim"))
 
 
-def _mean_accuracy(scores: Sequence[TaskScore]) -> str:
-    return f"[bold]{share(sum(score.accuracy for score in scores) / len(scores))}[/bold]"
+def _mean_accuracy(scores: Sequence[TaskScore]) -> Text:
+    from rich.text import Text
+
+    return Text(share(sum(score.accuracy for score in scores) / len(scores)), style="bold")
 
 
-def _loss_cell(score: TaskScore) -> str:
-    return "–" if score.answer_loss is None else f"{score.answer_loss:.3f}"
+def _loss_cell(score: TaskScore) -> Text:
+    from rich.text import Text
+
+    return Text("–" if score.answer_loss is None else f"{score.answer_loss:.3f}")
 
 
 def share(value: float) -> str:
@@ -147,16 +156,20 @@ def share(value: float) -> str:
 def routing_table(routing: RoutingScore, title: str = "") -> Table:
     """Confusion matrix: a row a task, a column an expert, the fallback last."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title or None, title_justify="left", caption_justify="left", pad_edge=False)
-    table.caption = "prompts by the column with the most weight; unknown: taken for such, wholly or in part"
+    table.caption = "prompts by the column with the most weight; unknown: flagged as OOD, wholly or in part"
     table.add_column("prompts of", no_wrap=True)
     for column in [*routing.columns, "right", "unknown", "uncertainty"]:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(Text(column), justify="right", no_wrap=True)
     for task, row in routing.confusion.items():
         right = share(routing.accuracy[task]) if task in routing.accuracy else "–"
-        counts = [f"[bold]{row[column]}[/bold]" if row[column] else "[dim]·[/dim]" for column in routing.columns]
-        table.add_row(task, *counts, right, share(routing.ood[task]), f"{routing.mean_uncertainty[task]:.3f}")
+        counts = [
+            Text(str(row[column]), style="bold") if row[column] else Text("·", style="dim")
+            for column in routing.columns
+        ]
+        table.add_row(Text(task), *counts, right, share(routing.ood[task]), f"{routing.mean_uncertainty[task]:.3f}")
     return table
 
 

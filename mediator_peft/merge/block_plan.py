@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import fields
 from math import ceil
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import SETTABLE, MediatorSettings, with_todays_names
+from ..data_files import DataFileError, MalformedJsonError, parse_json, read_text
 from ..errors import ConfigError
 from ..tables import unknown_name
 
@@ -114,8 +114,8 @@ def planned_settings(path: Path) -> dict[str, Any]:
 
 def _load(path: Path) -> Any:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as fault:
+        return parse_json(read_text(path))
+    except (DataFileError, MalformedJsonError) as fault:
         raise ConfigError(f"plan {str(path)!r} cannot be read: {fault}") from fault
 
 

@@ -35,7 +35,10 @@ def parse_bytes(size: int | str | None) -> int | None:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size).lower())
     if isinstance(size, bool) or not found or found[2] not in _UNITS or not float(found[1]):
         raise ConfigError(f"max_memory {size!r} is no size. Write it like '4GiB', '500MB' or as a number of bytes.")
-    return int(float(found[1]) * _UNITS[found[2]])
+    try:
+        return int(float(found[1]) * _UNITS[found[2]])
+    except OverflowError:
+        raise ConfigError(f"max_memory {str(size)[:20]!r}… is more than any machine has.") from None
 
 
 def task_memory(merge: Merge, task: Task) -> int:

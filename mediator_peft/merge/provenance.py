@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 from collections.abc import Iterable, Iterator
@@ -95,7 +96,9 @@ def write_pipeline(adapter: Path, sections: dict[str, Any]) -> None:
 
     head = "# Made by the build. The same again: mediator-peft run THIS --set build.output=FOLDER\n"
     text = yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
-    (adapter / PIPELINE_FILE).write_text(head + text, encoding="utf-8")
+    partial = adapter / f".{PIPELINE_FILE}.partial"
+    partial.write_text(head + text, encoding="utf-8")
+    os.replace(partial, adapter / PIPELINE_FILE)
 
 
 def build_section(merge: Merge) -> dict[str, Any]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, NamedTuple
 
+from ..data_files import DataFileError, csv_records, json_array, json_lines, open_file, surrogate_fault
 from ..errors import RoutingError
 
 Render = Callable[[Any], str]
-_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 class LabelledTexts(NamedTuple):
@@ -60,18 +60,24 @@ def labelled_texts(
     """
     columns = columns or Columns()
     chosen = _Sampler(max_samples, seed)
-    for text, name, group in _rows(dataset, columns, split, list(experts)):
+    for where, text, name, group in _rows(dataset, columns, split, list(experts)):
         if not isinstance(text, str):
             if render is None or not isinstance(text, (list, tuple)):
-                raise RoutingError(f"column {columns.text!r} must hold strings or chats, found {type(text).__name__}.")
+                raise RoutingError(
+                    f"{where}: column {columns.text!r} must hold strings or chats, found {type(text).__name__}."
+                )
             text = render(list(text))
+        fault = surrogate_fault(text)
+        if fault is not None:
+            raise RoutingError(f"{where}: column {columns.text!r} {fault}.")
         chosen.add(name, (text, group))
     unknown = sorted(set(chosen.kept) - set(experts))
     if unknown:
         raise RoutingError(f"calibration labels {unknown} are no experts of this model; it has {list(experts)}.")
     few = {name: len(chosen.kept.get(name, ())) for name in experts if len(chosen.kept.get(name, ())) < 2}
     if few:
-        raise RoutingError(f"each expert needs at least 2 calibration texts, better 50; too few: {few}.")
+        source = f" in {os.fspath(dataset)!r}" if isinstance(dataset, (str, os.PathLike)) else ""
+        raise RoutingError(f"each expert needs at least 2 calibration texts, better 50; too few{source}: {few}.")
     rows = [(text, number, group) for number, name in enumerate(experts) for text, group in chosen.kept[name]]
     texts, labels, groups = (list(column) for column in zip(*rows, strict=True))
     return LabelledTexts(texts, labels, groups if columns.group else None)
@@ -97,35 +103,84 @@ class _Sampler:
             kept[place] = row
 
 
-def _rows(dataset: Any, columns: Columns, split: str, experts: list[str]) -> Iterator[tuple[Any, str, str]]:
-    """(text, expert name, group) of each row."""
+def _rows(dataset: Any, columns: Columns, split: str, experts: list[str]) -> Iterator[tuple[str, Any, str, str]]:
+    """(place, text, expert name, group) of each row; the place is for messages."""
     if isinstance(dataset, (str, os.PathLike)):
         dataset = _open_file(Path(dataset))
     if isinstance(dataset, Mapping) and not _is_dataset_dict(dataset):
         for name, texts in dataset.items():
-            for row in _texts_of(texts, columns, split):
-                yield row[0], str(name), row[1]
+            for where, text, group in _texts_of(texts, columns, split, str(name)):
+                yield where, text, str(name), group
         return
     dataset = _one_split(dataset, split)
     names = _check_columns(dataset, (columns.text, columns.label, columns.group))
     to_name = _label_names(dataset, columns.label, experts, names)
-    for row in dataset:
-        _check_row(row, columns.text, columns.label, columns.group)
-        yield row[columns.text], to_name(row[columns.label]), str(row[columns.group]) if columns.group else ""
+    for where, row in _placed(dataset, "the data"):
+        _check_row(where, row, columns.text, columns.label, columns.group)
+        try:
+            name = to_name(row[columns.label])
+        except (ValueError, TypeError, IndexError, KeyError) as fault:
+            raise RoutingError(
+                f"{where}: column {columns.label!r} holds {short(row[columns.label])}, which is no expert: {fault}"
+            ) from fault
+        yield where, row[columns.text], name, str(row[columns.group]) if columns.group else ""
 
 
-def _texts_of(texts: Any, columns: Columns, split: str) -> Iterator[tuple[Any, str]]:
-    """(text, group) of one expert's texts: strings, chats, rows, a dataset or a file of these."""
+def _texts_of(texts: Any, columns: Columns, split: str, name: str) -> Iterator[tuple[str, Any, str]]:
+    """(place, text, group) of one expert's texts: strings, chats, rows, a dataset or a file of these."""
     if isinstance(texts, os.PathLike) or (isinstance(texts, str) and Path(texts).suffix in _READERS):
         texts = _open_file(Path(texts))
-    if isinstance(texts, str):
+    if isinstance(texts, (str, bytes)):
         raise RoutingError("an expert's texts must be a list of texts or a file, not one string.")
-    for row in _one_split(texts, split):
+    for where, row in _placed(_one_split(texts, split), f"texts of expert {name!r}"):
         if isinstance(row, Mapping):
-            _check_row(row, columns.text, columns.group)
-            yield row[columns.text], str(row[columns.group]) if columns.group else ""
+            _check_row(where, row, columns.text, columns.group)
+            yield where, row[columns.text], str(row[columns.group]) if columns.group else ""
         else:
-            yield row, ""
+            yield where, row, ""
+
+
+class _FileRows:
+    """Rows of a file with their places, read anew each time."""
+
+    def __init__(
+        self,
+        path: Path,
+        read: Callable[[], Iterator[tuple[int, Any]]],
+        unit: str,
+        features: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._path, self._read, self._unit = path, read, unit
+        self.features = features
+        """Column → type, where the file says so; a ``ClassLabel`` names its labels."""
+
+    @property
+    def column_names(self) -> list[str]:
+        """Empty where only the rows tell."""
+        return list(self.features or ())
+
+    def placed(self) -> Iterator[tuple[str, Any]]:
+        """(file and line, row) of each."""
+        try:
+            for number, row in self._read():
+                yield f"{self._path}, {self._unit} {number}", row
+        except DataFileError as fault:
+            raise RoutingError(str(fault)) from fault
+
+
+def _placed(rows: Any, what: str) -> Iterator[tuple[str, Any]]:
+    """(where it stands, row) of each row.
+
+    Raises:
+        RoutingError: these are no rows.
+    """
+    if isinstance(rows, _FileRows):
+        yield from rows.placed()
+        return
+    if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
+        raise RoutingError(f"{what} must be a list of rows, a dataset or a file, got {type(rows).__name__}.")
+    for number, row in enumerate(rows):
+        yield f"{what}, row {number}", row
 
 
 def _is_dataset_dict(dataset: Any) -> bool:
@@ -133,11 +188,11 @@ def _is_dataset_dict(dataset: Any) -> bool:
     return hasattr(dataset, "column_names")
 
 
-def _one_split(dataset: Any, split: str) -> Iterable[Any]:
+def _one_split(dataset: Any, split: str) -> Any:
     if not isinstance(dataset, Mapping):
         return dataset
     if split not in dataset:
-        raise RoutingError(f"the data has no split {split!r}; it has {sorted(dataset)}. Set split.")
+        raise RoutingError(f"the data has no split {split!r}; it has {sorted(map(str, dataset))}. Set split.")
     return dataset[split]
 
 
@@ -151,10 +206,12 @@ def _check_columns(dataset: Any, wanted: Iterable[str | None]) -> list[str]:
     return names
 
 
-def _check_row(row: Any, *wanted: str | None) -> None:
+def _check_row(where: str, row: Any, *wanted: str | None) -> None:
+    if not isinstance(row, Mapping):
+        raise RoutingError(f"{where}: an object with columns was expected, found {short(row)}.")
     missing = [name for name in wanted if name and name not in row]
     if missing:
-        raise RoutingError(f"a row has no column {missing}; it has {sorted(row)}.")
+        raise RoutingError(f"{where}: a row has no column {missing}; it has {sorted(map(str, row))}.")
 
 
 def _label_names(dataset: Any, column: str, experts: list[str], names: list[str]) -> Callable[[Any], str]:
@@ -166,27 +223,71 @@ def _open_file(path: Path) -> Any:
     """Rows of a file, streamed.
 
     Raises:
-        RoutingError: it is missing or of another kind.
+        RoutingError: it is missing, no ordinary file, damaged or of another kind.
     """
-    kind = _READERS.get(path.suffix)
-    if kind is None or not path.is_file():
-        problem = "is no file" if kind else f"has an unknown ending; use one of {sorted(_READERS)}"
-        raise RoutingError(f"calibration data {str(path)!r}: {problem}.")
-    if path.suffix == ".jsonl":
-        return _jsonl(path)
-    from datasets import load_dataset
-
-    return load_dataset(kind, data_files=str(path), split="train", streaming=True)
+    if path.suffix not in _READERS:
+        raise RoutingError(f"calibration data {str(path)!r}: has an unknown ending; use one of {sorted(_READERS)}.")
+    try:
+        open_file(path).close()
+        return _READERS[path.suffix](path)
+    except DataFileError as fault:
+        raise RoutingError(f"calibration data: {fault}") from fault
 
 
-def _jsonl(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as fault:
-                    raise RoutingError(f"{path}, line {number}: no JSON ({fault.msg}).") from fault
+def _json_lines(path: Path) -> _FileRows:
+    return _FileRows(path, lambda: _strict_json_lines(path), "line")
+
+
+def _strict_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    faults: list[str] = []
+    for number, row in json_lines(path, faults):
+        if faults:
+            break
+        yield number, row
+    if faults:
+        raise DataFileError(f"{path}, {faults[0]}.")
+
+
+def _json(path: Path) -> _FileRows:
+    rows = json_array(path)
+    if rows is None:
+        return _json_lines(path)
+    return _FileRows(path, lambda: iter(enumerate(rows)), "element")
+
+
+def _csv(path: Path) -> _FileRows:
+    return _FileRows(path, lambda: csv_records(path), "line")
+
+
+def _parquet(path: Path) -> _FileRows:
+    from datasets import Features
+    from pyarrow.parquet import ParquetFile
+
+    def read() -> Iterator[tuple[int, Any]]:
+        number = 0
+        try:
+            with ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=256):
+                    for row in batch.to_pylist():
+                        yield number, row
+                        number += 1
+        except Exception as fault:  # whatever pyarrow may raise for damaged bytes
+            raise DataFileError(f"{path}, after row {number}: damaged ({fault}). Write the file again.") from fault
+
+    try:
+        with ParquetFile(path) as file:
+            features = Features.from_arrow_schema(file.schema_arrow)
+    except Exception as fault:  # as above
+        raise DataFileError(f"{path}: no Parquet file, or a damaged one ({fault}). Write it again.") from fault
+    return _FileRows(path, read, "row", features)
+
+
+_READERS: dict[str, Callable[[Path], Any]] = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
 
 
 def content_hash(text: str, seed: int = 0) -> str:

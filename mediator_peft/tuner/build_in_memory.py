@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..checkpoints.adapter_files import BANK_ATTRIBUTE
 from ..checkpoints.opening import Checkpoint, ModelCheckpoint, open_checkpoint, open_checkpoints
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UnsupportedError
 from ..merge.builder import Bank, checkpoints_by_name, label_checkpoints, merge_in_memory, require_experts
 from ..merge.compatibility import check_job
 from .config import MediatorConfig
 from .quantized import fill_quantized, quantization_of
 
 
-def build_in_memory(model: nn.Module, config: MediatorConfig) -> Bank:
+def build_in_memory(model: Any, config: MediatorConfig) -> Bank:
     """Merge ``config.experts`` around the weights of ``model``, which become the backbone's.
 
     Nothing is written to the model before all is computed: a fault leaves it as it was. ``config`` gets what the build
@@ -23,11 +25,27 @@ def build_in_memory(model: nn.Module, config: MediatorConfig) -> Bank:
     """
     require_experts(config)
     experts = open_checkpoints(label_checkpoints(None, config.experts))
-    quantized = {name: layer for name, layer in model.named_modules() if _is_quantized(layer)}
-    base = _base_on_disk(model) if quantized else ModelCheckpoint(model)
+    # Another adapter may wrap the layers already.
+    state = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in model.state_dict().items()
+        if f".{BANK_ATTRIBUTE}." not in name
+    }
+    modules = model.named_modules()
+    quantized = {name.removesuffix(".base_layer"): layer for name, layer in modules if _is_quantized(layer)}
+    unreadable = [name for name, layer in quantized.items() if quantization_of(layer) == "other"]
+    if unreadable:
+        raise UnsupportedError(
+            f"the base has {len(unreadable)} layers that are offloaded or quantised in a way whose codes cannot be "
+            f"written ({unreadable[0]}, ...). Build with build_mediator() from checkpoints, and use load_mediator() "
+            "with this quantization."
+        )
+    plain: Any = SimpleNamespace(
+        config=model.config, state_dict=lambda: state, name_or_path=getattr(model, "name_or_path", "")
+    )
+    base = _base_on_disk(model) if quantized else ModelCheckpoint(plain)
     job = check_job(base, checkpoints_by_name(experts, config.experts))
     bank, backbone, built, _ = merge_in_memory(job, config)
-    state = model.state_dict()
     for name, tensor in backbone.items():
         layer = quantized.get(name.removesuffix(".weight"))
         if layer is None:
@@ -35,8 +53,7 @@ def build_in_memory(model: nn.Module, config: MediatorConfig) -> Bank:
         else:
             # Where it is quantised, Conv1D becomes a linear layer that knows what it was.
             fill_quantized(layer, tensor.T if getattr(layer, "source_cls", None) is Conv1D else tensor)
-    for item in fields(config):
-        setattr(config, item.name, getattr(built, item.name))
+    config.note_build(built)
     return bank
 
 

@@ -33,6 +33,23 @@ class MediatorConfig(MediatorSettings, PeftConfig):
         """Call ``on_save(folder, config)`` before this configuration is written: the model saves what else belongs."""
         self._on_save = on_save
 
+    @property
+    def was_built_here(self) -> bool:
+        """Whether a model in memory was built by this configuration, and not by a file that it came from."""
+        return bool(self.__dict__.get("_was_built_here"))
+
+    def note_build(self, built: MediatorSettings) -> None:
+        """Take over what a build in memory found out."""
+        self._as_given = {item.name: getattr(self, item.name) for item in fields(self)}
+        for item in fields(self):
+            setattr(self, item.name, getattr(built, item.name))
+        self._was_built_here = True
+
+    def to_be_built(self) -> MediatorConfig:
+        """The configuration as it was before it was built."""
+        given = self.__dict__.get("_as_given", {})
+        return MediatorConfig(**{**given, "base_model_name_or_path": self.base_model_name_or_path})
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the configuration is not a copy of the model behind it.
         return {key: value for key, value in self.__dict__.items() if key != "_on_save"}

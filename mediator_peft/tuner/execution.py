@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from ..bank.layer_bank import LayerBank
 from ..bank.sparse_delta import SparseDelta
 from ..config import CORRECTION, warn_of_old_name
 from ..errors import ConfigError, UnsupportedError
+from .differentiable import mixed_output
 from .merged_weight import MergedWeight, MergedWeightCache, mixed_bias, mixed_biases, mixed_delta, mixed_weight
 from .quantized import quantization_of, readable_weight
 from .routes import LayerRoute
@@ -120,7 +121,8 @@ def apply(
     """
     way = choose(x, route, base_layer, bank, kept)
     if way == "merged":
-        merged_weight.switch(bank, route.groups[0].mix)
+        with float32_inside(x.device):
+            merged_weight.switch(bank, route.groups[0].mix)
         merged_weight.route = route
         return base_layer(x)
     merged_weight.switch(None, ())
@@ -135,6 +137,13 @@ def apply(
     else:
         result = _sparse(by_row, base_layer, bank, route)
     return result.reshape(*x.shape[:-1], result.shape[-1])
+
+
+def float32_inside(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast in the block, so that deltas are unpacked and summed in float32."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _split_rows(x: Tensor, batch_size: int) -> Tensor:
@@ -153,6 +162,9 @@ def _dense(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute,
     """Each group's weight in a scratch matrix, and one dense product."""
     weight, bias = _corrected_weight(base_layer, bank), base_layer.bias
     result: Tensor | None = None
+    # Under autocast a product has another dtype than its inputs.
+    is_autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if is_autocast else x.dtype
     for rows, mix in route.groups:
         # Rows side by side are seen as they lie; others are gathered and scattered.
         place = slice(None) if rows is None else _as_slice(rows, x.device)
@@ -161,12 +173,13 @@ def _dense(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute,
         group_weight = kept.weight(mix)
         if group_weight is None:
             # Rounded once, after all is added.
-            group_weight = mixed_weight(weight, bank, mix).to(x.dtype)
+            with float32_inside(x.device):
+                group_weight = mixed_weight(weight, bank, mix).to(dtype)
         if rows is None:
             return F.linear(x, group_weight, group_bias)
         if result is None:
-            result = x.new_empty(x.shape[0], x.shape[1], weight.shape[0])
-        if isinstance(place, slice) and group_bias is None and not torch.is_grad_enabled():
+            result = x.new_empty(x.shape[0], x.shape[1], weight.shape[0], dtype=dtype)
+        if isinstance(place, slice) and group_bias is None and not (torch.is_grad_enabled() or is_autocast):
             torch.mm(x[place].flatten(0, 1), group_weight.T, out=result[place].flatten(0, 1))
         else:
             result[place] = F.linear(x[place], group_weight, group_bias)
@@ -193,7 +206,9 @@ def _sparse(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute
     if correction is not None:
         result = result + _product(x.float(), bank, CORRECTION, correction).to(result.dtype)
     if route.is_differentiable:
-        return result + mixed_output(x, route.expert_weights, bank, route.columns).to(result.dtype)
+        with float32_inside(x.device):
+            change = mixed_output(x, bank, route)
+        return result + change.to(result.dtype)
     total = torch.zeros(result.shape, dtype=torch.float32, device=result.device)
     for column, name in enumerate(route.columns):
         weights = route.expert_weights[:, column].to(result.device)
@@ -208,8 +223,9 @@ def _sparse(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute
 
 def _product(x: Tensor, bank: LayerBank, name: str, delta: SparseDelta) -> Tensor:
     """``S x + b`` for one expert: (B, T, O) float32."""
-    matrix = mixed_delta(bank, ((name, 1.0),)) if bank.has_device_loops else None
-    result = delta.product(x) if matrix is None else F.linear(x, matrix)
+    with float32_inside(x.device):
+        matrix = mixed_delta(bank, ((name, 1.0),)) if bank.has_device_loops else None
+        result = delta.product(x) if matrix is None else F.linear(x, matrix)
     return result if delta.bias is None else result + delta.bias
 
 
@@ -255,10 +271,11 @@ class FewRows:
     @staticmethod
     def fits(x: Tensor, base_layer: nn.Linear, bank: LayerBank) -> bool:
         """Whether this way is open: plain float weight in whole vectors, nothing hooked to the layer, no gradients."""
+        if type(base_layer) is not nn.Linear or type(base_layer.weight) is not nn.Parameter:
+            return False
         weight, bias = base_layer.weight, base_layer.bias
         return (
-            type(base_layer) is nn.Linear
-            and bank.has_loops
+            bank.has_loops
             and x.numel() <= MOST_ROWS * x.shape[-1]
             and x.dtype == weight.dtype
             and x.dtype in _DTYPES
@@ -270,11 +287,13 @@ class FewRows:
             and not torch.is_grad_enabled()
             and not (base_layer._forward_hooks or base_layer._forward_pre_hooks or hasattr(base_layer, "_hf_hook"))
             and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled("cpu")
         )
 
     def is_for(self, x: Tensor) -> bool:
         """Whether an input is like the one this was made for."""
-        return x.shape == self._shape and x.dtype == self._dtype and not torch.is_grad_enabled()
+        is_same = x.shape == self._shape and x.dtype == self._dtype
+        return is_same and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Output of the layer, (..., O) in the dtype of ``x``; summed in float32 and rounded once."""
@@ -327,55 +346,3 @@ class DeviceRows:
         if self._shift is not None:
             result = (result.float() + self._shift.view(result.shape)).to(result.dtype)
         return result
-
-
-class _MixedDelta(torch.autograd.Function):
-    """``sum_k w_k (S_k x + b_k)``; each ``S_k`` is unpacked once on the way there and once on the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, bank: LayerBank, columns: tuple[str, ...]) -> Tensor:
-        ctx.save_for_backward(x, weights)
-        ctx.bank, ctx.columns = bank, columns
-        total = torch.zeros((), device=x.device)
-        for column, name in enumerate(columns):
-            delta = bank.get(name)
-            if delta is None:
-                continue
-            part = x.float() @ delta.dense().T
-            if delta.bias is not None:
-                part += delta.bias
-            total = total + weights[:, column, None, None] * part
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
-        x, weights = ctx.saved_tensors
-        gradient = gradients[0].float()
-        to_weights = torch.zeros_like(weights)
-        to_x = torch.zeros_like(x, dtype=torch.float32) if ctx.needs_input_grad[0] else None
-        for column, name in enumerate(ctx.columns):
-            delta = ctx.bank.get(name)
-            if delta is None:
-                continue
-            back = gradient @ delta.dense()
-            to_weights[:, column] = (back * x.float()).sum(dim=(1, 2))
-            if delta.bias is not None:
-                to_weights[:, column] += (gradient @ delta.bias).sum(dim=1)
-            if to_x is not None:
-                to_x += weights[:, column, None, None] * back
-        return None if to_x is None else to_x.to(x.dtype), to_weights, None, None
-
-
-def mixed_output(x: Tensor, weights: Tensor, bank: LayerBank, columns: tuple[str, ...]) -> Tensor:
-    """What the deltas add to a layer's output; columns of weight zero are computed too, for they have a gradient.
-
-    Args:
-        x: (B, T, I)
-        weights: (B, C) float32
-        bank: deltas of this layer.
-        columns: names of the C columns.
-
-    Returns:
-        (B, T, O) float32
-    """
-    return _MixedDelta.apply(x, weights.to(x.device), bank, columns)

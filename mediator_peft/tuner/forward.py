@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..bank.expert_store import ExpertStore
 from ..errors import RoutingError, UnsupportedError
 from ..routing.features import mean_over_tokens
+from .differentiable import anchor
 from .routes import ExpertWeights, LayerRoute, Pending, RequestBoard, expand_rows, make_route
 from .routing import ActiveAdapter, PromptRouter
 
@@ -35,9 +37,16 @@ class RoutedForward:
         """Forced way of applying deltas; see :meth:`MediatorModel.set_execution`."""
         self.expert_store: ExpertStore | None = None
         """Where deltas lie, if only some of them are held in memory."""
+        self._hooks: list[RemovableHandle] = []
+        self.attach()
+
+    def attach(self) -> None:
+        """Put the hooks on the model."""
+        model = self._active.model
+        self._is_anchored = False
         self._hooks = [
-            active.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            active.model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
         ]
 
     def remove(self) -> None:
@@ -46,9 +55,22 @@ class RoutedForward:
             handle.remove()
         self._prompts.tap.remove()
 
+    def check_not_merged(self, what: str) -> None:
+        """Refuse what needs routed layers.
+
+        Raises:
+            UnsupportedError: a mix is merged into the weights.
+        """
+        if self._board.merged is not None:
+            raise UnsupportedError(
+                f"{what} needs the backbone, and the mix {dict(self._board.merged[1])} is merged into it. Call "
+                "unmerge_adapter() first."
+            )
+
     @contextmanager
     def request(self, table: Tensor | Pending) -> Iterator[None]:
         """Hold expert weights, or prompts that they are still to be found for, through the block."""
+        self.check_not_merged("use_experts")
         try:
             with self._board.open_request(table):
                 yield
@@ -59,7 +81,9 @@ class RoutedForward:
     def generate(self, *args: Any, expert_weights: ExpertWeights = None, **kwargs: Any) -> Any:
         """See :meth:`MediatorModel.generate`."""
         generate = self._active.model.generate
-        if self.adapters_off:
+        if expert_weights is not None:
+            self.check_not_merged("expert_weights=")
+        if self.adapters_off or self._board.merged is not None or not self._active.exists:
             return generate(*args, **kwargs)
         if expert_weights is not None:
             table: Tensor | Pending = self._active.table(expert_weights)
@@ -105,7 +129,7 @@ class RoutedForward:
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         spec = kwargs.pop("expert_weights", None)
-        if self.adapters_off or (spec is None and self._starts_reading(args, kwargs)):
+        if self.adapters_off or not self._active.exists or (spec is None and self._starts_reading(args, kwargs)):
             self._post(None)
         else:
             self._post(self._layer_route(spec, args, kwargs))
@@ -117,6 +141,14 @@ class RoutedForward:
         if route is not None and self.expert_store is not None:
             self._let_go(self.expert_store.use({name for group in route.groups for name, _ in group.mix}))
         self._board.keep_for_backward(self._board.route if torch.is_grad_enabled() else None)
+        if route is not None and route.gradient is not None and not self._is_anchored:
+            self._is_anchored = True
+            embedding = self._active.model.get_input_embeddings()
+            self._hooks.append(embedding.register_forward_hook(self._after_embedding))
+
+    def _after_embedding(self, module: nn.Module, args: Any, hidden: Tensor) -> Tensor:
+        route = self._board.route
+        return hidden if route is None or route.gradient is None else anchor(hidden, route)
 
     def _starts_reading(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Have the route decided half-way, where this forward pass allows for it."""
@@ -141,11 +173,16 @@ class RoutedForward:
         return True
 
     def _made_route(self, table: Tensor, batch_size: int, is_request: bool) -> LayerRoute:
-        may_merge = is_request and self._board.has_one_mix and not torch.is_grad_enabled()
+        may_merge = is_request and self._board.has_one_mix and not torch.is_grad_enabled() and not self._is_sharded
         making = (self._active.config.columns, may_merge, self.execution)
         if is_request:
             return self._board.request_route(batch_size, making)
         return make_route(expand_rows(table, batch_size), *making)
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether FSDP gathers weights for a block at a time: what is written into them would be dropped."""
+        return any(type(module).__name__.startswith("FSDP") for module in self._active.model.modules())
 
     def _let_go(self, experts: Sequence[str]) -> None:
         """Drop what was copied to a GPU of experts that leave memory."""
@@ -154,6 +191,7 @@ class RoutedForward:
 
     def _layer_route(self, spec: ExpertWeights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerRoute:
         inputs = kwargs.get("input_ids", args[0] if args else None)
+        self._active.check_loaded()
         rows = inputs if inputs is not None else kwargs.get("inputs_embeds")
         if rows is None:
             raise RoutingError("a forward pass needs input_ids or inputs_embeds.")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..bank.delta_rows import DeltaRows
 from ..bank.layer_bank import LayerBank
-from ..errors import UnsupportedError
+from ..errors import RoutingError, UnsupportedError
 from . import execution
 from .execution import DeviceRows, FewRows
 from .merged_weight import MergedWeight, MergedWeightCache, mixed_bias, mixed_delta, plain_weight
-from .quantized import is_plain
+from .quantized import device_of, is_plain
 from .routes import LayerRoute, Mix, RequestBoard
 
 _NOT_COPIED = ("_lock", "_merged_weight", "_kept", "_few_rows")
@@ -78,6 +79,8 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.merged_adapters:
+            return self.base_layer(x, *args, **kwargs)
         # Locks, and weights that change between steps, are nothing for a compiled graph: it breaks around the layer.
         if torch.compiler.is_compiling():
             return self._outside_graph(x, *args, **kwargs)
@@ -89,7 +92,7 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
 
     def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # In a decode step of a small model every microsecond of this counts: looked up past nn.Module's own way.
-        route = None if self._disable_adapters or self.merged_adapters else self.board.route
+        route = None if self._disable_adapters else self.board.route
         base_layer: Any = self._modules["base_layer"]
         with self._lock:
             if route is not None:
@@ -104,9 +107,13 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         """A forward pass that could not go on as the last one went."""
         bank = self._active_bank()
         if route is None or bank is None:
-            if not self.merged:
-                self._merged_weight.switch(None, ())
+            self._merged_weight.switch(None, ())
             return self.base_layer(x, *args, **kwargs)
+        if bank.device.type == "meta":
+            raise UnsupportedError(
+                "the deltas of this layer were offloaded. Offload without buffers (offload_buffers=False), and limit "
+                "their memory with load_mediator(max_resident_experts=...)."
+            )
         self._few_rows = execution.few_rows(x, self.base_layer, bank, route, self._kept)
         if self._few_rows is not None:
             self._merged_weight.switch(None, ())
@@ -131,7 +138,10 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         super().set_adapter(*args, **kwargs)
 
     def unmerge(self) -> None:
-        """Bring the weight back to the backbone's, bit for bit."""
+        """Bring the weight back to the backbone's, bit for bit; of a merged adapter, all layers' weights."""
+        if self.merged_adapters:
+            warnings.warn("the merged mix is taken out again: this needs the backbone's own weights.", stacklevel=2)
+            self.board.unmerge()
         with self._lock:
             self.forget_steps()
             self._merged_weight.switch(None, ())
@@ -165,36 +175,79 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         """Bytes held to bring the weight back to the backbone's; 0 while nothing is folded in."""
         return self._merged_weight.num_bytes
 
-    def get_delta_weight(self, mix: Mix) -> Tensor | None:
-        """``sum_k w_k S_k`` (O, I) float32; None where no column of the mix has a delta here."""
-        bank = self._active_bank()
-        return None if bank is None else mixed_delta(bank, mix)
-
-    def merge_mix(self, mix: Mix, safe_merge: bool = False) -> None:
-        """Write a mix into the backbone's weight for good.
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Not done by a layer: the mix is the model's.
 
         Raises:
-            UnsupportedError: the weight is quantised or offloaded.
+            UnsupportedError: always.
         """
-        bank = self._active_bank()
-        base = self.base_layer
-        if not is_plain(base):
+        raise UnsupportedError("merge by the model: model.merge_adapter(expert_weights='name').")
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT may convert the layer: within :meth:`MediatorModel.convert_to_lora`, which fixes a mix."""
+        return self.board.converted is not None
+
+    def get_delta_weight(self, adapter_name: str, mix: Mix | None = None) -> Tensor:
+        """``sum_k w_k S_k`` of one adapter, (O, I) float32.
+
+        Args:
+            adapter_name: PEFT's name of the adapter.
+            mix: (column, weight) of each column that takes part. None takes the mix that is merged or converted now.
+
+        Raises:
+            RoutingError: no mix is given nor fixed.
+        """
+        if mix is None and self.board.merged is not None and self.board.merged[0] == adapter_name:
+            mix = self.board.merged[1]
+        mix = self.board.converted if mix is None else mix
+        if mix is None:
+            raise RoutingError(
+                "a delta depends on the expert weights. Give mix=(('name', 1.0),), or merge one for the time being: "
+                "model.merge_adapter(expert_weights='name')."
+            )
+        bank = self.bank(adapter_name) if adapter_name in self.mediator_bank else None
+        delta = None if bank is None else mixed_delta(bank, mix)
+        return torch.zeros(self.shape, device=device_of(self.base_layer)) if delta is None else delta
+
+    def check_mergeable(self) -> None:
+        """Refuse a weight that cannot be written.
+
+        Raises:
+            UnsupportedError: it is quantised or offloaded.
+        """
+        if not is_plain(self.base_layer):
             raise UnsupportedError(
                 "a quantised weight cannot take a mix (rounding it again would lose the delta), nor one offloaded. "
                 "Load the backbone unquantised and whole to merge."
             )
+
+    def hold_mix(self, adapter_name: str, mix: Mix) -> None:
+        """Write a mix into the weight until :meth:`unmerge`."""
+        bank = self.mediator_bank[adapter_name] if adapter_name in self.mediator_bank else None  # noqa: SIM401 - a ModuleDict has no default
+        with self._lock:
+            self.unmerge()
+            self._merged_weight.switch(bank, mix)  # type: ignore[arg-type]
+            self.merged_adapters.append(adapter_name)
+
+    def merged_weight(self, mixes: Mapping[str, Mix]) -> Tensor | None:
+        """Weight (O, I) with the mixes of some adapters in it, rounded once; None where none has a delta here."""
+        self.unmerge()
+        deltas = [self.get_delta_weight(name, mix) for name, mix in mixes.items() if name in self.mediator_bank]
+        if not deltas:
+            return None
+        weight = plain_weight(self.base_layer)
+        return torch.stack(deltas).sum(dim=0).add_(weight).to(weight.dtype)
+
+    def merge_mixes(self, mixes: Mapping[str, Mix]) -> None:
+        """Write the mixes of some adapters into the backbone's weight for good."""
         self.cache_merged_experts(())
-        delta = None if bank is None else mixed_delta(bank, mix)
-        if bank is None or delta is None:
-            return
-        weight = plain_weight(base)
-        merged = delta.add_(weight).to(weight.dtype)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise UnsupportedError("the merged weight has infinite values; its dtype cannot hold this mix.")
-        weight.copy_(merged)
-        shift = mixed_bias(bank, mix)
-        if shift is not None:
-            base.bias.data.copy_((base.bias.data.float() + shift).to(base.bias.dtype))
+        merged, base = self.merged_weight(mixes), self.base_layer
+        if merged is not None:
+            plain_weight(base).copy_(merged)
+        for name, mix in mixes.items():
+            shift = mixed_bias(self.bank(name), mix) if name in self.mediator_bank else None
+            if shift is not None:
+                base.bias.data.copy_((base.bias.data.float() + shift).to(base.bias.dtype))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.unmerge()
@@ -253,8 +306,7 @@ class MediatorEmbedding(MediatorLayer):
     def _first_pass(self, x: Tensor, route: LayerRoute | None, *args: Any, **kwargs: Any) -> Tensor:
         bank = self._active_bank()
         if route is None or bank is None:
-            if not self.merged:
-                self._merged_weight.switch(None, ())
+            self._merged_weight.switch(None, ())
             return self.base_layer(x)
         if self.has_tied_head and self._way(x, route, bank) == "merged":
             self._merged_weight.switch(bank, route.groups[0].mix)
@@ -317,6 +369,9 @@ class TiedHead(nn.Module):
         self._owner = (embedding,)
         self._few_rows: FewRows | DeviceRows | None = None
         embedding.has_tied_head = True
+        # To whoever reads or writes tensors, it is the layer itself.
+        self.register_state_dict_post_hook(_without_wrapper)
+        self.register_load_state_dict_pre_hook(_with_wrapper)
 
     @property
     def weight(self) -> Tensor:
@@ -324,6 +379,8 @@ class TiedHead(nn.Module):
         return self.base_layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._owner[0].merged_adapters:
+            return self.base_layer(x)
         return self._outside_graph(x) if torch.compiler.is_compiling() else self._forward(x)
 
     @torch.compiler.disable
@@ -332,12 +389,11 @@ class TiedHead(nn.Module):
 
     def _forward(self, x: Tensor) -> Tensor:
         owner = self._owner[0]
-        route = None if owner.disable_adapters or owner.merged_adapters else owner.board.route
+        route = None if owner.disable_adapters else owner.board.route
         bank, merged_weight = owner._active_bank(), owner._merged_weight
         with owner._lock:
             if route is None or bank is None:
-                if not owner.merged:
-                    merged_weight.switch(None, ())
+                merged_weight.switch(None, ())
                 return self.base_layer(x)
             if merged_weight.route is route:
                 return self.base_layer(x)
@@ -351,6 +407,16 @@ class TiedHead(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_few_rows": None}
+
+
+def _without_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for key in [key for key in state if key.startswith(f"{prefix}base_layer.")]:
+        state[key.replace(f"{prefix}base_layer.", prefix, 1)] = state.pop(key)
+
+
+def _with_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix) and not key.startswith(f"{prefix}base_layer.")]:
+        state[key.replace(prefix, f"{prefix}base_layer.", 1)] = state.pop(key)
 
 
 def check_rows(ids: Tensor, route: LayerRoute) -> None:

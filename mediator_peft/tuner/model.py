@@ -8,15 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, convert_to_lora
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
-from tqdm import tqdm
 from typing_extensions import Self
 
 from ..bank.expert_store import ExpertStore
 from ..config import warn_of_old_name
-from ..errors import RoutingError, UnsupportedError
+from ..errors import UnsupportedError
 from ..merge.builder import Bank
 from ..methods.rounding import ROUNDINGS
 from ..ranks import Ranks
@@ -33,8 +32,10 @@ from .execution import check_execution
 from .fitting import fit_router
 from .forward import RoutedForward
 from .layer import MediatorEmbedding, MediatorLayer, routed_layers, tie_head, untie_head
+from .merged_weight import mixed_bias
+from .merging import AdapterMerging
 from .quantized import quantization_of
-from .routes import ExpertWeights, RequestBoard, make_route
+from .routes import ExpertWeights, RequestBoard
 from .routing import ActiveAdapter, PromptRouter
 from .saving import AdapterFiles
 
@@ -63,6 +64,7 @@ class MediatorModel(BaseTuner):
         self.board = RequestBoard()
         self.prompt_router = PromptRouter(self.active, self.board)
         self.routed_forward = RoutedForward(self.active, self.board, self.prompt_router)
+        self.merging = AdapterMerging(self.active, self.board, self.routed_forward)
         self.adapter_files = AdapterFiles(model)
         self._built: dict[str, Bank] = {}
 
@@ -79,12 +81,19 @@ class MediatorModel(BaseTuner):
     ) -> None:
         """Wrap the layers that the configuration names; none is a valid answer (the experts agree everywhere)."""
         config = self.peft_config[adapter_name]
+        if config.was_built_here and not config.inference_mode:  # with it, PEFT is about to load an adapter
+            # The deltas went into another model, or under another name: they are computed anew.
+            config = self.peft_config[adapter_name] = config.to_be_built()
         if not config.is_built:
-            if any(isinstance(module, MediatorLayer) for module in model.modules()):
+            others = [name for name in self.peft_config if name != adapter_name]
+            if others and config.merge_method != "base":
                 raise UnsupportedError(
-                    "this model carries a Mediator adapter already; unload() it before building one."
+                    f"the model has adapters already ({', '.join(others)}), and merge_method={config.merge_method!r} "
+                    "would change the weights that they belong to. Use merge_method='base', or unload() first."
                 )
             self._built[adapter_name] = build_in_memory(model, config)
+        elif config.routed_modules:
+            self.active.awaited.add(adapter_name)
         modules = dict(model.named_modules())
         for name in config.routed_modules:
             target = modules.get(name)
@@ -140,12 +149,15 @@ class MediatorModel(BaseTuner):
         return peft_config
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        if not enabled:
+            self.merging.unmerge()
         self.routed_forward.adapters_off = not enabled
         super()._enable_adapter_layers(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop one adapter with its bank and router."""
         super().delete_adapter(adapter_name)
+        self.active.awaited.discard(adapter_name)
         if adapter_name in self.mediator_router:
             del self.mediator_router[adapter_name]
 
@@ -177,6 +189,8 @@ class MediatorModel(BaseTuner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's forward pass; ``expert_weights=`` overrides routing."""
+        if "expert_weights" in kwargs and self.board.merged is not None:
+            self.routed_forward.check_not_merged("expert_weights=")
         return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, expert_weights: ExpertWeights = None, **kwargs: Any) -> Any:
@@ -400,9 +414,81 @@ class MediatorModel(BaseTuner):
         tuner: Any = model.base_model
         loaded, store = tuner.adapter_files.load(config, tuner.mediator_router[adapter_name], adapter_name, state_dict)
         tuner.routed_forward.expert_store = store
+        tuner.active.awaited.discard(adapter_name)
         return loaded
 
     # --- leaving -------------------------------------------------------------------------------------------------
+
+    def merge_adapter(
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        expert_weights: ExpertWeights = None,
+    ) -> None:
+        """Write one fixed mix into the backbone's weights, until :meth:`unmerge_adapter` restores them bit for bit.
+
+        Until then the model is a plain one: it routes nothing, and its forward pass has no locks, no hooks and no graph
+        breaks, so that ``torch.compile(fullgraph=True)`` and ``torch.export`` take it.
+
+        Args:
+            adapter_names: one adapter; None takes the active one.
+            safe_merge: refuse NaN and infinity before anything is written.
+            expert_weights: one mix for all rows.
+
+        Raises:
+            RoutingError: no mix was given, or rows differ.
+            AdapterError: ``safe_merge`` found NaN or infinity.
+            UnsupportedError: the backbone is quantised or offloaded, a request is under way, or there is no such
+                adapter.
+        """
+        self.merging.merge(expert_weights, adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Take the mix that :meth:`merge_adapter` wrote out of the weights, and route prompts again.
+
+        Raises:
+            UnsupportedError: no mix is merged.
+        """
+        if self.board.merged is None:
+            raise UnsupportedError("no mix is merged, so there is nothing to take out: prompts are routed.")
+        self.merging.unmerge()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: a delta is one matrix only under a fixed mix. See :meth:`convert_to_lora`."""
+        return False
+
+    def convert_to_lora(
+        self, rank: int | float, expert_weights: ExpertWeights, adapter_name: str = "default", progressbar: bool = False
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """One fixed mix as a LoRA on this backbone, by PEFT's ``convert_to_lora``: a singular value decomposition.
+
+        Args:
+            rank: of each layer, or a share of squared singular values in (0, 1] that decides it.
+            expert_weights: one mix for all rows.
+            adapter_name: PEFT's name of the adapter.
+            progressbar: show one.
+
+        Returns:
+            The LoRA's configuration and its tensors, for ``set_peft_model_state_dict``.
+
+        Raises:
+            RoutingError: rows of the mix differ.
+            UnsupportedError: deltas of biases or embeddings, which have no place in such a LoRA.
+        """
+        mix = self.merging.mixes(expert_weights, [adapter_name], board_mix=True)[adapter_name]
+        for name, layer in self.routed_layers().items():
+            if isinstance(layer, MediatorEmbedding) or mixed_bias(layer.bank(adapter_name), mix) is not None:
+                raise UnsupportedError(f"{name!r} has deltas of a bias or an embedding, which LoRA layers do not have.")
+        config = self.peft_config[adapter_name]
+        targets, self.board.converted = config.target_modules, mix
+        config.target_modules = set(self.routed_layers())
+        # Names of layers count from the PeftModel around this model.
+        outer: Any = nn.Module()
+        outer.base_model, outer.peft_config = self, self.peft_config
+        try:
+            return convert_to_lora(outer, rank, adapter_name, progressbar)
+        finally:
+            config.target_modules, self.board.converted = targets, None
 
     def merge_and_unload(
         self,
@@ -415,29 +501,23 @@ class MediatorModel(BaseTuner):
 
         Args:
             progressbar: show one.
-            safe_merge: refuse a result with infinite values.
-            adapter_names: not used; one adapter is active.
-            expert_weights: one mix for all rows. Without it, that of the ``use_experts`` block around the call.
+            safe_merge: refuse NaN and infinity before anything is written.
+            adapter_names: adapters whose mixes are added up; None takes the active one.
+            expert_weights: one mix for all rows. Without it, that of the ``use_experts`` block around the call, or that
+                merged by :meth:`merge_adapter`.
 
         Raises:
             RoutingError: no mix was given, or rows differ.
+            AdapterError: ``safe_merge`` found NaN or infinity.
+            UnsupportedError: the backbone is quantised or offloaded, or there is no such adapter.
         """
-        table = self.board.request if expert_weights is None else self.active.table(expert_weights)
-        if table is None:
-            raise RoutingError(
-                "say which mix to merge: merge_and_unload(expert_weights='name'), or call it inside "
-                "`with model.use_experts(...)`."
-            )
-        if len(table.unique(dim=0)) > 1:
-            raise RoutingError("a merged model has one mix; the rows of expert_weights differ.")
-        mix = make_route(table[:1], self.expert_names, False, None).groups[0].mix
-        for layer in tqdm(self.routed_layers().values(), disable=not progressbar, desc="merging"):
-            layer.merge_mix(mix, safe_merge)
-            layer.merged_adapters.append(self.active_adapters[0])
+        mixes = self.merging.mixes(expert_weights, adapter_names, board_mix=True)
+        self.merging.merge_for_good(mixes, safe_merge, progressbar)
         return self.unload()
 
     def unload(self) -> nn.Module:
         """The wrapped model without routed layers: the backbone, or the mix merged into it."""
+        self.merging.unmerge()
         for name, layer in self.routed_layers().items():
             layer.unmerge()
             parent, _, child = name.rpartition(".")
@@ -451,5 +531,6 @@ class MediatorModel(BaseTuner):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.board.unmerge = self.merging.unmerge
         for config in self.peft_config.values():
             config.bind(self.adapter_files.before_saving)

@@ -1,8 +1,13 @@
-"""Layers of bitsandbytes under a delta: which kind they are, what their weight stands for, how one is filled."""
+"""Quantised layers under a delta: which kind they are, what their weight stands for, how one is filled.
+
+The codes of bitsandbytes are read. Any other quantised layer (torchao, quanto, compressed-tensors, GPTQ, AWQ, ...) is
+called as it is, and the deltas' product is added to its output.
+"""
 
 from __future__ import annotations
 
 from copy import copy
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,22 +19,32 @@ from .merged_weight import plain_weight
 
 def is_plain(base_layer: nn.Module) -> bool:
     """Whether the weight is an ordinary matrix to be read and written, and is here: not quantised nor offloaded."""
-    weight: Any = base_layer.weight
-    is_here = weight.device.type != "meta"
-    return is_here and weight.is_floating_point() and weight.ndim == 2 and weight.dtype.itemsize >= 2
+    weight: Any = getattr(base_layer, "weight", None)
+    # Subclasses of tensors hold codes, or the part of a matrix that is on this device.
+    if type(weight) not in (Tensor, nn.Parameter) or weight.device.type == "meta":
+        return False
+    return weight.is_floating_point() and weight.ndim == 2 and weight.dtype.itemsize >= 2
 
 
 def quantization_of(base_layer: nn.Module) -> str | None:
     """``"nf4"``, ``"fp4"`` or ``"int8"``; None for a plain weight, ``"other"`` for what cannot be read."""
     if is_plain(base_layer):
         return None
-    weight: Any = base_layer.weight
-    if weight.device.type == "meta":
+    weight: Any = getattr(base_layer, "weight", None)
+    if weight is None or weight.device.type == "meta":
         return "other"
     kind = type(weight).__name__
     if kind == "Params4bit":
         return weight.quant_type
     return "int8" if kind == "Int8Params" else "other"
+
+
+def device_of(base_layer: nn.Module) -> torch.device:
+    """Where a layer computes; for one that accelerate fetches from elsewhere, where it is fetched to."""
+    place = getattr(getattr(base_layer, "_hf_hook", None), "execution_device", None)
+    first = next(chain(base_layer.parameters(), base_layer.buffers()), None)
+    here = torch.device("cpu") if first is None else first.device
+    return here if place is None or here.type != "meta" else torch.device(place)
 
 
 def readable_weight(base_layer: nn.Module) -> Tensor:

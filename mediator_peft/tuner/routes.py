@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, TypeAlias
 
@@ -31,6 +31,24 @@ class Group(NamedTuple):
     mix: Mix
 
 
+class WeightGradient:
+    """Gradient of a loss by the expert weights of one forward pass, as the layers find it."""
+
+    def __init__(self, expert_weights: Tensor) -> None:
+        self._total = torch.zeros_like(expert_weights, requires_grad=False)
+        self.is_anchored = False
+        """Whether somebody takes it on the way back."""
+
+    def add(self, part: Tensor) -> None:
+        """Add one layer's part, (B, C)."""
+        self._total += part.to(self._total)
+
+    def take(self) -> Tensor:
+        """The sum (B, C), which starts from zero again."""
+        total, self._total = self._total, torch.zeros_like(self._total)
+        return total
+
+
 class LayerRoute(NamedTuple):
     """What a layer needs to know of one forward pass."""
 
@@ -47,6 +65,9 @@ class LayerRoute(NamedTuple):
 
     key: tuple[tuple[float, ...], ...]
     """The table as plain numbers: equal keys, equal routes."""
+
+    gradient: WeightGradient | None = None
+    """Where layers add their gradient by the expert weights, if these have one."""
 
     @property
     def is_differentiable(self) -> bool:
@@ -140,7 +161,9 @@ def make_route(table: Tensor, columns: Sequence[str], may_merge: bool, execution
         )
         for weights, rows in rows_of.items()
     )
-    return LayerRoute(table, tuple(columns), groups, may_merge, execution, tuple(map(tuple, values)))
+    has_gradient = torch.is_grad_enabled() and table.requires_grad
+    gradient = WeightGradient(table) if has_gradient else None
+    return LayerRoute(table, tuple(columns), groups, may_merge, execution, tuple(map(tuple, values)), gradient)
 
 
 Rows: TypeAlias = tuple[tuple[float, ...], ...]
@@ -169,6 +192,12 @@ class RequestBoard:
         self._lock = threading.Lock()
         self._open: list[Rows] = []
         self._training_route: LayerRoute | None = None
+        self.merged: tuple[str, Mix] | None = None
+        """Adapter and mix that are merged into the weights until further notice; no prompt is routed then."""
+        self.converted: Mix | None = None
+        """The mix that is being converted to another PEFT method."""
+        self.unmerge: Callable[[], None] = _nothing
+        """Takes the merged mix out of all layers; set by the model."""
 
     def __reduce__(self) -> tuple[type[RequestBoard], tuple[()]]:
         # Copies and pickles of a model start with an empty board of their own.
@@ -229,6 +258,11 @@ class RequestBoard:
         return made[2]
 
     @property
+    def has_requests(self) -> bool:
+        """Whether any thread has a request open."""
+        return bool(self._open) or self._innermost is not None
+
+    @property
     def has_one_mix(self) -> bool:
         """Whether all open requests, of all threads, want one and the same mix for all their rows."""
         with self._lock:
@@ -262,6 +296,10 @@ class RequestBoard:
             yield
         finally:
             self._local.route = before
+
+
+def _nothing() -> None:
+    pass
 
 
 def _distinct_rows(expert_weights: Tensor) -> Rows:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 
 from ..errors import RouterNotFittedError, RoutingError, UnsupportedError
@@ -18,6 +19,7 @@ from ..routing.routers import ROUTERS, Router
 from ..structure import find_blocks
 from .chat_turns import padded, routing_rows, turn_markers, turn_mask
 from .config import MediatorConfig
+from .execution import float32_inside
 from .layer import MediatorLayer, routed_layers
 from .routes import ExpertWeights, RequestBoard, expert_weight_rows
 
@@ -43,6 +45,26 @@ class ActiveAdapter:
         self.configs = configs
         self.routers = routers
         self._active_names = active_names
+        self.awaited: set[str] = set()
+        """Adapters whose layers are there and whose deltas have not been loaded yet."""
+
+    @property
+    def exists(self) -> bool:
+        """Whether an adapter is active: there is none after the last one was deleted."""
+        return bool(self._active_names())
+
+    def check_loaded(self) -> None:
+        """Refuse an adapter whose deltas are still awaited.
+
+        Raises:
+            UnsupportedError: its configuration came from a file, and its tensors did not.
+        """
+        if self.name in self.awaited:
+            raise UnsupportedError(
+                f"adapter {self.name!r} was made from the configuration of a saved adapter and has no deltas. Load it: "
+                "PeftModel.from_pretrained(backbone, folder) or load_mediator(folder). To build it anew, make a "
+                "MediatorConfig with the experts."
+            )
 
     @property
     def name(self) -> str:
@@ -137,7 +159,9 @@ class PromptRouter:
     def new_router(self, config: MediatorConfig) -> Router:
         """An unfitted router for an adapter of this model."""
         hidden_size = self.active.model.config.get_text_config().hidden_size
-        return ROUTERS[config.router](len(config.expert_names or config.experts), hidden_size, config.seed)
+        router = ROUTERS[config.router](len(config.expert_names or config.experts), hidden_size, config.seed)
+        router.is_trainable = not config.inference_mode
+        return router
 
     def learn_turns(self, tokenizer: Any) -> None:
         """Note how the tokenizer's chat template marks user turns, for ``routing_turn``."""
@@ -146,6 +170,8 @@ class PromptRouter:
     @torch.no_grad()
     def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Pooled hidden state of the backbone over the turns that are routed on: (B, T) token ids → (B, H) float32."""
+        if self._board.merged is not None:
+            raise UnsupportedError("prompts are read by the backbone, and a mix is merged into it: unmerge_adapter().")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows = input_ids
         if self.single_pass_routing:
@@ -187,9 +213,10 @@ class PromptRouter:
         """(B, H) → what the gate decides."""
         router = self.fitted_router()
         features = features.to(router.known_novelty.device)
-        with torch.no_grad():
-            novelty, distance = router.novelty(features), router.distance(features)
-        return gate(router.calibrated(features), novelty, distance, router.known, self.gate_settings)
+        with float32_inside(features.device), onload_layer(self.active.routers):
+            with torch.no_grad():
+                novelty, distance = router.novelty(features), router.distance(features)
+            return gate(router.calibrated(features), novelty, distance, router.known, self.gate_settings)
 
     @torch.no_grad()
     def explain(self, prompts: Any, tokenizer: Any, use_template: bool, max_length: int) -> list[Explanation]:
@@ -202,7 +229,9 @@ class PromptRouter:
             ids, mask = _tokenised(prompts, tokenizer, use_template, max_length)
         device = self.active.device
         features = self.features(ids.to(device), mask.to(device)).to(router.known_novelty.device)
-        scores, novelty, distance = router.calibrated(features), router.novelty(features), router.distance(features)
+        with float32_inside(features.device), onload_layer(self.active.routers):
+            scores, novelty = router.calibrated(features), router.novelty(features)
+            distance = router.distance(features)
         return explain_rows(scores, novelty, distance, router.known, self.gate_settings, self.active.config.columns)
 
 

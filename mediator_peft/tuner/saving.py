@@ -24,7 +24,7 @@ from ..methods.encoding.bitmaps import count_bits
 from ..routing.routers import Router
 from .config import MediatorConfig
 from .layer import MediatorLayer, routed_layers
-from .quantized import lay_out_plainly
+from .quantized import device_of, lay_out_plainly
 
 BACKBONE_FOLDER = "backbone"
 _LISTED = 5
@@ -194,13 +194,6 @@ def _store(
     return store
 
 
-def _computes_on(base_layer: nn.Module) -> torch.device:
-    """The device of a layer's weight; for one that accelerate fetches from elsewhere, where it is fetched to."""
-    place = getattr(getattr(base_layer, "_hf_hook", None), "execution_device", None)
-    weight: Any = base_layer.weight
-    return weight.device if place is None or weight.device.type != "meta" else torch.device(place)
-
-
 def _load_layer(
     name: str,
     layer: MediatorLayer,
@@ -210,7 +203,7 @@ def _load_layer(
     store: ExpertStore | None,
 ) -> dict[str, Tensor]:
     bank = layer.bank(adapter_name)
-    device = _computes_on(layer.base_layer)
+    device = device_of(layer.base_layer)
     prefix = f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}."
     loaded = {}
     for column in columns:

@@ -132,13 +132,8 @@ def main() -> None:
     parser.add_argument("--form", default="sign", choices=["sign", "float32", "float16", "bfloat16"])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each shape")
-    parser.add_argument("--helpers", action="store_true", help="use Python threads, not torch's own")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.helpers:
-        from mediator_peft.kernels import llvm_team as kernels_team
-
-        setattr(kernels_team, "_torch_team", lambda: None)  # noqa: B010
     rng = np.random.default_rng(0)
     results: dict[str, Any] = {"settings": {**vars(args), "compiled": kernels.has_compiled()}}
     print(f"{args.form}, density {args.density}, batch {args.batch}, {args.experts} experts, {args.threads} threads")

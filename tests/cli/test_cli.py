@@ -19,7 +19,7 @@ from mediator_peft.cli.merge_options import parse_routed_layers
 from mediator_peft.errors import ConfigError
 from mediator_peft.evaluation.generation import answer_prompts, route_prompts
 
-COMMANDS = ["build", "calibrate", "generate", "eval", "inspect", "demo"]
+COMMANDS = ["plan", "build", "run", "fit-router", "calibrate", "generate", "eval", "inspect", "verify", "bench", "demo"]
 
 
 def run(*arguments, stdin=None):

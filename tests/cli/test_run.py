@@ -1,6 +1,8 @@
 """The whole way by one YAML file, and the checks around it."""
 
+import errno
 import json
+import os
 import stat
 
 import pytest
@@ -111,3 +113,75 @@ def test_verifying_compares_weights_and_logits(folder):
     assert all(difference["max_logit_difference"] > 1e-3 for difference in found["differences"].values())
     without = json.loads(run("verify", folder / "sparse", *against, "--no-logits", "--json").stdout)
     assert "max_logit_difference" not in without["differences"]["math"]
+
+
+def test_the_same_file_again_goes_on_with_the_finished_build(folder):
+    assert run("run", folder / "all.yaml", "--only", "build").exit_code == 0
+    weights = folder / "out" / "model.safetensors"
+    before = weights.stat().st_mtime_ns, weights.read_bytes()
+    again = run("run", folder / "all.yaml", "--json")
+    assert again.exit_code == 0, again.stderr
+    assert "holds this build already" in again.stderr
+    assert (weights.stat().st_mtime_ns, weights.read_bytes()) == before
+    assert json.loads(again.stdout)["routing"]["overall_accuracy"] > 0.5
+    third = run("run", folder / "all.yaml", "--only", "build", "--json")
+    assert json.loads(third.stdout)["build"]["experts"] == ["math", "code"]
+    assert "holds this build already" in run("run", folder / "all.yaml", "--dry-run").stderr
+
+
+@pytest.mark.parametrize("change", ["setting", "expert", "input", "touched input"])
+def test_another_build_in_the_place_of_the_output_is_refused(change, folder):
+    assert run("run", folder / "all.yaml", "--only", "build").exit_code == 0
+    more = []
+    weights = folder / "math" / "model.safetensors"
+    if change == "setting":
+        more = ["--set", "build.config.density=0.5", "--set", "build.config.encoding=sign"]
+    elif change == "expert":
+        more = ["--set", "build.experts={math: math}", "--set", "calibrate=null", "--set", "eval=null"]
+    elif change == "input":
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+    later = (folder / "out" / "mediator" / "provenance.json").stat().st_mtime + 10
+    if "input" in change:
+        os.utime(weights, (later, later))
+    found = run("run", folder / "all.yaml", *more, "--only", "build")
+    if change == "touched input":  # newer, with the same bytes
+        assert found.exit_code == 0, found.stderr
+        return
+    assert found.exit_code == 3
+    assert "is not a finished build of this pipeline" in found.stderr
+    assert {"setting": "build.config", "expert": "build.experts", "input": "math"}[change] in found.stderr
+
+
+def test_all_faults_of_all_steps_are_listed_before_the_build(folder):
+    (folder / "math.jsonl").write_text('{"prompt": "a"}\n')
+    faults = [
+        "--set",
+        "eval.device=meta",
+        "--set",
+        "calibrate.match=nope",
+        "--set",
+        f"eval.report={folder / 'all.yaml'}",
+    ]
+    refused = run("run", folder / "all.yaml", *faults)
+    assert refused.exit_code == 3
+    for word in ("eval.device", "calibrate.match", "eval.report", "eval.data.math: "):
+        assert word in refused.stderr
+    assert not (folder / "out").exists()
+
+
+def test_a_report_that_cannot_be_moved_into_place_leaves_the_old_one(folder, monkeypatch):
+    done = run("run", folder / "all.yaml")
+    assert done.exit_code == 0, done.stderr
+    results = folder / "results"
+    before = {path.name: path.read_bytes() for path in results.iterdir()}
+
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mediator_peft.evaluation.report.draw_report", fail)
+    data = [f"--data={name}={folder / name}.jsonl" for name in ("math", "code")]
+    failed = run("eval", folder / "out", *data, "--report", results, "--max-new-tokens", "3")
+    assert failed.exit_code == 4, failed.stderr
+    assert {path.name: path.read_bytes() for path in results.iterdir()} == before

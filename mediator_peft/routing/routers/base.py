@@ -51,6 +51,8 @@ class Router(nn.Module, ABC):
         self.num_experts = num_experts
         self.num_features = num_features
         self.seed = seed
+        self.is_trainable = True
+        """Whether new tensors require gradients."""
         self.evidence: Any = None
         """What held-out prompts said at the last fit (``calibration.Evidence``); not saved."""
 
@@ -180,12 +182,29 @@ class Router(nn.Module, ABC):
         if not same or set(labels.tolist()) != set(range(self.num_experts)):
             raise AdapterError("the router's calibration values do not fit together: the adapter is damaged.")
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
+        # Tensors and their sizes come with fitting: a fitted state makes them.
+        stored = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
+        if set(stored) == {*self.shapes(), *_YARDSTICKS}:
+            for name, tensor in stored.items():
+                self._set(name, tensor.to(torch.float32, copy=True))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        # Moves between devices are wanted, changes of dtype (model.half()) are not: scores are computed in float32.
+        def move(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
     def _set(self, name: str, value: Tensor) -> None:
         """Set or replace a parameter or buffer, on the device the router already has."""
         old = getattr(self, name, None)
         value = value.detach().to(old.device if isinstance(old, Tensor) else value.device)
         if name in self.trainable:
-            setattr(self, name, nn.Parameter(value.clone(), requires_grad=old is None or old.requires_grad))
+            requires_grad = self.is_trainable if old is None else old.requires_grad
+            setattr(self, name, nn.Parameter(value.clone(), requires_grad=requires_grad))
         elif name in self._buffers:
             self._buffers[name] = value
         else:

@@ -1,0 +1,138 @@
+"""One fixed mix in the backbone's weights: until it is taken out (``merge_adapter``), or for good."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+
+from ..errors import AdapterError, RoutingError, UnsupportedError
+from .forward import RoutedForward
+from .routes import ExpertWeights, Mix, RequestBoard, expert_weight_rows, make_route
+from .routing import ActiveAdapter
+
+
+class AdapterMerging:
+    """Writes mixes into the weights of a wrapped model.
+
+    While one is merged, the model is a plain one: no route, no lock and no hook of ours is left in its forward pass.
+
+    Args:
+        active: the active adapter.
+        board: of the same model.
+        forward: what routes the model's forward passes otherwise.
+    """
+
+    def __init__(self, active: ActiveAdapter, board: RequestBoard, forward: RoutedForward) -> None:
+        self._active, self._board, self._forward = active, board, forward
+        board.unmerge = self.unmerge
+
+    def mixes(self, spec: ExpertWeights, adapter_names: Sequence[str] | None, board_mix: bool) -> dict[str, Mix]:
+        """Adapter name → its mix.
+
+        Args:
+            spec: as the caller gave it; one mix for all rows.
+            adapter_names: None takes the active adapter.
+            board_mix: without ``spec``, take the mix of the ``use_experts`` block around the call, or that merged now.
+
+        Raises:
+            RoutingError: no mix was given, or rows differ.
+            UnsupportedError: there is no such adapter.
+        """
+        names = [self._active.name] if adapter_names is None else list(dict.fromkeys(adapter_names))
+        unknown = [name for name in names if name not in self._active.configs]
+        if unknown or not names:
+            raise UnsupportedError(
+                f"no adapter to merge named {unknown or names}; the model has {sorted(self._active.configs)}."
+            )
+        merged = self._board.merged
+        if spec is None and board_mix and merged is not None and names == [merged[0]]:
+            return {merged[0]: merged[1]}
+        if spec is None and board_mix:
+            spec = self._board.request
+        if spec is None:
+            raise RoutingError(
+                "say which mix to merge: merge_adapter(expert_weights='name') or merge_and_unload(expert_weights="
+                "'name'). What a prompt's route decides anew for each prompt cannot be merged."
+            )
+        return {name: self._mix(name, spec) for name in names}
+
+    def _mix(self, adapter_name: str, spec: ExpertWeights) -> Mix:
+        config = self._active.configs[adapter_name]
+        table = expert_weight_rows(spec, config.columns, len(config.expert_names or ()))
+        if len(table.unique(dim=0)) > 1:
+            raise RoutingError("a merged model has one mix; the rows of expert_weights differ.")
+        return make_route(table[:1].detach(), config.columns, False, None).groups[0].mix
+
+    def merge(self, spec: ExpertWeights, adapter_names: Sequence[str] | None, safe_merge: bool) -> None:
+        """See :meth:`MediatorModel.merge_adapter`."""
+        if self._board.has_requests:
+            raise UnsupportedError(
+                "a generation or a use_experts block is under way. Merge outside of them: "
+                "model.merge_adapter(expert_weights='name')."
+            )
+        mixes = self.mixes(spec, adapter_names, board_mix=False)
+        if len(mixes) > 1:
+            raise UnsupportedError("merge_adapter takes one adapter at a time; merge_and_unload takes several.")
+        name, mix = next(iter(mixes.items()))
+        if self._board.merged == (name, mix):
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
+            return
+        self.unmerge()
+        layers = self._active.layers
+        for layer in layers.values():
+            layer.check_mergeable()
+        if safe_merge:
+            self._check_finite(mixes)
+        for layer in layers.values():
+            layer.hold_mix(name, mix)
+        self._board.merged = (name, mix)
+        self._forward.remove()
+
+    def unmerge(self) -> None:
+        """Bring all weights back to the backbone's, bit for bit, and route prompts again."""
+        if self._board.merged is None:
+            return
+        self._board.merged = None
+        for layer in self._active.layers.values():
+            layer.merged_adapters.clear()
+            layer.unmerge()
+        self._forward.attach()
+
+    def merge_for_good(self, mixes: dict[str, Mix], safe_merge: bool, progressbar: bool) -> None:
+        """Write mixes into the weights; nothing is kept to take them out again."""
+        layers = self._active.layers
+        for layer in layers.values():
+            layer.check_mergeable()
+        self.unmerge()
+        if safe_merge:
+            self._check_finite(mixes)
+        for layer in tqdm(layers.values(), disable=not progressbar, desc="merging"):
+            layer.merge_mixes(mixes)
+
+    @torch.no_grad()
+    def _check_finite(self, mixes: dict[str, Mix]) -> None:
+        """Refuse NaN and infinity, before anything is written.
+
+        Raises:
+            AdapterError: a merged weight or the adapter's router has some.
+        """
+        for name in mixes:
+            tensors = [*self._active.routers[name].parameters(), *self._active.routers[name].buffers()]
+            if not all(torch.isfinite(tensor).all() for tensor in tensors):
+                raise _broken(name, "the router")
+        for place, layer in self._active.layers.items():
+            # One by one first, so that the message names the adapter.
+            for part in [*({name: mix} for name, mix in mixes.items()), mixes]:
+                merged = layer.merged_weight(part)
+                if merged is not None and not torch.isfinite(merged).all():
+                    raise _broken(", ".join(part), place)
+
+
+def _broken(adapter_name: str, place: str) -> AdapterError:
+    return AdapterError(
+        f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: {place} holds NaN or "
+        "infinity. Build or fit it again, or use a wider dtype."
+    )
