@@ -76,9 +76,7 @@ Workers = Annotated[int, typer.Option(min=1, max=MOST_WORKERS, help="Processes; 
 MaxMemory = Annotated[str | None, typer.Option(help="Memory limit, e.g. 4GiB.")]
 AllowPickle = Annotated[bool, typer.Option(help="Also read .bin files, with weights_only=True.")]
 Dequantize = Annotated[bool, typer.Option(help="Dequantize quantized checkpoints to plain weights.")]
-AllowDistant = Annotated[
-    bool, typer.Option(help="Build although an expert is too far from the base for a fine-tune.")
-]
+AllowDistant = Annotated[bool, typer.Option(help="Build although an expert is too far from the base for a fine-tune.")]
 
 
 MERGE_OPTIONS: dict[str, tuple[Any, Any]] = {
