@@ -170,7 +170,7 @@ def _planned_merge(pipeline: Pipeline) -> Merge:
     section = pipeline.build
     config = with_experts(pipeline.config, section.experts)
     require_experts(config)
-    job = open_job(section.base, config, section.allow_pickle)
+    job = open_job(section.base, config, section.allow_pickle, section.dequantize, section.allow_distant)
     decided = None if section.plan is None else read_plan(Path(section.plan), job.structure.num_blocks)
     with single_thread():
         merge = plan_merge(job, config, decided)

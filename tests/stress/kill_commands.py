@@ -175,7 +175,7 @@ def kill_run(folder: Path, expected: Expected, kills: int, moments: random.Rando
         if number % 10 == 9:
             finish(start(["run", "all.yaml"]))
             same = digests(folder / "out") == expected.fitted
-            left = [path.name for path in folder.rglob(".*partial*")]
+            left = [path.name for path in (*folder.rglob(".*partial*"), *folder.rglob(".*.journal"))]
             states["run again: same bytes" if same else "WRONG: run again gives other bytes"] += 1
             states["run again: nothing left behind" if not left else f"left behind: {sorted(set(left))}"] += 1
     clear(folder)
@@ -184,7 +184,7 @@ def kill_run(folder: Path, expected: Expected, kills: int, moments: random.Rando
 
 def clear(folder: Path) -> None:
     """Take away what ``run`` writes."""
-    for name in ("out", ".out.partial", "results"):
+    for name in ("out", ".out.partial", ".out.journal", "results"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
