@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from mediator_peft.kernels import dispatch as kernels
+from mediator_peft.kernels import native_kernels
 from mediator_peft.kernels.dispatch import GroupedProduct, PackedDelta, add_to, row_offsets
 
 MODELS = {
@@ -132,10 +133,13 @@ def main() -> None:
     parser.add_argument("--form", default="sign", choices=["sign", "float32", "float16", "bfloat16"])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each shape")
+    parser.add_argument("--helpers", action="store_true", help="use the library's threads, not torch's")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.helpers:
+        native_kernels.use_own_threads()
     rng = np.random.default_rng(0)
-    results: dict[str, Any] = {"settings": {**vars(args), "compiled": kernels.has_compiled()}}
+    results: dict[str, Any] = {"settings": {**vars(args), "compiled": kernels.has_native()}}
     print(f"{args.form}, density {args.density}, batch {args.batch}, {args.experts} experts, {args.threads} threads")
     for model in args.models:
         rows = [bench_product(shape, args, rng) for shape in MODELS[model]]

@@ -196,7 +196,7 @@ def resident_bytes(out: str, what: str) -> int:
         "out, what = sys.argv[1:]\n"
         "with torch.inference_mode():\n"
         "    if what == 'dense':\n"
-        "        import mediator_peft.kernels.dispatch as kernels; kernels.has_compiled()\n"
+        "        import mediator_peft.kernels.dispatch as kernels; kernels.has_native()\n"
         "        model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)\n"
         "        for size in (4, 1): model(input_ids=ids[:size])\n"
         "    else:\n"
