@@ -24,7 +24,7 @@ from ..methods.encoding.bitmaps import count_bits
 from ..routing.routers import Router
 from .config import MediatorConfig
 from .layer import MediatorLayer, routed_layers
-from .quantized import device_of, lay_out_plainly
+from .quantized import device_of, is_plain, lay_out_plainly
 
 BACKBONE_FOLDER = "backbone"
 _LISTED = 5
@@ -79,7 +79,9 @@ class AdapterFiles:
         """
         if not isinstance(config, MediatorConfig):
             raise AdapterError(f"a Mediator adapter needs a MediatorConfig, got {type(config).__name__}.")
-        check_fingerprint(config.backbone_fingerprint or {}, backbone_state(self._model), "the model at hand")
+        coded = _coded_weights(self._model)
+        expected = {name: known for name, known in (config.backbone_fingerprint or {}).items() if name not in coded}
+        check_fingerprint(expected, backbone_state(self._model), "the model at hand")
         layers = routed_layers(self._model)
         _check_keys(config, layers, adapter_name, set(state_dict))
         loaded: dict[str, Tensor] = {}
@@ -138,6 +140,22 @@ def backbone_state(model: nn.Module) -> dict[str, Tensor]:
             module.unmerge()
     state = {name: parameter.data for name, parameter in model.named_parameters(remove_duplicate=False)}
     return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
+
+
+def _coded_weights(model: Any) -> set[str]:
+    """Names of weights of which a quantised model holds codes alone, or numbers that were made of codes."""
+    settings: Any = getattr(model.config, "quantization_config", None)
+    if settings is None:
+        return set()
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    # It decompresses layers in their first forward pass.
+    are_numbers = str(getattr(method, "value", method)) == "compressed-tensors"
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "out_features")}
+    return {
+        f"{name.removesuffix('.base_layer')}.weight"
+        for name, layer in layers.items()
+        if not isinstance(layer, MediatorLayer) and (are_numbers or not is_plain(layer))
+    }
 
 
 def save_backbone(model: Any, folder: Path, config: MediatorConfig) -> None:
