@@ -37,6 +37,7 @@ class RoutedForward:
         """Forced way of applying deltas; see :meth:`MediatorModel.set_execution`."""
         self.expert_store: ExpertStore | None = None
         """Where deltas lie, if only some of them are held in memory."""
+        self._is_anchored = False
         self._hooks: list[RemovableHandle] = []
         self.attach()
 
