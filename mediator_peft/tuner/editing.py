@@ -23,7 +23,7 @@ from ..routing.calibration_data import Columns, hash_folds
 from ..routing.routers import Router
 from .config import FALLBACK_EXPERT, MediatorConfig, expert_name_faults
 from .fitting import neighbour_rows, read_texts, row_features, settle, token_rows, varied_rows
-from .layer import MediatorLayer
+from .layer import MediatorLayer, reading_weights
 from .merged_weight import plain_weight
 from .quantized import is_plain
 from .routing import ActiveAdapter, PromptRouter
@@ -69,7 +69,8 @@ def add_expert(
     active = prompts.active
     config = active.config
     _check_name(name, config)
-    deltas = _deltas(active, name, checkpoint)
+    with reading_weights(active.model):
+        deltas = _deltas(active, name, checkpoint)
     router = _extended(prompts, name, texts, tokenizer, text_column, batch_size, max_length, reset_router)
     layers = active.layers
     for layer, delta in deltas.items():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +24,7 @@ from .merged_weight import MergedWeight, MergedWeightCache, mixed_bias, mixed_de
 from .quantized import device_of, is_plain
 from .routes import LayerRoute, Mix, RequestBoard
 
-_NOT_COPIED = ("_lock", "_merged_weight", "_kept", "_few_rows")
+_NOT_COPIED = ("_lock", "_merged_weight", "_kept", "_few_rows", "_snapshot")
 
 
 class MediatorLayer(nn.Module, BaseTunerLayer):
@@ -50,6 +53,7 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         self._merged_weight = MergedWeight(self.base_layer)
         self._kept = MergedWeightCache()
         self._few_rows: FewRows | DeviceRows | None = None
+        self._snapshot: weakref.ref[nn.Module] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -109,6 +113,7 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         if route is None or bank is None:
             self._merged_weight.switch(None, ())
             return self.base_layer(x, *args, **kwargs)
+        route = self.board.as_readers_allow(route)
         if bank.device.type == "meta":
             raise UnsupportedError(
                 "the deltas of this layer were offloaded. Offload without buffers (offload_buffers=False), and limit "
@@ -145,6 +150,16 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         with self._lock:
             self.forget_steps()
             self._merged_weight.switch(None, ())
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """The backbone's own weight inside the block: no other thread computes with the layer or merges into it."""
+        self.unmerge()
+        with self._lock:
+            # Another thread may have merged between the two.
+            self.forget_steps()
+            self._merged_weight.switch(None, ())
+            yield
 
     def cache_merged_experts(self, experts: Sequence[str]) -> None:
         """Hold the whole weights of these experts beside the backbone's, and of no others.
@@ -231,39 +246,73 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
 
     def merged_weight(self, mixes: Mapping[str, Mix]) -> Tensor | None:
         """Weight (O, I) with the mixes of some adapters in it, rounded once; None where none has a delta here."""
-        self.unmerge()
-        deltas = [self.get_delta_weight(name, mix) for name, mix in mixes.items() if name in self.mediator_bank]
-        if not deltas:
-            return None
-        weight = plain_weight(self.base_layer)
-        return torch.stack(deltas).sum(dim=0).add_(weight).to(weight.dtype)
+        with self.plain():
+            deltas = [self.get_delta_weight(name, mix) for name, mix in mixes.items() if name in self.mediator_bank]
+            if not deltas:
+                return None
+            weight = plain_weight(self.base_layer)
+            return torch.stack(deltas).sum(dim=0).add_(weight).to(weight.dtype)
 
     def merge_mixes(self, mixes: Mapping[str, Mix]) -> None:
         """Write the mixes of some adapters into the backbone's weight for good."""
         self.cache_merged_experts(())
-        merged, base = self.merged_weight(mixes), self.base_layer
-        if merged is not None:
-            plain_weight(base).copy_(merged)
-        for name, mix in mixes.items():
-            shift = mixed_bias(self.bank(name), mix) if name in self.mediator_bank else None
-            if shift is not None:
-                base.bias.data.copy_((base.bias.data.float() + shift).to(base.bias.dtype))
+        with self.plain():
+            merged, base = self.merged_weight(mixes), self.base_layer
+            if merged is not None:
+                plain_weight(base).copy_(merged)
+            for name, mix in mixes.items():
+                shift = mixed_bias(self.bank(name), mix) if name in self.mediator_bank else None
+                if shift is not None:
+                    base.bias.data.copy_((base.bias.data.float() + shift).to(base.bias.dtype))
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.unmerge()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in torch. While requests are open its tensors are copies: those of the layer may be merged into later."""
+        with self.plain():
+            state = super().state_dict(*args, **kwargs)
+            prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+            self._detach_state(state, f"{prefix}base_layer.", kwargs.get("keep_vars", False))
+            return state
+
+    def _detach_state(self, state: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Copies in place of tensors that may be merged into, while requests are open."""
+        if keep_vars or not self.board.has_requests:
+            return
+        for name in ("weight", "bias"):
+            if isinstance(state.get(prefix + name), Tensor):
+                state[prefix + name] = state[prefix + name].clone()
 
     def _apply(self, fn: Any, recurse: bool = True) -> MediatorLayer:
         kept = self._kept.names
         self.cache_merged_experts(())
-        super()._apply(fn, recurse)
+        with self.plain():
+            super()._apply(fn, recurse)
         # Made anew from what moved, so that a change of dtype rounds once.
         self.cache_merged_experts(kept)
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        self.unmerge()
+    def __deepcopy__(self, memo: dict[int, Any]) -> MediatorLayer:
+        with self.plain():
+            copied = memo[id(self)] = type(self).__new__(type(self))
+            copied.__setstate__(copy.deepcopy(self._copied_state(), memo))
+            return copied
+
+    def _copied_state(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in _NOT_COPIED}
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self.plain():
+            state = self._copied_state()
+            if self.board.has_requests:
+                # Tensors are written after all objects have been gone through, and may be merged into before that.
+                snapshot = copy.deepcopy(self.base_layer)
+                state["_modules"] = {**state["_modules"], "base_layer": snapshot}
+                self._snapshot = weakref.ref(snapshot)
+            return state
+
+    def snapshot_weight(self) -> Tensor | None:
+        """Copy of the weight that is being pickled in the layer's place, if there is one."""
+        snapshot = None if self._snapshot is None else self._snapshot()
+        return None if snapshot is None else snapshot.weight  # type: ignore[return-value]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -308,6 +357,7 @@ class MediatorEmbedding(MediatorLayer):
         if route is None or bank is None:
             self._merged_weight.switch(None, ())
             return self.base_layer(x)
+        route = self.board.as_readers_allow(route)
         if self.has_tied_head and self._way(x, route, bank) == "merged":
             self._merged_weight.switch(bank, route.groups[0].mix)
             self._merged_weight.route = route
@@ -355,8 +405,8 @@ class MediatorEmbedding(MediatorLayer):
             known = self._rows[name] = DeltaRows(delta)
         return known
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in super().__getstate__().items() if key != "_rows"}
+    def _copied_state(self) -> dict[str, Any]:
+        return {key: value for key, value in super()._copied_state().items() if key != "_rows"}
 
 
 class TiedHead(nn.Module):
@@ -397,6 +447,7 @@ class TiedHead(nn.Module):
                 return self.base_layer(x)
             if merged_weight.route is route:
                 return self.base_layer(x)
+            route = owner.board.as_readers_allow(route)
             known = self._few_rows
             if known is None or known.route is not route or not known.is_for(x):
                 known = self._few_rows = execution.few_rows(x, self.base_layer, bank, route, owner._kept)
@@ -405,8 +456,30 @@ class TiedHead(nn.Module):
                 return known(x)
             return execution.apply(x, self.base_layer, bank, route, merged_weight, owner._kept)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in torch; see :meth:`MediatorLayer.state_dict`."""
+        owner = self._owner[0]
+        with owner.plain():
+            state = super().state_dict(*args, **kwargs)
+            prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+            if not kwargs.get("keep_vars", False) and owner.board.has_requests:
+                state[f"{prefix}weight"] = state[f"{prefix}weight"].clone()
+            return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TiedHead:
+        with self._owner[0].plain():
+            copied = memo[id(self)] = type(self).__new__(type(self))
+            copied.__setstate__(copy.deepcopy({**self.__dict__, "_few_rows": None}, memo))
+            return copied
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_few_rows": None}
+        state = {**self.__dict__, "_few_rows": None}
+        weight = self._owner[0].snapshot_weight()
+        if weight is not None:
+            head = copy.copy(self.base_layer)
+            head._parameters = {**head._parameters, "weight": weight}  # type: ignore[dict-item]
+            state["_modules"] = {**state["_modules"], "base_layer": head}
+        return state
 
 
 def _without_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -458,3 +531,19 @@ def untie_head(model: Any) -> None:
 def routed_layers(model: nn.Module) -> dict[str, MediatorLayer]:
     """Layer name → routed layer of a wrapped model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MediatorLayer)}
+
+
+@contextmanager
+def reading_weights(model: nn.Module) -> Iterator[None]:
+    """The backbone's own weights in all layers inside the block, also while other threads answer.
+
+    These go on meanwhile, by ways that merge nothing.
+    """
+    layers = routed_layers(model).values()
+    with ExitStack() as stack:
+        for board in {id(layer.board): layer.board for layer in layers}.values():
+            stack.enter_context(board.reading())
+        # From here on no layer merges any more.
+        for layer in layers:
+            layer.unmerge()
+        yield

@@ -86,9 +86,10 @@ class AdapterMerging:
             layer.check_mergeable()
         if safe_merge:
             self._check_finite(mixes)
-        for layer in layers.values():
-            layer.hold_mix(name, mix)
-        self._board.merged = (name, mix)
+        with self._board.merging():
+            for layer in layers.values():
+                layer.hold_mix(name, mix)
+            self._board.merged = (name, mix)
         self._forward.remove()
 
     def unmerge(self) -> None:
@@ -109,8 +110,9 @@ class AdapterMerging:
         self.unmerge()
         if safe_merge:
             self._check_finite(mixes)
-        for layer in tqdm(layers.values(), disable=not progressbar, desc="merging"):
-            layer.merge_mixes(mixes)
+        with self._board.merging():
+            for layer in tqdm(layers.values(), disable=not progressbar, desc="merging"):
+                layer.merge_mixes(mixes)
 
     @torch.no_grad()
     def _check_finite(self, mixes: dict[str, Mix]) -> None:

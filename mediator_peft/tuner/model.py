@@ -31,7 +31,7 @@ from .editing import add_expert, remove_expert
 from .execution import check_execution
 from .fitting import fit_router
 from .forward import RoutedForward
-from .layer import MediatorEmbedding, MediatorLayer, routed_layers, tie_head, untie_head
+from .layer import MediatorEmbedding, MediatorLayer, reading_weights, routed_layers, tie_head, untie_head
 from .merged_weight import mixed_bias
 from .merging import AdapterMerging
 from .quantized import quantization_of
@@ -207,6 +207,16 @@ class MediatorModel(BaseTuner):
     def use_experts(self, expert_weights: ExpertWeights) -> Iterator[Self]:
         """Use these expert weights for every forward pass and generation inside the block; None is the backbone."""
         with self.routed_forward.request(self.active.table(expert_weights)):
+            yield self
+
+    @contextmanager
+    def reading_weights(self) -> Iterator[Self]:
+        """Read or copy the backbone's tensors inside the block, while other threads answer.
+
+        Layers merge no mix meanwhile. Saving, ``state_dict``, copies and pickles see to it themselves; use it around what
+        takes tensors from the model directly (``named_parameters``).
+        """
+        with reading_weights(self.model):
             yield self
 
     def set_execution(self, execution: str | None) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ..errors import RoutingError
+from ..errors import RoutingError, UnsupportedError
 from ..tables import unknown_name
 
 RowSpec: TypeAlias = "str | Mapping[str, float] | None"
@@ -191,6 +191,8 @@ class RequestBoard:
         self._local = threading.local()
         self._lock = threading.Lock()
         self._open: list[Rows] = []
+        self._num_readers = 0
+        self._merge_lock = threading.RLock()
         self._training_route: LayerRoute | None = None
         self.merged: tuple[str, Mix] | None = None
         """Adapter and mix that are merged into the weights until further notice; no prompt is routed then."""
@@ -286,6 +288,38 @@ class RequestBoard:
             if isinstance(settled, Tensor):
                 with self._lock:
                     self._open.remove(_distinct_rows(settled))
+
+    @property
+    def is_read(self) -> bool:
+        """Whether somebody reads the backbone's weights now, so that no layer may merge a mix."""
+        return self._num_readers > 0
+
+    def as_readers_allow(self, route: LayerRoute) -> LayerRoute:
+        """The route, without leave to merge while somebody reads the weights."""
+        return route._replace(may_merge=False) if self._num_readers and route.may_merge else route
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Keep layers from merging inside the block. What is merged already, the reader takes out."""
+        with self._merge_lock, self._lock:
+            self._num_readers += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_readers -= 1
+
+    @contextmanager
+    def merging(self) -> Iterator[None]:
+        """Write to the backbone's weights inside the block; readers wait for its end.
+
+        Raises:
+            UnsupportedError: somebody reads them now.
+        """
+        with self._merge_lock:
+            if self.is_read:
+                raise UnsupportedError("the backbone's weights are being read (saved or copied) now; merge afterwards.")
+            yield
 
     @contextmanager
     def no_route(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ from ..merge.tensor_work import deltas_stored
 from ..methods.encoding.bitmaps import count_bits
 from ..routing.routers import Router
 from .config import MediatorConfig
-from .layer import MediatorLayer, routed_layers
+from .layer import MediatorLayer, reading_weights, routed_layers
 from .quantized import device_of, is_plain, lay_out_plainly
 
 BACKBONE_FOLDER = "backbone"
@@ -81,7 +81,8 @@ class AdapterFiles:
             raise AdapterError(f"a Mediator adapter needs a MediatorConfig, got {type(config).__name__}.")
         coded = _coded_weights(self._model)
         expected = {name: known for name, known in (config.backbone_fingerprint or {}).items() if name not in coded}
-        check_fingerprint(expected, backbone_state(self._model), "the model at hand")
+        with reading_weights(self._model):
+            check_fingerprint(expected, backbone_state(self._model), "the model at hand")
         layers = routed_layers(self._model)
         _check_keys(config, layers, adapter_name, set(state_dict))
         loaded: dict[str, Tensor] = {}
@@ -116,7 +117,8 @@ class AdapterFiles:
         if known is None:
             # Checkpoints of a training run come and go, and share one backbone that stands beside them.
             target = (folder.parent if folder.name.startswith("checkpoint-") else folder) / BACKBONE_FOLDER
-            save_backbone(self._model, target, config)
+            with reading_weights(self._model):
+                save_backbone(self._model, target, config)
             self.backbone_path = known = str(target.resolve())
         return portable_reference(Path(known), folder)
 
@@ -134,10 +136,10 @@ def portable_reference(backbone: Path, folder: Path) -> str:
 
 
 def backbone_state(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors of the backbone under their own names, whatever wraps its layers."""
-    for module in model.modules():
-        if isinstance(module, MediatorLayer):
-            module.unmerge()
+    """Tensors of the backbone under their own names, whatever wraps its layers.
+
+    They are the model's own: read them inside ``reading_weights``.
+    """
     state = {name: parameter.data for name, parameter in model.named_parameters(remove_duplicate=False)}
     return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
 
