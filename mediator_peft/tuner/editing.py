@@ -74,13 +74,11 @@ def add_expert(
     router = _extended(prompts, name, texts, tokenizer, text_column, batch_size, max_length, reset_router)
     layers = active.layers
     for layer, delta in deltas.items():
-        layers[layer].bank(active.name).put(name, delta)
-    config.experts = {**config.experts, name: str(checkpoint)}
-    config.expert_names = [*(config.expert_names or ()), name]
+        layers[layer].put_delta(active.name, name, delta)
     if config.provenance is not None:
         known = dict(config.provenance.get("experts", {}))
         config.provenance = {**config.provenance, "experts": {**known, name: str(checkpoint)}}
-    active.router = router
+    active.put_router(router, [*(config.expert_names or ()), name], {**config.experts, name: str(checkpoint)})
 
 
 def remove_expert(active: ActiveAdapter, name: str) -> None:
@@ -109,15 +107,14 @@ def remove_expert(active: ActiveAdapter, name: str) -> None:
         smaller.set_known(fewer, float(router.temperature))
     else:
         smaller = type(router)(router.num_experts - 1, router.num_features, router.seed)
+    paths = {other: path for other, path in config.experts.items() if other != name}
+    # First nobody asks for it any more: a pass that finds its deltas gone then sees that it was removed.
+    active.put_router(smaller, [other for other in names if other != name], paths)
     for layer in active.layers.values():
-        layer.cache_merged_experts(())
-        layer.bank(active.name).remove(name)
-    config.expert_names = [other for other in names if other != name]
-    config.experts = {other: path for other, path in config.experts.items() if other != name}
+        layer.remove_delta(active.name, name)
     if config.provenance is not None:
         experts = {other: path for other, path in config.provenance.get("experts", {}).items() if other != name}
         config.provenance = {**config.provenance, "experts": experts}
-    active.router = smaller
 
 
 def _check_name(name: str, config: MediatorConfig) -> None:

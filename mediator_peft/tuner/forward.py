@@ -14,7 +14,7 @@ from ..bank.expert_store import ExpertStore
 from ..errors import RoutingError, UnsupportedError
 from ..routing.features import mean_over_tokens
 from .differentiable import anchor
-from .routes import ExpertWeights, LayerRoute, Pending, RequestBoard, expand_rows, make_route
+from .routes import ExpertWeights, LayerRoute, Pending, RequestBoard, by_name, expand_rows, make_route
 from .routing import ActiveAdapter, PromptRouter
 
 _CACHE_TAG = "mediator_expert_weights"
@@ -69,11 +69,11 @@ class RoutedForward:
             )
 
     @contextmanager
-    def request(self, table: Tensor | Pending) -> Iterator[None]:
+    def request(self, table: Tensor | Pending, columns: Sequence[str]) -> Iterator[None]:
         """Hold expert weights, or prompts that they are still to be found for, through the block."""
         self.check_not_merged("use_experts")
         try:
-            with self._board.open_request(table):
+            with self._board.open_request(table, columns):
                 yield
         finally:
             for layer in self._active.layers.values():
@@ -87,26 +87,27 @@ class RoutedForward:
         if self.adapters_off or self._board.merged is not None or not self._active.exists:
             return generate(*args, **kwargs)
         if expert_weights is not None:
-            table: Tensor | Pending = self._active.table(expert_weights)
+            table: Tensor | Pending
+            table, columns = self._active.named_table(expert_weights)
         elif self._board.request is not None:
             return generate(*args, **kwargs)
         else:
-            table = self._route_request(args, kwargs)
-        with self.request(table):
+            table, columns = self._route_request(args, kwargs)
+        with self.request(table, columns):
             return generate(*args, **kwargs)
 
-    def _route_request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | Pending:
-        """Expert weights of one generation, or the prompts where these can be found in passing.
+    def _route_request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | Pending, Sequence[str]]:
+        """Expert weights and columns of one generation, or the prompts where these can be found in passing.
 
         A cache filled under other weights is emptied, so that it is filled anew.
         """
         input_ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         cache: Any = kwargs.get("past_key_values")
-        known = _cache_weights(cache)
+        known = self._cache_weights(cache)
         # A later turn can be judged, and the cache be filled again, only with the whole chat at hand.
         has_chat = input_ids is not None and known is not None and input_ids.shape[1] > cache.get_seq_length()
         if known is not None and not (has_chat and self._active.config.routing_turn != "first"):
-            return known
+            return known, self._active.config.columns
         if input_ids is None:
             raise RoutingError("prompts are routed by their token ids; with inputs_embeds give expert_weights=.")
         mask = kwargs.get("attention_mask")
@@ -114,11 +115,12 @@ class RoutedForward:
             mask = self._mask_from_padding(input_ids, kwargs)
         if known is None and self._prompts.single_pass_routing:
             self._prompts.fitted_router()
-            return Pending(input_ids, mask)
-        weights = self._prompts.route(input_ids, mask).expert_weights.detach()
+            return Pending(input_ids, mask), ()
+        weights, columns = self._prompts.routed_table(input_ids, mask)
+        weights = weights.detach()
         if known is not None and not torch.equal(known.to(weights), expand_rows(weights, len(known))):
             _empty_cache(cache)
-        return weights
+        return weights, columns
 
     def _mask_from_padding(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """What ``generate`` itself assumes when no mask is given: padding tokens, unless they also end texts."""
@@ -165,20 +167,27 @@ class RoutedForward:
         pooled = self._prompts.routed_tokens(inputs, mask if prompt is None else prompt)
 
         def decide(hidden: Tensor) -> None:
-            table = self._prompts.judge(mean_over_tokens(hidden, pooled)).expert_weights
+            table, columns = self._prompts.judged_table(mean_over_tokens(hidden, pooled))
             if pending is not None:
-                self._board.settle(table)
-            self._post(self._made_route(table, len(inputs), pending is not None))
+                self._board.settle(table, columns)
+                self._post(self._of_request(len(inputs)))
+            else:
+                self._post(self._made_route(table, columns, len(inputs)))
 
         self._prompts.tap.start(self._prompts.blocks, self._prompts.router_layer, decide)
         return True
 
-    def _made_route(self, table: Tensor, batch_size: int, is_request: bool) -> LayerRoute:
-        may_merge = is_request and self._board.has_one_mix and not torch.is_grad_enabled() and not self._is_sharded
-        making = (self._active.config.columns, may_merge, self.execution)
-        if is_request:
-            return self._board.request_route(batch_size, making)
-        return make_route(expand_rows(table, batch_size), *making)
+    def _made_route(self, table: Tensor, columns: Sequence[str], batch_size: int) -> LayerRoute:
+        now = self._active.config.columns
+        return make_route(expand_rows(by_name(table, columns, now), batch_size), now, False, self.execution)
+
+    def _of_request(self, batch_size: int) -> LayerRoute:
+        """The route of the request at hand, whose expert weights are known."""
+        request = self._board.request
+        if request is None:
+            raise RuntimeError("no request is open")
+        may_merge = not torch.is_grad_enabled() and self._board.may_merge(request) and not self._is_sharded
+        return self._board.request_route(request, batch_size, (self._active.config.columns, may_merge, self.execution))
 
     @property
     def _is_sharded(self) -> bool:
@@ -198,22 +207,21 @@ class RoutedForward:
             raise RoutingError("a forward pass needs input_ids or inputs_embeds.")
         pending = self._board.pending
         if spec is None and pending is not None:
-            self._board.settle(self._prompts.route(pending.input_ids, pending.attention_mask).expert_weights.detach())
-        request = self._board.request
-        if spec is not None:
-            return self._made_route(self._active.table(spec), len(rows), False)
-        if request is not None:
-            return self._made_route(request, len(rows), True)
-        return self._made_route(self._route_forward(inputs, kwargs), len(rows), False)
+            weights, columns = self._prompts.routed_table(pending.input_ids, pending.attention_mask)
+            self._board.settle(weights.detach(), columns)
+        if spec is None and self._board.request is not None:
+            return self._of_request(len(rows))
+        named = self._route_forward(inputs, kwargs) if spec is None else self._active.named_table(spec)
+        return self._made_route(*named, len(rows))
 
-    def _route_forward(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
-        known = _cache_weights(kwargs.get("past_key_values"))
+    def _route_forward(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> tuple[Tensor, Sequence[str]]:
+        known = self._cache_weights(kwargs.get("past_key_values"))
         if known is not None:
-            return known
+            return known, self._active.config.columns
         if input_ids is None:
             raise RoutingError("prompts are routed by their token ids; with inputs_embeds give expert_weights=.")
         mask = without_answers(input_ids, kwargs.get("attention_mask"), kwargs.get("labels"))
-        return self._prompts.route(input_ids, mask).expert_weights
+        return self._prompts.routed_table(input_ids, mask)
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if self._prompts.tap.stop() and output is not None:
@@ -221,10 +229,22 @@ class RoutedForward:
         route = self._board.route
         if route is not None:
             cache = getattr(output, "past_key_values", None)
+            self._check_still_there(route)
             if cache is not None:
-                _tag_cache(cache, route.expert_weights)
+                _tag_cache(cache, route)
         if not torch.is_grad_enabled():
             self._board.route = None
+
+    def _check_still_there(self, route: LayerRoute) -> None:
+        """Refuse the output of a pass during which one of its experts was removed: some layers ran without it."""
+        now = self._active.config.columns if self._active.exists else []
+        if list(route.columns) != now:
+            by_name(route.expert_weights.detach(), route.columns, now)
+
+    def _cache_weights(self, cache: Any) -> Tensor | None:
+        """Expert weights that a carried-over cache was filled under, in the columns of now."""
+        tag = _cache_tag(cache)
+        return None if tag is None else by_name(*tag, self._active.config.columns)
 
 
 def without_answers(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Tensor | None:
@@ -251,7 +271,7 @@ def _readable_mask(kwargs: dict[str, Any], input_ids: Tensor | None) -> Tensor |
     and with positions that do not count padding.
     """
     cache = kwargs.get("past_key_values")
-    if cache is not None and (cache.get_seq_length() or _cache_weights(cache) is not None):
+    if cache is not None and (cache.get_seq_length() or _cache_tag(cache) is not None):
         return None
     if input_ids is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
@@ -264,13 +284,13 @@ def _readable_mask(kwargs: dict[str, Any], input_ids: Tensor | None) -> Tensor |
     return None if pads_left and kwargs.get("position_ids") is None else mask
 
 
-def _tag_cache(cache: Any, expert_weights: Tensor) -> None:
+def _tag_cache(cache: Any, route: LayerRoute) -> None:
     """Note under which expert weights a cache was filled."""
-    setattr(cache, _CACHE_TAG, expert_weights.detach())
+    setattr(cache, _CACHE_TAG, (route.expert_weights.detach(), route.columns))
 
 
-def _cache_weights(cache: Any) -> Tensor | None:
-    """Expert weights that a carried-over cache was filled under; None for none or an empty cache."""
+def _cache_tag(cache: Any) -> tuple[Tensor, tuple[str, ...]] | None:
+    """Expert weights and columns that a carried-over cache was filled under; None for none or an empty cache."""
     if cache is None or not cache.get_seq_length():
         return None
     return getattr(cache, _CACHE_TAG, None)

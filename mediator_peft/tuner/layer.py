@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..bank.delta_rows import DeltaRows
 from ..bank.layer_bank import LayerBank
+from ..bank.sparse_delta import SparseDelta
 from ..errors import RoutingError, UnsupportedError
 from . import execution
 from .execution import DeviceRows, FewRows
@@ -129,6 +130,18 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         """Drop what was kept for further steps under the last route."""
         self._few_rows = None
         self._merged_weight.route = None
+
+    def put_delta(self, adapter_name: str, expert: str, delta: SparseDelta) -> None:
+        """Set one expert's delta, while other threads answer."""
+        with self._lock:
+            self._few_rows = None
+            self.bank(adapter_name).put(expert, delta)
+
+    def remove_delta(self, adapter_name: str, expert: str) -> None:
+        """Drop one expert's delta and all kept weights, while other threads answer."""
+        with self._lock:
+            self.cache_merged_experts(())
+            self.bank(adapter_name).remove(expert)
 
     def let_go(self, experts: Sequence[str]) -> None:
         """Drop copies of deltas that were brought to where the layer computes."""

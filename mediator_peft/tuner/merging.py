@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ..errors import AdapterError, RoutingError, UnsupportedError
 from .forward import RoutedForward
-from .routes import ExpertWeights, Mix, RequestBoard, expert_weight_rows, make_route
+from .routes import ExpertWeights, Mix, RequestBoard, by_name, expert_weight_rows, make_route
 from .routing import ActiveAdapter
 
 
@@ -51,7 +51,10 @@ class AdapterMerging:
         if spec is None and board_mix and merged is not None and names == [merged[0]]:
             return {merged[0]: merged[1]}
         if spec is None and board_mix:
-            spec = self._board.request
+            request = self._board.request
+            if request is not None:
+                now = self._active.config.columns
+                spec = by_name(request.expert_weights, request.columns, now)  # type: ignore[arg-type]
         if spec is None:
             raise RoutingError(
                 "say which mix to merge: merge_adapter(expert_weights='name') or merge_and_unload(expert_weights="

@@ -205,16 +205,32 @@ class MediatorModel(BaseTuner):
 
     @contextmanager
     def use_experts(self, expert_weights: ExpertWeights) -> Iterator[Self]:
-        """Use these expert weights for every forward pass and generation inside the block; None is the backbone."""
-        with self.routed_forward.request(self.active.table(expert_weights)):
+        """Use these expert weights for every forward pass and generation inside the block; None is the backbone.
+
+        The block is a context variable, as in Python's ``contextvars``: each thread and each asyncio task has its own.
+        A task made inside the block, ``asyncio.to_thread`` and ``contextvars.copy_context().run`` carry it along, also
+        past its end; a plain new thread begins without it, unless Python was told otherwise
+        (``sys.flags.thread_inherit_context``).
+
+        Expert weights are kept by name: an expert that is added inside the block gets weight 0, and a forward pass that
+        wants one that was removed is refused.
+
+        Args:
+            expert_weights: a name, a dict name -> weight, one of these or None a row, or a (C,) or (B, C) tensor.
+
+        Raises:
+            RoutingError: a name is unknown, or a shape does not fit.
+            UnsupportedError: a mix is merged into the weights.
+        """
+        with self.routed_forward.request(*self.active.named_table(expert_weights)):
             yield self
 
     @contextmanager
     def reading_weights(self) -> Iterator[Self]:
         """Read or copy the backbone's tensors inside the block, while other threads answer.
 
-        Layers merge no mix meanwhile. Saving, ``state_dict``, copies and pickles see to it themselves; use it around what
-        takes tensors from the model directly (``named_parameters``).
+        Layers merge no mix meanwhile. Saving, ``state_dict``, copies and pickles see to it themselves; use it around
+        what takes tensors from the model directly (``named_parameters``).
         """
         with reading_weights(self.model):
             yield self

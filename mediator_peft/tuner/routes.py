@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypeAlias
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -141,6 +142,25 @@ def expand_rows(table: Tensor, batch_size: int) -> Tensor:
     return table.repeat_interleave(batch_size // len(table), dim=0)
 
 
+def by_name(table: Tensor, columns: Sequence[str], now: Sequence[str]) -> Tensor:
+    """Expert weights (B, C) of some columns, as a table of the columns that there are now.
+
+    Raises:
+        RoutingError: a row wants an expert that there is no more.
+    """
+    if tuple(columns) == tuple(now):
+        return table
+    used = [name for number, name in enumerate(columns) if bool((table[:, number] != 0).any())]
+    gone = [name for name in used if name not in now]
+    if gone:
+        raise RoutingError(
+            f"this request was routed to experts that were removed since: {gone}. Ask again; there are {list(now)}."
+        )
+    places = {name: number for number, name in enumerate(columns)}
+    nothing = table.new_zeros(len(table))
+    return torch.stack([table[:, places[name]] if name in places else nothing for name in now], dim=1)
+
+
 def make_route(table: Tensor, columns: Sequence[str], may_merge: bool, execution: str | None) -> LayerRoute:
     """Group the rows of a batch by their mix.
 
@@ -180,17 +200,36 @@ class Pending(NamedTuple):
     """(B, T)"""
 
 
+class Request:
+    """One generation or ``use_experts`` block: its expert weights, or the prompts they are still to be found for."""
+
+    def __init__(self, expert_weights: Tensor | Pending, columns: Sequence[str]) -> None:
+        self.expert_weights = expert_weights
+        self.columns = tuple(columns)
+        """Names of the columns of the weights, as they were when these were found."""
+        self.made: tuple[Any, LayerRoute] | None = None
+        """The last route that was made of it, and what of."""
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the weights are still to be found."""
+        return isinstance(self.expert_weights, Pending)
+
+
 class RequestBoard:
-    """What a model hands down to its layers. One board belongs to one model; each thread sees its own entries.
+    """What a model hands down to its layers. One board belongs to one model.
 
     A *request* is a generation or a ``use_experts`` block: its expert weights hold for all its forward passes. The
-    *route* is that of the forward pass at hand.
+    *route* is that of the forward pass at hand. Both are context variables: each thread and each asyncio task sees its
+    own, and a copied context (a new task, ``asyncio.to_thread``) begins with those of its origin.
     """
 
     def __init__(self) -> None:
-        self._local = threading.local()
+        self._requests: ContextVar[tuple[Request, ...]] = ContextVar("requests", default=())
+        self._route: ContextVar[tuple[LayerRoute | None] | None] = ContextVar("route", default=None)
         self._lock = threading.Lock()
-        self._open: list[Rows] = []
+        # Request → its distinct rows, of all threads and tasks.
+        self._open: dict[Request, Rows] = {}
         self._num_readers = 0
         self._merge_lock = threading.RLock()
         self._training_route: LayerRoute | None = None
@@ -207,87 +246,93 @@ class RequestBoard:
 
     @property
     def route(self) -> LayerRoute | None:
-        """The route of this thread's forward pass.
+        """The route of the forward pass at hand.
 
         Recomputation under gradient checkpointing may run in a thread of autograd's own, which has no entry: it gets
         the route of the last forward pass that was recorded for gradients.
         """
-        return getattr(self._local, "route", self._training_route)
+        entry = self._route.get()
+        return self._training_route if entry is None else entry[0]
 
     @route.setter
     def route(self, route: LayerRoute | None) -> None:
-        self._local.route = route
+        self._route.set((route,))
 
     def keep_for_backward(self, route: LayerRoute | None) -> None:
         """Remember the route of a pass that gradients will flow through."""
         self._training_route = route
 
     @property
-    def request(self) -> Tensor | None:
-        """Expert weights (1 or B, C) of this thread's innermost request; None where there is none, or none yet."""
+    def request(self) -> Request | None:
+        """The innermost request at hand whose expert weights are known; None where there is none, or none yet."""
         entry = self._innermost
-        return entry if isinstance(entry, Tensor) else None
+        return None if entry is None or entry.is_pending else entry
 
     @property
     def pending(self) -> Pending | None:
-        """This thread's innermost request, if its expert weights are still to be found."""
+        """The innermost request at hand, if its expert weights are still to be found."""
         entry = self._innermost
-        return entry if isinstance(entry, Pending) else None
+        return entry.expert_weights if entry is not None and isinstance(entry.expert_weights, Pending) else None
 
     @property
-    def _innermost(self) -> Tensor | Pending | None:
-        stack = getattr(self._local, "requests", None)
-        return stack[-1] if stack else None
+    def _innermost(self) -> Request | None:
+        requests = self._requests.get()
+        return requests[-1] if requests else None
 
-    def settle(self, expert_weights: Tensor) -> None:
-        """Give this thread's pending request its expert weights (1 or B, C)."""
+    def settle(self, expert_weights: Tensor, columns: Sequence[str]) -> None:
+        """Give the pending request at hand its expert weights (1 or B, C)."""
+        request, rows = self._requests.get()[-1], _distinct_rows(expert_weights)
+        request.columns, request.expert_weights = tuple(columns), expert_weights
         with self._lock:
-            self._open.append(_distinct_rows(expert_weights))
-        self._local.requests[-1] = expert_weights
+            self._open[request] = rows
 
-    def request_route(self, batch_size: int, making: tuple[list[str], bool, str | None]) -> LayerRoute:
-        """The route of this thread's innermost request for a batch: one object, as long as nothing of it changes.
+    def request_route(
+        self, request: Request, batch_size: int, making: tuple[list[str], bool, str | None]
+    ) -> LayerRoute:
+        """The route of a request for a batch: one object, as long as nothing of it changes.
 
         Args:
+            request: whose expert weights are known.
             batch_size: rows of the batch.
             making: what ``make_route`` gets besides: columns, whether the mix may be folded, forced execution.
+
+        Raises:
+            RoutingError: the request wants an expert that was removed since.
         """
-        table = self._local.requests[-1]
-        made = getattr(self._local, "made", None)
-        if made is None or made[0] is not table or made[1] != (batch_size, making):
-            route = make_route(expand_rows(table, batch_size), *making)
-            self._local.made = made = (table, (batch_size, making), route)
-        return made[2]
+        made = request.made
+        if made is None or made[0] != (batch_size, making):
+            table = by_name(request.expert_weights, request.columns, making[0])  # type: ignore[arg-type]
+            made = request.made = ((batch_size, making), make_route(expand_rows(table, batch_size), *making))
+        return made[1]
 
     @property
     def has_requests(self) -> bool:
-        """Whether any thread has a request open."""
+        """Whether any thread or task has a request open."""
         return bool(self._open) or self._innermost is not None
 
-    @property
-    def has_one_mix(self) -> bool:
-        """Whether all open requests, of all threads, want one and the same mix for all their rows."""
+    def may_merge(self, request: Request) -> bool:
+        """Whether the request is open, and all open requests want one and the same mix for all their rows."""
         with self._lock:
-            return len(set(self._open)) == 1 and len(set(self._open[0])) == 1
+            all_rows = set(self._open.values())
+            return request in self._open and len(all_rows) == 1 and len(set(next(iter(all_rows)))) == 1
 
     @contextmanager
-    def open_request(self, expert_weights: Tensor | Pending) -> Iterator[None]:
-        """Hold expert weights for the forward passes inside the block."""
-        if not hasattr(self._local, "requests"):
-            self._local.requests = []
-        stack: list[Tensor | Pending] = self._local.requests
-        stack.append(expert_weights)
-        if isinstance(expert_weights, Tensor):
+    def open_request(self, expert_weights: Tensor | Pending, columns: Sequence[str]) -> Iterator[None]:
+        """Hold expert weights, with the names of their columns, for the forward passes inside the block."""
+        request = Request(expert_weights, columns)
+        rows = _distinct_rows(expert_weights) if isinstance(expert_weights, Tensor) else None
+        if rows is not None:
             with self._lock:
-                self._open.append(_distinct_rows(expert_weights))
+                self._open[request] = rows
+        self._requests.set((*self._requests.get(), request))
         try:
             yield
         finally:
-            settled = stack.pop()
-            self._local.made = None
-            if isinstance(settled, Tensor):
-                with self._lock:
-                    self._open.remove(_distinct_rows(settled))
+            # A generator may be closed in another context than it was begun in: no token would fit there.
+            self._requests.set(tuple(other for other in self._requests.get() if other is not request))
+            request.made = None
+            with self._lock:
+                self._open.pop(request, None)
 
     @property
     def is_read(self) -> bool:
@@ -324,12 +369,12 @@ class RequestBoard:
     @contextmanager
     def no_route(self) -> Iterator[None]:
         """The backbone alone, for the forward passes inside the block."""
-        before = getattr(self._local, "route", None)
-        self._local.route = None
+        before = self._route.get()
+        self._route.set((None,))
         try:
             yield
         finally:
-            self._local.route = before
+            self._route.set(before)
 
 
 def _nothing() -> None:

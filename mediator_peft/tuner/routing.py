@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..routing.gate import GateSettings, RouteOutput, gate
 from ..routing.routers import ROUTERS, Router
 from ..structure import find_blocks
 from .chat_turns import padded, routing_rows, turn_markers, turn_mask
-from .config import MediatorConfig
+from .config import FALLBACK_EXPERT, MediatorConfig
 from .execution import float32_inside
 from .layer import MediatorLayer, routed_layers
 from .routes import ExpertWeights, RequestBoard, expert_weight_rows
@@ -45,6 +46,7 @@ class ActiveAdapter:
         self.configs = configs
         self.routers = routers
         self._active_names = active_names
+        self._lock = threading.Lock()
         self.awaited: set[str] = set()
         """Adapters whose layers are there and whose deltas have not been loaded yet."""
 
@@ -107,8 +109,37 @@ class ActiveAdapter:
 
     def table(self, spec: ExpertWeights) -> Tensor:
         """Expert weights as a caller gave them → (1 or B, C) float32; see :func:`expert_weight_rows`."""
+        return self.named_table(spec)[0]
+
+    def named_table(self, spec: ExpertWeights) -> tuple[Tensor, list[str]]:
+        """The same, with the names of the columns that it is a table of."""
         config = self.config
-        return expert_weight_rows(spec, config.columns, len(config.expert_names or ()))
+        columns = config.columns
+        num_experts = len(columns) - (columns[-1:] == [FALLBACK_EXPERT] and config.fallback == FALLBACK_EXPERT)
+        return expert_weight_rows(spec, columns, num_experts), columns
+
+    def put_router(self, router: Router, expert_names: list[str], experts: dict[str, str]) -> None:
+        """Change the router and the experts that it decides among, in one step for whoever routes meanwhile."""
+        with self._lock:
+            config = self.config
+            config.expert_names, config.experts = expert_names, experts
+            self.router = router
+
+    def router_and_columns(self) -> tuple[Router, list[str]]:
+        """The router, and the names of the columns that it decides."""
+        with self._lock:
+            return self.router, self.config.columns
+
+    def locks_renewed(self) -> None:
+        """New locks, in a forked child."""
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
 
 
 class PromptRouter:
@@ -209,9 +240,22 @@ class PromptRouter:
         self.fitted_router()
         return self.judge(self.features(input_ids, attention_mask))
 
+    def routed_table(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, list[str]]:
+        """Expert weights (B, C) of prompts, and the names of their columns."""
+        self.fitted_router()
+        return self.judged_table(self.features(input_ids, attention_mask))
+
+    def judged_table(self, features: Tensor) -> tuple[Tensor, list[str]]:
+        """(B, H) → expert weights (B, C), and the names of their columns."""
+        self.fitted_router()
+        router, columns = self.active.router_and_columns()
+        return self._judged(router, features).expert_weights, columns
+
     def judge(self, features: Tensor) -> RouteOutput:
         """(B, H) → what the gate decides."""
-        router = self.fitted_router()
+        return self._judged(self.fitted_router(), features)
+
+    def _judged(self, router: Router, features: Tensor) -> RouteOutput:
         features = features.to(router.known_novelty.device)
         with float32_inside(features.device), onload_layer(self.active.routers):
             with torch.no_grad():

@@ -1,5 +1,7 @@
 """Threads, coroutines and forked processes on one model: none sees another's experts, nor weights half merged."""
 
+import asyncio
+import contextvars
 import copy
 import pickle
 import threading
@@ -9,7 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import random_prompts
+from tiny import fine_tuned, random_prompts, tiny_model
+from transformers import TextIteratorStreamer
+
+from mediator_peft.errors import RouterNotFittedError, RoutingError
 
 from .conftest import build_and_fit
 
@@ -114,8 +119,6 @@ def test_a_backbone_is_saved_unmerged_while_threads_answer(tmp_path, model):
 
 
 def test_an_expert_is_added_against_the_plain_backbone_while_threads_answer(tmp_path, model):
-    from tiny import fine_tuned, tiny_model
-
     fine_tuned(tiny_model(), seed=5).save_pretrained(tmp_path / "extra")
     model.add_expert("extra", str(tmp_path / "extra"), reset_router=True)
     with torch.no_grad():
@@ -143,3 +146,159 @@ def test_several_threads_read_and_answer_at_once(model):
     with Answering(model), ThreadPoolExecutor(3) as pool:
         for found in pool.map(lambda _: backbone_of(model), range(6)):
             assert_same(found, expected)
+
+
+NAMES = ["math", "code", None, {"math": 0.5, "base": 0.5}]
+
+
+def answers_of(model, prompts):
+    return [model.generate(prompts, expert_weights=[name], **SETTINGS) for name in NAMES]
+
+
+def test_coroutines_keep_their_own_experts(model):
+    prompts = random_prompts(1)
+    expected = answers_of(model, prompts)
+    assert not torch.equal(expected[0], expected[1])
+
+    async def ask(number):
+        with model.use_experts([NAMES[number % len(NAMES)]]):
+            found = []
+            for _ in range(3):
+                await asyncio.sleep(0)
+                found.append(model.generate(prompts, **SETTINGS))
+            return found
+
+    async def ask_all():
+        return await asyncio.gather(*(ask(number) for number in range(8)))
+
+    for number, found in enumerate(asyncio.run(ask_all())):
+        assert all(torch.equal(tokens, expected[number % len(NAMES)]) for tokens in found), NAMES[number % len(NAMES)]
+    assert not model.board.has_requests
+
+
+def test_a_thread_of_asyncio_carries_the_experts_along_and_a_plain_one_does_not(model):
+    prompts = random_prompts(1)
+    with torch.no_grad():
+        code, routed = model(input_ids=prompts, expert_weights="code").logits, model(input_ids=prompts).logits
+    assert not torch.allclose(code, routed)
+
+    @torch.no_grad()
+    def logits():
+        return model(input_ids=prompts).logits
+
+    async def ask():
+        with model.use_experts("code"):
+            return await asyncio.gather(*(asyncio.to_thread(logits) for _ in range(4)))
+
+    for found in asyncio.run(ask()):
+        torch.testing.assert_close(found, code, rtol=1e-4, atol=1e-4)
+    with model.use_experts("code"), ThreadPoolExecutor(1) as pool:
+        copied_context = contextvars.copy_context()
+        torch.testing.assert_close(pool.submit(copied_context.run, logits).result(), code, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(pool.submit(logits).result(), routed, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(copied_context.run(logits), code, rtol=1e-4, atol=1e-4)
+    assert not any(layer.merged_bytes for layer in model.routed_layers().values())
+
+
+def test_a_streaming_thread_answers_under_its_own_experts(model, tokenizer):
+    prompts = random_prompts(1)
+    expected = model.generate(prompts, expert_weights="code", **SETTINGS)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    settings = {**SETTINGS, "streamer": streamer, "expert_weights": "code"}
+    with model.use_experts("math"):
+        thread = threading.Thread(target=model.generate, args=(prompts,), kwargs=settings)
+        thread.start()
+        own = model.generate(prompts, **SETTINGS)
+        text = "".join(streamer)
+        thread.join()
+    assert text == tokenizer.decode(expected[0, prompts.shape[1] :])
+    assert torch.equal(own, model.generate(prompts, expert_weights="math", **SETTINGS))
+
+
+def test_blocks_of_interleaved_generators_end_in_any_order(model):
+    def block(name):
+        with model.use_experts(name):
+            yield
+
+    first, second = block("math"), block("code")
+    next(first)
+    next(second)
+    contextvars.copy_context().run(first.close)
+    second.close()
+    first.close()
+    assert not model.board._open
+
+
+def extra_expert(folder):
+    fine_tuned(tiny_model(), seed=5).save_pretrained(folder / "extra")
+    return str(folder / "extra")
+
+
+def test_experts_are_kept_by_name_through_edits(tmp_path, model):
+    prompts = random_prompts(1)
+    with torch.no_grad():
+        code = model(input_ids=prompts, expert_weights="code").logits
+        with model.use_experts("code"):
+            filled = model(input_ids=prompts, use_cache=True).past_key_values
+            model.add_expert("extra", extra_expert(tmp_path), reset_router=True)
+            torch.testing.assert_close(model(input_ids=prompts).logits, code, rtol=1e-4, atol=1e-4)
+            model.remove_expert("math")
+            torch.testing.assert_close(model(input_ids=prompts).logits, code, rtol=1e-4, atol=1e-4)
+            longer = torch.cat([prompts, prompts], dim=1)
+            expected = model(input_ids=longer).logits[:, prompts.shape[1] :]
+        found = model(input_ids=prompts, past_key_values=filled).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_removed_expert_is_refused_and_never_another(model):
+    prompts = random_prompts(1)
+    with torch.no_grad():
+        filled = model(input_ids=prompts, use_cache=True, expert_weights="math").past_key_values
+        with model.use_experts("math"):
+            model.remove_expert("math")
+            with pytest.raises(RoutingError, match="removed"):
+                model(input_ids=prompts)
+            with pytest.raises(RoutingError, match="removed"):
+                model.generate(prompts, **SETTINGS)
+        with pytest.raises(RoutingError, match="removed"):
+            model(input_ids=prompts, past_key_values=filled)
+    assert not model.board.has_requests
+
+
+def test_edits_beside_requests_give_the_right_expert_or_our_error(tmp_path, model):
+    """Threads ask by name and by route while an expert comes and goes."""
+    prompts, path = random_prompts(1), extra_expert(tmp_path)
+    expected = {name: model.generate(prompts, expert_weights=name, **SETTINGS) for name in ("math", "code")}
+    stop, faults, wrong, counts = threading.Event(), [], [], [0, 0]
+
+    def ask(number):
+        name = ("math", "code")[number % 2]
+        while not stop.is_set():
+            try:
+                tokens = model.generate(prompts, expert_weights=name, **SETTINGS)
+                counts[0] += 1
+                if not torch.equal(tokens, expected[name]):
+                    wrong.append(name)
+                model.route(prompts)
+                with torch.no_grad():
+                    model(input_ids=prompts)
+            except (RoutingError, RouterNotFittedError):
+                counts[1] += 1
+            except Exception as fault:
+                faults.append(fault)
+                return
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(4):
+        model.add_expert("extra", path, reset_router=True)
+        model.remove_expert("math")
+        model.add_expert("math", str(tmp_path / "checkpoints" / "math"), reset_router=True)
+        model.remove_expert("extra")
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not faults
+    assert "code" not in wrong
+    assert counts[0] > 0
