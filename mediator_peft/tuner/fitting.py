@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import RoutingError
 from ..progress import bar_progress, no_progress
 from ..ranks import Ranks
 from ..routing.augmentation import VARIATIONS, vary
@@ -22,9 +24,11 @@ from ..routing.hard_negatives import neighbours
 from ..routing.routers import Router
 from .chat_turns import padded, unwrapped, user_turns
 from .config import MediatorConfig
+from .layer import reading_weights
 from .routing import ActiveAdapter, PromptRouter
 
 _MOST_UNKNOWN = 0.2
+_HASHED_AT_ONCE = 1 << 24
 
 
 def fit_router(
@@ -54,7 +58,10 @@ def fit_router(
     num_texts, num_prompts = len(data.texts), len(rows)
     rows += varied_rows(config, tokenizer, rows[:num_texts], max_length) if variations else []
     num_own = len(rows)
-    router = prompts.active.router
+    old = prompts.active.router
+    router = type(old)(old.num_experts, old.num_features, config.seed)
+    router.is_trainable = old.is_trainable
+    router.train(old.training)
     if neighbours and ordinary and router.uses_neighbours:
         rows += neighbour_rows(config, tokenizer, rows[:num_texts], data.labels, max_length)
     features = row_features(prompts, rows, batch_size, cache_folder, show_progress, ranks)
@@ -72,6 +79,10 @@ def fit_router(
         _by_way(features[num_own:], num_texts),
     )
     settle(router, prompts.active)
+    if list(config.expert_names or ()) != names:
+        raise RoutingError(f"experts were added or removed while the router of {names} was fitted. Fit it again.")
+    # Whoever routes meanwhile has the old router or the new one, whole.
+    prompts.active.router = router
     return report
 
 
@@ -257,12 +268,31 @@ def row_features(
     return torch.stack([cache.get(key) for key in keys])  # type: ignore[misc]
 
 
+def _read_weights(prompts: PromptRouter) -> str:
+    """Digest of the backbone's weights that prompts are read with, so that a changed backbone shares no features.
+
+    All bytes of what lies below the router's layer: little beside reading the texts themselves.
+    """
+    model, digest = prompts.active.model, hashlib.sha256()
+    above = {id(part) for block in list(prompts.blocks)[prompts.router_layer :] for part in block.parameters()}
+    with reading_weights(model):
+        for name, weight in model.named_parameters():
+            values = weight.detach()
+            if id(weight) not in above and type(values) is Tensor and values.device.type != "meta":
+                digest.update(name.encode())
+                for part in values.reshape(-1).split(_HASHED_AT_ONCE):
+                    digest.update(part.contiguous().view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()
+
+
 def _cache(prompts: PromptRouter, folder: str | os.PathLike[str] | None) -> FeatureCache:
     """The model's cache for its backbone, layer and way of routing; a folder's entries are read in."""
     config = prompts.active.config
-    weight = next(prompts.active.model.parameters())
+    model = prompts.active.model
+    weight = next(model.parameters())
     place_in_chat = [config.routing_turn, prompts.single_pass_routing]
     settings = [config.backbone_fingerprint, prompts.router_layer, place_in_chat, str(weight.dtype), str(weight.device)]
+    settings.append(_read_weights(prompts))
     origin = json.dumps(settings, sort_keys=True)
     caches = prompts.feature_caches
     place = (origin, str(folder))

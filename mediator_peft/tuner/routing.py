@@ -17,6 +17,7 @@ from ..routing.feature_cache import FeatureCache
 from ..routing.features import hidden_state, mean_over_tokens
 from ..routing.gate import GateSettings, RouteOutput, gate
 from ..routing.routers import ROUTERS, Router
+from ..routing.unreadable import split_unreadable, to_the_base
 from ..structure import find_blocks
 from .chat_turns import padded, routing_rows, turn_markers, turn_mask
 from .config import FALLBACK_EXPERT, MediatorConfig
@@ -257,10 +258,13 @@ class PromptRouter:
 
     def _judged(self, router: Router, features: Tensor) -> RouteOutput:
         features = features.to(router.known_novelty.device)
+        readable, unreadable = split_unreadable(features)
         with float32_inside(features.device), onload_layer(self.active.routers):
             with torch.no_grad():
-                novelty, distance = router.novelty(features), router.distance(features)
-            return gate(router.calibrated(features), novelty, distance, router.known, self.gate_settings)
+                novelty, distance = router.novelty(readable), router.distance(readable)
+            settings = self.gate_settings
+            output = gate(router.calibrated(readable), novelty, distance, router.known, settings)
+        return output if unreadable is None else to_the_base(output, unreadable, settings.fallback_column)
 
     @torch.no_grad()
     def explain(self, prompts: Any, tokenizer: Any, use_template: bool, max_length: int) -> list[Explanation]:

@@ -302,3 +302,97 @@ def test_edits_beside_requests_give_the_right_expert_or_our_error(tmp_path, mode
     assert not faults
     assert "code" not in wrong
     assert counts[0] > 0
+
+
+def test_features_that_are_not_finite_go_to_the_base_and_requests_close(model):
+    prompts = random_prompts(2)
+    weight = model.get_input_embeddings().weight
+    whole = weight.detach().clone()
+    token = int(prompts[0, 3])
+    assert token not in prompts[1]
+    with torch.no_grad():
+        expected = model.route(prompts[1:]).expert_weights
+        weight[token] = torch.nan
+        with pytest.warns(UserWarning, match="NaN or infinity"):
+            route = model.route(prompts)
+    assert route.is_ood[0]
+    assert route.expert_weights[0].tolist() == [0.0, 0.0, 1.0]
+    assert route.uncertainty[0] == 1
+    torch.testing.assert_close(route.expert_weights[1:], expected, rtol=1e-4, atol=1e-4)
+    with pytest.warns(UserWarning, match="NaN or infinity"):
+        model.generate(prompts, **SETTINGS)
+    weight.data.copy_(whole)
+    assert not model.board._open
+    with torch.no_grad(), model.use_experts("math"):
+        model(input_ids=prompts)
+        assert any(layer.merged_bytes for layer in model.routed_layers().values()), "nothing merges any more"
+
+
+def test_a_request_with_weights_that_are_not_finite_is_closed(model):
+    with model.board.open_request(torch.tensor([[torch.nan, 0.0, 0.0]]), ["math", "code", "base"]):
+        pass
+    assert not model.board._open
+
+
+def test_a_prompt_of_padding_only_goes_to_the_base(model):
+    ids = torch.tensor([[0, 0, 0, 0], [0, 7, 9, 12]])
+    route = model.route(ids, (ids != 0).long())
+    assert route.expert_weights[0].tolist() == [0.0, 0.0, 1.0]
+    assert route.is_ood[0]
+    alone = model.route(ids[1:, 1:])
+    torch.testing.assert_close(route.expert_weights[1:], alone.expert_weights, rtol=1e-4, atol=1e-4)
+
+
+def test_who_routes_while_the_router_is_fitted_anew_has_the_old_or_the_new_one(model, topics, tokenizer):
+    prompts = random_prompts(3)
+    swapped = {"math": topics["code"], "code": topics["math"]}
+    options = dict(variations=False, neighbours=False)
+    expected = []
+    for texts in (topics, swapped):
+        model.fit_router(texts, tokenizer, **options)
+        expected.append(model.route(prompts).expert_weights)
+    assert not torch.allclose(*expected)
+    stop, strange, num_routes = threading.Event(), [], [0]
+
+    def ask():
+        while not stop.is_set():
+            weights = model.route(prompts).expert_weights
+            num_routes[0] += 1
+            if not any(torch.allclose(weights, one, atol=1e-5) for one in expected):
+                strange.append(weights)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    for _ in range(3):
+        model.fit_router(topics, tokenizer, **options)
+        model.fit_router(swapped, tokenizer, **options)
+    stop.set()
+    thread.join()
+    assert num_routes[0] > 0
+    assert not strange, f"{len(strange)} of {num_routes[0]} routes belong to neither router"
+
+
+def test_a_failed_fit_leaves_the_old_router(model, topics, tokenizer, monkeypatch):
+    prompts = random_prompts(3)
+    expected = model.route(prompts).expert_weights
+
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(type(model.router), "set_known", fail)
+    with pytest.raises(ZeroDivisionError):
+        model.fit_router({"math": topics["code"], "code": topics["math"]}, tokenizer)
+    assert torch.equal(model.route(prompts).expert_weights, expected)
+
+
+def test_a_changed_backbone_gives_new_features(tmp_path, model, topics, tokenizer):
+    options = dict(variations=False, neighbours=False, cache_folder=tmp_path / "features")
+    prompts = random_prompts(3)
+    model.fit_router(topics, tokenizer, **options)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[40:] *= -0.5
+    model.fit_router(topics, tokenizer, **options)
+    found = model.route(prompts).expert_weights
+    model.prompt_router.feature_caches.clear()
+    model.fit_router(topics, tokenizer, **{**options, "cache_folder": None})
+    torch.testing.assert_close(found, model.route(prompts).expert_weights)
