@@ -15,12 +15,14 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..forking import renew_after_fork
 
 _ALIGNMENT = 64
 
@@ -54,6 +56,15 @@ class ExpertStore:
         self._used: OrderedDict[str, None] = OrderedDict()
         self._lock = threading.Lock()
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        renew_after_fork(self)
+
+    def locks(self) -> tuple[Any, ...]:
+        """What is held at a fork."""
+        return (self._lock,)
+
+    def renew_locks(self) -> None:
+        """In a forked child."""
+        self._lock = threading.Lock()
 
     @property
     def resident(self) -> list[str]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..forking import renew_after_fork
+
 Listener = Callable[[Tensor], None]
 
 
@@ -24,6 +26,15 @@ class BlockTap:
         self._local = threading.local()
         self._lock = threading.Lock()
         self._handles: dict[int, RemovableHandle] = {}
+        renew_after_fork(self)
+
+    def locks(self) -> tuple[Any, ...]:
+        """What is held at a fork."""
+        return (self._lock,)
+
+    def renew_locks(self) -> None:
+        """In a forked child."""
+        self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of a model carry the hooks; what threads listen for is not copied.
@@ -33,6 +44,7 @@ class BlockTap:
         self._local = threading.local()
         self._lock = threading.Lock()
         self._handles = state["handles"]
+        renew_after_fork(self)
 
     def start(self, blocks: nn.ModuleList, layer: int, listener: Listener) -> None:
         """Hand the hidden state after the first ``layer`` blocks of this thread's next pass to ``listener``, once.

@@ -19,6 +19,7 @@ from ..bank.delta_rows import DeltaRows
 from ..bank.layer_bank import LayerBank
 from ..bank.sparse_delta import SparseDelta
 from ..errors import RoutingError, UnsupportedError
+from ..forking import renew_after_fork
 from . import execution
 from .execution import DeviceRows, FewRows
 from .merged_weight import MergedWeight, MergedWeightCache, mixed_bias, mixed_delta, plain_weight
@@ -55,6 +56,15 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         self._kept = MergedWeightCache()
         self._few_rows: FewRows | DeviceRows | None = None
         self._snapshot: weakref.ref[nn.Module] | None = None
+        renew_after_fork(self)
+
+    def locks(self) -> tuple[Any, ...]:
+        """What is held at a fork."""
+        return (self._lock,)
+
+    def renew_locks(self) -> None:
+        """In a forked child."""
+        self._lock = threading.RLock()
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RoutingError, UnsupportedError
+from ..forking import renew_after_fork
 from ..tables import unknown_name
 
 RowSpec: TypeAlias = "str | Mapping[str, float] | None"
@@ -230,7 +231,8 @@ class RequestBoard:
         self._lock = threading.Lock()
         # Request → its distinct rows, of all threads and tasks.
         self._open: dict[Request, Rows] = {}
-        self._num_readers = 0
+        # One entry a reader: the thread that it runs in.
+        self._readers: list[int] = []
         self._merge_lock = threading.RLock()
         self._training_route: LayerRoute | None = None
         self.merged: tuple[str, Mix] | None = None
@@ -239,6 +241,18 @@ class RequestBoard:
         """The mix that is being converted to another PEFT method."""
         self.unmerge: Callable[[], None] = _nothing
         """Takes the merged mix out of all layers; set by the model."""
+        renew_after_fork(self, rank=0)
+
+    def locks(self) -> tuple[Any, ...]:
+        """In the order in which they are taken."""
+        return (self._merge_lock, self._lock)
+
+    def renew_locks(self) -> None:
+        """In a forked child: new locks, and no requests nor readers of threads that it does not have."""
+        self._lock, self._merge_lock = threading.Lock(), threading.RLock()
+        own = self._requests.get()
+        self._open = {request: rows for request, rows in self._open.items() if request in own}
+        self._readers = [thread for thread in self._readers if thread == threading.get_ident()]
 
     def __reduce__(self) -> tuple[type[RequestBoard], tuple[()]]:
         # Copies and pickles of a model start with an empty board of their own.
@@ -337,22 +351,23 @@ class RequestBoard:
     @property
     def is_read(self) -> bool:
         """Whether somebody reads the backbone's weights now, so that no layer may merge a mix."""
-        return self._num_readers > 0
+        return bool(self._readers)
 
     def as_readers_allow(self, route: LayerRoute) -> LayerRoute:
         """The route, without leave to merge while somebody reads the weights."""
-        return route._replace(may_merge=False) if self._num_readers and route.may_merge else route
+        return route._replace(may_merge=False) if self._readers and route.may_merge else route
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Keep layers from merging inside the block. What is merged already, the reader takes out."""
+        thread = threading.get_ident()
         with self._merge_lock, self._lock:
-            self._num_readers += 1
+            self._readers.append(thread)
         try:
             yield
         finally:
             with self._lock:
-                self._num_readers -= 1
+                self._readers.remove(thread)
 
     @contextmanager
     def merging(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 
 from ..errors import RouterNotFittedError, RoutingError, UnsupportedError
+from ..forking import renew_after_fork
 from ..routing.block_hook import BlockTap
 from ..routing.explain import Explanation, explain_rows
 from ..routing.feature_cache import FeatureCache
@@ -48,6 +49,7 @@ class ActiveAdapter:
         self.routers = routers
         self._active_names = active_names
         self._lock = threading.Lock()
+        renew_after_fork(self)
         self.awaited: set[str] = set()
         """Adapters whose layers are there and whose deltas have not been loaded yet."""
 
@@ -131,8 +133,12 @@ class ActiveAdapter:
         with self._lock:
             return self.router, self.config.columns
 
-    def locks_renewed(self) -> None:
-        """New locks, in a forked child."""
+    def locks(self) -> tuple[Any, ...]:
+        """What is held at a fork."""
+        return (self._lock,)
+
+    def renew_locks(self) -> None:
+        """In a forked child."""
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -141,6 +147,7 @@ class ActiveAdapter:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
+        renew_after_fork(self)
 
 
 class PromptRouter:

@@ -3,7 +3,9 @@
 import asyncio
 import contextvars
 import copy
+import os
 import pickle
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -396,3 +398,38 @@ def test_a_changed_backbone_gives_new_features(tmp_path, model, topics, tokenize
     model.prompt_router.feature_caches.clear()
     model.fit_router(topics, tokenizer, **{**options, "cache_folder": None})
     torch.testing.assert_close(found, model.route(prompts).expert_weights)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_child_forked_while_threads_answer_does_not_hang(tmp_path, model):
+    prompts = random_prompts(1)
+    expected = model.generate(prompts, expert_weights="code", **SETTINGS)
+    found = []
+    with Answering(model, num_threads=3):
+        for _ in range(8):
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    right = torch.equal(model.generate(prompts, expert_weights="code", **SETTINGS), expected)
+                    with model.use_experts("math"), torch.no_grad():
+                        model(input_ids=prompts)
+                        merges = any(layer.merged_bytes for layer in model.routed_layers().values())
+                    code = 0 if right and merges else 2
+                finally:
+                    os._exit(code)
+            found.append(ending(child))
+    assert found == [0] * len(found), "-1: hung, 1: an exception, 2: wrong tokens or nothing merged"
+
+
+def ending(child):
+    """Exit code of a child; -1 where it had to be killed."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return -1
