@@ -106,7 +106,10 @@ class RoutedForward:
         known = self._cache_weights(cache)
         # A later turn can be judged, and the cache be filled again, only with the whole chat at hand.
         has_chat = input_ids is not None and known is not None and input_ids.shape[1] > cache.get_seq_length()
-        if known is not None and not (has_chat and self._active.config.routing_turn != "first"):
+        config = self._active.config
+        # Without markers of turns, the model's own answer would be read as a part of the prompt.
+        may_change = config.routing_turn != "first" and config.turn_markers is not None
+        if known is not None and not (has_chat and may_change):
             return known, self._active.config.columns
         if input_ids is None:
             raise RoutingError("prompts are routed by their token ids; with inputs_embeds give expert_weights=.")
@@ -124,7 +127,8 @@ class RoutedForward:
 
     def _mask_from_padding(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """What ``generate`` itself assumes when no mask is given: padding tokens, unless they also end texts."""
-        settings = kwargs.get("generation_config") or self._active.model.generation_config
+        model = self._active.model
+        settings = kwargs.get("generation_config") or getattr(model, "generation_config", None) or model.config
         pad, eos = kwargs.get("pad_token_id", settings.pad_token_id), settings.eos_token_id
         if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
             return None
@@ -158,6 +162,12 @@ class RoutedForward:
         pending = self._board.pending
         inputs: Any = kwargs.get("input_ids", args[0] if args else None)
         mask = None if self._board.request is not None else _readable_mask(kwargs, inputs)
+        if mask is not None and pending is None and kwargs.get("attention_mask") is None:
+            _check_one_prompt_a_row(kwargs)
+            padding = self._mask_from_padding(inputs, {})
+            mask = mask if padding is None else padding
+            # Positions that count padding are not those that prompts are read with.
+            mask = None if (mask[:, :1] == 0).any() else mask
         # Of a prompt that is read in pieces, the first is not the whole.
         is_part = mask is not None and pending is not None and inputs.shape[1] != pending.input_ids.shape[1]
         if mask is None or is_part or not self._prompts.single_pass_routing:
@@ -220,7 +230,11 @@ class RoutedForward:
             return known, self._active.config.columns
         if input_ids is None:
             raise RoutingError("prompts are routed by their token ids; with inputs_embeds give expert_weights=.")
-        mask = without_answers(input_ids, kwargs.get("attention_mask"), kwargs.get("labels"))
+        _check_one_prompt_a_row(kwargs)
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            mask = self._mask_from_padding(input_ids, {})
+        mask = without_answers(input_ids, mask, kwargs.get("labels"))
         return self._prompts.routed_table(input_ids, mask)
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -262,6 +276,29 @@ def without_answers(input_ids: Tensor, attention_mask: Tensor | None, labels: Te
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     prompt = mask * (labels == -100).to(mask)
     return torch.where(prompt.sum(dim=1, keepdim=True) > 0, prompt, mask)
+
+
+def _check_one_prompt_a_row(kwargs: dict[str, Any]) -> None:
+    """Refuse batches whose rows hold several prompts: each row has one route.
+
+    Raises:
+        UnsupportedError: the mask is no (B, T), or positions begin anew within a row.
+    """
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise UnsupportedError(
+            f"prompts are routed by an attention mask of shape (B, T), this one is {shape}. Give a 2-D mask, or say "
+            "which experts to use: expert_weights=."
+        )
+    is_packed = kwargs.get("cu_seq_lens_q") is not None
+    if isinstance(positions, Tensor) and positions.ndim == 2 and mask is None:
+        is_packed = is_packed or bool((positions[:, 1:] < positions[:, :-1]).any())
+    if is_packed:
+        raise UnsupportedError(
+            "a packed batch holds several prompts in a row, and a row has one route. Give one prompt a row with an "
+            "attention mask, or say which experts to use: expert_weights=."
+        )
 
 
 def _readable_mask(kwargs: dict[str, Any], input_ids: Tensor | None) -> Tensor | None:

@@ -235,6 +235,20 @@ class MediatorModel(BaseTuner):
         with reading_weights(self.model):
             yield self
 
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Not supported: transformers' continuous batching mixes the tokens of many prompts in one row.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(
+            "continuous batching (generate_batch) puts the tokens of many prompts into one row, which has one route. "
+            "Use generate() with a batch of prompts, or merge one expert first: model.merge_and_unload("
+            "expert_weights='name')."
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
     def set_execution(self, execution: str | None) -> None:
         """Force how deltas are applied: ``"merged"``, ``"sparse"``, ``"dense"``, or None to let the library pick.
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import fine_tuned, random_prompts, tiny_model
+from tokenizer import topic_texts
 from transformers import TextIteratorStreamer
 
-from mediator_peft.errors import RouterNotFittedError, RoutingError
+from mediator_peft.errors import RouterNotFittedError, RoutingError, UnsupportedError
 
 from .conftest import build_and_fit
 
@@ -433,3 +434,48 @@ def ending(child):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return -1
+
+
+def test_continuous_batching_is_refused_by_name(model):
+    with pytest.raises(UnsupportedError, match="generate_batch"):
+        model.generate_batch([[7, 9, 12]])
+    with pytest.raises(UnsupportedError, match="continuous batching"):
+        model.continuous_batching_context_manager()
+
+
+@torch.no_grad()
+def test_packed_batches_and_masks_of_four_dimensions_are_refused_by_name(model):
+    prompts = random_prompts(1, length=8)
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    with pytest.raises(UnsupportedError, match="packed"):
+        model(input_ids=prompts, position_ids=packed)
+    square = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
+    with pytest.raises(UnsupportedError, match="attention mask"):
+        model(input_ids=prompts, attention_mask=square)
+    model(input_ids=prompts, position_ids=packed, expert_weights="math")
+    model(input_ids=prompts, attention_mask=square, expert_weights="math")
+    model(input_ids=prompts, position_ids=torch.arange(8)[None])
+
+
+@torch.no_grad()
+def test_a_forward_pass_without_a_mask_is_not_routed_on_padding(model, tokenizer):
+    row = torch.tensor(tokenizer(topic_texts(5, 45, 1, seed=3))["input_ids"])
+    padded = torch.cat([row, torch.zeros(1, 40, dtype=torch.long)], dim=1)
+    weights = model.route(row).expert_weights
+    expected = model(input_ids=padded, expert_weights=weights).logits
+    found = model(input_ids=padded).logits
+    torch.testing.assert_close(found[:, : row.shape[1]], expected[:, : row.shape[1]], rtol=1e-4, atol=1e-4)
+
+
+def test_a_returned_cache_carries_its_route(model, tokenizer):
+    """``generate(3)`` and ``generate(1)`` on its cache give the four tokens of ``generate(4)``."""
+    row = torch.tensor(tokenizer(topic_texts(5, 45, 1, seed=3))["input_ids"])
+    settings = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
+    routes = []
+    judge = model.prompt_router.judged_table
+    model.prompt_router.judged_table = lambda features: routes.append(1) or judge(features)
+    first = model.generate(row, max_new_tokens=3, return_dict_in_generate=True, **settings)
+    assert len(routes) == 1
+    second = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=1, **settings)
+    assert len(routes) == 1, "the prompt was routed again, with the answer in view"
+    assert torch.equal(second, model.generate(row, max_new_tokens=4, **settings))
