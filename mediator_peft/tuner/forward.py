@@ -15,7 +15,7 @@ from ..errors import RoutingError, UnsupportedError
 from ..routing.features import mean_over_tokens
 from .differentiable import anchor
 from .routes import ExpertWeights, LayerRoute, Pending, RequestBoard, by_name, expand_rows, make_route
-from .routing import ActiveAdapter, PromptRouter
+from .routing import ActiveAdapter, PromptRouter, check_ids
 
 _CACHE_TAG = "mediator_expert_weights"
 
@@ -113,6 +113,7 @@ class RoutedForward:
             return known, self._active.config.columns
         if input_ids is None:
             raise RoutingError("prompts are routed by their token ids; with inputs_embeds give expert_weights=.")
+        check_ids(input_ids)
         mask = kwargs.get("attention_mask")
         if mask is None:
             mask = self._mask_from_padding(input_ids, kwargs)
@@ -129,7 +130,8 @@ class RoutedForward:
         """What ``generate`` itself assumes when no mask is given: padding tokens, unless they also end texts."""
         model = self._active.model
         settings = kwargs.get("generation_config") or getattr(model, "generation_config", None) or model.config
-        pad, eos = kwargs.get("pad_token_id", settings.pad_token_id), settings.eos_token_id
+        pad = kwargs.get("pad_token_id", getattr(settings, "pad_token_id", None))
+        eos = getattr(settings, "eos_token_id", None)
         if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
             return None
         return (input_ids != pad).long()
@@ -230,6 +232,7 @@ class RoutedForward:
             return known, self._active.config.columns
         if input_ids is None:
             raise RoutingError("prompts are routed by their token ids; with inputs_embeds give expert_weights=.")
+        check_ids(input_ids)
         _check_one_prompt_a_row(kwargs)
         mask = kwargs.get("attention_mask")
         if mask is None:
@@ -310,7 +313,7 @@ def _readable_mask(kwargs: dict[str, Any], input_ids: Tensor | None) -> Tensor |
     cache = kwargs.get("past_key_values")
     if cache is not None and (cache.get_seq_length() or _cache_tag(cache) is not None):
         return None
-    if input_ids is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if input_ids is None or not input_ids.numel() or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     mask = kwargs.get("attention_mask")
     if mask is None:

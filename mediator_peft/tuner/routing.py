@@ -211,6 +211,7 @@ class PromptRouter:
         """Pooled hidden state of the backbone over the turns that are routed on: (B, T) token ids → (B, H) float32."""
         if self._board.merged is not None:
             raise UnsupportedError("prompts are read by the backbone, and a mix is merged into it: unmerge_adapter().")
+        check_ids(input_ids)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows = input_ids
         if self.single_pass_routing:
@@ -288,6 +289,20 @@ class PromptRouter:
             scores, novelty = router.calibrated(features), router.novelty(features)
             distance = router.distance(features)
         return explain_rows(scores, novelty, distance, router.known, self.gate_settings, self.active.config.columns)
+
+
+def check_ids(input_ids: Any) -> None:
+    """Refuse token ids that hold no prompt.
+
+    Raises:
+        RoutingError: they are no (B, T) tensor, or there is no token.
+    """
+    shape = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or not input_ids.numel():
+        raise RoutingError(
+            f"prompts are routed by token ids of shape (B, T) with at least one token, got {shape}. Tokenise with "
+            "return_tensors='pt' and leave out empty prompts, or say which experts to use: expert_weights=."
+        )
 
 
 def _lies_above(model: nn.Module, blocks: nn.ModuleList, layer: int) -> bool:

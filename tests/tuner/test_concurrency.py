@@ -479,3 +479,15 @@ def test_a_returned_cache_carries_its_route(model, tokenizer):
     second = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=1, **settings)
     assert len(routes) == 1, "the prompt was routed again, with the answer in view"
     assert torch.equal(second, model.generate(row, max_new_tokens=4, **settings))
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [torch.zeros(2, 0, dtype=torch.long), torch.zeros(0, 4, dtype=torch.long), torch.tensor([7, 9]), [[7, 9]]],
+    ids=["no token", "no row", "no batch", "list"],
+)
+def test_ids_without_a_prompt_are_refused_by_name(model, ids):
+    for ask in (model.route, model.generate):
+        with pytest.raises(RoutingError, match="at least one token"):
+            ask(ids)
+    assert not model.board.has_requests
