@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,11 +18,16 @@ from .config import MediatorConfig
 from .quantized import fill_quantized, quantization_of
 
 
-def build_in_memory(model: Any, config: MediatorConfig) -> Bank:
+def build_in_memory(model: Any, config: MediatorConfig, check: Callable[[Sequence[str]], None]) -> Bank:
     """Merge ``config.experts`` around the weights of ``model``, which become the backbone's.
 
     Nothing is written to the model before all is computed: a fault leaves it as it was. ``config`` gets what the build
     found out.
+
+    Args:
+        model: to be wrapped.
+        config: not built yet.
+        check: called with the names of the routed layers before anything is written; refuses what cannot be wrapped.
     """
     require_experts(config)
     experts = open_checkpoints(label_checkpoints(None, config.experts))
@@ -46,6 +52,7 @@ def build_in_memory(model: Any, config: MediatorConfig) -> Bank:
     base = _base_on_disk(model) if quantized else ModelCheckpoint(plain)
     job = check_job(base, checkpoints_by_name(experts, config.experts))
     bank, backbone, built, _ = merge_in_memory(job, config)
+    check(built.routed_modules or ())
     for name, tensor in backbone.items():
         layer = quantized.get(name.removesuffix(".weight"))
         if layer is None:

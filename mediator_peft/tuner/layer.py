@@ -358,11 +358,7 @@ class MediatorEmbedding(MediatorLayer):
     base_layer: nn.Embedding  # type: ignore[assignment]
 
     def __init__(self, base_layer: nn.Embedding, board: RequestBoard) -> None:
-        if type(base_layer).forward is not nn.Embedding.forward or base_layer.max_norm is not None:
-            raise UnsupportedError(
-                f"an embedding of type {type(base_layer).__name__} does more than look rows up, so it cannot be "
-                "routed. Leave it out of target_modules and build again."
-            )
+        _check_embedding(base_layer)
         super().__init__(base_layer, board)  # type: ignore[arg-type]
         self.has_tied_head = False
 
@@ -430,6 +426,45 @@ class MediatorEmbedding(MediatorLayer):
 
     def _copied_state(self) -> dict[str, Any]:
         return {key: value for key, value in super()._copied_state().items() if key != "_rows"}
+
+
+def _check_embedding(embedding: nn.Embedding) -> None:
+    if type(embedding).forward is not nn.Embedding.forward or embedding.max_norm is not None:
+        raise UnsupportedError(
+            f"an embedding of type {type(embedding).__name__} does more than look rows up, so it cannot be "
+            "routed. Leave it out of target_modules and build again."
+        )
+
+
+def check_routable(model: Any, names: Sequence[str]) -> None:
+    """Refuse layers that cannot be wrapped, before anything is changed.
+
+    Args:
+        model: may have wrapped layers already.
+        names: of the layers that are to be routed.
+
+    Raises:
+        UnsupportedError: the model has no such layer, an embedding does more than look rows up, or it is tied to a head
+            with a weight of its own.
+    """
+    modules = dict(model.named_modules())
+    for name in names:
+        layer = modules.get(name)
+        if layer is None:
+            raise UnsupportedError(f"the adapter has deltas for {name!r}, which this model has not.")
+        if isinstance(layer, nn.Embedding):
+            _check_embedding(layer)
+            head = model.get_output_embeddings()
+            if layer is model.get_input_embeddings() and isinstance(head, nn.Linear):
+                _check_tie(model, head, layer.weight)
+
+
+def _check_tie(model: Any, head: nn.Linear, weight: Tensor) -> None:
+    if head.weight is not weight and getattr(model.config, "tie_word_embeddings", False):
+        raise UnsupportedError(
+            "the adapter has deltas for tied embeddings, but this model's lm_head has a weight of its own (it was "
+            "quantised or offloaded apart). Load the model whole, or build without embed_tokens in target_modules."
+        )
 
 
 class TiedHead(nn.Module):
@@ -537,11 +572,8 @@ def tie_head(model: Any) -> None:
         return
     if head.weight is embedding.base_layer.weight:
         model.set_output_embeddings(TiedHead(head, embedding))
-    elif getattr(model.config, "tie_word_embeddings", False):
-        raise UnsupportedError(
-            "the adapter has deltas for tied embeddings, but this model's lm_head has a weight of its own (it was "
-            "quantised or offloaded apart). Load the model whole, or build without embed_tokens in target_modules."
-        )
+    else:
+        _check_tie(model, head, embedding.base_layer.weight)
 
 
 def untie_head(model: Any) -> None:

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from peft import PeftConfig, convert_to_lora
@@ -31,7 +32,15 @@ from .editing import add_expert, remove_expert
 from .execution import check_execution
 from .fitting import fit_router
 from .forward import RoutedForward
-from .layer import MediatorEmbedding, MediatorLayer, reading_weights, routed_layers, tie_head, untie_head
+from .layer import (
+    MediatorEmbedding,
+    MediatorLayer,
+    check_routable,
+    reading_weights,
+    routed_layers,
+    tie_head,
+    untie_head,
+)
 from .merged_weight import mixed_bias
 from .merging import AdapterMerging
 from .quantized import quantization_of
@@ -79,8 +88,35 @@ class MediatorModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Wrap the layers that the configuration names; none is a valid answer (the experts agree everywhere)."""
-        config = self.peft_config[adapter_name]
+        """Wrap the layers that the configuration names; none is a valid answer (the experts agree everywhere).
+
+        A refused adapter leaves the model as it was.
+        """
+        try:
+            config = self._build_or_check(model, adapter_name)
+        except BaseException:
+            if not self.mediator_router:
+                self.routed_forward.remove()
+                self.adapter_files.remove()
+            raise
+        modules = dict(model.named_modules())
+        for name in config.routed_modules or ():
+            parent, _, child = name.rpartition(".")
+            owner = modules[parent] if parent else model
+            self._create_and_replace(config, adapter_name, modules[name], child, owner, name)
+            if name not in self.targeted_module_names:
+                self.targeted_module_names.append(name)
+        tie_head(model)
+        self._built.pop(adapter_name, None)
+        self._warn_of_other_quantization(config)
+        self.mediator_router[adapter_name] = self.prompt_router.new_router(config)
+        config.bind(self.adapter_files.before_saving)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._mark_only_adapters_as_trainable(model)
+
+    def _build_or_check(self, model: nn.Module, adapter_name: str) -> MediatorConfig:
+        """The configuration of an adapter that can be injected, built if it was not."""
+        config: MediatorConfig = self.peft_config[adapter_name]
         if config.was_built_here and not config.inference_mode:  # with it, PEFT is about to load an adapter
             # The deltas went into another model, or under another name: they are computed anew.
             config = self.peft_config[adapter_name] = config.to_be_built()
@@ -91,25 +127,12 @@ class MediatorModel(BaseTuner):
                     f"the model has adapters already ({', '.join(others)}), and merge_method={config.merge_method!r} "
                     "would change the weights that they belong to. Use merge_method='base', or unload() first."
                 )
-            self._built[adapter_name] = build_in_memory(model, config)
-        elif config.routed_modules:
-            self.active.awaited.add(adapter_name)
-        modules = dict(model.named_modules())
-        for name in config.routed_modules:
-            target = modules.get(name)
-            if target is None:
-                raise UnsupportedError(f"the adapter has deltas for {name!r}, which this model has not.")
-            parent, _, child = name.rpartition(".")
-            self._create_and_replace(config, adapter_name, target, child, modules[parent] if parent else model, name)
-            if name not in self.targeted_module_names:
-                self.targeted_module_names.append(name)
-        tie_head(model)
-        self._built.pop(adapter_name, None)
-        self._warn_of_other_quantization(config)
-        self.mediator_router[adapter_name] = self.prompt_router.new_router(config)
-        config.bind(self.adapter_files.before_saving)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-        self._mark_only_adapters_as_trainable(model)
+            self._built[adapter_name] = build_in_memory(model, config, partial(check_routable, model))
+        else:
+            check_routable(model, config.routed_modules or ())
+            if config.routed_modules:
+                self.active.awaited.add(adapter_name)
+        return config
 
     def _create_and_replace(
         self,

@@ -13,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import fine_tuned, random_prompts, tiny_model
+from tiny import fine_tuned, random_prompts, tiny_model, write_tiny_checkpoints
 from tokenizer import topic_texts
-from transformers import TextIteratorStreamer
+from transformers import AutoModelForCausalLM, TextIteratorStreamer
 
+from mediator_peft import MediatorConfig, get_mediator_model
 from mediator_peft.errors import RouterNotFittedError, RoutingError, UnsupportedError
 
 from .conftest import build_and_fit
@@ -491,3 +492,24 @@ def test_ids_without_a_prompt_are_refused_by_name(model, ids):
         with pytest.raises(RoutingError, match="at least one token"):
             ask(ids)
     assert not model.board.has_requests
+
+
+def test_a_refused_wrap_leaves_the_model_as_it_was(tmp_path):
+    paths = write_tiny_checkpoints(tmp_path, arch="gemma")
+    base = AutoModelForCausalLM.from_pretrained(paths["base"])
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    experts = {name: str(path) for name, path in paths.items() if name != "base"}
+    prompts = random_prompts(1)
+    with torch.no_grad():
+        expected = base(input_ids=prompts).logits
+    refused = MediatorConfig(experts=experts, target_modules=["embed_tokens", "q_proj"])
+    for _ in range(2):
+        with pytest.raises(UnsupportedError, match="does more than look rows up"):
+            get_mediator_model(base, refused)
+    assert list(before) == list(base.state_dict())
+    assert_same(base.state_dict(), before)
+    with torch.no_grad():
+        assert torch.equal(base(input_ids=prompts).logits, expected)
+    model = get_mediator_model(base, MediatorConfig(experts=experts, target_modules=["q_proj"]))
+    with torch.no_grad(), model.use_experts("math"):
+        model(input_ids=prompts)
