@@ -534,8 +534,7 @@ class TiedHead(nn.Module):
         state = {**self.__dict__, "_few_rows": None}
         weight = self._owner[0].snapshot_weight()
         if weight is not None:
-            head = copy.copy(self.base_layer)
-            head._parameters = {**head._parameters, "weight": weight}  # type: ignore[dict-item]
+            head = copy.deepcopy(self.base_layer, {id(self.base_layer.weight): weight})
             state["_modules"] = {**state["_modules"], "base_layer": head}
         return state
 

@@ -126,7 +126,7 @@ class ActiveAdapter:
         with self._lock:
             config = self.config
             config.expert_names, config.experts = expert_names, experts
-            self.router = router
+            self.routers[self.name] = router
 
     def router_and_columns(self) -> tuple[Router, list[str]]:
         """The router, and the names of the columns that it decides."""
