@@ -27,6 +27,25 @@ _AROUND = (
     "Someone asked me this yesterday. {}",
 )
 
+_FORMS = (
+    "Please {lower}",
+    "Could you {lower}",
+    "I need help with this. {}",
+    "Q: {}\nA:",
+    "Task: {}",
+    "Can you help me? {}",
+    "Hello, {lower}",
+    "{}\nGive only the answer.",
+    "Here is my question: {}",
+    "{} - how do I do that?",
+    "Can somebody {lower}",
+    "Input: {}\nOutput:",
+    "{}, quickly",
+    "Bitte: {}",
+    "Hola, {lower} Gracias.",
+    "S'il te plaît : {}",
+)
+
 
 def leave_words_out(text: str, rng: Random) -> str:
     """About three words in ten are missing; at least one stays."""
@@ -53,7 +72,23 @@ def say_more(text: str, rng: Random) -> str:
     return rng.choice(_AROUND).format(text) if text.strip() else text
 
 
-VARIATIONS: tuple[Callable[[str, Random], str], ...] = (leave_words_out, mistype, say_more)
+def put_differently(text: str, rng: Random) -> str:
+    """As a polite request, a task with input and output, or with a word of another language before it."""
+    return rng.choice(_FORMS).format(text, lower=text[:1].lower() + text[1:]) if text.strip() else text
+
+
+VARIATIONS: tuple[Callable[[str, Random], str], ...] = (
+    leave_words_out,
+    mistype,
+    say_more,
+    put_differently,
+)
+
+
+def vary_in_turn(text: str, seed: int, copies: int) -> list[str]:
+    """``copies`` altered copies of a text, each by another of ``VARIATIONS``, drawn by the text and the seed."""
+    chosen = Random(f"{seed} ways {text}").sample(range(len(VARIATIONS)), copies)
+    return [VARIATIONS[number](text, Random(f"{seed} {number} {text}")) for number in chosen]
 
 
 def vary(text: str, seed: int) -> list[str]:
