@@ -7,7 +7,7 @@ in ``docs/routing.md``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 
 _SHARE_OF_WORDS = 0.3
@@ -85,9 +85,16 @@ VARIATIONS: tuple[Callable[[str, Random], str], ...] = (
 )
 
 
-def vary_in_turn(text: str, seed: int, copies: int) -> list[str]:
-    """``copies`` altered copies of a text, each by another of ``VARIATIONS``, drawn by the text and the seed."""
-    chosen = Random(f"{seed} ways {text}").sample(range(len(VARIATIONS)), copies)
+def vary_in_turn(text: str, seed: int, copies: int, ways: Sequence[int] = range(len(VARIATIONS))) -> list[str]:
+    """Altered copies of a text, each made in another way, drawn by the text and the seed.
+
+    Args:
+        text: as a user wrote it.
+        seed: gives other copies.
+        copies: how many; at most as many as ``ways``.
+        ways: places in ``VARIATIONS`` to draw from.
+    """
+    chosen = Random(f"{seed} ways {text}").sample(list(ways), copies)
     return [VARIATIONS[number](text, Random(f"{seed} {number} {text}")) for number in chosen]
 
 

@@ -175,7 +175,7 @@ def fit_logistic(features: Tensor, targets: Tensor, weights: Tensor, ridge: floa
         return value
 
     with torch.enable_grad():
-        optimizer.step(loss)  # type: ignore[arg-type]
+        optimizer.step(loss)
     found = solution.detach()
     weight = found[:-1] * inverse
     return weight.float(), (found[-1] - weight.double() @ mean).float()

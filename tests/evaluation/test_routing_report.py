@@ -15,7 +15,14 @@ def evidence():
     probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7], [0.6, 0.4], [0.4, 0.6]]).double()
     labels = torch.tensor([0, 0, 1, -1, -1])
     uncertainty = torch.tensor([0.0, 0.3, 0.6, 0.5, 1.0])
-    return Evidence(probabilities, labels, uncertainty, torch.tensor([False, False, True, False, True]))
+    return Evidence(
+        probabilities,
+        labels,
+        uncertainty,
+        torch.tensor([False, False, True, False, True]),
+        1 - uncertainty,
+        uncertainty,
+    )
 
 
 def test_the_table_counts_by_hand():
