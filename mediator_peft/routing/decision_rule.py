@@ -56,6 +56,26 @@ class DecisionRule(NamedTuple):
     combination: Tensor
     r"""(3,) :math:`a_1, a_2, c`."""
 
+    def with_expert(self, features: Tensor, negatives: Negatives) -> DecisionRule:
+        """The rule with one more expert, the last; the other experts' detectors and the combination stay as they are.
+
+        Args:
+            features: (N, H) of the new expert's prompts.
+            negatives: of all families.
+        """
+        labels = torch.zeros(len(features), dtype=torch.long)
+        weight, bias = fit_detectors(features, labels, negatives, 1)
+        device = self.detector_weight.device
+        return self._replace(
+            detector_weight=torch.cat([self.detector_weight, weight.to(device)]),
+            detector_bias=torch.cat([self.detector_bias, bias.to(device)]),
+        )
+
+    def without_expert(self, number: int) -> DecisionRule:
+        """The rule without one expert."""
+        stay = [row for row in range(len(self.detector_bias)) if row != number]
+        return self._replace(detector_weight=self.detector_weight[stay], detector_bias=self.detector_bias[stay])
+
     def statistics(self, features: Tensor, nearest: Tensor, distance: Tensor) -> Tensor:
         """(B, 2): the nearest expert's detector, and minus the distance; larger is more like a known prompt.
 

@@ -69,15 +69,8 @@ def fit_router(
     copies = varied_rows(config, tokenizer, rows, max_length) if variations else []
     against = negative_rows(config, tokenizer, data, rows, background, neighbours, max_length)
     layers = depths(prompts)
-    read = partial(
-        row_features,
-        prompts,
-        batch_size=batch_size,
-        cache_folder=cache_folder,
-        show_progress=show_progress,
-        ranks=ranks,
-    )
-    features = read([*rows, *copies, *against.rows], layers=layers)
+    everything = [*rows, *copies, *against.rows]
+    features = row_features(prompts, everything, batch_size, cache_folder, show_progress, ranks, layers)
     num_own = num_texts + len(copies)
     router = prompts.active.router
     labels = torch.tensor(data.labels)

@@ -6,7 +6,13 @@ import json
 import pytest
 import torch
 
-from mediator_peft.evaluation.routing_report import confusion, detection, histograms, write_routing_report
+from mediator_peft.evaluation.routing_report import (
+    confusion,
+    detection,
+    histograms,
+    risk_coverage,
+    write_routing_report,
+)
 from mediator_peft.routing.calibration import Evidence, calibrate
 from mediator_peft.routing.routers import ROUTERS
 
@@ -63,3 +69,11 @@ def test_a_fit_becomes_files(tmp_path):
     assert (tmp_path / "report" / "routing.png").stat().st_size > 5000
     for name in ("reliability.csv", "uncertainty.csv"):
         assert len((tmp_path / "report" / name).read_text().splitlines()) > 5
+
+
+def test_risk_and_coverage_by_hand():
+    # By uncertainty 0, .3, .5, .6, 1: right, wrong, background, right, background.
+    assert risk_coverage(evidence()) == [
+        (pytest.approx(share), pytest.approx(risk))
+        for share, risk in ((0.2, 0), (0.4, 1 / 2), (0.6, 2 / 3), (0.8, 2 / 4), (1.0, 3 / 5))
+    ]

@@ -102,20 +102,12 @@ def test_explanations_take_texts_chats_and_ids(build, topics, chat_tokenizer):
 
 def test_features_are_computed_once(build, topics, tokenizer, tmp_path, monkeypatch):
     model = build()
-<<<<<<< HEAD
-    seen, read = [], model.prompt_router.features
-    monkeypatch.setattr(model.prompt_router, "features", lambda ids, mask: seen.append(len(ids)) or read(ids, mask))
-=======
-    tuner = model.base_model
-    seen = []
-    router = type(tuner.prompt_router)
-    original = router.features_at
+    seen, read = [], model.prompt_router.features_at
     monkeypatch.setattr(
-        router,
+        model.prompt_router,
         "features_at",
-        lambda self, ids, mask, layers: seen.append(len(ids)) or original(self, ids, mask, layers),
+        lambda ids, mask, layers: seen.append(len(ids)) or read(ids, mask, layers),
     )
->>>>>>> b9fed42 (Routing reads the user's text alone, at a depth chosen by cross-validation, and the route can be taken from the context)
     texts = {name: topics[name] for name in ("math", "code")}
     one = model.fit_router(texts, tokenizer, cache_folder=tmp_path / "cache", variations=False)
     count = sum(seen)
