@@ -98,7 +98,7 @@ def histograms(evidence: Evidence) -> tuple[list[float], list[int], list[int]]:
 
 
 def risk_coverage(evidence: Evidence) -> list[tuple[float, float]]:
-    """Risk against coverage when prompts are given to experts in the order of their OOD scores (El-Yaniv & Wiener 2010).
+    """Risk against coverage when prompts go to experts in the order of their OOD scores (El-Yaniv & Wiener 2010).
 
     Coverage is the share of all held-out prompts, known and background, that reach an expert; risk the share of these
     that should not have: background prompts, and known prompts whose best-scored expert is another.
