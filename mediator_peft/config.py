@@ -126,9 +126,10 @@ class MediatorSettings:
     router: str = "gaussian"
     """A key of ``ROUTERS``."""
 
-    router_layer: int | None = None
-    """The router reads the backbone's hidden state after this many blocks; 0 is the embedding. ``None`` takes a tenth
-    of the depth."""
+    router_layer: int | str | None = "auto"
+    """The router reads the backbone's hidden state after this many blocks; 0 is the embedding. ``"auto"`` has the fit
+    choose among up to half of the blocks, by how well other wordings and left-out background families are told apart.
+    ``None`` takes a tenth of the depth, which is cheap."""
 
     routing_turn: str = "last"
     """What of a chat decides its route, where its turns can be told apart: the ``"last"`` user turn (each turn is
@@ -136,6 +137,9 @@ class MediatorSettings:
 
     ood_alpha: float = 0.01
     """Share of known prompts that may be taken for unknown, in (0, 1)."""
+
+    ood_beta: float = 0.05
+    """Share of unknown prompts that may reach an expert, in (0, 1)."""
 
     routing_top_p: float = 0.5
     """The gate keeps the fewest experts whose probability reaches this, in (0, 1]; 1.0 keeps all. At 0.5 an expert more
@@ -169,6 +173,13 @@ class MediatorSettings:
 
     turn_markers: list[list[int]] | None = None
     """Token ids that open and close a user turn. Written when the router is fitted."""
+
+    prompt_form: dict[str, list[int]] | None = None
+    """How prompts are brought to one form for routing: see ``tuner/prompt_form.py``. Written when the router is fitted;
+    ``None`` in adapters of earlier versions, whose prompts are read with their chat markers."""
+
+    fitted_router_layer: int | None = None
+    """After how many blocks the fitted router reads the hidden state. Written when it is fitted."""
 
     backbone_fingerprint: dict[str, Any] | None = None
     """Shapes and sampled values of the backbone the deltas belong to. Written by the build."""
@@ -241,8 +252,10 @@ class MediatorSettings:
             yield (f"ood_alpha must be in (0, 1), got {self.ood_alpha!r}. 0.01 lets 1 known prompt in 100 fall back.")
         if not (isinstance(self.conflict_threshold, (int, float)) and isfinite(self.conflict_threshold)):
             yield f"conflict_threshold must be a finite number, got {self.conflict_threshold!r}."
-        if self.router_layer is not None and (isinstance(self.router_layer, bool) or not _is_count(self.router_layer)):
-            yield f"router_layer must be a whole number of blocks, 0 or more, got {self.router_layer!r}."
+        if not (_is_share(self.ood_beta) and self.ood_beta < 1):
+            yield f"ood_beta must be in (0, 1), got {self.ood_beta!r}. 0.05 lets 5 unknown prompts in 100 pass."
+        if self.router_layer not in (None, "auto") and not _is_count(self.router_layer):
+            yield f"router_layer must be 'auto' or a whole number of blocks, 0 or more, got {self.router_layer!r}."
         if not _is_count(self.seed) or self.seed >= 2**63:
             yield f"seed must be a whole number, 0 or more and below 2**63, got {self.seed!r}."
         targets = self.target_modules

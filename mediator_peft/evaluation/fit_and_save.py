@@ -13,7 +13,7 @@ from typing import Any
 from ..checkpoints.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_raw_config
 from ..progress import bar_progress
 from ..ranks import Ranks
-from ..tuner.fitting import our_background
+from ..routing.background import user_families
 from .outcomes import judge_outcomes
 from .prompts import TaskItem, render
 from .routing_report import write_routing_report
@@ -27,6 +27,7 @@ def fit_and_save(
     use_template: bool = True,
     batch_size: int = 16,
     answered: Sequence[TaskItem] = (),
+    background: str | None = None,
 ) -> dict[str, Any]:
     """Fit a model's router on prompts rendered as in use, and put it into the adapter file it was loaded from.
 
@@ -41,7 +42,8 @@ def fit_and_save(
         batch_size: prompts at once.
         answered: other prompts, with answers. The router is first fitted without them, then again with those that the
             nearest expert answers right and the fallback does not among its prompts, and those of which the opposite
-            is true among the ordinary ones.
+            is true among the background prompts, as a family of their own.
+        background: a JSONL or text file of prompts that belong to no expert, added to the library's.
 
     Returns:
         What ``routing.json`` holds: the calibration report as plain data, and how well ordinary prompts are told apart.
@@ -50,18 +52,20 @@ def fit_and_save(
     some = next((text for texts in prompts.values() for text in texts), "")
     encode = partial(tokenizer, add_special_tokens=render(tokenizer, some, use_template).add_special_tokens)
 
-    def fit(prompts: Mapping[str, Sequence[str]], background: Sequence[str] | None) -> Any:
+    own = {} if background is None else user_families(background)
+
+    def fit(prompts: Mapping[str, Sequence[str]], background: Mapping[str, Sequence[str]]) -> Any:
         texts = {name: [render(tokenizer, text, use_template).text for text in some] for name, some in prompts.items()}
         options: dict[str, Any] = {"batch_size": batch_size, "show_progress": True, "over_ranks": True}
-        return model.fit_router(texts, encode, background=background, **options)
+        return model.fit_router(texts, encode, background=background or None, **options)
 
-    report, outcomes = fit(prompts, None), None
+    report, outcomes = fit(prompts, own), None
     if answered:
         with bar_progress("answering prompts", 2 * len(answered)) as advance:
             shared: dict[str, Any] = {"use_template": use_template, "batch_size": batch_size, "ranks": Ranks()}
             outcomes = judge_outcomes(model, tokenizer, answered, advance=advance, **shared)
         more = {name: [*texts, *outcomes.experts[name]] for name, texts in prompts.items()}
-        report = fit(more, [*our_background(encode), *outcomes.ordinary])
+        report = fit(more, {**own, "answered by the base alone": outcomes.ordinary})
 
     def save() -> dict[str, Any]:
         save_router(model, adapter)

@@ -54,7 +54,7 @@ def plan_merge(job: Job, config: MediatorSettings, plan: Sequence[BlockPlan] | N
     layers = {layer.name: layer for layer in select_layers(job.structure, config.target_modules)}
     if isinstance(config.routed_layers, (list, tuple)):
         check_block_numbers(config.routed_layers, job.structure.num_blocks)
-    if config.router_layer is not None and config.router_layer > job.structure.num_blocks:
+    if isinstance(config.router_layer, int) and config.router_layer > job.structure.num_blocks:
         raise ConfigError(
             f"router_layer {config.router_layer} is beyond this model, which has {job.structure.num_blocks} blocks."
         )

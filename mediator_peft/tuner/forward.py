@@ -129,11 +129,15 @@ class RoutedForward:
         return (input_ids != pad).long()
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        spec = kwargs.pop("expert_weights", None)
-        if self.adapters_off or not self._active.exists or (spec is None and self._starts_reading(args, kwargs)):
+        spec, context = kwargs.pop("expert_weights", None), kwargs.pop("context_mask", None)
+        if (
+            self.adapters_off
+            or not self._active.exists
+            or (spec is None and self._starts_reading(args, kwargs, context))
+        ):
             self._post(None)
         else:
-            self._post(self._layer_route(spec, args, kwargs))
+            self._post(self._layer_route(spec, args, kwargs, context))
         return args, kwargs
 
     def _post(self, route: LayerRoute | None) -> None:
@@ -151,7 +155,7 @@ class RoutedForward:
         route = self._board.route
         return hidden if route is None or route.gradient is None else anchor(hidden, route)
 
-    def _starts_reading(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _starts_reading(self, args: tuple[Any, ...], kwargs: dict[str, Any], context: Tensor | None) -> bool:
         """Have the route decided half-way, where this forward pass allows for it."""
         pending = self._board.pending
         inputs: Any = kwargs.get("input_ids", args[0] if args else None)
@@ -161,8 +165,10 @@ class RoutedForward:
         if mask is None or is_part or not self._prompts.single_pass_routing:
             return False
         self._prompts.fitted_router()
-        prompt = without_answers(inputs, mask, kwargs.get("labels"))
-        pooled = self._prompts.routed_tokens(inputs, mask if prompt is None else prompt)
+        prompt = prompt_mask(inputs, mask, kwargs.get("labels"), context)
+        pooled = self._prompts.tokens_in_place(inputs, mask if prompt is None else prompt)
+        if pooled is None:
+            return False
 
         def decide(hidden: Tensor) -> None:
             table = self._prompts.judge(mean_over_tokens(hidden, pooled)).expert_weights
@@ -190,7 +196,9 @@ class RoutedForward:
         for layer in self._active.layers.values() if experts else ():
             layer.let_go(experts)
 
-    def _layer_route(self, spec: ExpertWeights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerRoute:
+    def _layer_route(
+        self, spec: ExpertWeights, args: tuple[Any, ...], kwargs: dict[str, Any], context: Tensor | None
+    ) -> LayerRoute:
         inputs = kwargs.get("input_ids", args[0] if args else None)
         self._active.check_loaded()
         rows = inputs if inputs is not None else kwargs.get("inputs_embeds")
@@ -204,15 +212,15 @@ class RoutedForward:
             return self._made_route(self._active.table(spec), len(rows), False)
         if request is not None:
             return self._made_route(request, len(rows), True)
-        return self._made_route(self._route_forward(inputs, kwargs), len(rows), False)
+        return self._made_route(self._route_forward(inputs, kwargs, context), len(rows), False)
 
-    def _route_forward(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+    def _route_forward(self, input_ids: Tensor | None, kwargs: dict[str, Any], context: Tensor | None) -> Tensor:
         known = _cache_weights(kwargs.get("past_key_values"))
         if known is not None:
             return known
         if input_ids is None:
             raise RoutingError("prompts are routed by their token ids; with inputs_embeds give expert_weights=.")
-        mask = without_answers(input_ids, kwargs.get("attention_mask"), kwargs.get("labels"))
+        mask = prompt_mask(input_ids, kwargs.get("attention_mask"), kwargs.get("labels"), context)
         return self._prompts.route(input_ids, mask).expert_weights
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -225,6 +233,33 @@ class RoutedForward:
                 _tag_cache(cache, route.expert_weights)
         if not torch.is_grad_enabled():
             self._board.route = None
+
+
+def prompt_mask(
+    input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, context_mask: Tensor | None
+) -> Tensor | None:
+    """The mask of the tokens that a route is taken from: what ``context_mask`` says, or else all but the labels.
+
+    Args:
+        input_ids: (B, T)
+        attention_mask: (B, T) or None.
+        labels: (B, T), -100 where no loss is taken; or None.
+        context_mask: (B, T), 1 for tokens of the prompt; or None.
+
+    Raises:
+        RoutingError: the context mask has another shape, or a row of it is empty.
+    """
+    if context_mask is None:
+        return without_answers(input_ids, attention_mask, labels)
+    if context_mask.shape != input_ids.shape:
+        raise RoutingError(
+            f"context_mask has shape {tuple(context_mask.shape)}, input_ids {tuple(input_ids.shape)}: give one entry a "
+            "token, 1 for the prompt's and 0 for the answer's."
+        )
+    mask = context_mask if attention_mask is None else context_mask.to(attention_mask) * attention_mask
+    if bool((mask.sum(dim=1) == 0).any()):
+        raise RoutingError("context_mask leaves a row without any token: a route needs a prompt of one token at least.")
+    return mask
 
 
 def without_answers(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Tensor | None:
