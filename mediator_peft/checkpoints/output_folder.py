@@ -30,8 +30,11 @@ _OWNER = "folder"
 _PATIENCE = 1.0
 """Seconds for which the workers of a killed build may still hold its folder."""
 
+EXTRA_TEMPLATES = "additional_chat_templates"
+"""Folder of chat templates for special uses."""
+
 # What makes a checkpoint folder complete besides weights and config.json.
-_SIDE_FILES = (
+SIDE_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -348,7 +351,7 @@ def copy_side_files(source: Path, target: Path) -> None:
         CheckpointError: one of them cannot be read.
         OSError: one of them cannot be written.
     """
-    for name in _SIDE_FILES:
+    for name in SIDE_FILES:
         path = source / name
         if not path.is_file():
             continue
@@ -362,7 +365,7 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 def side_files_size(source: Path) -> int:
     """Bytes that :func:`copy_side_files` copies."""
-    return sum((source / name).stat().st_size for name in _SIDE_FILES if (source / name).is_file())
+    return sum((source / name).stat().st_size for name in SIDE_FILES if (source / name).is_file())
 
 
 def copy_model_config(folder: Path, base: Checkpoint, dtype: torch.dtype) -> None:

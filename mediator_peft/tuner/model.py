@@ -400,7 +400,7 @@ class MediatorModel(BaseTuner):
 
     def set_backbone(self, path: str) -> None:
         """Say where the backbone lies (folder or hub id), so that ``save_pretrained`` need not write it."""
-        self.adapter_files.backbone_path = path
+        self.adapter_files.know_backbone(path, None)
 
     @classmethod
     def _get_adapter_state_dict(
