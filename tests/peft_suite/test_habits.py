@@ -175,7 +175,7 @@ def test_safe_merge_finds_nan_before_it_writes(bases, where):
         layer = model.get_submodule("base_model.model.model.layers.2.mlp.up_proj")
         layer.bank("default")._buffers["math:scales"][0] = torch.nan
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(AdapterError, match="NaNs detected in the merged weights. The adapter default seems"):
+        with pytest.raises(AdapterError, match=r"NaNs detected in the merged weights\. The adapter default seems"):
             merge(safe_merge=True, expert_weights="math")
     after = get_base_model_state_dict(model)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
