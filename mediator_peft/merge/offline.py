@@ -18,7 +18,7 @@ from ..checkpoints.backbone_files import BackboneFiles
 from ..checkpoints.checksums import CARD, write_checksums
 from ..checkpoints.fingerprint import sample
 from ..checkpoints.lora import LoraCheckpoint
-from ..checkpoints.opening import Checkpoint, FolderCheckpoint, MeanCheckpoint, open_checkpoints
+from ..checkpoints.opening import Checkpoint, MeanCheckpoint, open_checkpoints
 from ..checkpoints.output_folder import (
     JOURNAL,
     check_free,
@@ -233,14 +233,14 @@ class _Build:
         self.pieces.join(routed, adapter / WEIGHTS_FILE)
         copy_model_config(folder, base, self.merge.job.dtype)
         source = base.members[0] if isinstance(base, MeanCheckpoint) else base
-        if isinstance(source, FolderCheckpoint):
+        if source.folder is not None:
             copy_side_files(source.folder, folder)
         built.base_model_name_or_path = ".."
         write_config(adapter, built)
         write_provenance(adapter, self.merge, self.digests)
         report.output = target
         report.seconds = time.perf_counter() - started
-        terms = licence(source.folder) if isinstance(source, FolderCheckpoint) else None
+        terms = None if source.folder is None else licence(source.folder)
         (adapter / CARD).write_text(model_card(built, report, terms), encoding="utf-8")
         (folder / CARD).write_text(output_card(built, terms), encoding="utf-8")
         report.files = {

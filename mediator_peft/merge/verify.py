@@ -17,11 +17,12 @@ from ..checkpoints.adapter_files import WEIGHTS_FILE, backbone_of, bank_key, fin
 from ..checkpoints.checksums import accept_files, all_problems
 from ..checkpoints.fingerprint import check_fingerprint
 from ..checkpoints.lora import LoraCheckpoint
+from ..checkpoints.name_mapping import named_as_in_model
 from ..checkpoints.opening import Checkpoint, open_checkpoint
 from ..checkpoints.tensor_inventory import outline_of
 from ..checkpoints.tied_head import supply_head
 from ..config import MediatorSettings
-from ..errors import AdapterError, BackboneMismatchError, CheckpointError
+from ..errors import AdapterError, BackboneMismatchError, CheckpointError, UnsupportedError
 from .builder import single_thread
 from .tensor_work import deltas_needed
 
@@ -82,10 +83,13 @@ def verify_mediator(
     _check_adapter(adapter, found)
     try:
         backbone = open_checkpoint(str(folder), "the backbone")
-    except CheckpointError as fault:
+        outline = outline_of(backbone)
+        backbone = named_as_in_model(backbone, outline)
+    except (CheckpointError, UnsupportedError) as fault:
         found.problems.append(str(fault))
         return found
     _check_fingerprint(backbone, config, found)
+    transposed = {layer.name for layer in outline.structure.layers if layer.is_transposed}
     for name, other in (against or {}).items():
         if name not in config.columns:
             raise AdapterError(f"this adapter has no expert {name!r}; it has {config.columns}.")
@@ -93,14 +97,15 @@ def verify_mediator(
         if isinstance(expert, LoraCheckpoint):
             if base is None:
                 raise CheckpointError(f"expert {name!r} is a LoRA: give its base as well (base=).")
-            source = open_checkpoint(str(base), "base", allow_pickle)
+            source = named_as_in_model(open_checkpoint(str(base), "base", allow_pickle), outline)
             supply_head(source, backbone.tensors)
             expert.bind(source, {})
         else:
+            expert = named_as_in_model(expert, outline)
             supply_head(expert, backbone.tensors)
         try:
             with single_thread():
-                found.differences[name] = _compare(backbone, expert, adapter, config, name)
+                found.differences[name] = _compare(backbone, expert, adapter, config, name, transposed)
         except (AdapterError, OSError) as fault:
             found.problems.append(f"expert {name!r}: {fault}")
     return found
@@ -162,11 +167,15 @@ def _check_fingerprint(backbone: Checkpoint, config: MediatorSettings, found: Ve
 
 
 def _compare(
-    backbone: Checkpoint, expert: Checkpoint, adapter: Path, config: MediatorSettings, column: str
+    backbone: Checkpoint,
+    expert: Checkpoint,
+    adapter: Path,
+    config: MediatorSettings,
+    column: str,
+    transposed: set[str],
 ) -> dict[str, Any]:
     """Backbone plus the whole delta, against the expert rounded to the backbone's dtype."""
     layers = set(config.routed_modules or ())
-    transposed = _transposed(backbone)
     has_delta = column in deltas_needed(config)
     largest, where, norm, distance = 0.0, "", 0.0, 0.0
     with safe_open(adapter / WEIGHTS_FILE, framework="pt") as file:
@@ -202,7 +211,3 @@ def _delta(
     delta = bank.get(column)
     assert delta is not None
     return delta.dense().T if is_transposed else delta.dense()
-
-
-def _transposed(backbone: Checkpoint) -> set[str]:
-    return {layer.name for layer in outline_of(backbone).structure.layers if layer.is_transposed}

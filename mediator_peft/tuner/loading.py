@@ -18,6 +18,7 @@ from ..checkpoints.checksums import FileCheck, damage_message, saved_at
 from ..checkpoints.folders import INDEX_FILE
 from ..checkpoints.headers import read_json
 from ..checkpoints.replacing import finish_replacing
+from ..checkpoints.tensor_inventory import auto_class, is_known
 from ..config import shortened
 from ..errors import AdapterError, MediatorError
 from .config import MediatorConfig
@@ -149,8 +150,6 @@ def load_backbone(path: str, config: MediatorConfig, kwargs: dict[str, Any]) -> 
     Raises:
         AdapterError: a file cannot be read, or its tensors are not those of the model that config.json describes.
     """
-    from transformers import AutoModelForCausalLM
-
     if not Path(path).is_dir() and (path.startswith((".", "~")) or Path(path).is_absolute()):
         raise AdapterError(
             f"the backbone's folder {path!r} is not there. Move it back, or write where it lies as "
@@ -160,7 +159,7 @@ def load_backbone(path: str, config: MediatorConfig, kwargs: dict[str, Any]) -> 
     _check_depth(Path(path), config)
     wanted = {**kwargs, "output_loading_info": True}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **wanted)
+        loaded: Any = _backbone_class(path).from_pretrained(path, **wanted)
     except (OSError, SafetensorError) as fault:
         raise AdapterError(f"the backbone {path!r} cannot be loaded: {_reason(fault)}") from fault
     except RuntimeError as fault:
@@ -248,6 +247,19 @@ def _check_depth(folder: Path, config: MediatorConfig) -> None:
 
 def _reason(fault: BaseException) -> str:
     return " ".join(shortened(fault, 400).split()) or type(fault).__name__
+
+
+def _backbone_class(path: str) -> Any:
+    """The class of transformers that loads a backbone; the usual one where its ``config.json`` is not at hand."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if is_known(read_json(Path(path) / "config.json")):
+        return AutoModelForCausalLM
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError):
+        return AutoModelForCausalLM  # it says itself what is wrong
+    return auto_class(config)
 
 
 def check_weights_file(folder: Path) -> None:

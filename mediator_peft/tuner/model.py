@@ -26,6 +26,7 @@ from ..routing.calibration_data import Columns
 from ..routing.explain import Explanation
 from ..routing.gate import RouteOutput
 from ..routing.routers import Router
+from ..structure import reads_weight_of
 from .build_in_memory import build_in_memory
 from .config import MediatorConfig
 from .editing import add_expert, remove_expert
@@ -126,6 +127,8 @@ class MediatorModel(BaseTuner):
         if not isinstance(layer, MediatorLayer):
             kind = MediatorEmbedding if isinstance(target, nn.Embedding) else MediatorLayer
             layer = kind(target, self.board)
+            owner: Any = type(parent)
+            layer.weight_is_read = reads_weight_of(owner, target_name)
             self._replace_module(parent, target_name, layer, target)
         bank = layer.add_bank(adapter_name, peft_config.encoding)
         quantization = quantization_of(layer.base_layer)

@@ -35,6 +35,7 @@ from ..checkpoints.fingerprint import (
 )
 from ..checkpoints.output_folder import copy_side_files, write_model_config
 from ..checkpoints.replacing import final_place, replaced_together
+from ..checkpoints.tensor_inventory import tied_names
 from ..errors import AdapterError, UnsupportedError
 from ..merge.model_card import model_card
 from ..merge.tensor_work import deltas_stored
@@ -284,7 +285,7 @@ def storage_dtype(config: MediatorConfig) -> torch.dtype:
 def save_backbone(model: Any, folder: Path, config: MediatorConfig) -> None:
     """Write the backbone as an ordinary checkpoint, in the dtype it was rounded to."""
     stored = storage_dtype(config)
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
+    tied = tied_names(model)
     state = {name: tensor.to(stored) for name, tensor in backbone_state(model).items() if name not in tied}
     folder.mkdir(parents=True, exist_ok=True)
     files = BackboneFiles(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, stored)
