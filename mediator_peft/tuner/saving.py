@@ -192,10 +192,12 @@ class AdapterFiles:
 
     def _change_of_backbone(self, known: str, config: MediatorConfig) -> str | None:
         """What differs between the backbone in memory and that in its folder; None where nothing does."""
-        state = backbone_state(self._model)
+        coded = _coded_weights(self._model)
+        state = {name: tensor for name, tensor in backbone_state(self._model).items() if name not in coded}
         if Path(known).is_dir():
             return difference_from_files(state, Path(known))
-        return difference_from_sample(state, config.backbone_fingerprint or {})
+        expected = {name: kept for name, kept in (config.backbone_fingerprint or {}).items() if name not in coded}
+        return difference_from_sample(state, expected)
 
     def _write_backbone(self, folder: Path, config: MediatorConfig, known: str | None) -> str:
         """The backbone beside the adapter, or for a checkpoint of a training run beside all checkpoints."""
@@ -268,7 +270,8 @@ def refuse_quantized(model: nn.Module) -> None:
     Raises:
         UnsupportedError: it is quantised, or parts of it are not in memory.
     """
-    odd = [name for name, tensor in backbone_state(model).items() if not holds_numbers(tensor)]
+    coded = _coded_weights(model)
+    odd = [name for name, tensor in backbone_state(model).items() if name in coded or not holds_numbers(tensor)]
     if odd:
         raise UnsupportedError(
             f"the backbone has to be saved with the adapter, and {odd[0]!r} is quantised or offloaded. Load the "

@@ -56,17 +56,16 @@ def make_output(folder: Path) -> Path:
     return folder / "out"
 
 
-def result(out: Path, verify_files: bool = True) -> tuple[object, ...]:
-    """All that an output says of a few prompts."""
+def result(out: Path, verify_files: bool = True, renders: bool = True) -> tuple[object, ...]:
+    """All that an output says of a few prompts, with ``renders`` those of a chat among them."""
     model, tokenizer = load_mediator(out, verify_files=verify_files)
-    has_checksums = verify_files and (out / "mediator" / CHECKSUM_FILE).exists()
     prompts = random_prompts(2)
     with torch.no_grad():
         route = model.route(prompts)
         logits = [model(prompts, expert_weights=name).logits for name in ("math", "code", "base")]
     chat = None
     # A template is compiled when a chat is rendered; a damaged one is seen before that by its checksum alone.
-    if tokenizer is not None and has_checksums:
+    if tokenizer is not None and renders:
         chat = tokenizer.apply_chat_template([{"role": "user", "content": "w7 w8 w60"}], tokenize=False)
         chat = (chat, tokenizer("w7 w8 w60")["input_ids"])
     return (*(tensor.tolist() for tensor in (*route[:3], *logits)), chat, model.generation_config.to_dict())
@@ -225,10 +224,10 @@ def mutate(out: Path, draw: random.Random) -> str:
 # --- outcome ----------------------------------------------------------------------------------------------------------
 
 
-def outcome(out: Path, expected: tuple[object, ...], verify_files: bool) -> tuple[str, str]:
+def outcome(out: Path, expected: tuple[object, ...], verify_files: bool, renders: bool) -> tuple[str, str]:
     """Class of outcome, and what there is to say of it."""
     try:
-        found = result(out, verify_files)
+        found = result(out, verify_files, renders)
     except MediatorError as fault:
         return OUR_ERROR, str(fault).splitlines()[0]
     except Exception as fault:
@@ -254,7 +253,8 @@ def run(
     whole = make_output(folder)
     if forget:
         (whole / "mediator" / CHECKSUM_FILE).unlink()
-    expected = result(whole, verify_files)
+    renders = verify_files and not forget
+    expected = result(whole, verify_files, renders)
     counts: Counter[str] = Counter()
     faults = []
     for number in range(seed, seed + count):
@@ -262,7 +262,7 @@ def run(
         shutil.rmtree(damaged, ignore_errors=True)
         shutil.copytree(whole, damaged)
         kind = mutate(damaged, random.Random(number))
-        found, why = outcome(damaged, expected, verify_files)
+        found, why = outcome(damaged, expected, verify_files, renders)
         counts[found] += 1
         if found == OTHER or (found == DIFFERENT and verify_files and not forget):
             faults.append(f"seed {number}, {kind}: {found} {why}")

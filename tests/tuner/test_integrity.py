@@ -21,6 +21,7 @@ from mediator_peft.checkpoints.checksums import CHECKSUM_FILE, read_checksums
 from mediator_peft.checkpoints.replacing import finish_replacing, replaced_together
 from mediator_peft.errors import AdapterError, UnsupportedError
 from mediator_peft.evaluation.fit_and_save import save_router
+from mediator_peft.merge.model_card import model_card
 from mediator_peft.merge.verify import accept_output
 
 from .conftest import build_and_fit
@@ -471,3 +472,31 @@ def test_a_router_and_its_report_are_saved_together(tmp_path, topics, tokenizer)
     assert (adapter / "README.md").read_text() == "notes"
     assert {entry.name for entry in (adapter / "report").iterdir()} >= {"routing.json", "report.json"}
     assert not list(tmp_path.rglob(".mediator*"))
+
+
+def test_the_cards_name_base_licence_and_merge(tmp_path):
+    paths = write_tiny_checkpoints(tmp_path / "checkpoints")
+    (paths["base"] / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    experts = {name: path for name, path in paths.items() if name != "base"}
+    build_mediator(paths["base"], experts, tmp_path / "out", MediatorConfig(density=0.3))
+    for card in (tmp_path / "out" / "README.md", tmp_path / "out" / "mediator" / "README.md"):
+        header = card.read_text().split("---")[1]
+        assert "license: apache-2.0" in header
+        assert "merge," in header
+        # A folder of this machine is nothing that the hub could link to.
+        assert "base_model" not in header
+    hub = MediatorConfig(density=0.3)
+    hub.provenance = {"base": "org/base@abc", "experts": {"a": "org/a"}}
+    assert "base_model:\n- org/base\n- org/a\n" in model_card(hub, None)
+
+
+def test_what_is_pushed_takes_its_backbone_along(tmp_path, out):
+    model, _ = load_mediator(out)
+    with model.base_model.adapter_files.taking_backbone_along():
+        model.save_pretrained(tmp_path / "pushed")
+    expected = model(random_prompts(), expert_weights="math").logits
+    shutil.move(out, tmp_path / "gone")
+    again, tokenizer = load_mediator(tmp_path / "pushed")
+    assert torch.equal(again(random_prompts(), expert_weights="math").logits, expected)
+    assert tokenizer is not None
+    assert model.base_model.adapter_files.backbone_path == str(out)
