@@ -42,6 +42,7 @@ def add_expert(
     batch_size: int = 16,
     max_length: int = 2048,
     reset_router: bool = False,
+    background: Any = None,
 ) -> None:
     """Add one expert to a built model.
 
@@ -60,6 +61,7 @@ def add_expert(
         batch_size: texts per forward pass.
         max_length: longer texts are cut after this many tokens.
         reset_router: leave the router unfitted, to be fitted again with texts of all experts.
+        background: background prompts of yours, as for ``fit_router``; None takes those of the last fit.
 
     Raises:
         ConfigError: the name cannot be used.
@@ -71,7 +73,17 @@ def add_expert(
     config = active.config
     _check_name(name, config)
     deltas = _deltas(active, name, checkpoint)
-    router = _extended(prompts, name, texts, tokenizer, text_column, batch_size, max_length, reset_router)
+    router = _extended(
+        prompts,
+        name,
+        texts,
+        tokenizer,
+        text_column,
+        batch_size,
+        max_length,
+        reset_router,
+        prompts.background if background is None else background,
+    )
     layers = active.layers
     for layer, delta in deltas.items():
         layers[layer].bank(active.name).put(name, delta)
@@ -200,6 +212,7 @@ def _extended(
     batch_size: int,
     max_length: int,
     reset_router: bool,
+    background: Any,
 ) -> Router:
     """A copy of the router that knows the new expert."""
     config, router = prompts.active.config, prompts.active.router
@@ -218,7 +231,7 @@ def _extended(
     varied = varied_rows(config, tokenizer, rows, max_length)
     against = None
     if router.rule is not None:
-        against = negative_rows(config, tokenizer, data, rows, None, True, max_length)
+        against = negative_rows(config, tokenizer, data, rows, background, True, max_length)
         others = against.rows
     else:
         # A router that was fitted without ordinary prompts takes no neighbours.
@@ -260,8 +273,8 @@ def extend_router(
     rule = router.rule
     if rule is not None and negatives is None:
         raise RoutingError(
-            "the router has a decision rule, and the tokenizer can read none of the library's background prompts. Use "
-            "reset_router=True and fit it again with background prompts of yours."
+            "the router has a decision rule, and the tokenizer can read none of the library's background prompts. Give "
+            "yours: background=[...], or use reset_router=True and fit it again."
         )
     novelty, distance = (torch.zeros(len(features), device=features.device) for _ in range(2))
     for fold in folds.unique().tolist():

@@ -64,6 +64,7 @@ def fit_router(
     names = list(config.expert_names or ())
     data = read_texts(dataset, names, tokenizer, columns, max_samples, config.seed, split)
     prompts.learn_turns(tokenizer)
+    prompts.background = background
     rows = token_rows(tokenizer, data.texts, max_length)
     num_texts = len(rows)
     copies = varied_rows(config, tokenizer, rows, max_length) if variations else []

@@ -125,6 +125,8 @@ class PromptRouter:
         self.tap = BlockTap()
         self.feature_caches: dict[tuple[str, str], FeatureCache] = {}
         """Features of calibration texts: (what they depend on, folder) → cache."""
+        self.background: Any = None
+        """The user's background prompts at the last fit, for experts that are added later; not saved."""
         self._board = board
         self._blocks: nn.ModuleList | None = None
 
