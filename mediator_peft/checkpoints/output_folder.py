@@ -354,10 +354,9 @@ def copy_side_files(source: Path, target: Path) -> None:
         CheckpointError: one of them cannot be read.
         OSError: one of them cannot be written.
     """
-    for name in SIDE_FILES:
+    for name in _side_files(source):
         path = source / name
-        if not path.is_file():
-            continue
+        (target / name).parent.mkdir(exist_ok=True)
         try:
             with open(path, "rb"):
                 pass
@@ -368,7 +367,14 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 def side_files_size(source: Path) -> int:
     """Bytes that :func:`copy_side_files` copies."""
-    return sum((source / name).stat().st_size for name in SIDE_FILES if (source / name).is_file())
+    return sum((source / name).stat().st_size for name in _side_files(source))
+
+
+def _side_files(source: Path) -> list[str]:
+    """Side files that a folder has, its named chat templates among them."""
+    templates = sorted(path.name for path in (source / EXTRA_TEMPLATES).glob("*") if path.is_file())
+    found = [name for name in SIDE_FILES if (source / name).is_file()]
+    return found + [f"{EXTRA_TEMPLATES}/{name}" for name in templates]
 
 
 def copy_model_config(folder: Path, base: Checkpoint, dtype: torch.dtype) -> None:
