@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import PeftConfig, convert_to_lora
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
@@ -40,6 +42,8 @@ from .quantized import quantization_of
 from .routes import ExpertWeights, RequestBoard
 from .routing import ActiveAdapter, PromptRouter
 from .saving import AdapterFiles
+
+_WRITTEN_BY_FIT = ("turn_markers", "prompt_form", "fitted_router_layer")
 
 
 class MediatorModel(BaseTuner):
@@ -538,6 +542,24 @@ class MediatorModel(BaseTuner):
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
+
+    def get_extra_state(self) -> Tensor:
+        """What fitting wrote into the configurations, for a state dict: without it a fitted router reads other states.
+
+        Returns:
+            JSON as bytes, (N,) uint8, so that any file of tensors can hold it.
+        """
+        settings = {
+            adapter: {name: getattr(config, name) for name in _WRITTEN_BY_FIT}
+            for adapter, config in self.peft_config.items()
+        }
+        return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over what :meth:`get_extra_state` gave, for adapters of the same names."""
+        for adapter, settings in json.loads(bytes(state.tolist())).items():
+            for name in _WRITTEN_BY_FIT if adapter in self.peft_config else ():
+                setattr(self.peft_config[adapter], name, settings.get(name))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
