@@ -553,7 +553,7 @@ class MediatorModel(BaseTuner):
             adapter: {name: getattr(config, name) for name in _WRITTEN_BY_FIT}
             for adapter, config in self.peft_config.items()
         }
-        return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+        return torch.tensor(list(json.dumps(settings, sort_keys=True).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over what :meth:`get_extra_state` gave, for adapters of the same names."""
