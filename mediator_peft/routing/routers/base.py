@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -184,9 +184,7 @@ class Router(nn.Module, ABC):
         Raises:
             AdapterError: a tensor is missing, unknown or has a wrong size.
         """
-        shapes = {**self.shapes(), **_YARDSTICKS}
-        if "detector_weight" in stored:
-            shapes = {**shapes, **_RULE, "detector_weight": (self.num_experts, self.num_features)}
+        shapes = self._fitted_shapes(stored)
         if set(stored) != set(shapes):
             odd = sorted(set(stored) ^ set(shapes))
             raise AdapterError(f"the router in the adapter file lacks or has too many tensors: {odd}. Fit it again.")
@@ -203,6 +201,13 @@ class Router(nn.Module, ABC):
             self._set(name, shaped[name])
         self.check_known()
         return shaped
+
+    def _fitted_shapes(self, stored: Collection[str]) -> dict[str, tuple[int, ...]]:
+        """Name → shape of each tensor of a fitted state; with a decision rule where ``stored`` has one."""
+        shapes = {**self.shapes(), **_YARDSTICKS}
+        if "detector_weight" in stored:
+            shapes |= {**_RULE, "detector_weight": (self.num_experts, self.num_features)}
+        return shapes
 
     def check_known(self) -> None:
         """Refuse a yardstick whose parts do not fit together.
@@ -223,7 +228,7 @@ class Router(nn.Module, ABC):
     def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
         # Tensors and their sizes come with fitting: a fitted state makes them.
         stored = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
-        if set(stored) == {*self.shapes(), *_YARDSTICKS}:
+        if set(stored) == set(self._fitted_shapes(stored)):
             for name, tensor in stored.items():
                 self._set(name, tensor.to(torch.float32, copy=True))
         super()._load_from_state_dict(state_dict, prefix, *args)
