@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from math import isfinite
 from typing import Any
 
@@ -50,6 +51,11 @@ _PEFT_NAMES = {
 """What other PEFT methods call a field → what to use here."""
 
 _OLD_CHOICES = {"sparsifier": {"random": "dare"}}
+
+_SIMILAR = 0.75
+"""From this likeness on (``difflib``), an unknown name in a file is a misspelt one of ours."""
+
+_MOST_BLOCKS = 100_000
 
 _BUDGET = re.compile(r"\d+(\.\d+)?\s*(x|b|[kmgt]i?b)?")
 _EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\- ]{0,63}")
@@ -126,9 +132,10 @@ class MediatorSettings:
     router: str = "gaussian"
     """A key of ``ROUTERS``."""
 
-    router_layer: int | None = None
-    """The router reads the backbone's hidden state after this many blocks; 0 is the embedding. ``None`` takes a tenth
-    of the depth."""
+    router_layer: int | str | None = "auto"
+    """The router reads the backbone's hidden state after this many blocks; 0 is the embedding. ``"auto"`` has the fit
+    choose among up to half of the blocks, by how well other wordings and left-out background families are told apart.
+    ``None`` takes a tenth of the depth, which is cheap."""
 
     routing_turn: str = "last"
     """What of a chat decides its route, where its turns can be told apart: the ``"last"`` user turn (each turn is
@@ -136,6 +143,9 @@ class MediatorSettings:
 
     ood_alpha: float = 0.01
     """Share of known prompts that may be taken for unknown, in (0, 1)."""
+
+    ood_beta: float = 0.05
+    """Share of unknown prompts that may reach an expert, in (0, 1)."""
 
     routing_top_p: float = 0.5
     """The gate keeps the fewest experts whose probability reaches this, in (0, 1]; 1.0 keeps all. At 0.5 an expert more
@@ -169,6 +179,13 @@ class MediatorSettings:
 
     turn_markers: list[list[int]] | None = None
     """Token ids that open and close a user turn. Written when the router is fitted."""
+
+    prompt_form: dict[str, list[int]] | None = None
+    """How prompts are brought to one form for routing: see ``tuner/prompt_form.py``. Written when the router is fitted;
+    ``None`` in adapters of earlier versions, whose prompts are read with their chat markers."""
+
+    fitted_router_layer: int | None = None
+    """After how many blocks the fitted router reads the hidden state. Written when it is fitted."""
 
     backbone_fingerprint: dict[str, Any] | None = None
     """Shapes and sampled values of the backbone the deltas belong to. Written by the build."""
@@ -241,8 +258,10 @@ class MediatorSettings:
             yield (f"ood_alpha must be in (0, 1), got {self.ood_alpha!r}. 0.01 lets 1 known prompt in 100 fall back.")
         if not (isinstance(self.conflict_threshold, (int, float)) and isfinite(self.conflict_threshold)):
             yield f"conflict_threshold must be a finite number, got {self.conflict_threshold!r}."
-        if self.router_layer is not None and (isinstance(self.router_layer, bool) or not _is_count(self.router_layer)):
-            yield f"router_layer must be a whole number of blocks, 0 or more, got {self.router_layer!r}."
+        if not (_is_share(self.ood_beta) and self.ood_beta < 1):
+            yield f"ood_beta must be in (0, 1), got {self.ood_beta!r}. 0.05 lets 5 unknown prompts in 100 pass."
+        if self.router_layer not in (None, "auto") and not _is_count(self.router_layer):
+            yield f"router_layer must be 'auto' or a whole number of blocks, 0 or more, got {self.router_layer!r}."
         if not _is_count(self.seed) or self.seed >= 2**63:
             yield f"seed must be a whole number, 0 or more and below 2**63, got {self.seed!r}."
         targets = self.target_modules
@@ -356,30 +375,98 @@ def with_todays_names(settings: Mapping[str, Any], warn: Callable[[str, str], No
     return renamed
 
 
-def check_saved(fields_found: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+def check_saved(fields_found: Mapping[str, Any], own: Collection[str], others: Collection[str] = ()) -> dict[str, Any]:
     """Refuse a saved configuration that this version cannot read.
 
     Args:
         fields_found: what the file says.
-        known: names of fields that may be in it.
+        own: names of this library's fields.
+        others: names of PEFT's fields.
 
     Returns:
-        The fields under the names of today: files of former versions have other ones.
+        The fields under the names of today: files of former versions have other ones. Fields that are not known, such
+        as a newer PEFT may have added, are left out with a warning.
 
     Raises:
-        AdapterError: a newer format, or fields that are not known.
+        AdapterError: a newer format, values of the wrong type, or a misspelt name of a field.
     """
     version = fields_found.get("format_version", FORMAT_VERSION)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT_VERSION:
         raise AdapterError(
-            f"this adapter has format version {version}, this mediator_peft reads up to {FORMAT_VERSION}. "
-            "Upgrade it: pip install -U mediator_peft"
+            f"adapter_config.json: this adapter has format version {shortened(version)}, this mediator_peft reads up "
+            f"to {FORMAT_VERSION}. Upgrade it: pip install -U mediator_peft"
         )
-    renamed = with_todays_names(fields_found)
+    try:
+        renamed = with_todays_names(fields_found)
+    except ConfigError as fault:
+        raise AdapterError(f"adapter_config.json: {fault}") from fault
+    known = {*own, *others}
     unknown = [name for name in renamed if name not in known]
+    misspelt = [name for name in unknown if get_close_matches(name, own, n=1, cutoff=_SIMILAR)]
+    if misspelt:
+        raise AdapterError("\n".join(unknown_name(name, known, "field in adapter_config.json") for name in misspelt))
     if unknown:
-        raise AdapterError("\n".join(unknown_name(name, known, "field in adapter_config.json") for name in unknown))
-    return renamed
+        listed = ", ".join(repr(shortened(name)) for name in sorted(unknown))
+        warnings.warn(
+            f"adapter_config.json has fields that are not known here and are ignored: {listed}. A newer version of "
+            "PEFT may have written them; upgrade to use them.",
+            stacklevel=3,
+        )
+    faults = list(_saved_faults(renamed))
+    if faults:
+        raise AdapterError("adapter_config.json is damaged:\n" + "\n".join(faults))
+    return {name: value for name, value in renamed.items() if name in known}
+
+
+def shortened(value: object, length: int = 60) -> str:
+    """A value of a file as a message shows it."""
+    try:
+        text = str(value)
+    except (ValueError, RecursionError):  # an integer of very many digits, or deep nesting
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= length else text[:length] + "..."
+
+
+def _saved_faults(found: Mapping[str, Any]) -> Iterator[str]:
+    """What the build writes and a person does not: types and ranges, one message for each fault."""
+    experts = found.get("experts", {})
+    if not isinstance(experts, dict) or not _are_names([*experts, *experts.values()]):
+        yield "experts must give a path for each name."
+    for name in ("expert_names", "routed_modules"):
+        value = found.get(name)
+        if value is not None and not (isinstance(value, list) and _are_names(value) and len(set(value)) == len(value)):
+            yield f"{name} must be a list of different names, got {shortened(value)}."
+        elif value is not None and name == "expert_names":
+            yield from expert_name_faults(dict.fromkeys(value))
+    if found.get("routed_modules") is not None and not found.get("expert_names"):
+        yield "expert_names must name the experts of the deltas."
+    blocks, layer = found.get("num_blocks"), found.get("router_layer")
+    if blocks is not None and (not _is_count(blocks) or not 1 <= blocks <= _MOST_BLOCKS):
+        yield f"num_blocks must be a whole number of blocks, got {shortened(blocks)}."
+    elif blocks is not None and _is_count(layer) and layer > blocks:
+        yield f"router_layer {shortened(layer)} is beyond the model, which has {blocks} blocks."
+    markers = found.get("turn_markers")
+    if markers is not None and not (isinstance(markers, list) and all(_are_counts(marker) for marker in markers)):
+        yield f"turn_markers must be lists of token ids, got {shortened(markers)}."
+    sampled = found.get("backbone_fingerprint")
+    if sampled is not None and not (isinstance(sampled, dict) and all(_is_sample(entry) for entry in sampled.values())):
+        yield "backbone_fingerprint must give shape and values of tensors."
+    for name, kind in (("provenance", dict), ("base_model_name_or_path", str), ("conflict_threshold", (int, float))):
+        value = found.get(name)
+        if value is not None and not isinstance(value, kind):
+            yield f"{name} is {shortened(value)}, of the wrong type."
+    if isinstance(found.get("conflict_threshold"), int) and abs(found["conflict_threshold"]) > 2**53:
+        yield "conflict_threshold is too large."
+
+
+def _are_counts(value: object) -> bool:
+    return isinstance(value, list) and all(_is_count(number) and number < 2**63 for number in value)
+
+
+def _is_sample(entry: object) -> bool:
+    if not isinstance(entry, dict) or not _are_counts(entry.get("shape")) or not isinstance(entry.get("values"), list):
+        return False
+    return all(isinstance(value, (int, float)) and abs(value) < 2.0**1023 for value in entry["values"])
 
 
 def expert_name_faults(names: Mapping[str, object]) -> Iterator[str]:

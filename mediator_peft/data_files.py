@@ -41,7 +41,7 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError:
-        raise DataFileError(f"{os.fspath(path)!r} is no file. Check the path.") from None
+        raise DataFileError(f"no file {os.fspath(path)!r}. Check the path.") from None
     except (OSError, ValueError) as fault:
         reason = fault.strerror if isinstance(fault, OSError) else fault
         raise DataFileError(f"{os.fspath(path)!r} cannot be read: {reason}.") from fault

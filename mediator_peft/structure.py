@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
+from collections import Counter
 from collections.abc import Container, Iterable
-from typing import NamedTuple
+from copy import copy
+from functools import lru_cache
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from .errors import ConfigError, UnsupportedError
 
@@ -46,6 +54,18 @@ class Structure(NamedTuple):
     tied_head: str | None = None
     """Name of a ``lm_head`` whose weight is the embedding's."""
 
+    fused: tuple[str, ...] = ()
+    """Tensors that hold one matrix for each expert of a mixture of experts, (E, O, I)."""
+
+    gates: frozenset[str] = frozenset()
+    """Tensors of the gates that choose among the experts of a mixture of experts."""
+
+    gate_layers: tuple[LinearLayer, ...] = ()
+    """Those of the gates that are linear layers; they are not among ``layers``."""
+
+    towers: frozenset[str] = frozenset()
+    """Tensors outside of the language model of a multimodal model: vision and audio encoders, projectors."""
+
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module multiplies by one weight matrix: ``nn.Linear``, its quantised kin, or ``Conv1D``."""
@@ -62,34 +82,168 @@ def is_transposed(module: nn.Module) -> bool:
 def find_structure(model: nn.Module, tied: Container[str] = ()) -> Structure:
     """The repeated blocks of a model, every linear layer in them, and the embedding and ``lm_head`` outside.
 
-    The blocks are the module list of equal classes that holds the most parameters.
+    The blocks are the module list that holds the most parameters; of a multimodal model, within its language model.
+    What is no linear layer (norms, convolutions, states, fused experts) is in no list of layers, and neither is a
+    linear layer whose weight another block repeats.
 
     Args:
         model: any language model of transformers; may lie on the meta device.
         tied: names of tensors that only repeat another.
 
     Raises:
-        UnsupportedError: there are no repeated blocks, or they hold weights with three dimensions (fused mixtures of
-            experts), which would be left out of the deltas.
+        UnsupportedError: there are no repeated blocks with linear layers.
     """
     blocks, module_list = _blocks_of(model)
-    fused = [f"{blocks}.{name}" for name, parameter in module_list.named_parameters() if parameter.ndim >= 3]
-    if fused:
-        raise UnsupportedError(
-            f"{type(model).__name__} fuses its mixture-of-experts weights into {len(fused)} tensors with three "
-            f"dimensions ({fused[0]}, ...), which is not supported. Use experts of a dense model."
-        )
-    layers = [
+    modules = dict(module_list.named_modules())
+    fused, gates = _mixtures_of(modules)
+    owners = Counter(id(module.weight) for module in modules.values() if is_linear(module))
+    linear = [
         LinearLayer(
             name=f"{blocks}.{name}",
             block=int(name.split(".")[0]),
             is_transposed=is_transposed(module),
             has_bias=getattr(module, "bias", None) is not None,
         )
-        for name, module in module_list.named_modules()
-        if is_linear(module)
+        for name, module in modules.items()
+        if is_linear(module) and owners[id(module.weight)] == 1 and _only_multiplies(module)
     ]
-    return Structure(blocks, len(module_list), layers, *_outer_layers(model, tied))
+    gate_names = frozenset(f"{blocks}.{name}" for name in gates)
+    layers = [layer for layer in linear if f"{layer.name}.weight" not in gate_names]
+    if not layers:
+        raise UnsupportedError(
+            f"the blocks {blocks!r} of {type(model).__name__} have no linear layers that could be routed."
+        )
+    outer, tied_head = _outer_layers(model, tied)
+    return Structure(
+        blocks,
+        len(module_list),
+        layers,
+        outer,
+        tied_head,
+        tuple(f"{blocks}.{name}" for name in fused),
+        gate_names,
+        tuple(layer for layer in linear if f"{layer.name}.weight" in gate_names),
+        _towers_of(model),
+    )
+
+
+def _only_multiplies(module: nn.Module) -> bool:
+    """Whether a linear layer computes ``W x + b``: some models have kinds of it that do more; these are tried out."""
+    kind: type[nn.Module] = type(module)
+    if not kind.__module__.startswith("transformers.models") or kind.forward is nn.Linear.forward:
+        return True
+    probe, inputs = copy(module), torch.tensor([[1.0, -2.0], [0.5, 3.0]], device="cpu")
+    weight = torch.tensor([[1.0, 4.0], [-3.0, 2.0], [5.0, 0.5]], device="cpu")
+    bias = torch.tensor([1.0, -1.0, 7.0], device="cpu") if getattr(module, "bias", None) is not None else None
+    probe.__dict__["_parameters"] = {
+        "weight": nn.Parameter(weight), "bias": None if bias is None else nn.Parameter(bias)
+    }  # fmt: skip
+    try:
+        return torch.allclose(probe(inputs), F.linear(inputs, weight, bias))
+    except Exception:  # whatever such a layer may need beside its inputs
+        return False
+
+
+@lru_cache(maxsize=4096)
+def reads_weight_of(owner: Any, child: str) -> bool:
+    """Whether the code of a module computes with the weight of a child, past the child's own forward pass.
+
+    Mamba's kernels, for one, take the weights of some linear layers as they are.
+    """
+    try:
+        source = inspect.getsource(owner)
+    except (OSError, TypeError):
+        return False
+    described = "dtype|device|shape|size|ndim|numel|data_ptr"
+    return re.search(rf"self\.{re.escape(child)}\.weight\b(?!\.({described})\b)", source) is not None
+
+
+def _mixtures_of(modules: dict[str, nn.Module]) -> tuple[list[str], set[str]]:
+    """Fused expert tensors of mixtures of experts, and tensors of their gates.
+
+    Fused are tensors with three dimensions, E of the first, that are no convolution's. A gate is what stands beside
+    the experts and has one row for each of them.
+
+    Args:
+        modules: name → module, all of the blocks'; the names count from the blocks.
+    """
+    matrices: dict[str, list[str]] = {}
+    experts: dict[str, int] = {}
+    for name, module in modules.items():
+        own = [(key, value) for key, value in module.named_parameters(recurse=False) if value.ndim == 3]
+        if own and not isinstance(module, _ConvNd) and min(own[0][1].shape) > 1:
+            matrices[name] = [f"{name}.{key}" for key, _ in own]
+            experts[name] = own[0][1].shape[0]
+        elif isinstance(module, nn.ModuleList) and len(module) > 1 and name.rpartition(".")[2] == "experts":
+            experts[name] = len(module)
+    fused: list[str] = []
+    gates: set[str] = set()
+    for name, number in experts.items():
+        parent = name.rpartition(".")[0]
+        # A sparse layer of its own within the block, e.g. layers.0.mlp.experts; its experts may lie side by side.
+        if not parent or parent.isdigit():
+            continue
+        found = {
+            f"{inner}.{key}"
+            for inner, module in modules.items()
+            if (inner == parent or (inner.startswith(f"{parent}.") and not _lies_in(inner, experts)))
+            and not isinstance(module, _ConvNd)
+            for key in (*module._parameters, *module._buffers)
+            if _has_rows(getattr(module, key), number)
+        }
+        gates |= found
+        fused += matrices.get(name, []) if found else []
+    return fused, gates
+
+
+def _lies_in(name: str, parents: Iterable[str]) -> bool:
+    return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
+
+
+def _has_rows(tensor: Tensor | None, number: int) -> bool:
+    return tensor is not None and tensor.ndim in (1, 2) and tensor.shape[0] == number
+
+
+def _towers_of(model: nn.Module) -> frozenset[str]:
+    """Tensors of a multimodal model that belong neither to its language model nor to its ``lm_head``."""
+    decoder, config = _decoder_of(model), getattr(model, "config", None)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    outside = _other_senses(model)
+    if decoder is not model and config is not None and config.get_text_config() is not config:
+        inside = {id(module) for part in (decoder, head) if part is not None for module in part.modules()}
+        outside |= {id(module) for module in model.modules()} - inside
+    return frozenset(
+        f"{name}.{key}" if name else key
+        for name, module in model.named_modules()
+        if id(module) in outside
+        for key in (*module._parameters, *(module._buffers.keys() - module._non_persistent_buffers_set))
+        if getattr(module, key) is not None
+    )
+
+
+def _other_senses(model: nn.Module) -> set[int]:
+    """Modules (their ids) of inner models that read images or sound, not tokens, or have another configuration."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return set()
+    of_text = {type(config), type(config.get_text_config())}
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    inner = [module for module in model.modules() if hasattr(module, "main_input_name") and module is not model]
+    others = [
+        module
+        for module in inner
+        if (module.main_input_name != "input_ids" or type(module.config) not in of_text)
+        # What embeds the tokens is no encoder of something else, whatever it says.
+        and not any(part is embedding for part in module.modules())
+    ]
+    return {id(module) for other in others for module in other.modules()}
+
+
+def _decoder_of(model: nn.Module) -> nn.Module:
+    """The language model within a multimodal one; of others the model itself or its body."""
+    decoder = getattr(model, "get_decoder", lambda: model)()
+    is_whole = decoder is not None and any(isinstance(module, nn.ModuleList) for module in decoder.modules())
+    return decoder if is_whole else model  # some models call a part of their head so
 
 
 def _outer_layers(model: nn.Module, tied: Container[str]) -> tuple[tuple[LinearLayer, ...], str | None]:
@@ -114,23 +268,23 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
 
 
 def _blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    candidates = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
-    }
+    inside = {id(module) for module in _decoder_of(model).modules()} - _other_senses(model)
     sizes = {
         name: sum(parameter.numel() for parameter in module.parameters())
-        for name, module in candidates.items()
-        if any(is_linear(child) for child in module.modules())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and id(module) in inside
+        and any(is_linear(child) for child in module.modules())
     }
     if not sizes:
         raise UnsupportedError(
-            f"{type(model).__name__} has no list of equal blocks with linear layers. Decoder-only language models of "
+            f"{type(model).__name__} has no list of blocks with linear layers. Decoder-only language models of "
             "transformers are supported."
         )
     blocks = max(sizes, key=lambda name: sizes[name])
-    return blocks, candidates[blocks]
+    found = model.get_submodule(blocks)
+    assert isinstance(found, nn.ModuleList)
+    return blocks, found
 
 
 def select_layers(structure: Structure, target_modules: Iterable[str] | str | None) -> list[LinearLayer]:
@@ -148,7 +302,7 @@ def select_layers(structure: Structure, target_modules: Iterable[str] | str | No
     names = [*wanted]
     if structure.tied_head is not None and any(_ends_with(structure.tied_head, name) for name in wanted):
         names += [layer.name for layer in structure.outer]
-    unmatched = [name for name in wanted if not _matches_any(structure, name)]
+    unmatched = [name for name in wanted if not _matches_any(structure, name) and not gates_named(structure, [name])]
     if unmatched or not wanted:
         kinds = sorted({layer.name.split(".", structure.blocks.count(".") + 2)[-1] for layer in structure.layers})
         outer = [layer.name.rpartition(".")[2] for layer in structure.outer]
@@ -156,11 +310,20 @@ def select_layers(structure: Structure, target_modules: Iterable[str] | str | No
             f"target_modules {unmatched} match no linear layer of the blocks {structure.blocks!r}; choose from "
             f"{[*kinds, ALL_LINEAR]}, and outside of the blocks {outer}."
         )
+    in_blocks = {id(layer) for layer in structure.layers}
     return [
         layer
-        for layer in (*structure.layers, *structure.outer)
-        if (ALL_LINEAR in wanted and layer.block != OUTSIDE) or any(_ends_with(layer.name, name) for name in names)
+        for layer in (*structure.layers, *structure.gate_layers, *structure.outer)
+        if (ALL_LINEAR in wanted and id(layer) in in_blocks) or any(_ends_with(layer.name, name) for name in names)
     ]
+
+
+def gates_named(structure: Structure, target_modules: Iterable[str] | str | None) -> set[str]:
+    """Tensors of gates whose module's name, or its last parts, is in ``target_modules``; others stay the base's."""
+    wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules or ())
+    return {
+        gate for gate in structure.gates if any(_ends_with(gate.rpartition(".")[0], name) for name in wanted)
+    }  # fmt: skip
 
 
 def targets_in_blocks(structure: Structure, target_modules: list[str] | str | None) -> list[str] | str | None:
@@ -172,7 +335,7 @@ def targets_in_blocks(structure: Structure, target_modules: list[str] | str | No
     outer = [layer.name for layer in structure.outer] + ([structure.tied_head] if structure.tied_head else [])
     if wanted is None or not any(_ends_with(name, target) for name in outer for target in wanted):
         return target_modules
-    inner = [layer.name for layer in structure.layers]
+    inner = [layer.name for layer in (*structure.layers, *structure.gate_layers)]
     return [target for target in wanted if target == ALL_LINEAR or any(_ends_with(name, target) for name in inner)]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import MediatorSettings, check_saved, with_todays_names
-from ..errors import AdapterError
+from ..errors import AdapterError, ConfigError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -64,8 +64,11 @@ def read_settings(folder: Path) -> MediatorSettings:
     """
     raw: Mapping[str, Any] = read_raw_config(folder)
     own = [item.name for item in fields(MediatorSettings)]
-    raw = check_saved(raw, {*own, *_PEFT_FIELDS, "peft_version"})
-    return MediatorSettings(**{name: raw[name] for name in own if name in raw})
+    raw = check_saved(raw, own, {*_PEFT_FIELDS, "peft_version"})
+    try:
+        return MediatorSettings(**{name: raw[name] for name in own if name in raw})
+    except ConfigError as fault:
+        raise AdapterError(f"{folder / CONFIG_FILE} cannot be used:\n{fault}") from fault
 
 
 def find_adapter(path: Path) -> Path:
@@ -107,7 +110,7 @@ def read_raw_config(folder: Path) -> dict[str, object]:
     path = folder / CONFIG_FILE
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as fault:
+    except (OSError, ValueError, RecursionError) as fault:  # huge integers and deep nesting among them
         raise AdapterError(f"{path} cannot be read ({fault}). Copy or build the adapter again.") from fault
     if not isinstance(loaded, dict) or loaded.get("peft_type") != "MEDIATOR":
         raise AdapterError(f"{path} does not describe a Mediator adapter.")

@@ -38,6 +38,9 @@ class Checkpoint(ABC):
     unlisted: frozenset[str] = frozenset()
     """Tensors in its shards that their index does not name."""
 
+    folder: Path | None = None
+    """Where its configuration and tokenizer lie; None for a model in memory."""
+
     @property
     def raw_config(self) -> Mapping[str, Any]:
         """What its ``config.json`` says, word for word; empty for a model in memory."""
@@ -94,6 +97,10 @@ class Checkpoint(ABC):
     def place(self, name: str) -> tuple[Path, int] | None:
         """The file in which a tensor lies, and where it ends there; None where it lies in no plain file."""
         return None
+
+    def held_bytes(self, name: str) -> int:
+        """Bytes that reading some rows of a tensor takes beside these rows, e.g. for what it is converted from."""
+        return 0
 
     @property
     @abstractmethod

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import BackboneMismatchError
+from ..errors import BackboneMismatchError, CheckpointError
+from .opening import open_checkpoint
 
 _NUM_TENSORS = 24
 _NUM_VALUES = 16
@@ -30,10 +32,48 @@ def sample(tensor: Tensor) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "values": values.float().cpu().tolist()}
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def holds_numbers(tensor: Tensor) -> bool:
     """Whether a tensor holds its own numbers: subclasses hold codes, or one device's part."""
     is_here = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
     return is_here and tensor.is_floating_point() and tensor.dtype.itemsize >= 2
+
+
+def fingerprint_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Samples of a backbone: tensor name → what :func:`sample` gives."""
+    return {name: sample(state[name]) for name in sampled_names(state)}
+
+
+def difference_from_sample(state: Mapping[str, Tensor], expected: Mapping[str, Any]) -> str | None:
+    """What of a backbone in memory differs from its fingerprint; None where nothing does."""
+    try:
+        check_fingerprint(expected, state, "it")
+    except BackboneMismatchError as fault:
+        return str(fault).partition(":")[0]
+    return None
+
+
+def difference_from_files(state: Mapping[str, Tensor], folder: Path) -> str | None:
+    """What of a backbone in memory differs from its files, all values compared; None where nothing does.
+
+    Values of the files are rounded to the dtype in memory before they are compared. Tensors that are quantised, not in
+    memory, or not in the files under their own names are passed over.
+
+    Args:
+        state: tensor name → tensor of the backbone in memory.
+        folder: of its files.
+    """
+    try:
+        stored = open_checkpoint(str(folder), "the backbone")
+    except CheckpointError:
+        return "its folder cannot be read"
+    for name, tensor in state.items():
+        if name not in stored.tensors or not holds_numbers(tensor):
+            continue
+        if stored.tensors[name].shape != tuple(tensor.shape):
+            return f"{name!r} has shape {list(tensor.shape)}, was {list(stored.tensors[name].shape)}"
+        if not torch.equal(stored.read(name).to(tensor.dtype), tensor.detach().cpu()):
+            return f"{name!r} has other values"
+    return None
 
 
 def check_fingerprint(expected: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> int:
@@ -61,7 +101,7 @@ def check_fingerprint(expected: Mapping[str, Any], state: Mapping[str, Tensor], 
                 f"this adapter belongs to a backbone with a tensor {name!r}, which {where} has not. Load the backbone "
                 "that the adapter was built with (base_model_name_or_path in adapter_config.json)."
             )
-        if not _is_plain(tensor):
+        if not holds_numbers(tensor):
             continue
         found = sample(tensor)
         rounded = torch.tensor(known["values"]).to(tensor.dtype).float().tolist()

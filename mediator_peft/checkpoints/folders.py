@@ -107,6 +107,8 @@ class FolderCheckpoint(Checkpoint):
             faults are listed at once.
     """
 
+    folder: Path
+
     def __init__(self, folder: Path, label: str, source: str | None = None) -> None:
         self.folder = folder
         self.label = label

@@ -83,6 +83,8 @@ class LoraCheckpoint(Checkpoint):
         CheckpointError: a file is missing or damaged, or the adapter is of a kind that cannot be folded.
     """
 
+    folder: Path
+
     def __init__(self, folder: Path, label: str, source: str, allow_pickle: bool = False) -> None:
         self.folder = folder
         self.label = label

@@ -30,8 +30,11 @@ _OWNER = "folder"
 _PATIENCE = 1.0
 """Seconds for which the workers of a killed build may still hold its folder."""
 
+EXTRA_TEMPLATES = "additional_chat_templates"
+"""Folder of chat templates for special uses."""
+
 # What makes a checkpoint folder complete besides weights and config.json.
-_SIDE_FILES = (
+SIDE_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -43,6 +46,9 @@ _SIDE_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
 )
 
 
@@ -348,10 +354,9 @@ def copy_side_files(source: Path, target: Path) -> None:
         CheckpointError: one of them cannot be read.
         OSError: one of them cannot be written.
     """
-    for name in _SIDE_FILES:
+    for name in _side_files(source):
         path = source / name
-        if not path.is_file():
-            continue
+        (target / name).parent.mkdir(exist_ok=True)
         try:
             with open(path, "rb"):
                 pass
@@ -362,7 +367,14 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 def side_files_size(source: Path) -> int:
     """Bytes that :func:`copy_side_files` copies."""
-    return sum((source / name).stat().st_size for name in _SIDE_FILES if (source / name).is_file())
+    return sum((source / name).stat().st_size for name in _side_files(source))
+
+
+def _side_files(source: Path) -> list[str]:
+    """Side files that a folder has, its named chat templates among them."""
+    templates = sorted(path.name for path in (source / EXTRA_TEMPLATES).glob("*") if path.is_file())
+    found = [name for name in SIDE_FILES if (source / name).is_file()]
+    return found + [f"{EXTRA_TEMPLATES}/{name}" for name in templates]
 
 
 def copy_model_config(folder: Path, base: Checkpoint, dtype: torch.dtype) -> None:

@@ -6,7 +6,7 @@ short way knows a few architectures by heart and must say the same as the long o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 
+_LISTED = 4
+
+
 class Outline(NamedTuple):
     """A model without its weights."""
 
@@ -31,6 +34,12 @@ class Outline(NamedTuple):
 
     tied: frozenset[str]
     """Names that only repeat another tensor, e.g. ``lm_head.weight`` of tied embeddings."""
+
+    buffers: frozenset[str] = frozenset()
+    """Those of the names that are buffers, not parameters."""
+
+    model: nn.Module | None = None
+    """The model itself, on the meta device; None where it is known by heart and was not made."""
 
 
 class _Decoder(NamedTuple):
@@ -84,7 +93,8 @@ def outline_of(checkpoint: Checkpoint) -> Outline:
     """
     if is_known(checkpoint.raw_config):
         return known_outline(checkpoint.raw_config)
-    return outline_of_model(skeleton(checkpoint.config), checkpoint.config)
+    model = skeleton(checkpoint.config)
+    return outline_of_model(model, checkpoint.config)._replace(model=model)
 
 
 def known_outline(settings: Mapping[str, Any]) -> Outline:
@@ -121,9 +131,35 @@ def outline_of_model(model: nn.Module, config: PretrainedConfig) -> Outline:
     Raises:
         UnsupportedError: it is of a kind that is not supported.
     """
-    is_tied = getattr(config, "tie_word_embeddings", False)
-    tied = frozenset(getattr(model, "_tied_weights_keys", None) or ()) if is_tied else frozenset[str]()
-    return Outline(type(model).__name__, find_structure(model, tied), frozenset(model.state_dict()), tied)
+    tied, state = tied_names(model), model.state_dict()
+    integers = sorted(name for name, tensor in state.items() if not tensor.is_floating_point())
+    if integers:
+        raise UnsupportedError(
+            f"{type(model).__name__} has tensors of integers ({', '.join(integers[:_LISTED])}), which cannot be merged."
+        )
+    names = frozenset(state) & loading_faults(model, state, ())[0]
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return Outline(type(model).__name__, find_structure(model, tied), names, tied, names - parameters)
+
+
+def tied_names(model: nn.Module) -> frozenset[str]:
+    """Tensors of a model that only repeat another, as far as its configuration ties them."""
+    return frozenset(model.get_expanded_tied_weights_keys(all_submodels=True))  # type: ignore[operator]
+
+
+def loading_faults(model: Any, missing: Iterable[str], unexpected: Iterable[str]) -> tuple[set[str], set[str]]:
+    """Those of the missing and unexpected tensors that transformers would speak of when it loads a checkpoint.
+
+    The others are buffers that it makes anew, and leftovers of former versions.
+    """
+    from transformers.utils.loading_report import LoadStateDictInfo
+
+    info = LoadStateDictInfo(
+        missing_keys=set(missing), unexpected_keys=set(unexpected), mismatched_keys=set(), error_msgs=[],
+        conversion_errors={}, skipped_pp_keys=set(),
+    )  # fmt: skip
+    model._adjust_missing_and_unexpected_keys(info)
+    return info.missing_keys, info.unexpected_keys
 
 
 def skeleton(config: PretrainedConfig) -> nn.Module:
@@ -132,11 +168,45 @@ def skeleton(config: PretrainedConfig) -> nn.Module:
     Raises:
         UnsupportedError: transformers has no causal language model for this configuration.
     """
-    from transformers import AutoModelForCausalLM
-
+    kind = auto_class(config)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return kind.from_config(config, trust_remote_code=False)
     except Exception as fault:  # whatever a configuration that makes no sense may raise
         reason = (str(fault) or type(fault).__name__).splitlines()[0]
         raise UnsupportedError(f"no causal language model for model type {config.model_type!r}: {reason}") from fault
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that makes and loads the model of a configuration: one that continues text.
+
+    ``AutoModelForCausalLM`` wherever it gives the class that the configuration names; for what also reads images or
+    sound, ``AutoModelForImageTextToText`` or ``AutoModelForMultimodalLM``.
+
+    Raises:
+        UnsupportedError: the configuration names a class that does not continue text, or an encoder-decoder.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    named = config.architectures[0] if config.architectures else None
+    kinds: dict[Any, Any] = {
+        transformers.AutoModelForCausalLM: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        transformers.AutoModelForImageTextToText: modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        transformers.AutoModelForMultimodalLM: modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    }
+    fitting = {kind: mapping[type(config)].__name__ for kind, mapping in kinds.items() if type(config) in mapping}
+    is_encoder_decoder = getattr(config, "is_encoder_decoder", False)
+    if not is_encoder_decoder:
+        for kind, name in fitting.items():
+            if named in (name, None):
+                return kind
+        if getattr(transformers, str(named), None) is None or getattr(config, "auto_map", None):
+            return transformers.AutoModelForCausalLM  # a class that transformers does not know
+    what = named or f"model type {config.model_type!r}"
+    why = "is an encoder-decoder" if is_encoder_decoder else "does not continue text: it is no causal language model"
+    hint = f" The language model of this type is {next(iter(fitting.values()))}." if fitting else ""
+    raise UnsupportedError(
+        f"{what} {why}, which is not supported.{hint} Decoder-only language models of transformers are, alone or "
+        "within a model that also reads images or sound."
+    )

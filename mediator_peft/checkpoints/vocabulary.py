@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint, TensorInfo
-from .folders import FolderCheckpoint
+from .lora import LoraCheckpoint
 from .side_files import vocabulary
 
 if TYPE_CHECKING:
@@ -34,8 +34,12 @@ class AlignedCheckpoint(Checkpoint):
         names: the tensors that have a row for each token.
     """
 
-    def __init__(self, expert: FolderCheckpoint, base: Checkpoint, rows: Tensor, names: frozenset[str]) -> None:
-        self.label, self.source, self.folder = expert.label, expert.source, expert.folder
+    folder: Path
+
+    def __init__(self, expert: Checkpoint, base: Checkpoint, rows: Tensor, names: frozenset[str]) -> None:
+        self.label, self.source = expert.label, expert.source
+        assert expert.folder is not None, "only what lies in a folder has a vocabulary"
+        self.folder = expert.folder
         self._expert, self._base, self._rows, self._names = expert, base, rows, names
         self.tensors = {
             name: TensorInfo(base.tensors[name].shape, info.dtype) if name in names else info
@@ -86,7 +90,7 @@ def aligned(expert: Checkpoint, base: Checkpoint) -> tuple[Checkpoint, str | Non
     Returns:
         The checkpoint, and what is to be said of it.
     """
-    if not isinstance(expert, FolderCheckpoint) or not isinstance(base, FolderCheckpoint):
+    if expert.folder is None or base.folder is None or isinstance(expert, LoraCheckpoint):
         return expert, None
     sizes = expert.raw_config.get("vocab_size"), base.raw_config.get("vocab_size")
     names = frozenset(

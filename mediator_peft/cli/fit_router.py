@@ -45,6 +45,10 @@ def fit_router(
         str,
         typer.Option(help="How these answers are compared where a line does not say: exact, contains or last_number."),
     ] = "exact",
+    background: Annotated[
+        Path | None,
+        typer.Option(help="A JSONL or text file of prompts that belong to no expert, added to the library's families."),
+    ] = None,
     raw: Raw = False,
     batch_size: BatchSize = 16,
     dtype: Dtype = "auto",
@@ -65,6 +69,7 @@ def fit_router(
         text_column=text_column,
         answered=None if answered is None else str(answered),
         match=match,
+        background=None if background is None else str(background),
         raw=raw,
         batch_size=batch_size,
         dtype=dtype,
@@ -85,6 +90,12 @@ def fit_router(
     console().print(table)
     say(f"router fitted and saved; {report['accuracy']:.1%} of held-out prompts are routed to their expert")
     say(f"flagged as OOD: {report['false_fallback']:.1%} of them; calibration error {report['ece']:.3f}")
+    say(f"prompts are read after {report['router_layer']} blocks")
+    say(f"in-distribution prompts give {report['known_to_fallback']:.1%} of their weight to the fallback")
+    if report["unknown_to_expert"] is not None:
+        family, share = min(report["base_weight_by_family"].items(), key=lambda item: item[1])
+        say(f"OOD prompts give {report['unknown_to_expert']:.1%} to experts, each routed by a fit without its family")
+        say(f"the fallback gets least of {family}: {share:.0%}")
     if report["auroc"] is not None:
         at_95 = f"{report['fpr_at_95']:.1%} of in-distribution prompts flagged where 95 % of background prompts are"
         say(f"against background prompts: AUROC {report['auroc']:.3f}; {at_95}")
@@ -101,6 +112,7 @@ def calibrated(
     text_column: str,
     answered: str | None,
     match: str,
+    background: str | None = None,
     raw: bool,
     batch_size: int,
     dtype: str,
@@ -115,7 +127,14 @@ def calibrated(
     check_prompts(prompts, saved_experts(out))
     model, tokenizer = load(out, dtype, device)
     return fit_and_save(
-        model, tokenizer, prompts, find_adapter(out), use_template=not raw, batch_size=batch_size, answered=items
+        model,
+        tokenizer,
+        prompts,
+        find_adapter(out),
+        use_template=not raw,
+        batch_size=batch_size,
+        answered=items,
+        background=background,
     )
 
 

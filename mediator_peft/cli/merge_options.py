@@ -53,9 +53,10 @@ ConflictDensity = Annotated[float, _setting("Share of largest entries used in th
 ConflictThreshold = Annotated[float, _setting("With routed-layers auto: blocks with at least this score are routed.")]
 Router = Annotated[str, _setting("Router: gaussian, mlp or prototype.")]
 RouterLayer = Annotated[
-    int | None, _setting("The router uses the hidden state after this many blocks. Default: a tenth of them.")
+    str, _setting("The router uses the hidden state after this many blocks; auto lets fit-router choose.")
 ]
 OodAlpha = Annotated[float, _setting("Accepted share of in-distribution prompts flagged as OOD, in (0, 1).")]
+OodBeta = Annotated[float, _setting("Accepted share of OOD prompts that reach an expert, in (0, 1).")]
 RoutingTopP = Annotated[
     float, _setting("The smallest set of experts that reaches this probability is mixed, in (0, 1].")
 ]
@@ -96,8 +97,9 @@ MERGE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "conflict_density": (ConflictDensity, DEFAULTS.conflict_density),
     "conflict_threshold": (ConflictThreshold, DEFAULTS.conflict_threshold),
     "router": (Router, DEFAULTS.router),
-    "router_layer": (RouterLayer, None),
+    "router_layer": (RouterLayer, DEFAULTS.router_layer),
     "ood_alpha": (OodAlpha, DEFAULTS.ood_alpha),
+    "ood_beta": (OodBeta, DEFAULTS.ood_beta),
     "routing_top_p": (RoutingTopP, DEFAULTS.routing_top_p),
     "fallback": (Fallback, DEFAULTS.fallback),
     "for_quantization": (ForQuantization, None),
@@ -150,6 +152,8 @@ def merge_settings(ctx: typer.Context) -> MediatorSettings:
     }
     if "routed_layers" in settings:
         settings["routed_layers"] = parse_routed_layers(settings["routed_layers"])
+    if "router_layer" in settings:
+        settings["router_layer"] = parse_router_layer(settings["router_layer"])
     return MediatorSettings(**{**_planned(ctx.params["plan_file"]), **settings})
 
 
@@ -180,6 +184,14 @@ def parse_routed_layers(text: str) -> str | float | list[int]:
         if "." in text:
             return float(text)
         return [int(number) for number in text.split(",")]
+    except ValueError:
+        return text
+
+
+def parse_router_layer(text: str) -> str | int:
+    """``auto`` or a number of blocks; anything else is left for the config to refuse."""
+    try:
+        return int(text)
     except ValueError:
         return text
 

@@ -29,6 +29,9 @@ def verify(
     logits: Annotated[
         bool, typer.Option(help="With --against: also compare logits. Holds both models in memory.")
     ] = True,
+    accept: Annotated[
+        bool, typer.Option("--accept", help="Take the files as they are: write new checksums after an edit on purpose.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check files, checksums and fingerprint of OUT; with --against also compare weights and logits with experts.
@@ -39,12 +42,14 @@ def verify(
     Example:
       mediator-peft verify out --against math=math --against cron=cron
     """
-    from ..merge.verify import verify_mediator
+    from ..merge.verify import accept_output, verify_mediator
 
     quiet_transformers()
     originals = parse_pairs(against or [], "--against")
     check_output(out)
     with reading_output(out):
+        if accept:
+            accept_output(out)
         found = verify_mediator(out, against=originals, base=base)
         if originals and logits and found.is_ok:
             from ..evaluation.logits import logit_differences

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_raw_config
+from ..checkpoints.checksums import CARD, adapter_checksums, put_checksums, read_checksums
+from ..checkpoints.replacing import replaced_together
 from ..progress import bar_progress
 from ..ranks import Ranks
-from ..tuner.fitting import our_background
+from ..routing.background import user_families
 from .outcomes import judge_outcomes
 from .prompts import TaskItem, render
 from .routing_report import write_routing_report
@@ -27,6 +29,7 @@ def fit_and_save(
     use_template: bool = True,
     batch_size: int = 16,
     answered: Sequence[TaskItem] = (),
+    background: str | None = None,
 ) -> dict[str, Any]:
     """Fit a model's router on prompts rendered as in use, and put it into the adapter file it was loaded from.
 
@@ -41,7 +44,8 @@ def fit_and_save(
         batch_size: prompts at once.
         answered: other prompts, with answers. The router is first fitted without them, then again with those that the
             nearest expert answers right and the fallback does not among its prompts, and those of which the opposite
-            is true among the ordinary ones.
+            is true among the background prompts, as a family of their own.
+        background: a JSONL or text file of prompts that belong to no expert, added to the library's.
 
     Returns:
         What ``routing.json`` holds: the calibration report as plain data, and how well ordinary prompts are told apart.
@@ -50,37 +54,71 @@ def fit_and_save(
     some = next((text for texts in prompts.values() for text in texts), "")
     encode = partial(tokenizer, add_special_tokens=render(tokenizer, some, use_template).add_special_tokens)
 
-    def fit(prompts: Mapping[str, Sequence[str]], background: Sequence[str] | None) -> Any:
+    own = {} if background is None else user_families(background)
+
+    def fit(prompts: Mapping[str, Sequence[str]], background: Mapping[str, Sequence[str]]) -> Any:
         texts = {name: [render(tokenizer, text, use_template).text for text in some] for name, some in prompts.items()}
         options: dict[str, Any] = {"batch_size": batch_size, "show_progress": True, "over_ranks": True}
-        return model.fit_router(texts, encode, background=background, **options)
+        return model.fit_router(texts, encode, background=background or None, **options)
 
-    report, outcomes = fit(prompts, None), None
+    report, outcomes = fit(prompts, own), None
     if answered:
         with bar_progress("answering prompts", 2 * len(answered)) as advance:
             shared: dict[str, Any] = {"use_template": use_template, "batch_size": batch_size, "ranks": Ranks()}
             outcomes = judge_outcomes(model, tokenizer, answered, advance=advance, **shared)
         more = {name: [*texts, *outcomes.experts[name]] for name, texts in prompts.items()}
-        report = fit(more, [*our_background(encode), *outcomes.ordinary])
+        report = fit(more, {**own, "answered by the base alone": outcomes.ordinary})
 
     def save() -> dict[str, Any]:
-        save_router(model, adapter)
-        return write_routing_report(adapter / "report", report, model.router.evidence, outcomes)
+        return save_router(model, adapter, lambda to: write_routing_report(to, report, model.router.evidence, outcomes))
 
     return Ranks().first(save)
 
 
-def save_router(model: Any, adapter: Path) -> None:
-    """Put a model's router into the adapter folder it was loaded from; card, report and checksums there stay."""
-    fresh = adapter.with_name(f".{adapter.name}.partial-{os.getpid()}")
-    try:
+def save_router(model: Any, adapter: Path, write_report: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Put a model's router and the report on it into the adapter folder it was loaded from, both or neither.
+
+    Args:
+        model: as ``load_mediator`` gives it.
+        adapter: the folder; what else is in it stays.
+        write_report: writes the report to a folder, ``report`` in the adapter's.
+
+    Returns:
+        What ``write_report`` does.
+    """
+    _clear_former_leftovers(adapter)
+    with replaced_together(adapter) as fresh:
         model.save_pretrained(str(fresh))
-        # Where the backbone lies was true for the folder; it need not be for the temporary one.
+        reference = read_raw_config(adapter).get("base_model_name_or_path")
         settings = read_raw_config(fresh)
-        settings["base_model_name_or_path"] = read_raw_config(adapter).get("base_model_name_or_path")
-        (fresh / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+        if settings.get("base_model_name_or_path") != reference and not (fresh / "backbone").exists():
+            # Where the backbone lies stays as it was written, e.g. relative to a parent of both.
+            settings["base_model_name_or_path"] = reference
+            (fresh / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+            put_checksums(fresh, adapter_checksums(fresh, read_checksums(fresh)))
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             shutil.copymode(adapter / name, fresh / name)
-            os.replace(fresh / name, adapter / name)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        if (adapter / CARD).exists():
+            (fresh / CARD).unlink(missing_ok=True)
+        return write_report(fresh / "report")
+
+
+def _clear_former_leftovers(adapter: Path) -> None:
+    """Folders that killed processes of former versions left beside an adapter."""
+    for left in adapter.parent.glob(f".{adapter.name}.partial-*"):
+        number = left.name.rpartition("-")[2]
+        known = {WEIGHTS_FILE, CONFIG_FILE, CARD, "backbone"}
+        if left.is_symlink() or not left.is_dir() or not number.isdigit() or _is_running(int(number)):
+            continue
+        if {entry.name for entry in left.iterdir()} <= known:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.lora import LoraCheckpoint
+from ..checkpoints.name_mapping import named_as_in_model
 from ..checkpoints.opening import Checkpoint, open_checkpoint
+from ..checkpoints.tensor_inventory import auto_class, outline_of
 from ..errors import CheckpointError
 from ..tuner.loading import load_mediator
 
@@ -56,14 +58,14 @@ def _largest(difference: Tensor) -> float:
 
 def _original(path: str, name: str, base: str | os.PathLike[str] | None, allow_pickle: bool) -> Any:
     """An expert's own model, in float32."""
-    from transformers import AutoModelForCausalLM
-
     expert: Checkpoint = open_checkpoint(path, f"expert {name!r}", allow_pickle)
     if isinstance(expert, LoraCheckpoint):
         if base is None:
             raise CheckpointError(f"expert {name!r} is a LoRA: give its base as well (base=).")
-        expert.bind(open_checkpoint(str(base), "base", allow_pickle), {})
-    model: nn.Module = AutoModelForCausalLM.from_config(expert.config, dtype=torch.float32)
+        base_model = open_checkpoint(str(base), "base", allow_pickle)
+        expert.bind(named_as_in_model(base_model, outline_of(base_model)), {})
+    expert = named_as_in_model(expert, outline_of(expert))
+    model: nn.Module = auto_class(expert.config).from_config(expert.config, dtype=torch.float32)
     state = {key: expert.read(key).float() for key in expert.tensors}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()  # type: ignore[operator]

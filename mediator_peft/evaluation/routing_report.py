@@ -59,6 +59,8 @@ def write_routing_report(
     edges, known, unknown = histograms(evidence)
     counts = zip(edges[:-1], edges[1:], known, unknown, strict=True)
     _write_csv(folder / "uncertainty.csv", ["from", "to", "known", OOD], [list(row) for row in counts])
+    curve = risk_coverage(evidence)
+    _write_csv(folder / "risk_coverage.csv", ["coverage", "risk"], [list(point) for point in curve])
     _draw(folder / "routing.png", names, table, bins, (edges, known, unknown), report)
     return summary
 
@@ -93,6 +95,19 @@ def histograms(evidence: Evidence) -> tuple[list[float], list[int], list[int]]:
         torch.histc(part.float().clamp(0, 1), bins=_BINS, min=0, max=1).long().tolist() for part in _split(evidence)
     )
     return edges, known, unknown
+
+
+def risk_coverage(evidence: Evidence) -> list[tuple[float, float]]:
+    """Risk against coverage when prompts go to experts in the order of their OOD scores (El-Yaniv & Wiener 2010).
+
+    Coverage is the share of all held-out prompts, known and background, that reach an expert; risk the share of these
+    that should not have: background prompts, and known prompts whose best-scored expert is another.
+    """
+    order = evidence.ood_score.argsort(stable=True)
+    wrong = (evidence.probabilities.argmax(dim=1) != evidence.labels)[order].double()
+    ranks = torch.arange(1, len(order) + 1).double()
+    points = zip((ranks / len(order)).tolist(), (wrong.cumsum(dim=0) / ranks).tolist(), strict=True)
+    return list(points)
 
 
 def _split(evidence: Evidence) -> tuple[Tensor, Tensor]:

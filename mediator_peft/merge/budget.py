@@ -100,7 +100,7 @@ def estimated_scores(merge: Merge) -> list[float]:
         counts = score.counts(task_vector_statistics(sample.task_vectors(), config.conflict_density)) * weight
         block = merge.blocks[task.name.removesuffix(".weight")]
         totals[block] = totals[block] + counts if block in totals else counts
-    return [score.score(totals[block]) for block in range(job.structure.num_blocks)]
+    return [score.score(totals[block]) if block in totals else 0.0 for block in range(job.structure.num_blocks)]
 
 
 def block_densities(merge: Merge) -> dict[int, float]:

@@ -21,14 +21,14 @@ from ..config import MediatorSettings
 from ..errors import ConfigError
 from ..methods.conflict import CONFLICT_SCORES
 from ..progress import Progress, no_progress
-from ..structure import OUTSIDE, select_layers, targets_in_blocks
+from ..structure import OUTSIDE, gates_named, select_layers, targets_in_blocks
 from .block_plan import BlockPlan, check_block_numbers, choose_blocks
 from .budget import shared_out
 from .compatibility import Job
 from .journal import Finished, finished
 from .merge_job import Merge
 from .report import BuildReport, summarize_errors
-from .tensor_work import Task, TensorWork
+from .tensor_work import BASE, CARRIED, MERGED, Task, TensorWork
 
 
 @dataclass
@@ -54,13 +54,14 @@ def plan_merge(job: Job, config: MediatorSettings, plan: Sequence[BlockPlan] | N
     layers = {layer.name: layer for layer in select_layers(job.structure, config.target_modules)}
     if isinstance(config.routed_layers, (list, tuple)):
         check_block_numbers(config.routed_layers, job.structure.num_blocks)
-    if config.router_layer is not None and config.router_layer > job.structure.num_blocks:
+    if isinstance(config.router_layer, int) and config.router_layer > job.structure.num_blocks:
         raise ConfigError(
             f"router_layer {config.router_layer} is beyond this model, which has {job.structure.num_blocks} blocks."
         )
     densities = _block_densities(config, job.structure.num_blocks, plan)
     blocks = {layer.name: layer.block for layer in (*job.structure.layers, *layers.values())}
     biases = {f"{name}.bias" for name, layer in layers.items() if layer.has_bias}
+    kept = job.structure.gates - gates_named(job.structure, config.target_modules)
     tasks = []
     for name in sorted(job.names):
         if name in biases:
@@ -74,9 +75,10 @@ def plan_merge(job: Job, config: MediatorSettings, plan: Sequence[BlockPlan] | N
                 density=densities[layer.block] if layer is not None else None,
                 is_transposed=layer is not None and layer.is_transposed,
                 bias=f"{owner}.bias" if layer is not None and layer.has_bias else None,
+                origin=BASE if name in kept else CARRIED if name in job.structure.towers else MERGED,
             )
         )
-    return Merge(job, config, tasks, blocks, plan, frozenset(sampled_names(job.names)))
+    return Merge(job, config, tasks, blocks, plan, frozenset(sampled_names(job.parameters)))
 
 
 def _block_densities(
@@ -191,7 +193,11 @@ def _conflict(merge: Merge, done: Sequence[Finished]) -> dict[str, list[float]]:
             for name, counts in info.counts.items():
                 total[name] = total[name] + counts if name in total else counts
     return {
-        name: [score.score(totals[block][name]) for block in range(merge.job.structure.num_blocks)]
+        name: [
+            # A block may have nothing that is measured.
+            score.score(totals[block][name]) if block in totals else 0.0
+            for block in range(merge.job.structure.num_blocks)
+        ]
         for name, score in CONFLICT_SCORES.items()
     }
 
@@ -211,7 +217,7 @@ def _report(
     storage = str(job.dtype).removeprefix("torch.")
     dtypes = {info.dtype for info in job.base.tensors.values() if info.dtype}
     rounded = any(torch.finfo(dtype).eps < torch.finfo(job.dtype).eps for dtype in dtypes)
-    notes = list(job.notes)
+    notes = [*job.notes, *_structure_notes(merge)]
     if rounded:
         notes.append(f"the base was rounded to {storage}, the experts' dtype, before differences were taken")
     if isinstance(job.base, MeanCheckpoint):
@@ -243,6 +249,25 @@ def _report(
         peak_memory_bytes=peak_memory(),
         notes=notes,
     )
+
+
+def _structure_notes(merge: Merge) -> list[str]:
+    """What becomes of the tensors of a mixture of experts, and of those outside of the language model."""
+    structure, notes = merge.job.structure, []
+    origins = [task.origin for task in merge.tasks]
+    if structure.fused:
+        notes.append(
+            f"{len(structure.fused)} fused tensors of the mixture of experts ({structure.fused[0]}, ...) are averaged "
+            "and get no deltas: every prompt gets the average there"
+        )
+    if BASE in origins:
+        notes.append(
+            f"{origins.count(BASE)} tensors of the mixture of experts' gates are the base's, since averaged gates "
+            "choose other experts; name the gates in target_modules to merge them"
+        )
+    if CARRIED in origins:
+        notes.append(f"{origins.count(CARRIED)} tensors outside of the language model are the base's: equal in all")
+    return notes
 
 
 def peak_memory() -> int:

@@ -9,6 +9,7 @@ import torch
 
 from ..checkpoints.checkpoint import Checkpoint, TensorInfo
 from ..checkpoints.lora import LoraCheckpoint
+from ..checkpoints.name_mapping import named_as_in_model
 from ..checkpoints.opening import MeanCheckpoint
 from ..checkpoints.stray_tensors import leave_out_strays
 from ..checkpoints.tensor_inventory import Outline, outline_of
@@ -35,6 +36,9 @@ class Job(NamedTuple):
 
     notes: tuple[str, ...] = ()
     """What was done to make them fit."""
+
+    parameters: frozenset[str] = frozenset()
+    """Those of the names that are parameters of the model: no buffers, and nothing that it does not know."""
 
 
 def check_job(base: Checkpoint, experts: Mapping[str, Checkpoint], may_untie: bool = False) -> Job:
@@ -70,6 +74,7 @@ def examine_job(base: Checkpoint, experts: Mapping[str, Checkpoint], may_untie: 
     if isinstance(base, LoraCheckpoint):
         raise CheckpointError(base.no_base())
     outline = outline_of(base)
+    base, experts = _named_as_in_model(base, experts, outline)
     # The mean of the experts is what they are.
     first = [] if isinstance(base, MeanCheckpoint) else [base]
     whole = [*first, *(expert for expert in experts.values() if not isinstance(expert, LoraCheckpoint))]
@@ -101,7 +106,19 @@ def examine_job(base: Checkpoint, experts: Mapping[str, Checkpoint], may_untie: 
         faults += _listed(f"{checkpoint.label} has tensors that are no plain floating point (quantised?)", odd)
     dtypes = {info.dtype for expert in experts.values() for info in expert.tensors.values() if info.dtype}
     dtype = coarsest(sorted(dtypes, key=str) or [torch.float32])
-    return Job(base, experts, outline.structure, names, dtype, notes), faults
+    parameters = (outline.names - outline.buffers) & set(names)
+    return Job(base, experts, outline.structure, names, dtype, notes, parameters), faults
+
+
+def _named_as_in_model(
+    base: Checkpoint, experts: Mapping[str, Checkpoint], outline: Outline
+) -> tuple[Checkpoint, dict[str, Checkpoint]]:
+    """All checkpoints with the names of the model; a mean of experts is one of these same checkpoints."""
+    named = {name: named_as_in_model(expert, outline) for name, expert in experts.items()}
+    if isinstance(base, MeanCheckpoint):
+        seen = {id(expert): named[name] for name, expert in experts.items()}
+        return MeanCheckpoint([seen[id(member)] for member in base.members]), named
+    return named_as_in_model(base, outline), named
 
 
 def _tensor_faults(

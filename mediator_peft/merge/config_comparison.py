@@ -108,13 +108,22 @@ def _settings(config: Any) -> dict[str, Any]:
     """Settings as the model reads them; what is computed from others where it is not given is filled in."""
     if not hasattr(config, "to_dict"):
         return dict(vars(config))
-    settings = {"model_type": config.model_type, **{key: getattr(config, key, None) for key in config.to_dict()}}
-    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    plain = config.to_dict()
+    settings = {"model_type": config.model_type, **{key: _value(config, key, plain[key]) for key in plain}}
+    heads, width = (_value(config, key, None) for key in ("num_attention_heads", "hidden_size"))
     if "head_dim" in settings and settings["head_dim"] is None and isinstance(heads, int) and isinstance(width, int):
         settings["head_dim"] = width // max(1, heads)
     if "num_key_value_heads" in settings and settings["num_key_value_heads"] is None:
         settings["num_key_value_heads"] = heads
     return settings
+
+
+def _value(config: Any, key: str, plain: Any) -> Any:
+    """A setting as an attribute; as the file has it where its layers differ, since such a class then refuses."""
+    try:
+        return getattr(config, key, None)
+    except Exception:  # an error of transformers' own, known to its newest versions alone
+        return plain
 
 
 def _declared(config: Any) -> set[str]:

@@ -57,7 +57,8 @@ def task_memory(merge: Merge, task: Task) -> int:
         work += entries * merge.job.dtype.itemsize * (num_experts + 3)
     if not MERGE_METHODS[config.merge_method].is_entrywise:
         work += entries * (4 * (2 * num_experts + 3) + num_experts)
-    return int(tile + work)
+    held = sum(checkpoint.held_bytes(task.name) for checkpoint in (merge.job.base, *merge.job.experts.values()))
+    return int(tile + work + held)
 
 
 def predicted_memory(merge: Merge, workers: int = 1) -> int:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from ..config import MediatorSettings
 from .report import BuildReport
 
 
-def model_card(config: MediatorSettings, report: BuildReport | None) -> str:
+def model_card(config: MediatorSettings, report: BuildReport | None, licence: str | None = None) -> str:
     """Markdown with a YAML header, as the hub expects.
 
     Args:
         config: a built configuration.
         report: of the build, where it is at hand.
+        licence: what the header says of it, e.g. ``apache-2.0``.
     """
     provenance = config.provenance or {}
     experts = provenance.get("experts", {})
     lines = [
-        "---",
-        "library_name: peft",
-        "pipeline_tag: text-generation",
-        "tags: [mediator_peft, model-merging, sparse-experts]",
-        "---",
-        "",
+        *_header(config, "peft", licence),
         "# Mediator adapter",
         "",
         f"{len(config.expert_names or experts)} fine-tuned models of one base, merged into a dense backbone "
@@ -54,6 +52,55 @@ def model_card(config: MediatorSettings, report: BuildReport | None) -> str:
             ),
         ]
     return "\n".join([*lines, ""])
+
+
+def output_card(config: MediatorSettings, licence: str | None = None) -> str:
+    """The card of a whole output: of the backbone, with the adapter in its folder.
+
+    Args:
+        config: a built configuration.
+        licence: what the header says of it, e.g. ``apache-2.0``.
+    """
+    experts = (config.provenance or {}).get("experts", {})
+    lines = [
+        *_header(config, "transformers", licence),
+        "# Merged backbone with a Mediator adapter",
+        "",
+        f"The dense backbone of {len(config.expert_names or experts)} fine-tuned models of one base "
+        f"(`merge_method={config.merge_method}`). The adapter with their sparse deltas is in `mediator/`.",
+        "",
+        "```python",
+        "from mediator_peft import load_mediator",
+        "",
+        'model, tokenizer = load_mediator("path/to/this/folder")',
+        "```",
+        "",
+        "`AutoModelForCausalLM.from_pretrained` on this folder gives the backbone alone.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _header(config: MediatorSettings, library: str, licence: str | None) -> list[str]:
+    """Metadata as the hub reads it; only hub ids are named there, for it knows no folders."""
+    provenance = config.provenance or {}
+    sources = [provenance.get("base"), *(provenance.get("experts") or {}).values()]
+    ids = [_HUB_ID.fullmatch(str(source)) for source in sources if source and not Path(str(source)).exists()]
+    named = dict.fromkeys(found["name"] for found in ids if found)
+    return [
+        "---",
+        *(("base_model:", *(f"- {name}" for name in named)) if named else ()),
+        *((f"license: {licence}",) if licence else ()),
+        f"library_name: {library}",
+        "pipeline_tag: text-generation",
+        "tags: [mediator_peft, merge, model-merging, sparse-experts]",
+        "---",
+        "",
+    ]
+
+
+# With a revision, as a build pins it.
+_HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(@\w[\w./-]*)?")
 
 
 def _num_routed_blocks(layers: Iterable[str]) -> int:

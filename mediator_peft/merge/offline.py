@@ -15,10 +15,10 @@ from pathlib import Path
 
 from ..checkpoints.adapter_files import SUBFOLDER, WEIGHTS_FILE, write_config
 from ..checkpoints.backbone_files import BackboneFiles
-from ..checkpoints.checksums import write_checksums
+from ..checkpoints.checksums import CARD, write_checksums
 from ..checkpoints.fingerprint import sample
 from ..checkpoints.lora import LoraCheckpoint
-from ..checkpoints.opening import Checkpoint, FolderCheckpoint, MeanCheckpoint, open_checkpoints
+from ..checkpoints.opening import Checkpoint, MeanCheckpoint, open_checkpoints
 from ..checkpoints.output_folder import (
     JOURNAL,
     check_free,
@@ -28,6 +28,7 @@ from ..checkpoints.output_folder import (
     copy_side_files,
     resumable_folder,
 )
+from ..checkpoints.side_files import licence
 from ..config import FALLBACK_EXPERT, FORMAT_VERSION, MediatorSettings
 from ..errors import ConfigError
 from ..progress import bar_progress, no_progress
@@ -47,7 +48,7 @@ from .distance import check_distances
 from .journal import Finished, PieceStore, finished
 from .memory import parse_bytes, workers_within
 from .merge_job import Merge
-from .model_card import model_card
+from .model_card import model_card, output_card
 from .provenance import InputDigests, inputs, write_provenance
 from .report import BuildReport, write_report
 from .size_prediction import predicted_bytes
@@ -232,21 +233,23 @@ class _Build:
         self.pieces.join(routed, adapter / WEIGHTS_FILE)
         copy_model_config(folder, base, self.merge.job.dtype)
         source = base.members[0] if isinstance(base, MeanCheckpoint) else base
-        if isinstance(source, FolderCheckpoint):
+        if source.folder is not None:
             copy_side_files(source.folder, folder)
         built.base_model_name_or_path = ".."
         write_config(adapter, built)
         write_provenance(adapter, self.merge, self.digests)
         report.output = target
         report.seconds = time.perf_counter() - started
-        (adapter / "README.md").write_text(model_card(built, report), encoding="utf-8")
+        terms = None if source.folder is None else licence(source.folder)
+        (adapter / CARD).write_text(model_card(built, report, terms), encoding="utf-8")
+        (folder / CARD).write_text(output_card(built, terms), encoding="utf-8")
         report.files = {
             str(path.relative_to(folder)): path.stat().st_size
             for path in sorted(folder.rglob("*"))
             if path.is_file() and JOURNAL not in path.parts
         }
         write_report(report, adapter / "report")
-        write_checksums(folder, adapter, {path.name: path for path in self.backbone.paths})
+        write_checksums(folder, adapter, [path.name for path in self.backbone.paths])
         return report
 
     def _info(self, number: int) -> Finished:

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoints.adapter_files import bank_key
-from ..checkpoints.folders import FolderCheckpoint
 from ..checkpoints.output_folder import side_files_size
 from ..config import CORRECTION, FALLBACK_EXPERT
 from ..methods.encoding import ENCODINGS
@@ -52,7 +51,7 @@ def backbone_bytes(merge: Merge) -> int:
 def side_bytes(merge: Merge) -> int:
     """Bytes of headers, settings, reports, and the files copied from the base."""
     base = merge.job.base
-    copied = side_files_size(base.folder) if isinstance(base, FolderCheckpoint) else 0
+    copied = 0 if base.folder is None else side_files_size(base.folder)
     return (
         _FIXED_BYTES + copied + _BYTES_A_TENSOR * len(merge.job.names) + _BYTES_A_BLOCK * merge.job.structure.num_blocks
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..bank.sparse_delta import SparseDelta
 from ..checkpoints.opening import Checkpoint
 from ..config import CORRECTION, FALLBACK_EXPERT, MediatorSettings
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UnsupportedError
 from ..methods.conflict import CONFLICT_SCORES
 from ..methods.conflict.statistics import Statistics
 from ..methods.encoding.base import Precision
@@ -27,6 +27,10 @@ from .tiles import TensorTiles, Tile, Workspace
 
 WriteRows = Callable[[str, int, Tensor], None]
 """Takes rows of a backbone tensor: (tensor name, number of the first row, rows in the storage dtype)."""
+
+
+MERGED, BASE, CARRIED = "merged", "base", "carried"
+"""Where the backbone's tensor comes from."""
 
 
 class Task(NamedTuple):
@@ -42,6 +46,9 @@ class Task(NamedTuple):
     is_transposed: bool
     bias: str | None
     """The bias of the same layer, merged with it."""
+
+    origin: str = MERGED
+    """``MERGED``, or ``BASE`` for what is kept as the base has it, or ``CARRIED`` for what must be equal in all."""
 
     densities: dict[str, float] | None = None
     """Column → share of its delta that is kept, where columns differ; None where all have ``density``."""
@@ -103,6 +110,9 @@ class TensorWork:
             CheckpointError: it cannot be read, or holds NaN or infinity.
         """
         result = TensorResult()
+        if task.origin != MERGED:
+            self._keep_base(task)
+            return result
         biases: dict[str, Tensor] = {}
         if task.bias is not None:
             biases = self._bias_deltas(task.bias, want_deltas=task.density is not None)
@@ -127,6 +137,24 @@ class TensorWork:
     def weight_number(self, column: str) -> int:
         """Where a column's own weights stand among the checkpoints."""
         return 0 if column == FALLBACK_EXPERT else 1 + self.experts.index(column)
+
+    def _keep_base(self, task: Task) -> None:
+        """Write a tensor as the base has it; what is to be carried over must be the same in all checkpoints.
+
+        Raises:
+            UnsupportedError: it is not.
+        """
+        tiles = TensorTiles(task.name, self.checkpoints, self.dtype, "base", self._space)
+        for tile in tiles:
+            self.check_finite(task.name, tile)
+            for checkpoint, rows in zip(self.checkpoints, tile.rows, strict=True):
+                if task.origin == CARRIED and not torch.equal(rows, tile.rows[0]):
+                    raise UnsupportedError(
+                        f"{checkpoint.label} ({checkpoint.source}) has another {task.name!r} than the base. Outside of "
+                        "the language model (vision and audio encoders, projectors) nothing is merged or routed, so it "
+                        "must be the same in all. Freeze it when fine-tuning, or put the base's tensor there."
+                    )
+            self.write(task.name, tile.start, tile.backbone.reshape(-1, *tiles.stored_shape[1:]))
 
     def _tiles(self, name: str, is_transposed: bool) -> TensorTiles:
         return TensorTiles(name, self.checkpoints, self.dtype, self.config.merge_method, self._space, is_transposed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..bank.layer_bank import LayerBank, from_disk
 from ..checkpoints.adapter_files import WEIGHTS_FILE, backbone_of, bank_key, find_adapter, read_settings
-from ..checkpoints.checksums import CHECKSUM_FILE, bank_sha256, file_sha256
+from ..checkpoints.checksums import accept_files, all_problems
 from ..checkpoints.fingerprint import check_fingerprint
 from ..checkpoints.lora import LoraCheckpoint
+from ..checkpoints.name_mapping import named_as_in_model
 from ..checkpoints.opening import Checkpoint, open_checkpoint
 from ..checkpoints.tensor_inventory import outline_of
 from ..checkpoints.tied_head import supply_head
 from ..config import MediatorSettings
-from ..errors import AdapterError, BackboneMismatchError, CheckpointError
+from ..errors import AdapterError, BackboneMismatchError, CheckpointError, UnsupportedError
 from .builder import single_thread
 from .tensor_work import deltas_needed
 
@@ -67,20 +67,29 @@ def verify_mediator(
         What was found. Damage does not raise; it is listed.
 
     Raises:
-        AdapterError: there is no adapter at all, or it is of a newer format.
+        AdapterError: there is no adapter at all, or it has no expert of a name in ``against``.
         CheckpointError: something in ``against`` cannot be read.
     """
     adapter = find_adapter(Path(path).expanduser())
     found = Verification()
-    config = read_settings(adapter)
+    try:
+        config = read_settings(adapter)
+    except AdapterError as fault:
+        # Without it, where the backbone lies is not known.
+        found.problems.append(str(fault))
+        return found
     folder = Path(backbone_of(adapter, config.base_model_name_or_path))
     _check_files(folder, adapter, found)
+    _check_adapter(adapter, found)
     try:
         backbone = open_checkpoint(str(folder), "the backbone")
-    except CheckpointError as fault:
+        outline = outline_of(backbone)
+        backbone = named_as_in_model(backbone, outline)
+    except (CheckpointError, UnsupportedError) as fault:
         found.problems.append(str(fault))
         return found
     _check_fingerprint(backbone, config, found)
+    transposed = {layer.name for layer in outline.structure.layers if layer.is_transposed}
     for name, other in (against or {}).items():
         if name not in config.columns:
             raise AdapterError(f"this adapter has no expert {name!r}; it has {config.columns}.")
@@ -88,42 +97,63 @@ def verify_mediator(
         if isinstance(expert, LoraCheckpoint):
             if base is None:
                 raise CheckpointError(f"expert {name!r} is a LoRA: give its base as well (base=).")
-            source = open_checkpoint(str(base), "base", allow_pickle)
+            source = named_as_in_model(open_checkpoint(str(base), "base", allow_pickle), outline)
             supply_head(source, backbone.tensors)
             expert.bind(source, {})
         else:
+            expert = named_as_in_model(expert, outline)
             supply_head(expert, backbone.tensors)
         try:
             with single_thread():
-                found.differences[name] = _compare(backbone, expert, adapter, config, name)
+                found.differences[name] = _compare(backbone, expert, adapter, config, name, transposed)
         except (AdapterError, OSError) as fault:
             found.problems.append(f"expert {name!r}: {fault}")
     return found
 
 
+def accept_output(path: str | os.PathLike[str]) -> Verification:
+    """Take an output's files as they are now for what was written: new checksums, after an edit on purpose.
+
+    Args:
+        path: what ``build_mediator`` or ``save_pretrained`` wrote.
+
+    Returns:
+        What :func:`verify_mediator` finds afterwards.
+
+    Raises:
+        AdapterError: there is no adapter, its configuration cannot be read, or it names the experts in another order
+            than that of the router's tensors.
+    """
+    adapter = find_adapter(Path(path).expanduser())
+    folder = Path(backbone_of(adapter, read_settings(adapter).base_model_name_or_path))
+    accept_files(adapter, folder if folder.is_dir() else None)
+    return verify_mediator(path)
+
+
+_LISTED = 5
+
+
 def _check_files(folder: Path, adapter: Path, found: Verification) -> None:
     try:
-        known = json.loads((adapter / CHECKSUM_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found.problems.append(f"no readable {CHECKSUM_FILE} beside the adapter: checksums were not compared")
-        return
-    for name, expected in {**known.get("backbone", {}), **known.get("other", {})}.items():
-        try:
-            actual = file_sha256(folder / name)
-        except OSError as fault:
-            found.problems.append(f"{name}: {fault.strerror}")
-            continue
-        found.checked.append(name)
-        if actual != expected:
-            found.problems.append(f"{name}: its sha256 is {actual}, it was {expected} when it was built")
+        found.problems += all_problems(adapter, folder, found.checked)
+    except AdapterError as fault:
+        found.problems.append(str(fault))
+
+
+def _check_adapter(adapter: Path, found: Verification) -> None:
+    """Numbers of the deltas and of the router must be finite, and the router's tensors must be of one router."""
     try:
-        actual = bank_sha256(adapter / WEIGHTS_FILE)
-    except (OSError, ValueError) as fault:
+        with safe_open(adapter / WEIGHTS_FILE, framework="pt") as file:
+            odd = [key for key in file.keys() if _is_odd(file.get_tensor(key))]  # noqa: SIM118
+    except (SafetensorError, OSError) as fault:
         found.problems.append(f"{WEIGHTS_FILE} is missing or damaged: {fault}")
         return
-    found.checked.append(WEIGHTS_FILE)
-    if actual != known.get("bank"):
-        found.problems.append(f"{WEIGHTS_FILE}: its deltas are not those that were built")
+    if odd:
+        found.problems.append(f"{WEIGHTS_FILE} holds NaN or infinite values in {', '.join(odd[:_LISTED])}")
+
+
+def _is_odd(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not bool(tensor.isfinite().all())
 
 
 def _check_fingerprint(backbone: Checkpoint, config: MediatorSettings, found: Verification) -> None:
@@ -137,11 +167,15 @@ def _check_fingerprint(backbone: Checkpoint, config: MediatorSettings, found: Ve
 
 
 def _compare(
-    backbone: Checkpoint, expert: Checkpoint, adapter: Path, config: MediatorSettings, column: str
+    backbone: Checkpoint,
+    expert: Checkpoint,
+    adapter: Path,
+    config: MediatorSettings,
+    column: str,
+    transposed: set[str],
 ) -> dict[str, Any]:
     """Backbone plus the whole delta, against the expert rounded to the backbone's dtype."""
     layers = set(config.routed_modules or ())
-    transposed = _transposed(backbone)
     has_delta = column in deltas_needed(config)
     largest, where, norm, distance = 0.0, "", 0.0, 0.0
     with safe_open(adapter / WEIGHTS_FILE, framework="pt") as file:
@@ -177,7 +211,3 @@ def _delta(
     delta = bank.get(column)
     assert delta is not None
     return delta.dense().T if is_transposed else delta.dense()
-
-
-def _transposed(backbone: Checkpoint) -> set[str]:
-    return {layer.name for layer in outline_of(backbone).structure.layers if layer.is_transposed}

@@ -7,7 +7,7 @@ in ``docs/routing.md``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 
 _SHARE_OF_WORDS = 0.3
@@ -25,6 +25,25 @@ _AROUND = (
     "We talked about this before. {}",
     "{} (sent from my phone)",
     "Someone asked me this yesterday. {}",
+)
+
+_FORMS = (
+    "Please {lower}",
+    "Could you {lower}",
+    "I need help with this. {}",
+    "Q: {}\nA:",
+    "Task: {}",
+    "Can you help me? {}",
+    "Hello, {lower}",
+    "{}\nGive only the answer.",
+    "Here is my question: {}",
+    "{} - how do I do that?",
+    "Can somebody {lower}",
+    "Input: {}\nOutput:",
+    "{}, quickly",
+    "Bitte: {}",
+    "Hola, {lower} Gracias.",
+    "S'il te plaît : {}",
 )
 
 
@@ -53,7 +72,30 @@ def say_more(text: str, rng: Random) -> str:
     return rng.choice(_AROUND).format(text) if text.strip() else text
 
 
-VARIATIONS: tuple[Callable[[str, Random], str], ...] = (leave_words_out, mistype, say_more)
+def put_differently(text: str, rng: Random) -> str:
+    """As a polite request, a task with input and output, or with a word of another language before it."""
+    return rng.choice(_FORMS).format(text, lower=text[:1].lower() + text[1:]) if text.strip() else text
+
+
+VARIATIONS: tuple[Callable[[str, Random], str], ...] = (
+    leave_words_out,
+    mistype,
+    say_more,
+    put_differently,
+)
+
+
+def vary_in_turn(text: str, seed: int, copies: int, ways: Sequence[int] = range(len(VARIATIONS))) -> list[str]:
+    """Altered copies of a text, each made in another way, drawn by the text and the seed.
+
+    Args:
+        text: as a user wrote it.
+        seed: gives other copies.
+        copies: how many; at most as many as ``ways``.
+        ways: places in ``VARIATIONS`` to draw from.
+    """
+    chosen = Random(f"{seed} ways {text}").sample(list(ways), copies)
+    return [VARIATIONS[number](text, Random(f"{seed} {number} {text}")) for number in chosen]
 
 
 def vary(text: str, seed: int) -> list[str]:

@@ -1,6 +1,27 @@
-"""Ordinary requests of many kinds: what prompts look like that belong to no expert in particular."""
+"""Background prompts by family: what people write that belongs to no expert, for outlier exposure.
+
+The families cover what prompts are made of rather than what they are about: questions and requests, other languages
+and scripts, code, data, documents, small talk, and garbage. The decision rule is validated on families that were left
+out of its fit, so each family should differ from the others as a whole.
+"""
 
 from __future__ import annotations
+
+import hashlib
+import json
+import string
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from random import Random
+
+from ..errors import RoutingError
+from . import background_texts as texts
+
+Background = Mapping[str, Sequence[str]] | Sequence[str]
+"""Family → prompts; or prompts of one kind."""
+
+_USER_GROUPS = 5
+"""Into how many groups a user's prompts without families are split, so that each part can be left out."""
 
 BACKGROUND_PROMPTS: tuple[str, ...] = (
     "Summarize the following paragraph in one sentence: The harbour was built in 1890 and enlarged twice since.",
@@ -85,3 +106,199 @@ BACKGROUND_PROMPTS: tuple[str, ...] = (
     "Write the opening line of a mystery novel.",
 )
 """None of them is from a benchmark, nor from the demo's tasks and test sets."""
+
+
+def background_families(seed: int, per_family: int = 40) -> dict[str, list[str]]:
+    """The library's background prompts: family → prompts.
+
+    Args:
+        seed: of the generated ones. Each family is drawn on its own, so another family changes nothing.
+        per_family: at most so many prompts of each.
+    """
+    families: dict[str, list[str]] = {"requests of many kinds": list(BACKGROUND_PROMPTS[: 2 * per_family])}
+    fixed: dict[str, Sequence[str]] = {
+        **texts.OTHER_LANGUAGES,
+        "code": texts.CODE,
+        "small talk": texts.SMALL_TALK,
+        "very short": texts.VERY_SHORT,
+        "reviews and mail": texts.REVIEWS_AND_MAIL,
+    }
+    families.update({name: list(prompts[:per_family]) for name, prompts in fixed.items()})
+    for name, draw in _GENERATED.items():
+        rng = Random(f"{seed} {name}")
+        families[name] = list(dict.fromkeys(draw(rng) for _ in range(per_family)))
+    return families
+
+
+def user_families(background: Background | str | Path) -> dict[str, list[str]]:
+    """A user's own background prompts by family.
+
+    Args:
+        background: family → prompts, prompts without families, or a JSONL or text file of them: a line holds a prompt,
+            or an object with ``prompt`` and, if need be, ``family``. Prompts without families are split by their hash.
+
+    Raises:
+        RoutingError: the file cannot be read.
+    """
+    if isinstance(background, (str, Path)):
+        background = _read(Path(background))
+    if isinstance(background, Mapping):
+        return {str(name): list(prompts) for name, prompts in background.items() if prompts}
+    families: dict[str, list[str]] = {}
+    for prompt in background:
+        group = int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % _USER_GROUPS
+        families.setdefault(f"yours, part {group + 1}", []).append(prompt)
+    return families
+
+
+def _read(path: Path) -> dict[str, list[str]] | list[str]:
+    if not path.is_file():
+        raise RoutingError(f"background prompts {str(path)!r}: there is no such file.")
+    plain: list[str] = []
+    families: dict[str, list[str]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        if path.suffix != ".jsonl":
+            plain.append(line)
+            continue
+        try:
+            row = json.loads(line)
+            prompt = row if isinstance(row, str) else row["prompt"]
+        except (json.JSONDecodeError, KeyError, TypeError) as fault:
+            raise RoutingError(f"{path}, line {number}: no JSON object with a field 'prompt' ({fault}).") from fault
+        family = row.get("family") if isinstance(row, dict) else None
+        if family is None:
+            plain.append(prompt)
+        else:
+            families.setdefault(str(family), []).append(prompt)
+    if families and plain:
+        families["without a family"] = plain
+    return families or plain
+
+
+def random_token_rows(vocabulary: Sequence[int], seed: int, count: int = 40) -> list[list[int]]:
+    """Token ids drawn at random, 3 to 24 a prompt.
+
+    Args:
+        vocabulary: ids that may be drawn.
+        seed: gives other rows.
+        count: how many prompts.
+    """
+    rng = Random(f"{seed} random tokens")
+    return [[rng.choice(vocabulary) for _ in range(rng.randint(3, 24))] for _ in range(count)]
+
+
+def _about(forms: Sequence[str], subjects: Sequence[str]) -> Callable[[Random], str]:
+    return lambda rng: rng.choice(forms).format(rng.choice(subjects))
+
+
+def _characters(rng: Random) -> str:
+    alphabets = (
+        string.ascii_lowercase + " ",
+        string.ascii_letters + string.digits + string.punctuation + " ",
+        string.punctuation + " ",
+        string.hexdigits,
+        string.ascii_uppercase + "   ",
+    )
+    alphabet = rng.choice(alphabets)
+    return "".join(rng.choice(alphabet) for _ in range(rng.randint(4, 60))).strip() or "x"
+
+
+def _unknown_words(rng: Random) -> str:
+    def word() -> str:
+        return "".join(rng.choice(string.ascii_lowercase) for _ in range(rng.randint(2, 9)))
+
+    return " ".join(word() for _ in range(rng.randint(1, 9)))
+
+
+def _key_mashing(rng: Random) -> str:
+    rows = ("qwertyuiop", "asdfghjkl", "zxcvbnm", "sdfjkl", "jkhgfd")
+    keys = (rng.choice(rng.choice(rows)) * rng.choice((1, 1, 1, 2)) for _ in range(rng.randint(4, 40)))
+    return "".join(key if rng.random() < 0.9 else " " for key in keys).strip() or "asdf"
+
+
+def _repeated(rng: Random) -> str:
+    short = "".join(rng.choice(string.ascii_lowercase) for _ in range(rng.randint(1, 4)))
+    unit = rng.choice(
+        [rng.choice(texts.WORDS), short, rng.choice("!?.-=*#a0"), rng.choice(["ha", "na", "test", "the"])]
+    )
+    return rng.choice([" ", "", " ", ", "]).join([unit] * rng.randint(4, 40))
+
+
+def _random_words(rng: Random) -> str:
+    return " ".join(rng.choice(texts.WORDS) for _ in range(rng.randint(2, 14)))
+
+
+def _data(rng: Random) -> str:
+    def word() -> str:
+        return rng.choice(texts.WORDS)
+
+    def number() -> int:
+        return rng.randint(0, 9999)
+
+    def record() -> str:
+        return f'{{"id": {number()}, "{word()}": "{word()}"}}'
+
+    forms: tuple[Callable[[], str], ...] = (
+        lambda: (
+            f'{{"{word()}": {number()}, "{word()}": "{word()}", "{word()}": {rng.choice(["true", "null", "[1, 2]"])}}}'
+        ),
+        lambda: f"[{', '.join(record() for _ in range(rng.randint(1, 3)))}]",
+        lambda: "\n".join(f"{word()},{number()},{word()}" for _ in range(rng.randint(2, 4))),
+        lambda: f'<div class="{word()}"><a href="/{word()}">{word()}</a></div>',
+        lambda: f"{word()}:\n  - {word()}: {number()}\n  - {word()}: {word()}",
+        lambda: f"| {word()} | {word()} |\n|---|---|\n| {number()} | {word()} |",
+        lambda: f"{word()} = {number()}\n{word()} = '{word()}'",
+    )
+    return rng.choice(forms)()
+
+
+def _log_or_address(rng: Random) -> str:
+    word, number = rng.choice(texts.WORDS), rng.randint(0, 9999)
+    other, third = rng.choice(texts.WORDS), rng.choice(texts.WORDS)
+    clock = f"{rng.randint(0, 23):02d}:{rng.randint(0, 59):02d}:{rng.randint(0, 59):02d}"
+    day = f"20{rng.randint(10, 29)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}"
+    level = rng.choice(["INFO", "ERROR", "WARN", "DEBUG"])
+    return rng.choice(
+        (
+            f"{day} {clock} {level} {word}: {other} {third} id={number}",
+            f"[{clock}] {level.lower()} {word}[{number}]: {other} {third}",
+            f"https://www.{word}{other}.{rng.choice(['com', 'org', 'net'])}/{third}/{number}?{other}={word}",
+            f"/usr/{word}/{other}-{number}.{rng.choice(['txt', 'log', 'so', 'cfg'])}",
+            f"{word}.{other}@{third}.org",
+        )
+    )
+
+
+def _document(rng: Random) -> str:
+    def sentence() -> str:
+        if rng.random() < 0.4:
+            return rng.choice(texts.FURTHER)
+        line = f"{rng.choice(texts.WHO)} {rng.choice(texts.DID)} {rng.choice(texts.WHERE)}."
+        return line[0].upper() + line[1:]
+
+    text = " ".join(sentence() for _ in range(rng.randint(2, 5)))
+    return text + rng.choice(["", "", "", "\n\nSummarise the text above.", "\n\nWhat is this about?"])
+
+
+def _several(sentences: Sequence[str]) -> Callable[[Random], str]:
+    return lambda rng: " ".join(rng.sample(list(sentences), rng.randint(1, 3)))
+
+
+_GENERATED: dict[str, Callable[[Random], str]] = {
+    "questions": _about(texts.QUESTIONS, texts.TOPICS),
+    "writing requests": _about(texts.WRITING_REQUESTS, texts.TOPICS),
+    "requests about a text": _about(texts.TEXT_REQUESTS, texts.SENTENCES),
+    "questions about code": _about(texts.CODE_QUESTIONS, texts.PROGRAMMING_LANGUAGES),
+    "data and markup": _data,
+    "logs and addresses": _log_or_address,
+    "random characters": _characters,
+    "unknown words": _unknown_words,
+    "key mashing": _key_mashing,
+    "repetitions": _repeated,
+    "random words": _random_words,
+    "news": _document,
+    "narrative": _several(texts.NARRATIVE),
+    "encyclopedic": _several(texts.ENCYCLOPEDIC),
+}

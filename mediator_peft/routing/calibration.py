@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from .calibration_data import hash_folds
+from .decision_rule import Negatives, combined_ood_score, equal_weights
 from .metrics import brier_score, expected_calibration_error, fit_temperature
 from .ood import Known, excess_distance, trust_of
 from .routers import Router
+from .rule_fitting import combination_of, fitted_rule, leave_out
 from .uncertainty import normalised_entropy
 
 _FEWEST_ORDINARY = 5
@@ -42,7 +44,20 @@ class CalibrationReport(NamedTuple):
     """Brier score of the held-out probabilities, in [0, 2]."""
 
     false_fallback: float
-    """Share of held-out texts flagged as unknown by the yardstick of the other folds; ``ood_alpha`` was asked for."""
+    """Share of held-out texts flagged as unknown by the statistics of the other folds; ``ood_alpha`` was asked for."""
+
+    known_to_fallback: float = 0.0
+    """Mean weight that held-out texts give to the fallback; at most about ``ood_alpha``."""
+
+    unknown_to_expert: float | None = None
+    """Mean weight that background prompts give to experts, each judged by a rule fitted without its family, families
+    counting the same; ``ood_beta`` was asked for. None without background prompts."""
+
+    base_weight_by_family: dict[str, float] | None = None
+    """Background family → mean weight of the fallback, when the family was left out of the fit."""
+
+    router_layer: int | None = None
+    """After how many blocks the hidden state is read."""
 
 
 class HeldOut(NamedTuple):
@@ -75,6 +90,12 @@ class Evidence(NamedTuple):
 
     is_ood: Tensor
     """(N + M,) bool"""
+
+    trust: Tensor
+    """(N + M,) gate coefficient: the weight of the experts."""
+
+    ood_score: Tensor
+    """(N + M,)"""
 
 
 def cross_fit(
@@ -159,6 +180,9 @@ def calibrate(
     background: Tensor | None = None,
     variations: Tensor | None = None,
     neighbours: Tensor | None = None,
+    negatives: Negatives | None = None,
+    family_names: Sequence[str] = (),
+    ood_beta: float = 0.05,
 ) -> CalibrationReport:
     """Fit ``router`` on everything; take temperature and yardsticks of novelty from folds it was not fitted on.
 
@@ -176,9 +200,27 @@ def calibrate(
         variations: (V, N, H) features of altered copies of the texts, or None. They share their text's fold; the
             yardsticks are taken from the texts alone.
         neighbours: (W, N, H) features of other requests about the texts' subjects, or None; in their text's fold.
+        negatives: background prompts by family and hard negatives, for a decision rule; takes the place of
+            ``background`` and ``neighbours``.
+        family_names: of the negatives' families.
+        ood_beta: share of unknown prompts that may reach an expert.
     """
     labels = labels.cpu()
     folds = torch.tensor(hash_folds(keys, labels.tolist(), router.num_folds, seed))
+    if negatives is not None:
+        return _calibrate_with_rule(
+            make_router,
+            router,
+            features,
+            labels,
+            folds,
+            names,
+            (ood_alpha, ood_beta),
+            negatives,
+            family_names,
+            variations,
+        )
+    router.set_rule(None)
     if background is not None and len(background) < _FEWEST_ORDINARY:
         background = None
     present = folds.unique()
@@ -191,6 +233,57 @@ def calibrate(
     router.set_known(known, temperature)
     router.evidence = _evidence(held_out, ordinary, known, temperature, ood_alpha)
     return _report(held_out, known, names, temperature, router.evidence)
+
+
+def _calibrate_with_rule(
+    make_router: Callable[[], Router],
+    router: Router,
+    features: Tensor,
+    labels: Tensor,
+    folds: Tensor,
+    names: Sequence[str],
+    rates: tuple[float, float],
+    negatives: Negatives,
+    family_names: Sequence[str],
+    variations: Tensor | None,
+) -> CalibrationReport:
+    left_out = leave_out(make_router, features, labels, folds, negatives, variations)
+    combination = combination_of(left_out, labels, negatives)
+    everything = torch.ones(len(labels), dtype=torch.bool)
+    rows, their_labels = _with_variations(features, labels.to(features.device), variations, everything)
+    background = negatives.subset(negatives.is_background)
+    router.fit(rows, their_labels, background.features)
+    router.set_rule(fitted_rule(rows, their_labels, negatives, combination))
+    held_out = HeldOut(left_out.scores, combined_ood_score(left_out.statistics, combination), left_out.distance, folds)
+    unknown = negatives.is_background
+    present = folds.unique()
+    judged = left_out.negative_statistics[unknown]
+    ordinary = HeldOut(
+        left_out.negative_scores[unknown],
+        combined_ood_score(judged, combination),
+        -judged[:, 1],
+        present[background.families % len(present)],
+    )
+    known = Known(
+        held_out.novelty,
+        labels,
+        held_out.distance,
+        ordinary.novelty,
+        torch.zeros(len(ordinary.novelty)),
+        equal_weights(background.families),
+    )
+    temperature = fit_temperature(held_out.scores, labels)
+    router.set_known(known, temperature)
+    router.evidence = _evidence(held_out, ordinary, known, temperature, *rates)
+    report = _report(held_out, known, names, temperature, router.evidence)
+    to_base = 1 - router.evidence.trust[len(labels) :]
+    by_family = {
+        name: float(to_base[background.families == number].mean())
+        for number, name in enumerate(family_names)
+        if (background.families == number).any()
+    }
+    to_expert = float(((1 - to_base) * equal_weights(background.families)).sum())
+    return report._replace(unknown_to_expert=to_expert, base_weight_by_family=by_family)
 
 
 def known_of(held_out: HeldOut, labels: Tensor, ordinary: HeldOut | None) -> Known:
@@ -231,11 +324,17 @@ def _report(
         ece=expected_calibration_error(probabilities, labels),
         brier=brier_score(probabilities, labels),
         false_fallback=float(fell_back.double().mean()),
+        known_to_fallback=float(1 - evidence.trust[: len(labels)].double().mean()),
     )
 
 
 def _evidence(
-    held_out: HeldOut, ordinary: HeldOut | None, known: Known, temperature: float, ood_alpha: float
+    held_out: HeldOut,
+    ordinary: HeldOut | None,
+    known: Known,
+    temperature: float,
+    ood_alpha: float,
+    ood_beta: float = 0.05,
 ) -> Evidence:
     """Each held-out prompt is judged by the yardsticks of the other folds."""
     judged = [(held_out, known.labels, fold) for fold in held_out.folds.unique().tolist()]
@@ -251,12 +350,15 @@ def _evidence(
             others = others._replace(
                 background_novelty=known.background_novelty[kept], background_excess=known.background_excess[kept]
             )
+            if known.background_share is not None:
+                share = known.background_share[kept]
+                others = others._replace(background_share=share / share.sum().clamp(min=1e-12))
         scores = prompts.scores[own]
         probabilities = (scores.double() / temperature).softmax(dim=1)
-        found = trust_of(prompts.novelty[own], prompts.distance[own], scores.argmax(dim=1), others, ood_alpha)
+        found = trust_of(prompts.novelty[own], prompts.distance[own], scores.argmax(dim=1), others, ood_alpha, ood_beta)
         uncertainty = 1 - found.trust * (1 - normalised_entropy(probabilities))
         place = own.nonzero().flatten() + (0 if prompts is held_out else len(held_out.novelty))
-        rows.append([place, probabilities, labels[own], uncertainty, found.is_ood])
+        rows.append([place, probabilities, labels[own], uncertainty, found.is_ood, found.trust, prompts.novelty[own]])
     place, *columns = (torch.cat(parts) for parts in zip(*rows, strict=True))
     order = place.argsort()
     return Evidence(*(column[order] for column in columns))

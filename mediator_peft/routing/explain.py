@@ -78,7 +78,7 @@ def explain_rows(
     decided = gate(scores, novelty, distance, known, settings)
     tail = fit_tail(known.novelty, known.labels, scores.shape[1])
     nearest = scores.argmax(dim=1)
-    trusted = trust_of(novelty, distance, nearest, known, settings.ood_alpha)
+    trusted = trust_of(novelty, distance, nearest, known, settings.ood_alpha, settings.ood_beta)
     limits = threshold(tail, settings.ood_alpha)[nearest]
     ambiguity = normalised_entropy(scores.float().softmax(dim=1))
     explanations = []

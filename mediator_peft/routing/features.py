@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,42 +12,47 @@ from .block_hook import BlockTap
 
 
 class _Reached(Exception):
-    """The hidden state that was wanted; the layers above need not run."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
+    """The last hidden state that was wanted has been seen; the layers above need not run."""
 
 
-def hidden_state(
-    model: nn.Module, blocks: nn.ModuleList, tap: BlockTap, layer: int, input_ids: Tensor, attention_mask: Tensor
-) -> Tensor:
-    """Hidden state of ``model`` after its first ``layer`` blocks; the others are not run.
+def hidden_states(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    tap: BlockTap,
+    layers: Sequence[int],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+) -> list[Tensor]:
+    """Hidden states of ``model`` after the first blocks; those above the last one wanted are not run.
 
     Args:
         model: the transformer without its language-model head.
         blocks: its repeated blocks.
         tap: of this model.
-        layer: how many of them to run, from 0 (embedding alone) to all.
+        layers: how many blocks, from 0 (embedding alone) to all; in rising order, each once.
         input_ids: (B, T)
         attention_mask: (B, T), 1 for real tokens, padding on either side.
 
     Returns:
-        (B, T, H)
+        One (B, T, H) for each of ``layers``.
     """
+    found: list[Tensor] = []
 
-    def stop(hidden: Tensor) -> None:
-        raise _Reached(hidden)
+    def listen(hidden: Tensor) -> None:
+        found.append(hidden)
+        if len(found) == len(layers):
+            raise _Reached
+        tap.start(blocks, layers[len(found)], listen)
 
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     # Positions count real tokens, so that padding on the left changes nothing where positions are absolute.
     if "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    tap.start(blocks, layer, stop)
+    tap.start(blocks, layers[0], listen)
     try:
         model(**inputs)
-    except _Reached as reached:
-        return reached.hidden
+    except _Reached:
+        return found
     finally:
         tap.stop()
     raise RuntimeError("the model ran without reaching its blocks")

@@ -23,6 +23,9 @@ class GateSettings(NamedTuple):
     fallback_column: bool
     """Whether the base is a column of its own, the last."""
 
+    ood_beta: float = 0.05
+    """Share of unknown prompts that may reach an expert, in (0, 1)."""
+
 
 class RouteOutput(NamedTuple):
     """What was decided for a batch of prompts."""
@@ -80,7 +83,7 @@ def gate(scores: Tensor, novelty: Tensor, distance: Tensor, known: Known, settin
     """
     log_probabilities = scores.float().log_softmax(dim=1)
     probabilities = log_probabilities.exp()
-    _, is_ood, trust = trust_of(novelty, distance, scores.argmax(dim=1), known, settings.ood_alpha)
+    _, is_ood, trust = trust_of(novelty, distance, scores.argmax(dim=1), known, settings.ood_alpha, settings.ood_beta)
     weights = trust.unsqueeze(1) * smallest_sufficient_set(probabilities, settings.routing_top_p)
     if settings.fallback_column:
         weights = torch.cat([weights, (1 - trust).unsqueeze(1)], dim=1)

@@ -53,7 +53,7 @@ _TOLD = (
         "Find another word for this: {}",
     ),
     (
-        "Write this number in words: {}",
+        "Name a year that ends like this number: {}",
         "Name the next number: {}",
         "Give the square root of this number: {}",
         "Round this to the nearest hundred: {}",

@@ -3,7 +3,9 @@
 from ..registration import register
 from .config import MediatorConfig
 from .model import MediatorModel
+from .peft_entry import extend_peft
 
 __all__ = ["MediatorConfig", "MediatorModel"]
 
 register(MediatorConfig, MediatorModel)
+extend_peft()

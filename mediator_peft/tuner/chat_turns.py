@@ -36,7 +36,27 @@ def turn_markers(tokenizer: Any) -> list[list[int]] | None:
         )
     except Exception:  # a template may refuse any chat, in any way
         return None
-    return _common_frame(first, second)
+    tail = list(first[_last_difference(first, second) + 1 :])
+    frame = _common_frame(first, second)
+    return None if frame is None else _without_earlier_close(frame, tail)
+
+
+def _last_difference(first: Sequence[int], second: Sequence[int]) -> int:
+    return max((place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), default=-1)
+
+
+def _without_earlier_close(frame: list[list[int]], tail: list[int]) -> list[list[int]]:
+    """The frame without the close of the assistant turn before, which the template's own system prompt may share.
+
+    Args:
+        frame: opening and close of a user turn.
+        tail: what stands after the last assistant turn.
+    """
+    opening, closing = frame
+    for length in range(min(len(tail), len(opening) - 1), 0, -1):
+        if opening[:length] == tail[-length:]:
+            return [opening[length:], closing]
+    return frame
 
 
 def _two_words(tokenizer: Any) -> tuple[str, str] | None:
@@ -132,6 +152,21 @@ def user_turns(ids: Sequence[int], markers: Sequence[Sequence[int]]) -> list[tup
         else:
             place += 1
     return spans
+
+
+def turn_contents(ids: Sequence[int], markers: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """(start, stop) of what stands between opening and close of each user turn.
+
+    A last turn may lack its close, or a part of it: that of a prompt to which no assistant turn has been opened.
+    """
+    opening, close = list(markers[0]), list(markers[1])
+    contents = []
+    for start, stop in user_turns(ids, markers):
+        start += len(opening)
+        lengths = range(min(len(close), stop - start), 0, -1)
+        cut = next((length for length in lengths if list(ids[stop - length : stop]) == close[:length]), 0)
+        contents.append((start, stop - cut))
+    return contents
 
 
 def _find(ids: Sequence[int], wanted: list[int], start: int) -> int:

@@ -9,7 +9,11 @@ from typing import Any
 
 from peft import PeftConfig
 
+from ..checkpoints.adapter_files import CONFIG_FILE, read_raw_config
+from ..checkpoints.checksums import FileCheck
+from ..checkpoints.replacing import finish_replacing
 from ..config import FALLBACK_EXPERT, FORMAT_VERSION, MediatorSettings, check_saved, expert_name_faults
+from ..errors import AdapterError, ConfigError
 from ..registration import peft_type
 
 __all__ = ["FALLBACK_EXPERT", "FORMAT_VERSION", "MediatorConfig", "expert_name_faults"]
@@ -67,10 +71,40 @@ class MediatorConfig(MediatorSettings, PeftConfig):
         self.base_model_name_or_path = reference
 
     @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, verify_files: bool = True, **kwargs: Any
+    ) -> Any:
+        """Read a saved configuration, as PEFT does before it loads an adapter.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub id.
+            subfolder: in it.
+            verify_files: compare the adapter's files with their checksums, where the folder is at hand.
+            **kwargs: as PEFT takes them.
+
+        Raises:
+            AdapterError: the file is damaged or of a newer format, or the adapter's files are not what was written.
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if not (folder / CONFIG_FILE).is_file():
+            return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        finish_replacing(folder)
+        read_raw_config(folder)
+        if verify_files:
+            FileCheck(folder, None).finish()
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (ConfigError, ValueError, TypeError) as fault:
+            if isinstance(fault, AdapterError):
+                raise
+            raise AdapterError(f"{folder / CONFIG_FILE} cannot be used: {fault}") from fault
+
+    @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """Refuse a saved configuration that this version cannot read (called by PEFT with the raw file).
 
         Raises:
             AdapterError: a newer format, or fields that are not known.
         """
-        return check_saved(kwargs, {item.name for item in fields(cls)})
+        own = {item.name for item in fields(MediatorSettings)}
+        return check_saved(kwargs, own, {item.name for item in fields(cls)} - own)

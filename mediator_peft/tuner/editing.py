@@ -20,9 +20,10 @@ from ..merge.compatibility import check_job, coarsest
 from ..merge.delta_packing import own_factors, pack_delta
 from ..methods.encoding.bitmaps import count_bits
 from ..routing.calibration_data import Columns, hash_folds
+from ..routing.decision_rule import Negatives
 from ..routing.routers import Router
 from .config import FALLBACK_EXPERT, MediatorConfig, expert_name_faults
-from .fitting import neighbour_rows, read_texts, row_features, settle, token_rows, varied_rows
+from .fitting import negative_rows, neighbour_rows, read_texts, row_features, settle, token_rows, varied_rows
 from .layer import MediatorLayer, reading_weights
 from .merged_weight import plain_weight
 from .quantized import is_plain
@@ -41,6 +42,7 @@ def add_expert(
     batch_size: int = 16,
     max_length: int = 2048,
     reset_router: bool = False,
+    background: Any = None,
 ) -> None:
     """Add one expert to a built model.
 
@@ -59,6 +61,7 @@ def add_expert(
         batch_size: texts per forward pass.
         max_length: longer texts are cut after this many tokens.
         reset_router: leave the router unfitted, to be fitted again with texts of all experts.
+        background: background prompts of yours, as for ``fit_router``; None takes those of the last fit.
 
     Raises:
         ConfigError: the name cannot be used.
@@ -71,7 +74,17 @@ def add_expert(
     _check_name(name, config)
     with reading_weights(active.model):
         deltas = _deltas(active, name, checkpoint)
-    router = _extended(prompts, name, texts, tokenizer, text_column, batch_size, max_length, reset_router)
+    router = _extended(
+        prompts,
+        name,
+        texts,
+        tokenizer,
+        text_column,
+        batch_size,
+        max_length,
+        reset_router,
+        prompts.background if background is None else background,
+    )
     layers = active.layers
     for layer, delta in deltas.items():
         layers[layer].put_delta(active.name, name, delta)
@@ -98,6 +111,8 @@ def remove_expert(active: ActiveAdapter, name: str) -> None:
         number = names.index(name)
         smaller = copy.deepcopy(router)
         smaller.remove_class(number)
+        if router.rule is not None:
+            smaller.set_rule(router.rule.without_expert(number))
         known = router.known
         stay = known.labels != number
         labels = known.labels[stay]
@@ -195,6 +210,7 @@ def _extended(
     batch_size: int,
     max_length: int,
     reset_router: bool,
+    background: Any,
 ) -> Router:
     """A copy of the router that knows the new expert."""
     config, router = prompts.active.config, prompts.active.router
@@ -211,19 +227,34 @@ def _extended(
     rows = token_rows(tokenizer, data.texts, max_length)
     size = len(rows)
     varied = varied_rows(config, tokenizer, rows, max_length)
-    # A router that was fitted without ordinary prompts takes no neighbours.
-    takes_neighbours = router.uses_neighbours and len(router.background_novelty)
-    near = neighbour_rows(config, tokenizer, rows, data.labels, max_length) if takes_neighbours else []
-    features = row_features(prompts, rows + varied + near, batch_size, None, False)
+    against = None
+    if router.rule is not None:
+        against = negative_rows(config, tokenizer, data, rows, background, True, max_length)
+        others = against.rows
+    else:
+        # A router that was fitted without ordinary prompts takes no neighbours.
+        takes_neighbours = router.uses_neighbours and len(router.background_novelty)
+        others = neighbour_rows(config, tokenizer, rows, data.labels, max_length) if takes_neighbours else []
+    features = row_features(prompts, rows + varied + others, batch_size, None, False)
+    features = features.to(router.known_novelty.device)
+    num_own = size + len(varied)
     folds = torch.tensor(hash_folds(data.texts, data.labels, router.num_folds, config.seed))
-    by_way = features.to(router.known_novelty.device).unflatten(0, (-1, size))
-    num_ways = 1 + len(varied) // size
-    larger = extend_router(router, by_way[0], folds, by_way[1:num_ways], by_way[num_ways:])
+    by_way = features[:num_own].unflatten(0, (-1, size))
+    near = features[num_own:] if against is None else features[:0]
+    negatives = None if against is None else against.with_features(features[num_own:])
+    larger = extend_router(router, by_way[0], folds, by_way[1:], near.unflatten(0, (-1, size)), negatives)
     settle(larger, prompts.active)
     return larger
 
 
-def extend_router(router: Router, features: Tensor, folds: Tensor, variations: Tensor, neighbours: Tensor) -> Router:
+def extend_router(
+    router: Router,
+    features: Tensor,
+    folds: Tensor,
+    variations: Tensor,
+    neighbours: Tensor,
+    negatives: Negatives | None = None,
+) -> Router:
     """A copy of a fitted router with one more expert, whose yardstick is taken fold by fold.
 
     Args:
@@ -232,20 +263,35 @@ def extend_router(router: Router, features: Tensor, folds: Tensor, variations: T
         folds: (N,) number of the fold that holds each text out.
         variations: (V, N, H) of altered copies of the texts; V may be 0.
         neighbours: (W, N, H) of other requests about the texts' subjects; W may be 0.
+        negatives: background prompts and hard negatives, for a router with a decision rule.
+
+    Raises:
+        RoutingError: the router has a decision rule, and there are no negatives to fit the new expert's part of it.
     """
+    rule = router.rule
+    if rule is not None and negatives is None:
+        raise RoutingError(
+            "the router has a decision rule, and the tokenizer can read none of the library's background prompts. Give "
+            "yours: background=[...], or use reset_router=True and fit it again."
+        )
     novelty, distance = (torch.zeros(len(features), device=features.device) for _ in range(2))
     for fold in folds.unique().tolist():
         held_out = folds == fold
         trial = copy.deepcopy(router)
         rest = torch.cat([features[~held_out], variations[:, ~held_out].flatten(0, 1)])
-        trial.add_class(rest, neighbours[:, ~held_out])
+        trial.add_class(rest, neighbours[:, ~held_out] if rule is None else None)
+        if rule is not None and negatives is not None:
+            trial.set_rule(rule.with_expert(rest, negatives))
         with torch.no_grad():
             novelty[held_out], distance[held_out] = (
-                trial.novelty(features[held_out]),
+                trial.ood_score(features[held_out]),
                 trial.distance(features[held_out]),
             )
     larger = copy.deepcopy(router)
-    larger.add_class(torch.cat([features, variations.flatten(0, 1)]), neighbours)
+    rows = torch.cat([features, variations.flatten(0, 1)])
+    larger.add_class(rows, neighbours if rule is None else None)
+    if rule is not None and negatives is not None:
+        larger.set_rule(rule.with_expert(rows, negatives))
     known = router.known
     more = known._replace(
         novelty=torch.cat([known.novelty, novelty.to(known.novelty)]),

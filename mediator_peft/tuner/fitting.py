@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,20 +16,34 @@ from torch import Tensor
 from ..errors import RoutingError
 from ..progress import bar_progress, no_progress
 from ..ranks import Ranks
-from ..routing.augmentation import VARIATIONS, vary
-from ..routing.background import BACKGROUND_PROMPTS
+from ..routing.augmentation import vary, vary_in_turn
+from ..routing.background import BACKGROUND_PROMPTS, background_families, random_token_rows, user_families
 from ..routing.calibration import CalibrationReport, calibrate
-from ..routing.calibration_data import Columns, LabelledTexts, labelled_texts
+from ..routing.calibration_data import Columns, LabelledTexts, content_hash, labelled_texts
+from ..routing.decision_rule import Negatives, family_numbers
+from ..routing.depth import choose_depth
 from ..routing.feature_cache import FeatureCache
-from ..routing.hard_negatives import neighbours
+from ..routing.hard_negatives import NEIGHBOURS, neighbours
 from ..routing.routers import Router
-from .chat_turns import padded, unwrapped, user_turns
+from .chat_turns import padded, turn_contents, unwrapped, user_turns
 from .config import MediatorConfig
 from .layer import reading_weights
 from .routing import ActiveAdapter, PromptRouter
 
 _MOST_UNKNOWN = 0.2
 _HASHED_AT_ONCE = 1 << 24
+_FEWEST_BACKGROUND = 20
+_HARD_PER_EXPERT = 50
+_TRIED = 100
+_HARD_FAMILIES = ("other questions about the same subject", "other commands about the same subject")
+RANDOM_TOKENS = "random tokens"
+
+COPIES = 2
+"""Altered copies of each calibration text; each is altered in another way."""
+
+DEPTH_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
+"""Shares of the blocks after which the hidden state may be read, with ``router_layer="auto"``. Half of the blocks is
+what a request can bear: about 4 % of its time (``docs/routing.md``)."""
 
 
 def fit_router(
@@ -42,7 +57,7 @@ def fit_router(
     max_samples: int | None,
     split: str,
     cache_folder: str | os.PathLike[str] | None,
-    background: Sequence[str] | None,
+    background: Any,
     variations: bool,
     neighbours: bool,
     show_progress: bool,
@@ -53,37 +68,151 @@ def fit_router(
     names = list(config.expert_names or ())
     data = read_texts(dataset, names, tokenizer, columns, max_samples, config.seed, split)
     prompts.learn_turns(tokenizer)
-    ordinary = background_texts(config, tokenizer, data.texts, background)
-    rows = token_rows(tokenizer, data.texts + ordinary, max_length)
-    num_texts, num_prompts = len(data.texts), len(rows)
-    rows += varied_rows(config, tokenizer, rows[:num_texts], max_length) if variations else []
-    num_own = len(rows)
+    prompts.background = background
+    rows = token_rows(tokenizer, data.texts, max_length)
+    num_texts = len(rows)
+    copies = varied_rows(config, tokenizer, rows, max_length) if variations else []
+    against = negative_rows(config, tokenizer, data, rows, background, neighbours, max_length)
+    layers = depths(prompts)
+    everything = [*rows, *copies, *against.rows]
+    features = row_features(prompts, everything, batch_size, cache_folder, show_progress, ranks, layers)
+    num_own = num_texts + len(copies)
     old = prompts.active.router
     router = type(old)(old.num_experts, old.num_features, config.seed)
     router.is_trainable = old.is_trainable
     router.train(old.training)
-    if neighbours and ordinary and router.uses_neighbours:
-        rows += neighbour_rows(config, tokenizer, rows[:num_texts], data.labels, max_length)
-    features = row_features(prompts, rows, batch_size, cache_folder, show_progress, ranks)
+    labels = torch.tensor(data.labels)
+    keys = data.groups or data.texts
+    new_router = partial(type(router), router.num_experts, router.num_features, config.seed)
+
+    def parts(place: int) -> tuple[Tensor, Tensor | None, Negatives | None]:
+        return (
+            features[:num_texts, place],
+            _by_way(features[num_texts:num_own, place], num_texts),
+            against.with_features(features[num_own:, place]),
+        )
+
+    candidates = [parts(place) for place in range(len(layers))]
+    place = 0 if len(layers) == 1 else choose_depth(candidates, new_router, labels, keys)
+    own, altered, negatives = candidates[place]
     report = calibrate(
-        lambda: type(router)(router.num_experts, router.num_features, config.seed),
+        new_router,
         router,
-        features[:num_texts],
-        torch.tensor(data.labels),
-        data.groups or data.texts,
+        own,
+        labels,
+        keys,
         names,
         config.seed,
         config.ood_alpha,
-        features[num_texts:num_prompts] if ordinary else None,
-        _by_way(features[num_prompts:num_own], num_texts),
-        _by_way(features[num_own:], num_texts),
+        variations=altered,
+        negatives=negatives,
+        family_names=against.names,
+        ood_beta=config.ood_beta,
     )
     settle(router, prompts.active)
     if list(config.expert_names or ()) != names:
         raise RoutingError(f"experts were added or removed while the router of {names} was fitted. Fit it again.")
     # Whoever routes meanwhile has the old router or the new one, whole.
+    config.fitted_router_layer = layers[place]
     prompts.active.router = router
-    return report
+    return report._replace(router_layer=layers[place])
+
+
+class NegativeRows(NamedTuple):
+    """Token ids of prompts that belong to no expert."""
+
+    rows: list[list[int]]
+    """One a prompt."""
+
+    families: list[str]
+    """Each prompt's family."""
+
+    hard: frozenset[str]
+    """Families of hard negatives."""
+
+    @property
+    def names(self) -> list[str]:
+        """The families, in the order of their numbers."""
+        return sorted(set(self.families))
+
+    def with_features(self, features: Tensor) -> Negatives | None:
+        """With (M, H) features of the rows; None where there are too few for a decision rule."""
+        background = [family not in self.hard for family in self.families]
+        if sum(background) < _FEWEST_BACKGROUND:
+            return None
+        return Negatives(features, family_numbers(self.families), torch.tensor(background))
+
+
+def negative_rows(
+    config: MediatorConfig,
+    tokenizer: Any,
+    data: LabelledTexts,
+    rows: list[list[int]],
+    background: Any,
+    hard_negatives: bool,
+    max_length: int,
+) -> NegativeRows:
+    """Background prompts of all families that the tokenizer can read, and hard negatives beside them.
+
+    Args:
+        config: of the model whose experts the texts belong to.
+        tokenizer: of its backbone.
+        data: the calibration texts.
+        rows: their token ids.
+        background: the user's own, added to the library's; an empty list for none at all.
+        hard_negatives: whether to ask other things about the texts' words and numbers.
+        max_length: longer prompts are cut after this many tokens.
+    """
+    seed = config.seed
+    own = {} if background is None else user_families(background)
+    if background is not None and not own:
+        return NegativeRows([], [], frozenset())
+    plain = unwrapped(tokenizer)
+    read: dict[str, list[list[int]]] = {}
+    for name, some in {**background_families(seed), **own}.items():
+        ids = token_rows(tokenizer, some, max_length)
+        if name in own or not _are_unknown(plain, ids):
+            read[name] = ids
+    if set(read) - set(own):
+        read[RANDOM_TOKENS] = random_token_rows(_ordinary_tokens(plain), seed)
+    hard: list[list[int]] = []
+    if hard_negatives and read:
+        chosen = _some_of_each(data, seed)
+        hard = neighbour_rows(
+            config, tokenizer, [rows[place] for place in chosen], [data.labels[place] for place in chosen], max_length
+        )
+    size = len(hard) // len(NEIGHBOURS)
+    near = {name: hard[way * size : (way + 1) * size] for way, name in enumerate(_HARD_FAMILIES)} if hard else {}
+    families = {**read, **near}
+    return NegativeRows(
+        [row for ids in families.values() for row in ids],
+        [name for name, ids in families.items() for _ in ids],
+        frozenset(near),
+    )
+
+
+def _some_of_each(data: LabelledTexts, seed: int) -> list[int]:
+    """Numbers of at most ``_HARD_PER_EXPERT`` texts an expert, whatever their order."""
+    chosen: list[int] = []
+    for label in sorted(set(data.labels)):
+        places = [place for place, own in enumerate(data.labels) if own == label]
+        places.sort(key=lambda place: content_hash(data.texts[place], seed))
+        chosen += places[:_HARD_PER_EXPERT]
+    return sorted(chosen)
+
+
+def _ordinary_tokens(tokenizer: Any) -> list[int]:
+    """Ids of the vocabulary that are no special tokens."""
+    special = set(getattr(tokenizer, "all_special_ids", ()) or ())
+    return [number for number in range(len(tokenizer)) if number not in special]
+
+
+def depths(prompts: PromptRouter) -> list[int]:
+    """After how many blocks features are read: the one that is set, or those among which the fit chooses."""
+    if prompts.active.config.router_layer != "auto":
+        return [prompts.router_layer]
+    num_blocks = prompts.active.config.num_blocks or len(prompts.blocks)
+    return sorted({max(1, round(share * num_blocks)) for share in DEPTH_SHARES})
 
 
 def _by_way(features: Tensor, num_texts: int) -> Tensor | None:
@@ -163,24 +292,37 @@ def token_rows(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[li
 
 
 def varied_rows(config: MediatorConfig, tokenizer: Any, rows: list[list[int]], max_length: int) -> list[list[int]]:
-    """Altered copies of prompts, each way of altering them as long as ``rows``; what users wrote is altered alone.
+    """Altered copies of prompts, at most ``COPIES`` times as many as ``rows``; what users wrote is altered alone.
 
-    A way is left out where the tokenizer does not know the words that come of it: they would all look alike.
+    The ways in which a prompt is altered follow from its text and the seed. A way is left out where the tokenizer does
+    not know the words that come of it: its copies would all look alike.
     """
     plain, seed, markers = unwrapped(tokenizer), config.seed, config.turn_markers
     if not hasattr(plain, "decode"):
         return []
-    copies: list[list[list[int]]] = [[list(row) for row in rows] for _ in VARIATIONS]
+    ways = _readable_ways(plain, [_user_text(plain, row, markers) for row in rows], seed)
+    num_copies = min(COPIES, len(ways))
+    copies: list[list[list[int]]] = [[list(row) for row in rows] for _ in range(num_copies)]
     for number, row in enumerate(rows):
-        turns, opening, close = _user_places(row, markers)
+        turns = _user_places(row, markers)
         # From the last turn on, so that the places of the others stay as they are.
         for start, stop in reversed(turns):
-            place = slice(start + opening, stop - close)
-            texts = vary(plain.decode(row[place], skip_special_tokens=True), seed)
-            ids = plain(texts, add_special_tokens=opening == 0)["input_ids"]
-            for way, new in zip(copies, ids, strict=True):
-                way[number][place] = new
-    return [row[:max_length] for way in copies if not _are_unknown(plain, way) for row in way]
+            texts = vary_in_turn(plain.decode(row[start:stop], skip_special_tokens=True), seed, num_copies, ways)
+            ids = [] if not texts else plain(texts, add_special_tokens=(start, stop) == (0, len(row)))["input_ids"]
+            for copy, new in zip(copies, ids, strict=True):
+                copy[number][start:stop] = new
+    return [row[:max_length] for copy in copies for row in copy]
+
+
+def _readable_ways(tokenizer: Any, texts: Sequence[str], seed: int) -> list[int]:
+    """Places in ``VARIATIONS`` of the ways whose copies the tokenizer knows the words of."""
+    some = sorted(texts, key=lambda text: content_hash(text, seed))[:_TRIED]
+    by_way = zip(*(vary(text, seed) for text in some), strict=True)
+    return [
+        number
+        for number, copies in enumerate(by_way)
+        if not _are_unknown(tokenizer, tokenizer(list(copies))["input_ids"])
+    ]
 
 
 def neighbour_rows(
@@ -202,18 +344,15 @@ def neighbour_rows(
 
 def _user_text(tokenizer: Any, row: list[int], markers: Any) -> str:
     """What the user wrote in a prompt, all turns."""
-    turns, opening, close = _user_places(row, markers)
-    parts = [tokenizer.decode(row[start + opening : stop - close], skip_special_tokens=True) for start, stop in turns]
-    return "\n".join(parts)
+    return "\n".join(
+        tokenizer.decode(row[slice(*turn)], skip_special_tokens=True) for turn in _user_places(row, markers)
+    )
 
 
-def _user_places(row: list[int], markers: Any) -> tuple[list[tuple[int, int]], int, int]:
-    """Places of the user's turns in a prompt, and how many tokens at either end are the template's; else all of it."""
-    turns = user_turns(row, markers) if markers is not None else []
-    if not turns:
-        return [(0, len(row))], 0, 0
-    opening, close = markers
-    return turns, len(opening), len(close)
+def _user_places(row: list[int], markers: Any) -> list[tuple[int, int]]:
+    """(start, stop) of what the user wrote in a prompt; all of it where there are no turns."""
+    turns = turn_contents(row, markers) if markers is not None else []
+    return turns or [(0, len(row))]
 
 
 def text_features(
@@ -238,12 +377,14 @@ def row_features(
     cache_folder: str | os.PathLike[str] | None,
     show_progress: bool,
     ranks: Ranks | None = None,
+    layers: Sequence[int] | None = None,
 ) -> Tensor:
-    """Pooled features of tokenised texts, in their order: (N, H) float32 on the CPU. Each different one is read once.
+    """Pooled features of tokenised texts, in their order: (N, H) float32 on the CPU, or (N, D, H) with ``layers``.
 
-    Ranks share whole batches, so that no number depends on how many there are.
+    Each different text is read once. Ranks share whole batches, so that no number depends on how many there are.
     """
-    cache = _cache(prompts, cache_folder)
+    wanted = [prompts.router_layer] if layers is None else list(layers)
+    cache = _cache(prompts, cache_folder, wanted)
     keys = [cache.key(row) for row in rows]
     new = {key: row for key, row in zip(keys, rows, strict=True) if cache.get(key) is None}
     # Texts of like length share a batch, so that little is padded.
@@ -257,7 +398,7 @@ def row_features(
         with progress("reading prompts", len(some)) as advance:
             for batch in some:
                 ids, mask = padded([new[key] for key in batch])
-                yield prompts.features(ids.to(device), mask.to(device)).cpu()
+                yield prompts.features_at(ids.to(device), mask.to(device), wanted).flatten(1).cpu()
                 advance()
 
     found = ranks.share(batches, read)
@@ -265,16 +406,17 @@ def row_features(
     for batch, features in zip(batches, found, strict=True):
         computed.update(zip(batch, features, strict=True))
     cache.put(computed)
-    return torch.stack([cache.get(key) for key in keys])  # type: ignore[misc]
+    everything = torch.stack([cache.get(key) for key in keys]).unflatten(1, (len(wanted), -1))  # type: ignore[misc]
+    return everything[:, 0] if layers is None else everything
 
 
-def _read_weights(prompts: PromptRouter) -> str:
+def _read_weights(prompts: PromptRouter, layer: int) -> str:
     """Digest of the backbone's weights that prompts are read with, so that a changed backbone shares no features.
 
     All bytes of what lies below the router's layer: little beside reading the texts themselves.
     """
     model, digest = prompts.active.model, hashlib.sha256()
-    above = {id(part) for block in list(prompts.blocks)[prompts.router_layer :] for part in block.parameters()}
+    above = {id(part) for block in list(prompts.blocks)[layer:] for part in block.parameters()}
     with reading_weights(model):
         for name, weight in model.named_parameters():
             values = weight.detach()
@@ -285,14 +427,14 @@ def _read_weights(prompts: PromptRouter) -> str:
     return digest.hexdigest()
 
 
-def _cache(prompts: PromptRouter, folder: str | os.PathLike[str] | None) -> FeatureCache:
-    """The model's cache for its backbone, layer and way of routing; a folder's entries are read in."""
+def _cache(prompts: PromptRouter, folder: str | os.PathLike[str] | None, layers: Sequence[int]) -> FeatureCache:
+    """The model's cache for its backbone, layers and form of prompts; a folder's entries are read in."""
     config = prompts.active.config
-    model = prompts.active.model
-    weight = next(model.parameters())
-    place_in_chat = [config.routing_turn, prompts.single_pass_routing]
-    settings = [config.backbone_fingerprint, prompts.router_layer, place_in_chat, str(weight.dtype), str(weight.device)]
-    settings.append(_read_weights(prompts))
+    weight = next(prompts.active.model.parameters())
+    in_place = config.prompt_form is None and prompts.single_pass_routing
+    form = [config.routing_turn, in_place, config.turn_markers, config.prompt_form]
+    settings = [config.backbone_fingerprint, list(layers), form, str(weight.dtype), str(weight.device)]
+    settings.append(_read_weights(prompts, max(layers)))
     origin = json.dumps(settings, sort_keys=True)
     caches = prompts.feature_caches
     place = (origin, str(folder))

@@ -137,11 +137,15 @@ class RoutedForward:
         return (input_ids != pad).long()
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        spec = kwargs.pop("expert_weights", None)
-        if self.adapters_off or not self._active.exists or (spec is None and self._starts_reading(args, kwargs)):
+        spec, context = kwargs.pop("expert_weights", None), kwargs.pop("context_mask", None)
+        if (
+            self.adapters_off
+            or not self._active.exists
+            or (spec is None and self._starts_reading(args, kwargs, context))
+        ):
             self._post(None)
         else:
-            self._post(self._layer_route(spec, args, kwargs))
+            self._post(self._layer_route(spec, args, kwargs, context))
         return args, kwargs
 
     def _post(self, route: LayerRoute | None) -> None:
@@ -159,7 +163,7 @@ class RoutedForward:
         route = self._board.route
         return hidden if route is None or route.gradient is None else anchor(hidden, route)
 
-    def _starts_reading(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _starts_reading(self, args: tuple[Any, ...], kwargs: dict[str, Any], context: Tensor | None) -> bool:
         """Have the route decided half-way, where this forward pass allows for it."""
         pending = self._board.pending
         inputs: Any = kwargs.get("input_ids", args[0] if args else None)
@@ -175,8 +179,10 @@ class RoutedForward:
         if mask is None or is_part or not self._prompts.single_pass_routing:
             return False
         self._prompts.fitted_router()
-        prompt = without_answers(inputs, mask, kwargs.get("labels"))
-        pooled = self._prompts.routed_tokens(inputs, mask if prompt is None else prompt)
+        prompt = prompt_mask(inputs, mask, kwargs.get("labels"), context)
+        pooled = self._prompts.tokens_in_place(inputs, mask if prompt is None else prompt)
+        if pooled is None:
+            return False
 
         def decide(hidden: Tensor) -> None:
             table, columns = self._prompts.judged_table(mean_over_tokens(hidden, pooled))
@@ -211,7 +217,9 @@ class RoutedForward:
         for layer in self._active.layers.values() if experts else ():
             layer.let_go(experts)
 
-    def _layer_route(self, spec: ExpertWeights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerRoute:
+    def _layer_route(
+        self, spec: ExpertWeights, args: tuple[Any, ...], kwargs: dict[str, Any], context: Tensor | None
+    ) -> LayerRoute:
         inputs = kwargs.get("input_ids", args[0] if args else None)
         self._active.check_loaded()
         rows = inputs if inputs is not None else kwargs.get("inputs_embeds")
@@ -223,10 +231,12 @@ class RoutedForward:
             self._board.settle(weights.detach(), columns)
         if spec is None and self._board.request is not None:
             return self._of_request(len(rows))
-        named = self._route_forward(inputs, kwargs) if spec is None else self._active.named_table(spec)
+        named = self._route_forward(inputs, kwargs, context) if spec is None else self._active.named_table(spec)
         return self._made_route(*named, len(rows))
 
-    def _route_forward(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> tuple[Tensor, Sequence[str]]:
+    def _route_forward(
+        self, input_ids: Tensor | None, kwargs: dict[str, Any], context: Tensor | None
+    ) -> tuple[Tensor, Sequence[str]]:
         known = self._cache_weights(kwargs.get("past_key_values"))
         if known is not None:
             return known, self._active.config.columns
@@ -237,7 +247,7 @@ class RoutedForward:
         mask = kwargs.get("attention_mask")
         if mask is None:
             mask = self._mask_from_padding(input_ids, {})
-        mask = without_answers(input_ids, mask, kwargs.get("labels"))
+        mask = prompt_mask(input_ids, mask, kwargs.get("labels"), context)
         return self._prompts.routed_table(input_ids, mask)
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -262,6 +272,33 @@ class RoutedForward:
         """Expert weights that a carried-over cache was filled under, in the columns of now."""
         tag = _cache_tag(cache)
         return None if tag is None else by_name(*tag, self._active.config.columns)
+
+
+def prompt_mask(
+    input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, context_mask: Tensor | None
+) -> Tensor | None:
+    """The mask of the tokens that a route is taken from: what ``context_mask`` says, or else all but the labels.
+
+    Args:
+        input_ids: (B, T)
+        attention_mask: (B, T) or None.
+        labels: (B, T), -100 where no loss is taken; or None.
+        context_mask: (B, T), 1 for tokens of the prompt; or None.
+
+    Raises:
+        RoutingError: the context mask has another shape, or a row of it is empty.
+    """
+    if context_mask is None:
+        return without_answers(input_ids, attention_mask, labels)
+    if context_mask.shape != input_ids.shape:
+        raise RoutingError(
+            f"context_mask has shape {tuple(context_mask.shape)}, input_ids {tuple(input_ids.shape)}: give one entry a "
+            "token, 1 for the prompt's and 0 for the answer's."
+        )
+    mask = context_mask if attention_mask is None else context_mask.to(attention_mask) * attention_mask
+    if bool((mask.sum(dim=1) == 0).any()):
+        raise RoutingError("context_mask leaves a row without any token: a route needs a prompt of one token at least.")
+    return mask
 
 
 def without_answers(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Tensor | None:

@@ -22,8 +22,8 @@ from ..errors import RoutingError, UnsupportedError
 from ..forking import renew_after_fork
 from . import execution
 from .execution import DeviceRows, FewRows
-from .merged_weight import MergedWeight, MergedWeightCache, mixed_bias, mixed_delta, plain_weight
-from .quantized import device_of, is_plain
+from .merged_weight import MergedWeight, MergedWeightCache, mixed_bias, mixed_delta, mixed_weight, plain_weight
+from .quantized import device_of, is_plain, readable_weight
 from .routes import LayerRoute, Mix, RequestBoard
 
 _NOT_COPIED = ("_lock", "_merged_weight", "_kept", "_few_rows", "_snapshot")
@@ -47,6 +47,8 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         self.board = board
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self.weight_is_read = False
+        """Whether the module around the layer also computes with its weight, past the layer's forward pass."""
         self._start()
 
     def _start(self) -> None:
@@ -92,6 +94,44 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
             if name in self.mediator_bank:
                 return self.bank(name)
         return None
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight; where the module around computes with it, that of the mix of the pass under way.
+
+        Raises:
+            UnsupportedError: the rows of the batch have different mixes, so there is no one weight.
+        """
+        mixed = self._mix_for_reader()
+        base: Any = self.base_layer
+        if mixed is None:
+            return base.weight
+        weight = mixed_weight(readable_weight(base), *mixed)
+        return weight.T if isinstance(base, Conv1D) else weight
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """As :attr:`weight`."""
+        mixed = self._mix_for_reader()
+        base: Any = self.base_layer
+        shift = None if mixed is None else mixed_bias(*mixed)
+        return base.bias if shift is None else (base.bias.float() + shift).to(base.bias.dtype)
+
+    def _mix_for_reader(self) -> tuple[LayerBank, Mix] | None:
+        """Bank and mix of the pass under way, where the module around computes with the weight."""
+        if not self.weight_is_read or self._disable_adapters or self.merged_adapters:
+            return None
+        self.unmerge()
+        route, bank = self.board.route, self._active_bank()
+        if route is None or bank is None:
+            return None
+        if len(route.groups) > 1:
+            raise UnsupportedError(
+                "this model takes the weight of a routed layer past the layer's own forward pass, so all prompts of a "
+                "batch must have the same expert weights. Run them one by one, or leave the layer out with "
+                "target_modules."
+            )
+        return bank, route.groups[0].mix
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.merged_adapters:

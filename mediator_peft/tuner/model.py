@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from peft import PeftConfig, convert_to_lora
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
@@ -21,11 +23,13 @@ from ..merge.builder import Bank
 from ..methods.rounding import ROUNDINGS
 from ..ranks import Ranks
 from ..registration import PREFIX
+from ..routing.background import Background
 from ..routing.calibration import CalibrationReport
 from ..routing.calibration_data import Columns
 from ..routing.explain import Explanation
 from ..routing.gate import RouteOutput
 from ..routing.routers import Router
+from ..structure import reads_weight_of
 from .build_in_memory import build_in_memory
 from .config import MediatorConfig
 from .editing import add_expert, remove_expert
@@ -47,6 +51,8 @@ from .quantized import quantization_of
 from .routes import ExpertWeights, RequestBoard
 from .routing import ActiveAdapter, PromptRouter
 from .saving import AdapterFiles
+
+_WRITTEN_BY_FIT = ("turn_markers", "prompt_form", "fitted_router_layer")
 
 
 class MediatorModel(BaseTuner):
@@ -148,6 +154,8 @@ class MediatorModel(BaseTuner):
         if not isinstance(layer, MediatorLayer):
             kind = MediatorEmbedding if isinstance(target, nn.Embedding) else MediatorLayer
             layer = kind(target, self.board)
+            owner: Any = type(parent)
+            layer.weight_is_read = reads_weight_of(owner, target_name)
             self._replace_module(parent, target_name, layer, target)
         bank = layer.add_bank(adapter_name, peft_config.encoding)
         quantization = quantization_of(layer.base_layer)
@@ -211,7 +219,12 @@ class MediatorModel(BaseTuner):
     # --- running -------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped model's forward pass; ``expert_weights=`` overrides routing."""
+        """The wrapped model's forward pass.
+
+        ``expert_weights=`` overrides routing. ``context_mask=`` (B, T) says which tokens the route is taken from: 1 for
+        those of the prompt, 0 for an answer that is to be scored. All candidate answers to a prompt then have the same
+        route.
+        """
         if "expert_weights" in kwargs and self.board.merged is not None:
             self.routed_forward.check_not_merged("expert_weights=")
         return self.model(*args, **kwargs)
@@ -323,19 +336,19 @@ class MediatorModel(BaseTuner):
 
     @property
     def single_pass_routing(self) -> bool:
-        """Whether a prompt is judged inside its own forward pass, without a second one.
+        """Whether a plain prompt is routed inside its own forward pass, without a second one.
 
-        So it is where all routed layers lie above ``router_layer``. The turns that are routed on are then read where
-        they stand, with what comes before them in view; otherwise they are read as prompts of their own.
+        This is so where all routed layers lie above ``router_layer``. A prompt with a template, a system prompt or
+        earlier turns still takes a second pass over the user's text alone, so that its route depends on nothing else.
         """
         return self.prompt_router.single_pass_routing
 
     def learn_turns(self, tokenizer: Any) -> None:
-        """Note how the tokenizer's chat template marks user turns, for ``routing_turn``."""
+        """Note how the tokenizer marks user turns and what it adds to a plain text, so that neither changes a route."""
         self.prompt_router.learn_turns(tokenizer)
 
     def prompt_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Pooled hidden state of the backbone over the turns that are routed on: (B, T) token ids → (B, H) float32."""
+        """Pooled hidden state of the backbone over the text that is routed on: (B, T) token ids → (B, H) float32."""
         return self.prompt_router.features(input_ids, attention_mask)
 
     def route(
@@ -387,7 +400,7 @@ class MediatorModel(BaseTuner):
         max_samples: int | None = None,
         split: str = "train",
         cache_folder: str | os.PathLike[str] | None = None,
-        background: Sequence[str] | None = None,
+        background: Background | str | os.PathLike[str] | None = None,
         variations: bool = True,
         neighbours: bool = True,
         over_ranks: bool = False,
@@ -409,13 +422,14 @@ class MediatorModel(BaseTuner):
             max_samples: at most so many texts an expert, drawn by the configuration's seed; None takes all.
             split: which one of a ``DatasetDict``.
             cache_folder: keep features there, by content, for later fits on the same backbone.
-            background: ordinary prompts that belong to no expert, as a user would write them. None takes eighty of
-                ours, in English for the most part, unless the tokenizer cannot read them; an empty list takes none.
+            background: prompts of yours that belong to no expert, added to the library's background families:
+                prompts, family → prompts, or a JSONL or text file. An empty list leaves out the library's as well, and
+                with them the decision rule.
             variations: fit on altered copies of the texts as well: words left out, letters mistyped, something said
-                around it. So other wordings of a known task are known. Reading takes four times as long.
-            neighbours: fit on other requests about the texts' words and numbers, too ("What does … mean?"), as prompts
-                of no expert. So requests near to a task are more often left to the base. Twice as many texts, short
-                ones, are read besides. Only beside ordinary prompts, and not used by ``prototype``.
+                around it, put as another kind of request. So other wordings of a known task are recognised. Takes three
+                times as long to read.
+            neighbours: train the decision rule on hard negatives too: other requests about the texts' words and numbers
+                ("What does … mean?").
             over_ranks: share the reading of texts among the processes that torchrun started; each of them must call
                 this with the same arguments, and ends with the same router.
 
@@ -456,7 +470,7 @@ class MediatorModel(BaseTuner):
 
     def set_backbone(self, path: str) -> None:
         """Say where the backbone lies (folder or hub id), so that ``save_pretrained`` need not write it."""
-        self.adapter_files.backbone_path = path
+        self.adapter_files.know_backbone(path, None)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -591,6 +605,24 @@ class MediatorModel(BaseTuner):
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
+
+    def get_extra_state(self) -> Tensor:
+        """What fitting wrote into the configurations, for a state dict: without it a fitted router reads other states.
+
+        Returns:
+            JSON as bytes, (N,) uint8, so that any file of tensors can hold it.
+        """
+        settings = {
+            adapter: {name: getattr(config, name) for name in _WRITTEN_BY_FIT}
+            for adapter, config in self.peft_config.items()
+        }
+        return torch.tensor(list(json.dumps(settings, sort_keys=True).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over what :meth:`get_extra_state` gave, for adapters of the same names."""
+        for adapter, settings in json.loads(bytes(state.tolist())).items():
+            for name in _WRITTEN_BY_FIT if adapter in self.peft_config else ():
+                setattr(self.peft_config[adapter], name, settings.get(name))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -15,7 +15,7 @@ from ..forking import renew_after_fork
 from ..routing.block_hook import BlockTap
 from ..routing.explain import Explanation, explain_rows
 from ..routing.feature_cache import FeatureCache
-from ..routing.features import hidden_state, mean_over_tokens
+from ..routing.features import hidden_states, mean_over_tokens
 from ..routing.gate import GateSettings, RouteOutput, gate
 from ..routing.routers import ROUTERS, Router
 from ..routing.unreadable import split_unreadable, to_the_base
@@ -24,6 +24,7 @@ from .chat_turns import padded, routing_rows, turn_markers, turn_mask
 from .config import FALLBACK_EXPERT, MediatorConfig
 from .execution import float32_inside
 from .layer import MediatorLayer, routed_layers
+from .prompt_form import FormedPrompts, PromptForm, formed, prompt_form
 from .routes import ExpertWeights, RequestBoard, expert_weight_rows
 
 
@@ -163,6 +164,8 @@ class PromptRouter:
         self.tap = BlockTap()
         self.feature_caches: dict[tuple[str, str], FeatureCache] = {}
         """Features of calibration texts: (what they depend on, folder) → cache."""
+        self.background: Any = None
+        """The user's background prompts at the last fit, for experts that are added later; not saved."""
         self._board = board
         self._blocks: nn.ModuleList | None = None
 
@@ -179,8 +182,11 @@ class PromptRouter:
         """After how many blocks the router reads the hidden state."""
         config = self.active.config
         num_blocks = config.num_blocks or len(self.blocks)
-        chosen = config.router_layer
-        return max(1, round(num_blocks / 10)) if chosen is None else min(chosen, num_blocks)
+        fitted, chosen = config.fitted_router_layer, config.router_layer
+        if isinstance(chosen, int):
+            return min(chosen, num_blocks)
+        # Adapters of earlier versions say None: a tenth of the depth. So it is before the first fit has chosen.
+        return max(1, round(num_blocks / 10)) if fitted is None else min(fitted, num_blocks)
 
     @property
     def single_pass_routing(self) -> bool:
@@ -193,7 +199,7 @@ class PromptRouter:
         config, model = self.active.config, self.active.model
         # In training every expert takes part: a selection of one has weight 1 whatever its score, and no gradient.
         routing_top_p = 1.0 if model.training and torch.is_grad_enabled() else config.routing_top_p
-        return GateSettings(config.ood_alpha, routing_top_p, config.fallback == "base")
+        return GateSettings(config.ood_alpha, routing_top_p, config.fallback == "base", config.ood_beta)
 
     def new_router(self, config: MediatorConfig) -> Router:
         """An unfitted router for an adapter of this model."""
@@ -203,29 +209,62 @@ class PromptRouter:
         return router
 
     def learn_turns(self, tokenizer: Any) -> None:
-        """Note how the tokenizer's chat template marks user turns, for ``routing_turn``."""
+        """Note how the tokenizer marks user turns and what it adds to a plain text, so that neither changes a route."""
         self.active.config.turn_markers = turn_markers(tokenizer)
+        self.active.config.prompt_form = prompt_form(tokenizer).to_config()
+
+    def formed_prompts(self, input_ids: Tensor, attention_mask: Tensor) -> FormedPrompts | None:
+        """Prompts in the form in which they are read for routing; None where the router was fitted without one."""
+        config = self.active.config
+        if config.prompt_form is None:
+            return None
+        form = PromptForm.from_config(config.prompt_form)
+        return formed(form, input_ids, attention_mask, config.turn_markers, config.routing_turn)
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Pooled hidden state of the backbone over the text that is routed on: (B, T) token ids → (B, H) float32."""
+        return self.features_at(input_ids, attention_mask, [self.router_layer])[:, 0]
 
     @torch.no_grad()
-    def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Pooled hidden state of the backbone over the turns that are routed on: (B, T) token ids → (B, H) float32."""
+    def features_at(self, input_ids: Tensor, attention_mask: Tensor | None, layers: Sequence[int]) -> Tensor:
+        """As :meth:`features`, at several depths by one pass.
+
+        Args:
+            input_ids: (B, T)
+            attention_mask: (B, T) or None.
+            layers: after how many blocks, in rising order.
+
+        Returns:
+            (B, D, H) float32
+        """
         if self._board.merged is not None:
             raise UnsupportedError("prompts are read by the backbone, and a mix is merged into it: unmerge_adapter().")
         check_ids(input_ids)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        rows = input_ids
-        if self.single_pass_routing:
-            pooled = self.routed_tokens(input_ids, mask)
-        else:
-            config = self.active.config
-            rows, mask = routing_rows(input_ids, mask, config.turn_markers, config.routing_turn)
-            pooled = mask
+        rows, mask, pooled = self._rows_to_read(input_ids, mask)
         with self._board.no_route():
-            hidden = hidden_state(self.active.model.base_model, self.blocks, self.tap, self.router_layer, rows, mask)
-        return mean_over_tokens(hidden, pooled)
+            states = hidden_states(self.active.model.base_model, self.blocks, self.tap, layers, rows, mask)
+            return torch.stack([mean_over_tokens(hidden, pooled) for hidden in states], dim=1)
 
-    def routed_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, T), 1 for each token of the turns that are routed on."""
+    def _rows_to_read(self, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids, mask, and the mask of what is pooled."""
+        prompts = self.formed_prompts(input_ids, mask)
+        if prompts is not None:
+            return prompts.input_ids, prompts.attention_mask, prompts.pooled
+        config = self.active.config
+        if self.single_pass_routing:
+            return input_ids, mask, turn_mask(input_ids, mask, config.turn_markers, config.routing_turn)
+        rows, mask = routing_rows(input_ids, mask, config.turn_markers, config.routing_turn)
+        return rows, mask, mask
+
+    def tokens_in_place(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
+        """(B, T), 1 for each token that is routed on, where they can be read in the prompt's own pass; None elsewhere.
+
+        A template, a system prompt or earlier turns would change what is read; such prompts take a second pass.
+        """
+        prompts = self.formed_prompts(input_ids, attention_mask)
+        if prompts is not None:
+            return prompts.places if prompts.in_place else None
         config = self.active.config
         return turn_mask(input_ids, attention_mask, config.turn_markers, config.routing_turn)
 
@@ -269,7 +308,7 @@ class PromptRouter:
         readable, unreadable = split_unreadable(features)
         with float32_inside(features.device), onload_layer(self.active.routers):
             with torch.no_grad():
-                novelty, distance = router.novelty(readable), router.distance(readable)
+                novelty, distance = router.ood_score(readable), router.distance(readable)
             settings = self.gate_settings
             output = gate(router.calibrated(readable), novelty, distance, router.known, settings)
         return output if unreadable is None else to_the_base(output, unreadable, settings.fallback_column)
@@ -286,7 +325,7 @@ class PromptRouter:
         device = self.active.device
         features = self.features(ids.to(device), mask.to(device)).to(router.known_novelty.device)
         with float32_inside(features.device), onload_layer(self.active.routers):
-            scores, novelty = router.calibrated(features), router.novelty(features)
+            scores, novelty = router.calibrated(features), router.ood_score(features)
             distance = router.distance(features)
         return explain_rows(scores, novelty, distance, router.known, self.gate_settings, self.active.config.columns)
 

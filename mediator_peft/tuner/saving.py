@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,28 @@ from torch import Tensor, nn
 
 from ..bank.expert_store import ExpertStore, padded_size
 from ..bank.layer_bank import check_parts, from_disk, num_bytes_in_memory, to_disk
-from ..checkpoints.adapter_files import BANK_ATTRIBUTE, MODEL_PREFIX, ROUTER_ATTRIBUTE, ROUTER_PREFIX, give_usual_mode
+from ..checkpoints.adapter_files import (
+    BANK_ATTRIBUTE,
+    CONFIG_FILE,
+    MODEL_PREFIX,
+    ROUTER_ATTRIBUTE,
+    ROUTER_PREFIX,
+    backbone_of,
+    give_usual_mode,
+)
 from ..checkpoints.backbone_files import BackboneFiles
-from ..checkpoints.fingerprint import check_fingerprint
-from ..checkpoints.output_folder import write_model_config
-from ..errors import AdapterError
+from ..checkpoints.checksums import CARD, Checksums, adapter_checksums, backbone_checksums, put_checksums
+from ..checkpoints.fingerprint import (
+    check_fingerprint,
+    difference_from_files,
+    difference_from_sample,
+    fingerprint_of,
+    holds_numbers,
+)
+from ..checkpoints.output_folder import copy_side_files, write_model_config
+from ..checkpoints.replacing import final_place, replaced_together
+from ..checkpoints.tensor_inventory import tied_names
+from ..errors import AdapterError, UnsupportedError
 from ..merge.model_card import model_card
 from ..merge.tensor_work import deltas_stored
 from ..methods.encoding.bitmaps import count_bits
@@ -41,6 +60,11 @@ class AdapterFiles:
         self._model = model
         self.backbone_path: str | None = None
         """Folder or hub id of the backbone; None until it is known or written."""
+        self._known_checksums: Checksums | None = None
+        """Of the backbone's files, where they are known."""
+        self._saved_checksums: Checksums | None = None
+        """Of the backbone that the save at hand has written."""
+        self._takes_along = False
         self._hook = model.register_state_dict_pre_hook(_before_saving)
 
     def remove(self) -> None:
@@ -95,6 +119,8 @@ class AdapterFiles:
         stored = {
             key.removeprefix(ROUTER_PREFIX): value for key, value in state_dict.items() if key.startswith(ROUTER_PREFIX)
         }
+        for key, tensor in stored.items():
+            check_numbers(f"router tensor {key!r}", tensor)
         if stored:
             for key, tensor in router.load_flat(stored).items():
                 loaded[f"{ROUTER_PREFIX}{adapter_name}.{key}"] = tensor
@@ -106,21 +132,104 @@ class AdapterFiles:
     def before_saving(self, folder: Path, config: MediatorConfig) -> None:
         """Before PEFT writes the configuration: make sure of the backbone, and write the card."""
         give_usual_mode(folder)
-        config.base_model_name_or_path = self._backbone_reference(folder, config)
-        (folder / "README.md").write_text(model_card(config, report=None), encoding="utf-8")
+        with reading_weights(self._model):
+            config.base_model_name_or_path = self._backbone_reference(folder, config)
+        (folder / CARD).write_text(model_card(config, report=None), encoding="utf-8")
+
+    def finish_saving(self, fresh: Path, folder: Path) -> None:
+        """After PEFT has written: checksums of the new files, and a card that is there already stays.
+
+        Args:
+            fresh: where the new files are.
+            folder: where they will be.
+        """
+        for config in fresh.rglob(CONFIG_FILE):
+            adapter = config.parent
+            known = self._saved_checksums if self._saved_checksums is not None else self._known_checksums
+            put_checksums(adapter, adapter_checksums(adapter, known))
+        for card in fresh.rglob(CARD):
+            # What a person wrote into it must not be lost.
+            if (folder / card.relative_to(fresh)).exists():
+                card.unlink()
+
+    def know_backbone(self, path: str, checksums: Checksums | None) -> None:
+        """Say where the backbone lies, so that ``save_pretrained`` need not write it.
+
+        Args:
+            path: folder or hub id.
+            checksums: of its files; None where they are not known.
+        """
+        self.backbone_path, self._known_checksums = path, checksums
+
+    @contextmanager
+    def taking_backbone_along(self) -> Iterator[None]:
+        """Within the block, what is saved includes the backbone, unless that is on the hub."""
+        self._takes_along = True
+        try:
+            yield
+        finally:
+            self._takes_along = False
 
     def _backbone_reference(self, folder: Path, config: MediatorConfig) -> str:
         """Where the saved adapter will find its backbone; written beside it where it lies nowhere else."""
-        known = self.backbone_path
+        self._saved_checksums = None
+        known, place = self.backbone_path, final_place(folder)
+        if known is None and config.base_model_name_or_path:
+            # PEFT loaded the adapter around a model that somebody else had loaded: from here, as it seems.
+            known = backbone_of(place, config.base_model_name_or_path)
+        if known is None and config.merge_method == "base":
+            known = getattr(self._model.config, "_name_or_path", None) or None
+        if known is not None and (change := self._change_of_backbone(known, config)) is not None:
+            if self.backbone_path is not None:
+                warnings.warn(
+                    f"the backbone is no longer that of {known!r} ({change}); it is saved with the adapter.",
+                    stacklevel=2,
+                )
+            return self._write_backbone(folder, config, known)
         if known is not None and not Path(known).is_dir():
             return known
-        if known is None:
+        if known is not None and not self._takes_along:
+            return portable_reference(Path(known), place)
+        return self._write_backbone(folder, config, known)
+
+    def _change_of_backbone(self, known: str, config: MediatorConfig) -> str | None:
+        """What differs between the backbone in memory and that in its folder; None where nothing does."""
+        coded = _coded_weights(self._model)
+        state = {name: tensor for name, tensor in backbone_state(self._model).items() if name not in coded}
+        if Path(known).is_dir():
+            return difference_from_files(state, Path(known))
+        expected = {name: kept for name, kept in (config.backbone_fingerprint or {}).items() if name not in coded}
+        return difference_from_sample(state, expected)
+
+    def _write_backbone(self, folder: Path, config: MediatorConfig, known: str | None) -> str:
+        """The backbone beside the adapter, or for a checkpoint of a training run beside all checkpoints."""
+        refuse_quantized(self._model)
+        place = final_place(folder)
+        if not place.name.startswith("checkpoint-") or self._takes_along:
+            self._fill_backbone(folder / BACKBONE_FOLDER, config, known)
+            target = place / BACKBONE_FOLDER
+        else:
             # Checkpoints of a training run come and go, and share one backbone that stands beside them.
-            target = (folder.parent if folder.name.startswith("checkpoint-") else folder) / BACKBONE_FOLDER
-            with reading_weights(self._model):
-                save_backbone(self._model, target, config)
-            self.backbone_path = known = str(target.resolve())
-        return portable_reference(Path(known), folder)
+            target = place.parent / BACKBONE_FOLDER
+            with replaced_together(place.parent) as fresh:
+                self._fill_backbone(fresh / BACKBONE_FOLDER, config, known)
+        if not self._takes_along:
+            self.backbone_path, self._known_checksums = str(target.resolve()), self._saved_checksums
+        return portable_reference(target, place)
+
+    def _fill_backbone(self, folder: Path, config: MediatorConfig, known: str | None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if known is not None and Path(known).is_dir():
+            copy_side_files(Path(known), folder)
+        self._write_live_backbone(folder, config)
+        self._saved_checksums = backbone_checksums(folder)
+
+    def _write_live_backbone(self, folder: Path, config: MediatorConfig) -> None:
+        # It writes settings as they are in memory.
+        save_backbone(self._model, folder, config)
+        state = {name: tensor.to(storage_dtype(config)) for name, tensor in backbone_state(self._model).items()}
+        if difference_from_sample(state, config.backbone_fingerprint or {}) is not None:
+            config.backbone_fingerprint = fingerprint_of(state)
 
 
 def _before_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
@@ -160,10 +269,31 @@ def _coded_weights(model: Any) -> set[str]:
     }
 
 
+def refuse_quantized(model: nn.Module) -> None:
+    """Refuse a backbone that cannot be written as ordinary numbers.
+
+    Raises:
+        UnsupportedError: it is quantised, or parts of it are not in memory.
+    """
+    coded = _coded_weights(model)
+    odd = [name for name, tensor in backbone_state(model).items() if name in coded or not holds_numbers(tensor)]
+    if odd:
+        raise UnsupportedError(
+            f"the backbone has to be saved with the adapter, and {odd[0]!r} is quantised or offloaded. Load the "
+            "backbone from its folder as it is (load_mediator), and save that."
+        )
+
+
+def storage_dtype(config: MediatorConfig) -> torch.dtype:
+    """The dtype that a backbone is rounded to in its files."""
+    found = getattr(torch, str((config.provenance or {}).get("storage_dtype", "float32")), None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
 def save_backbone(model: Any, folder: Path, config: MediatorConfig) -> None:
     """Write the backbone as an ordinary checkpoint, in the dtype it was rounded to."""
-    stored = getattr(torch, (config.provenance or {}).get("storage_dtype", "float32"))
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
+    stored = storage_dtype(config)
+    tied = tied_names(model)
     state = {name: tensor.to(stored) for name, tensor in backbone_state(model).items() if name not in tied}
     folder.mkdir(parents=True, exist_ok=True)
     files = BackboneFiles(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, stored)
@@ -174,6 +304,39 @@ def save_backbone(model: Any, folder: Path, config: MediatorConfig) -> None:
     write_model_config(folder, model.config, stored)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
+
+
+_BYTES = ("mask", "signs", "codes")
+_NUMBERS = ("scales", "bias", "values", "left", "right", "absmax")
+
+
+def check_kind(key: str, layer: str, tensor: Tensor) -> None:
+    """Refuse a part of a delta that holds other numbers than such a part can hold.
+
+    Raises:
+        AdapterError: it is of another dtype, or holds NaN or infinite values.
+    """
+    what = f"layer {layer!r}, part {key!r}"
+    part = key.rpartition(":")[2]
+    # Encodings of other packages may have parts of any kind.
+    if part in _NUMBERS or (part not in _BYTES and tensor.is_floating_point()):
+        check_numbers(what, tensor)
+    elif part in _BYTES and tensor.dtype != torch.uint8:
+        raise AdapterError(f"{what} of the adapter file holds {tensor.dtype}, bytes were expected: it is damaged.")
+
+
+def check_numbers(what: str, tensor: Tensor) -> None:
+    """Refuse what are no finite floating-point numbers.
+
+    Raises:
+        AdapterError: they are not.
+    """
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        raise AdapterError(
+            f"{what} of the adapter file holds {tensor.dtype}, which is of the wrong type: it is damaged."
+        )
+    if tensor.device.type != "meta" and not tensor.isfinite().all():
+        raise AdapterError(f"{what} of the adapter file holds NaN or infinite values: it is damaged.")
 
 
 def _check_keys(
@@ -229,6 +392,7 @@ def _load_layer(
     for column in columns:
         for part in bank.part_names:
             key = f"{column}:{part}"
+            check_kind(key, name, state_dict[prefix + key])
             tensor = from_disk(key, state_dict[prefix + key], layer.shape)
             if store is not None:
                 tensor = store.keep(column, tensor)

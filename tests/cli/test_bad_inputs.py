@@ -122,7 +122,7 @@ MERGE_BOMB = "a: &a {x: 1}\n" + "".join(
 
 # What a pipeline file may hold (None: no file), and what is said of it.
 PIPELINES = {
-    "no file": (None, "is no file"),
+    "no file": (None, "no file"),
     "empty": ("", "must hold the sections"),
     "a list": ("- build", "must hold the sections"),
     "a word": ("build", "must hold the sections"),
@@ -297,7 +297,7 @@ COMMAND_LINES = {
     "fit-router: a pipe": (BAD_INPUT, ["fit-router", "out", "--data=math=pipe.jsonl"], "is a pipe"),
     "fit-router: a folder": (BAD_INPUT, ["fit-router", "out", "--data=math=base"], "is a folder"),
     "fit-router: a device": (BAD_INPUT, ["fit-router", "out", "--data=math=/dev/zero"], "device"),
-    "fit-router: no file": (BAD_INPUT, ["fit-router", "out", "--data=math=none.jsonl"], "is no file"),
+    "fit-router: no file": (BAD_INPUT, ["fit-router", "out", "--data=math=none.jsonl"], "no file"),
     "fit-router: a csv file": (BAD_INPUT, ["fit-router", "out", "--data=math=rows.csv"], "JSONL"),
     "fit-router: batch size 0": (USAGE, ["fit-router", "out", "--data=math=good.jsonl", "--batch-size=0"],
                                  "--batch-size"),
@@ -321,7 +321,7 @@ COMMAND_LINES = {
     "generate: an unknown expert": (BAD_INPUT, ["generate", "out", "x", "--expert=maths"], "Did you mean 'math'"),
     "generate: markup as expert": (BAD_INPUT, ["generate", "out", "x", "--expert=[/b]"], "[/b]"),
     "generate: a pipe": (BAD_INPUT, ["generate", "out", "--file=pipe.jsonl"], "is a pipe"),
-    "generate: no file": (BAD_INPUT, ["generate", "out", "--file=none.txt"], "is no file"),
+    "generate: no file": (BAD_INPUT, ["generate", "out", "--file=none.txt"], "no file"),
     "generate: a folder as file": (BAD_INPUT, ["generate", "out", "--file=base"], "is a folder"),
     "generate: a plain checkpoint": (BAD_INPUT, ["generate", "base", "x"], "no Mediator adapter"),
     "generate: no folder": (BAD_INPUT, ["generate", "no/such/folder", "x"], "no/such/folder"),

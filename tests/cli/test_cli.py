@@ -112,7 +112,7 @@ def test_calibration_changes_the_router_and_nothing_else(folder):
     after = {path.name: path.read_bytes() for path in adapter.iterdir() if path.is_file()}
     assert after.keys() == before.keys()
     changed = {name for name in after if after[name] != before[name]}
-    assert changed == {"adapter_model.safetensors", "adapter_config.json"}
+    assert changed == {"adapter_model.safetensors", "adapter_config.json", "checksums.json"}
     old, new = (json.loads(files["adapter_config.json"]) for files in (before, after))
     assert new["base_model_name_or_path"] == old["base_model_name_or_path"]
     assert not list((folder / "fresh").glob(".*"))

@@ -38,6 +38,7 @@ TYPED = {
     "router": ("mlp", "router", "mlp"),
     "router_layer": ("2", "router_layer", 2),
     "ood_alpha": ("0.05", "ood_alpha", 0.05),
+    "ood_beta": ("0.1", "ood_beta", 0.1),
     "routing_top_p": ("0.9", "routing_top_p", 0.9),
     "fallback": ("backbone", "fallback", "backbone"),
     "for_quantization": ("nf4", "for_quantization", "nf4"),

@@ -6,7 +6,13 @@ import json
 import pytest
 import torch
 
-from mediator_peft.evaluation.routing_report import confusion, detection, histograms, write_routing_report
+from mediator_peft.evaluation.routing_report import (
+    confusion,
+    detection,
+    histograms,
+    risk_coverage,
+    write_routing_report,
+)
 from mediator_peft.routing.calibration import Evidence, calibrate
 from mediator_peft.routing.routers import ROUTERS
 
@@ -15,7 +21,14 @@ def evidence():
     probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7], [0.6, 0.4], [0.4, 0.6]]).double()
     labels = torch.tensor([0, 0, 1, -1, -1])
     uncertainty = torch.tensor([0.0, 0.3, 0.6, 0.5, 1.0])
-    return Evidence(probabilities, labels, uncertainty, torch.tensor([False, False, True, False, True]))
+    return Evidence(
+        probabilities,
+        labels,
+        uncertainty,
+        torch.tensor([False, False, True, False, True]),
+        1 - uncertainty,
+        uncertainty,
+    )
 
 
 def test_the_table_counts_by_hand():
@@ -56,3 +69,11 @@ def test_a_fit_becomes_files(tmp_path):
     assert (tmp_path / "report" / "routing.png").stat().st_size > 5000
     for name in ("reliability.csv", "uncertainty.csv"):
         assert len((tmp_path / "report" / name).read_text().splitlines()) > 5
+
+
+def test_risk_and_coverage_by_hand():
+    # By uncertainty 0, .3, .5, .6, 1: right, wrong, background, right, background.
+    assert risk_coverage(evidence()) == [
+        (pytest.approx(share), pytest.approx(risk))
+        for share, risk in ((0.2, 0), (0.4, 1 / 2), (0.6, 2 / 3), (0.8, 2 / 4), (1.0, 3 / 5))
+    ]

@@ -195,7 +195,7 @@ def test_a_merge_that_must_see_the_whole_tensor_gets_it(monkeypatch):
 
     for arch in ("llama", "gpt2"):
         job = job_of(arch, 2)
-        monkeypatch.setitem(merging.MERGE_METHODS, "by_norm", by_norm)
+        monkeypatch.setitem(merging.MERGE_METHODS, "by_norm", merging.MergeMethod(by_norm))
         _, _, backbone, _, _ = run(job, merge_method="by_norm")
         for name, merged in backbone.items():
             base = job.base.read(name)

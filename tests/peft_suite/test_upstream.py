@@ -90,7 +90,8 @@ def test_upstream(bases, method, architecture):
             card = ModelCard.load(Path(tmp_dirname) / "README.md").data
             named = card.base_model if isinstance(card.base_model, list) else [card.base_model]
             assert card.library_name == "peft"
-            assert model.config.name_or_path in named
+            # A card is for others: it names hub ids, and no folder of this machine.
+            assert named == [None] or model.config.name_or_path in named
 
     if method == "_test_safe_merge" and ARCHITECTURES[architecture].tie_word_embeddings:
         pytest.skip("the test writes tied tensors with safetensors, which refuses them")

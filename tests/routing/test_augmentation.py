@@ -11,6 +11,7 @@ from mediator_peft.evaluation.prompts import TaskItem
 from mediator_peft.routing.augmentation import VARIATIONS, leave_words_out, mistype, say_more, vary
 from mediator_peft.routing.calibration import calibrate, cross_fit
 from mediator_peft.routing.routers import ROUTERS
+from mediator_peft.tuner import fitting
 from mediator_peft.tuner.fitting import our_background, varied_rows
 
 TEXT = " ".join(f"word{number} costs {number} euros, at least;" for number in range(400))
@@ -66,22 +67,22 @@ def test_what_comes_out_follows_from_text_and_seed():
     assert len(vary(TEXT, 1)) == len(VARIATIONS)
 
 
-def test_in_a_chat_only_the_users_words_are_altered(build, chat_tokenizer):
+def test_in_a_chat_only_the_users_words_are_altered(build, chat_tokenizer, monkeypatch):
     model = build()
     model.learn_turns(chat_tokenizer)
     user, answer = "w5 w6 w7 w8 w9 w10 w11 w12", "w40 w41 w42 w43 w44 w45 w46 w47"
     (row,) = chats(chat_tokenizer, (user, answer, user))
     mine, unknown = range(5, 13), chat_tokenizer.unk_token_id
-    shorter, mistyped, longer = varied_rows(model.active.config, chat_tokenizer, [row], 1000)
+    monkeypatch.setattr(fitting, "COPIES", 4)
+    monkeypatch.setattr(fitting, "_readable_ways", lambda *_: [0, 1, 2, 3])
+    copies = varied_rows(model.active.config, chat_tokenizer, [row], 1000)
     frame = [token for token in row if token not in mine]
-    assert [token for token in shorter if token not in mine] == frame
-    assert 2 <= sum(token in mine for token in shorter) < 16
-    assert [token for token in mistyped if token not in mine and token != unknown] == frame
-    assert unknown in mistyped
-    for copy in (shorter, mistyped, longer):
-        assert [token for token in copy if token in range(40, 48)] == list(range(40, 48))
-    assert [token for token in longer if token != unknown] == row
-    assert len(longer) > len(row)
+    assert len(copies) == 4
+    for copy in copies:
+        assert [token for token in copy if token not in mine and token != unknown] == frame
+        assert copy != row
+    assert sum(unknown in copy for copy in copies) == 3
+    assert any(2 <= sum(token in mine for token in copy) < 16 for copy in copies if unknown not in copy)
 
 
 def test_copies_of_unknown_words_are_left_out(build):
@@ -101,10 +102,11 @@ def test_plain_texts_are_altered_whole(build):
     tokenizer = tiny_tokenizer()
     model = build()
     rows = tokenizer([" ".join(f"w{n}" for n in range(5, 25))])["input_ids"]
-    copy = varied_rows(model.active.config, tokenizer, rows, 1000)[0]
-    assert len(copy) < len(rows[0])
-    rest = iter(rows[0])
-    assert all(token in rest for token in copy)
+    copies = varied_rows(model.active.config, tokenizer, rows, 1000)
+    assert copies
+    for copy in copies:
+        rest = iter(rows[0])
+        assert all(token in rest for token in copy if token != tokenizer.unk_token_id)
 
 
 def test_copies_share_their_texts_fold_and_are_never_judged():

@@ -86,7 +86,7 @@ def test_samples_are_drawn_evenly_and_by_seed():
         (datasets.Dataset.from_list(ROWS), Columns("question"), "no column"),
         (datasets.Dataset.from_list(ROWS), Columns(group="nothing"), "no column"),
         (datasets.DatasetDict(test=datasets.Dataset.from_list(ROWS)), None, "no split"),
-        ("missing.jsonl", None, "is no file"),
+        ("missing.jsonl", None, "no file"),
         ("rows.txt", None, "unknown ending"),
     ],
 )

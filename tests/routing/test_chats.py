@@ -102,8 +102,12 @@ def test_explanations_take_texts_chats_and_ids(build, topics, chat_tokenizer):
 
 def test_features_are_computed_once(build, topics, tokenizer, tmp_path, monkeypatch):
     model = build()
-    seen, read = [], model.prompt_router.features
-    monkeypatch.setattr(model.prompt_router, "features", lambda ids, mask: seen.append(len(ids)) or read(ids, mask))
+    seen, read = [], model.prompt_router.features_at
+    monkeypatch.setattr(
+        model.prompt_router,
+        "features_at",
+        lambda ids, mask, layers: seen.append(len(ids)) or read(ids, mask, layers),
+    )
     texts = {name: topics[name] for name in ("math", "code")}
     one = model.fit_router(texts, tokenizer, cache_folder=tmp_path / "cache", variations=False)
     count = sum(seen)

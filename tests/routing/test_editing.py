@@ -153,3 +153,22 @@ def test_the_last_expert_stays(build):
         model.remove_expert("math")
     with pytest.raises(ConfigError, match="no expert"):
         model.remove_expert("code")
+
+
+def test_an_added_expert_gets_a_detector_and_the_others_keep_theirs(build, checkpoints, topics, tokenizer):
+    model = build()
+    background = [f"w{86 + number % 9} w{86 + number // 9 % 9} w95" for number in range(40)]
+    two = {name: topics[name] for name in ("math", "code")}
+    model.fit_router(two, tokenizer, background=background)
+    before = model.base_model.router.rule
+    model.add_expert("law", checkpoints["law"], topics["law"], tokenizer)
+    after = model.base_model.router.rule
+    assert torch.equal(after.detector_weight[:2], before.detector_weight)
+    assert torch.equal(after.combination, before.combination)
+    weights = model.route(**tokenizer(topics["law"][:5], padding=True, return_tensors="pt")).expert_weights
+    assert float(weights[:, 2].mean()) > 0.9
+    model.remove_expert("math")
+    assert torch.equal(model.base_model.router.rule.detector_weight, after.detector_weight[1:])
+    model.base_model.prompt_router.background = None
+    with pytest.raises(RoutingError, match="background="):
+        model.add_expert("math", checkpoints["math"], topics["math"], tokenizer)

@@ -13,7 +13,6 @@ from mediator_peft.routing.hard_negatives import NEIGHBOURS, neighbours, own_wor
 from mediator_peft.routing.metrics import auroc
 from mediator_peft.routing.routers import ROUTERS
 from mediator_peft.routing.routers.gaussian import GaussianRouter
-from mediator_peft.tuner import fitting
 from mediator_peft.tuner.editing import extend_router
 from mediator_peft.tuner.fitting import neighbour_rows
 
@@ -213,24 +212,14 @@ def test_words_that_the_tokenizer_does_not_know_are_not_asked(build, topics):
     assert neighbour_rows(model.active.config, tokenizer, rows, [0] * len(rows), 1000) == []
 
 
-@pytest.mark.parametrize("router", ["gaussian", "prototype"])
-def test_they_are_read_only_where_they_make_a_difference(build, monkeypatch, router):
-    model = build(router=router)
-    read = []
-    monkeypatch.setattr(fitting, "neighbour_rows", lambda *args: read.append(args) or [])
-    model.fit_router({"math": TEXTS[:6], "code": TEXTS[6:]}, character_tokenizer(CHAT_TEMPLATE))
-    assert len(read) == (router == "gaussian")
-
-
 def test_fitting_a_model_uses_them_and_can_do_without(build):
     model, tokenizer = build(), character_tokenizer(CHAT_TEMPLATE)
     two = {"math": [f"{n} plus {n + 3} is?" for n in range(10, 40)], "code": [f"def {word}():" for word in ANIMALS]}
-    means = []
+    detectors = []
     for some in (True, False):
         model.fit_router(two, tokenizer, neighbours=some)
-        means.append(model.router.background_means.clone())
-    assert torch.equal(means[0][-1], means[1][-1])
-    assert not torch.equal(means[0][2:6], means[1][2:6])
-    assert torch.equal(means[1][2:6], means[1][-1:].repeat(4, 1))
+        detectors.append(model.router.detector_weight.clone())
+    assert not torch.equal(*detectors)
     model.fit_router(two, tokenizer, background=[])
     assert not model.router.has_background
+    assert model.router.rule is None

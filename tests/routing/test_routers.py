@@ -303,3 +303,21 @@ def test_energy_and_entropy_by_hand():
     by_hand = [-(0.5 * math.log(0.5) + 0.5 * math.log(0.25)) / math.log(3), 0.0, 1.0]
     torch.testing.assert_close(normalised_entropy(probabilities), torch.tensor(by_hand))
     assert normalised_entropy(torch.ones(2, 1)).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("has_rule", [False, True])
+def test_a_fitted_state_dict_loads_into_a_fresh_router(has_rule):
+    features = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(40) % 2
+    router = ROUTERS["gaussian"](2, 6)
+    router.fit(features + labels.unsqueeze(1), labels, features[:10] - 2)
+    router.set_known(Known(torch.randn(40), labels, torch.randn(40), torch.randn(10), torch.randn(10)))
+    if has_rule:
+        for name, shape in {"detector_weight": (2, 6), "detector_bias": (2,), "combination": (3,)}.items():
+            router.register_buffer(name, torch.randn(shape))
+        router.register_buffer("background_share", torch.rand(10))
+    fresh = ROUTERS["gaussian"](2, 6)
+    fresh.load_state_dict(router.state_dict())
+    assert fresh.is_fitted
+    for name, tensor in router.state_dict().items():
+        torch.testing.assert_close(fresh.state_dict()[name], tensor, rtol=0, atol=0)

@@ -178,6 +178,7 @@ def kill_run(folder: Path, expected: Expected, kills: int, moments: random.Rando
             left = [path.name for path in (*folder.rglob(".*partial*"), *folder.rglob(".*.journal"))]
             states["run again: same bytes" if same else "WRONG: run again gives other bytes"] += 1
             states["run again: nothing left behind" if not left else f"left behind: {sorted(set(left))}"] += 1
+            print(f"run, after {number + 1} kills: {dict(states)}", flush=True)
     clear(folder)
     return states
 
@@ -208,6 +209,8 @@ def kill_eval(folder: Path, kills: int, moments: random.Random) -> Counter[str]:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         states[f"report {state_of_report(folder / 'results', whole)}"] += 1
+        if number % 10 == 9:
+            print(f"eval, after {number + 1} kills: {dict(states)}", flush=True)
     finish(start(commands[0]))
     states["eval again: whole" if scores(folder / "results" / "results.json") == whole[0] else "WRONG: at the end"] += 1
     left = [path.name for path in (folder / "results").iterdir() if path.name.startswith(".")]
@@ -218,6 +221,7 @@ def kill_eval(folder: Path, kills: int, moments: random.Random) -> Counter[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--only", choices=("run", "eval"), help="kill this command alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
     options = parser.parse_args()
@@ -243,9 +247,12 @@ def main() -> None:
         finish(start(["run", "all.yaml"]))
         duration = time.perf_counter() - began
         print(f"one run takes {duration:.1f} s", flush=True)
-        states = {"run": kill_run(folder, expected, options.kills, moments, duration)}
-        finish(start(["run", "all.yaml"]))
-        states["eval"] = kill_eval(folder, options.kills, moments)
+        states = {}
+        if options.only != "eval":
+            states["run"] = kill_run(folder, expected, options.kills, moments, duration)
+            finish(start(["run", "all.yaml"]))
+        if options.only != "run":
+            states["eval"] = kill_eval(folder, options.kills, moments)
         os.chdir("/")
     for command, counts in states.items():
         for state, count in sorted(counts.items()):

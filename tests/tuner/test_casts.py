@@ -1,4 +1,4 @@
-"""Changes of dtype after loading, autocast, and offloading: scores and deltas stay in float32 and where they are used."""
+"""Changes of dtype after loading, autocast and offloading: scores and deltas stay in float32, where they are used."""
 
 from __future__ import annotations
 

@@ -224,6 +224,8 @@ def test_a_damaged_adapter_is_refused(tmp_path, model, damage, message):
     model.save_pretrained(tmp_path / "out" / "mediator")
     damage(tmp_path / "out" / "mediator" / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match=message):
+        load_mediator(tmp_path / "out", verify_files=False)
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors"):
         load_mediator(tmp_path / "out")
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import AdapterError, UnsupportedError
+from ..decision_rule import DecisionRule
 from ..ood import Known
 
 _YARDSTICKS = {
@@ -20,6 +21,10 @@ _YARDSTICKS = {
     "background_excess": (-1,),
     "temperature": (1,),
 }
+
+
+_RULE = {"background_share": (-1,), "detector_bias": (-1,), "combination": (3,)}
+"""Tensors of the decision rule, beside ``detector_weight``; routers that were fitted without one lack them all."""
 
 
 class Router(nn.Module, ABC):
@@ -33,6 +38,9 @@ class Router(nn.Module, ABC):
     known_distance: Tensor
     background_novelty: Tensor
     background_excess: Tensor
+    background_share: Tensor
+    detector_bias: Tensor
+    combination: Tensor
     temperature: Tensor
 
     trainable: tuple[str, ...] = ()
@@ -128,11 +136,33 @@ class Router(nn.Module, ABC):
 
     @property
     def known(self) -> Known:
-        """The yardsticks of the gate."""
+        """Held-out statistics, by which the gate decides."""
         return Known(
             self.known_novelty, self.known_labels.long(), self.known_distance, self.background_novelty,
-            self.background_excess,
+            self.background_excess, getattr(self, "background_share", None),
         )  # fmt: skip
+
+    @property
+    def rule(self) -> DecisionRule | None:
+        """The learned decision rule; None for a router that was fitted without background prompts, or long ago."""
+        weight = getattr(self, "detector_weight", None)
+        return None if weight is None else DecisionRule(weight, self.detector_bias, self.combination)
+
+    def set_rule(self, rule: DecisionRule | None) -> None:
+        """Keep a decision rule, or drop the one at hand."""
+        if rule is None:
+            for name in ("detector_weight", *_RULE):
+                self._buffers.pop(name, None)
+            return
+        for name, value in rule._asdict().items():
+            self._set(name, value.float())
+
+    def ood_score(self, features: Tensor) -> Tensor:
+        """(B, H) → (B,) log-odds that a prompt belongs to no expert: the decision rule's, or else :meth:`novelty`."""
+        rule = self.rule
+        if rule is None:
+            return self.novelty(features)
+        return rule.ood_score(features, self.scores(features).argmax(dim=1), self.distance(features))
 
     def set_known(self, known: Known, temperature: float = 1.0) -> None:
         """Keep what prompts said that the router was not fitted on, and by what its scores are divided."""
@@ -142,6 +172,8 @@ class Router(nn.Module, ABC):
         self._set("background_novelty", known.background_novelty.float())
         self._set("background_excess", known.background_excess.float())
         self._set("temperature", torch.tensor([temperature]))
+        if known.background_share is not None:
+            self._set("background_share", known.background_share.float())
 
     def load_flat(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Take over a fitted state whose tensors were flattened for the file.
@@ -152,7 +184,7 @@ class Router(nn.Module, ABC):
         Raises:
             AdapterError: a tensor is missing, unknown or has a wrong size.
         """
-        shapes = {**self.shapes(), **_YARDSTICKS}
+        shapes = self._fitted_shapes(stored)
         if set(stored) != set(shapes):
             odd = sorted(set(stored) ^ set(shapes))
             raise AdapterError(f"the router in the adapter file lacks or has too many tensors: {odd}. Fit it again.")
@@ -170,6 +202,13 @@ class Router(nn.Module, ABC):
         self.check_known()
         return shaped
 
+    def _fitted_shapes(self, stored: Collection[str]) -> dict[str, tuple[int, ...]]:
+        """Name → shape of each tensor of a fitted state; with a decision rule where ``stored`` has one."""
+        shapes = {**self.shapes(), **_YARDSTICKS}
+        if "detector_weight" in stored:
+            shapes |= {**_RULE, "detector_weight": (self.num_experts, self.num_features)}
+        return shapes
+
     def check_known(self) -> None:
         """Refuse a yardstick whose parts do not fit together.
 
@@ -179,13 +218,17 @@ class Router(nn.Module, ABC):
         labels, values = self.known_labels, (self.known_novelty, self.known_distance)
         same = all(len(labels) == len(value) for value in values)
         same = same and len(self.background_novelty) == len(self.background_excess)
+        rule = self.rule
+        if rule is not None:
+            same = same and len(rule.detector_bias) == self.num_experts
+            same = same and len(self.background_share) == len(self.background_novelty)
         if not same or set(labels.tolist()) != set(range(self.num_experts)):
             raise AdapterError("the router's calibration values do not fit together: the adapter is damaged.")
 
     def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
         # Tensors and their sizes come with fitting: a fitted state makes them.
         stored = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
-        if set(stored) == {*self.shapes(), *_YARDSTICKS}:
+        if set(stored) == set(self._fitted_shapes(stored)):
             for name, tensor in stored.items():
                 self._set(name, tensor.to(torch.float32, copy=True))
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,163 @@
+"""Replacing several files of a folder together: after a kill it holds all old ones or all new ones."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..errors import OutputError
+
+WHOLE_FOLDERS = ("backbone",)
+"""Folders that are replaced as a whole: shards of an old backbone must not stay beside those of a new one."""
+
+_STAGING, _COMMITTED, _OLD = ".mediator-saving-", ".mediator-saved", ".mediator-old-"
+
+
+@contextmanager
+def replaced_together(folder: Path) -> Iterator[Path]:
+    """A folder to fill. When the block ends well, what it holds takes its places in ``folder``, all or nothing.
+
+    The files are written in a folder inside ``folder`` and brought to the disk. Renaming that folder to a fixed name
+    decides: before it a kill leaves the old files, after it :func:`finish_replacing`, which every load and save calls,
+    moves the new ones to their places. Our choice; it is a redo log with one entry.
+
+    Args:
+        folder: made if need be. Files in it that the block does not write stay.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        finish_replacing(folder)
+        staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
+        lock = _lock(staging)
+    except OSError as fault:
+        raise OutputError(f"{str(folder)!r} cannot be written: {fault.strerror or fault}.") from fault
+    try:
+        yield staging
+        _to_disk(staging)
+        while True:
+            try:
+                staging.rename(folder / _COMMITTED)
+                break
+            except OSError:
+                # Another process has just decided, too; its files come first.
+                if not (folder / _COMMITTED).exists():
+                    raise
+                _move_in(folder)
+        _sync_folder(folder)
+        _move_in(folder)
+    finally:
+        os.close(lock)
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def final_place(path: Path) -> Path:
+    """Where a file or folder that is being written will lie in the end."""
+    return Path(*[part for part in path.parts if not part.startswith(_STAGING)])
+
+
+def finish_replacing(folder: Path) -> None:
+    """Move what a killed process had decided to its places, and clear away what killed ones left behind.
+
+    Raises:
+        OutputError: something was decided, and this process may not write here.
+    """
+    if not folder.is_dir():
+        return
+    if (folder / _COMMITTED).is_dir():
+        try:
+            _move_in(folder)
+        except OSError as fault:
+            raise OutputError(
+                f"a process was killed while it saved to {str(folder)!r}; what is left to do needs write access "
+                f"({fault.strerror or fault})."
+            ) from fault
+    for left in [*folder.glob(f"{_STAGING}*"), *folder.glob(f"{_OLD}*")]:
+        with suppress(OSError, ImportError):
+            _remove_unless_in_use(left)
+
+
+def _move_in(folder: Path) -> None:
+    """From the committed folder to their places. Two processes may do it at once."""
+    committed = folder / _COMMITTED
+    _merge(committed, folder)
+    with suppress(OSError):  # the other one has removed it, or decided anew
+        committed.rmdir()
+    _sync_folder(folder)
+
+
+def _merge(source: Path, target: Path) -> None:
+    with suppress(FileNotFoundError):
+        for entry in sorted(source.iterdir()):
+            place = target / entry.name
+            if entry.is_dir() and entry.name not in WHOLE_FOLDERS and place.is_dir():
+                _merge(entry, place)
+                with suppress(OSError):
+                    entry.rmdir()
+            elif place.is_dir() and not place.is_symlink():
+                _swap_in(entry, place)
+            else:
+                if entry.is_dir() and place.is_symlink():
+                    place.unlink()
+                with suppress(FileNotFoundError):
+                    os.replace(entry, place)
+
+
+def _swap_in(entry: Path, place: Path) -> None:
+    """A folder in another's place."""
+    old = Path(tempfile.mkdtemp(prefix=_OLD, dir=place.parent))
+    lock = _lock(old)
+    try:
+        with suppress(FileNotFoundError):
+            place.rename(old / entry.name)
+        with suppress(FileNotFoundError):
+            entry.rename(place)
+    finally:
+        os.close(lock)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _lock(folder: Path) -> int:
+    descriptor = os.open(folder, os.O_RDONLY)
+    with suppress(ImportError):
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
+def _remove_unless_in_use(folder: Path) -> None:
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def _to_disk(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_symlink():
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # some file systems cannot
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

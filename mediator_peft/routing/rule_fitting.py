@@ -1,0 +1,125 @@
+"""Fitting the decision rule, and what it says of prompts and families that were left out of the fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .decision_rule import (
+    DecisionRule,
+    Negatives,
+    combined_ood_score,
+    detector_statistics,
+    equal_weights,
+    fit_combination,
+    fit_detectors,
+)
+from .routers import Router
+
+
+class LeftOut(NamedTuple):
+    """What routers and detectors said of prompts that they were not fitted on."""
+
+    scores: Tensor
+    """(N, K) of the texts, before the temperature."""
+
+    distance: Tensor
+    """(N,) of the texts."""
+
+    statistics: Tensor
+    """(N, 2) of the texts: detector and minus distance."""
+
+    altered: Tensor
+    """(V, N, 2) statistics of their altered copies."""
+
+    negative_scores: Tensor
+    """(M, K)"""
+
+    negative_statistics: Tensor
+    """(M, 2)"""
+
+
+def leave_out(
+    make_router: Callable[[], Router],
+    features: Tensor,
+    labels: Tensor,
+    folds: Tensor,
+    negatives: Negatives,
+    variations: Tensor | None,
+) -> LeftOut:
+    """Judge every text by a fit on the other folds, and every family of negatives by a fit without it.
+
+    A fold leaves out its texts with their altered copies, and the families whose number falls on it.
+
+    Args:
+        make_router: an unfitted router, one per fold.
+        features: (N, H)
+        labels: (N,)
+        folds: (N,) number of the fold that holds each text out.
+        negatives: background prompts and hard negatives.
+        variations: (V, N, H) of altered copies, or None.
+    """
+    present = folds.unique()
+    family_folds = present[negatives.families.cpu() % len(present)]
+    copies = features.new_zeros((0, *features.shape)) if variations is None else variations
+    num_experts = int(labels.max()) + 1
+    texts = torch.zeros(1 + len(copies), len(features), 2 + num_experts)
+    others = torch.zeros(len(negatives.features), 2 + num_experts)
+    for fold in present.tolist():
+        out, family_out = folds == fold, family_folds == fold
+        rows = torch.cat([features[~out], copies[:, ~out].flatten(0, 1)])
+        their_labels = labels[~out].repeat(1 + len(copies))
+        rest = negatives.subset(~family_out)
+        router = make_router()
+        router.fit(rows, their_labels, rest.features[rest.is_background])
+        detectors = fit_detectors(rows, their_labels, rest, num_experts)
+        for number, some in enumerate([features, *copies]):
+            texts[number, out] = _judged(router, detectors, some[out])
+        others[family_out] = _judged(router, detectors, negatives.features[family_out])
+    return LeftOut(texts[0, :, 2:], -texts[0, :, 1], texts[0, :, :2], texts[1:, :, :2], others[:, 2:], others[:, :2])
+
+
+@torch.no_grad()
+def _judged(router: Router, detectors: tuple[Tensor, Tensor], features: Tensor) -> Tensor:
+    """(B, 2 + K): the two statistics, and the scores."""
+    scores, distance = router.scores(features).cpu(), router.distance(features).cpu()
+    weight, bias = detectors
+    return torch.cat([detector_statistics(weight, bias, features.cpu(), scores.argmax(dim=1), distance), scores], dim=1)
+
+
+def combination_of(left_out: LeftOut, labels: Tensor, negatives: Negatives) -> Tensor:
+    """(3,) the second level, from what was left out."""
+    known = torch.cat([left_out.statistics, left_out.altered.flatten(0, 1)])
+    their_labels = labels.repeat(1 + len(left_out.altered))
+    return fit_combination(known, their_labels, left_out.negative_statistics, negatives.families)
+
+
+def decision_loss(left_out: LeftOut, labels: Tensor, negatives: Negatives) -> float:
+    """Cross-entropy of the decision on altered copies and left-out families, both sides weighing the same.
+
+    It is what a depth is chosen by: smaller is better. Texts in their own wording are easy at every depth.
+    """
+    combination = combination_of(left_out, labels, negatives)
+    altered = left_out.altered.flatten(0, 1) if len(left_out.altered) else left_out.statistics
+    their_labels = labels.repeat(max(1, len(left_out.altered)))
+    known = combined_ood_score(altered, combination)
+    unknown = combined_ood_score(left_out.negative_statistics, combination)
+    softplus = torch.nn.functional.softplus
+    loss = (equal_weights(their_labels) * softplus(known)).sum()
+    return float(0.5 * (loss + (equal_weights(negatives.families) * softplus(-unknown)).sum()))
+
+
+def fitted_rule(features: Tensor, labels: Tensor, negatives: Negatives, combination: Tensor) -> DecisionRule:
+    """The rule for use: detectors of all prompts and families, combined as the left-out ones say.
+
+    Args:
+        features: (N, H) of texts and altered copies.
+        labels: (N,)
+        negatives: all.
+        combination: (3,)
+    """
+    weight, bias = fit_detectors(features, labels, negatives, int(labels.max()) + 1)
+    return DecisionRule(weight, bias, combination)
