@@ -88,6 +88,7 @@ class RoutedForward:
             return generate(*args, **kwargs)
         if expert_weights is not None:
             table: Tensor | Pending
+            columns: Sequence[str]
             table, columns = self._active.named_table(expert_weights)
         elif self._board.request is not None:
             return generate(*args, **kwargs)

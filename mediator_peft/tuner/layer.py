@@ -328,7 +328,7 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
                 if shift is not None:
                     base.bias.data.copy_((base.bias.data.float() + shift).to(base.bias.dtype))
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As in torch. While requests are open its tensors are copies: those of the layer may be merged into later."""
         with self.plain():
             state = super().state_dict(*args, **kwargs)
@@ -554,7 +554,7 @@ class TiedHead(nn.Module):
                 return known(x)
             return execution.apply(x, self.base_layer, bank, route, merged_weight, owner._kept)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As in torch; see :meth:`MediatorLayer.state_dict`."""
         owner = self._owner[0]
         with owner.plain():

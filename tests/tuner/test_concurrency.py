@@ -8,6 +8,7 @@ import pickle
 import signal
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -113,8 +114,11 @@ def test_a_backbone_is_saved_unmerged_while_threads_answer(tmp_path, model):
     expected = backbone_of(model)
     with Answering(model):
         for number in range(3):
-            model.base_model.adapter_files.backbone_path = None
-            model.save_pretrained(tmp_path / f"saved{number}")
+            with model.base_model.adapter_files.taking_backbone_along():
+                model.save_pretrained(tmp_path / f"saved{number}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a merged weight would count as a changed backbone
+            model.save_pretrained(tmp_path / "beside")
     for number in range(3):
         files = list((tmp_path / f"saved{number}" / "backbone").glob("*.safetensors"))
         assert files
