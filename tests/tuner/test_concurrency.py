@@ -517,3 +517,11 @@ def test_a_refused_wrap_leaves_the_model_as_it_was(tmp_path):
     model = get_mediator_model(base, MediatorConfig(experts=experts, target_modules=["q_proj"]))
     with torch.no_grad(), model.use_experts("math"):
         model(input_ids=prompts)
+
+
+def test_the_short_form_of_the_stress_script_finds_nothing_wrong(tmp_path):
+    from stress.concurrent_steps import run
+
+    counts = run(100, tmp_path)
+    assert counts["right"] > 50
+    assert not [outcome for outcome in counts if outcome.startswith(("wrong", "other"))], counts
