@@ -42,7 +42,7 @@ class HalvesEncoding(Encoding):
 class CentroidRouter(Router):
     """Nearest class mean by Euclidean distance."""
 
-    def fit(self, features, labels, background=None, neighbours=None):
+    def fit(self, features, labels, background=None, hard_negatives=None):
         self._set("centres", torch.stack([features[labels == k].mean(dim=0) for k in range(self.num_experts)]))
 
     def scores(self, features):
@@ -51,7 +51,7 @@ class CentroidRouter(Router):
     def distance(self, features):
         return -self.scores(features).amax(dim=1)
 
-    def novelty(self, features):
+    def background_log_odds(self, features):
         return self.distance(features)
 
     def shapes(self):

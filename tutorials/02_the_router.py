@@ -51,15 +51,15 @@ def prompts(kind: str, count: int) -> list[str]:
 
 
 # Two experts. The router reads the hidden state after one block; only the blocks above it are routed. So a prompt is
-# judged in the very pass that fills its cache, and routing costs no second look at it.
+# routed inside the forward pass that fills its cache: single-pass routing, without an extra forward pass.
 experts = {"maths": folder / "maths", "code": folder / "code"}
 settings = MediatorConfig(router_layer=1, routed_layers=[1, 2], ood_alpha=0.05)
 build_mediator(folder / "base", experts, folder / "out", settings)
 model, tokenizer = load_mediator(folder / "out")
-print("judged in passing:", model.single_pass_routing)
+print("single-pass routing:", model.single_pass_routing)
 
-# Calibration: prompts of each expert, and ordinary ones that belong to none. (For a real tokenizer the library brings
-# eighty of these; give your own, as they come to you in use, for a better yardstick.)
+# Calibration: prompts of each expert, and background ones that belong to none. (For a real tokenizer the library
+# has its own; add prompts that you see in use.)
 rows = [{"prompt": text, "expert": name} for name in experts for text in prompts(name, 60)]
 report = model.fit_router(Dataset.from_list(rows), tokenizer, background=prompts("anything", 40))
 print(f"held out: {report.accuracy:.0%} to their expert, {report.false_fallback:.1%} flagged (5 % asked for)")
@@ -81,13 +81,13 @@ print(f"weight of the base for what no expert knows: {base_weight:.2f}")
 # Thresholds may be moved without a new fit: how many known prompts may be flagged, and how much is blended.
 for ood_alpha in (0.01, 0.2):
     model.peft_config["default"].ood_alpha = ood_alpha
-    print(f"at {ood_alpha}: flagged above a novelty of {model.explain(questions[0], tokenizer)[0].threshold:.3g}")
+    print(f"at {ood_alpha}: flagged above an OOD score of {model.explain(questions[0], tokenizer)[0].threshold:.3g}")
 model.peft_config["default"].routing_top_p = 1.0  # every expert takes part, by its probability
 print(
     "blended:", {name: round(weight, 2) for name, weight in model.explain(mixed, tokenizer)[0].expert_weights.items()}
 )
 
-# One more expert: the others' deltas and yardsticks stay as they are, bit for bit.
+# One more expert: the others' deltas and held-out statistics stay as they are, bit for bit.
 model.add_expert("cooking", folder / "cooking", prompts("cooking", 60), tokenizer)
 cooking, maths = model.explain([prompts("cooking", 1)[0], questions[0]], tokenizer)
 print("after adding:", cooking.nearest, "and", maths.nearest)

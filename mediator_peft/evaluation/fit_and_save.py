@@ -48,7 +48,7 @@ def fit_and_save(
         background: a JSONL or text file of prompts that belong to no expert, added to the library's.
 
     Returns:
-        What ``routing.json`` holds: the calibration report as plain data, and how well ordinary prompts are told apart.
+        What ``routing.json`` holds: the calibration report as plain data, and how well they separate from background.
     """
     # A template writes the special tokens itself; they must not come twice.
     some = next((text for texts in prompts.values() for text in texts), "")

@@ -66,7 +66,7 @@ def write_routing_report(
 
 
 def confusion(evidence: Evidence, num_experts: int) -> list[list[int]]:
-    """Rows: each expert's prompts, then ordinary ones; columns: the best-scored expert, or flagged as unknown."""
+    """Rows: each expert's prompts, then background ones; columns: the best-scored expert, or flagged as unknown."""
     column = torch.where(evidence.is_ood, num_experts, evidence.probabilities.argmax(dim=1))
     row = torch.where(evidence.labels < 0, num_experts, evidence.labels)
     counts = torch.zeros(num_experts + 1, num_experts + 1, dtype=torch.long)
@@ -81,7 +81,7 @@ def reliability(evidence: Evidence) -> ReliabilityBins:
 
 
 def detection(evidence: Evidence) -> dict[str, float | None]:
-    """How well uncertainty tells ordinary prompts from known ones; None without ordinary prompts."""
+    """How well uncertainty tells background prompts from known ones; None without background prompts."""
     known, unknown = _split(evidence)
     if not len(unknown):
         return {"auroc": None, "fpr_at_95": None}
@@ -89,7 +89,7 @@ def detection(evidence: Evidence) -> dict[str, float | None]:
 
 
 def histograms(evidence: Evidence) -> tuple[list[float], list[int], list[int]]:
-    """Bin edges, and counts of known and of ordinary prompts by uncertainty."""
+    """Bin edges, and counts of known and of background prompts by uncertainty."""
     edges = [place / _BINS for place in range(_BINS + 1)]
     known, unknown = (
         torch.histc(part.float().clamp(0, 1), bins=_BINS, min=0, max=1).long().tolist() for part in _split(evidence)
@@ -142,7 +142,7 @@ def _draw(
     edges, known, unknown = counts
     width = edges[1] - edges[0]
     right.bar(edges[:-1], known, width, align="edge", color=_BLUE, alpha=0.7, label="calibration prompts")
-    right.bar(edges[:-1], unknown, width, align="edge", color=_ORANGE, alpha=0.7, label="ordinary prompts")
+    right.bar(edges[:-1], unknown, width, align="edge", color=_ORANGE, alpha=0.7, label="background prompts")
     right.set(xlabel="uncertainty", ylabel="prompts", title="uncertainty, held out", yscale="symlog")
     right.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=120)

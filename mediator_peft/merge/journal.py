@@ -64,7 +64,7 @@ def finished(result: TensorResult, samples: dict[str, dict[str, Any]]) -> Finish
     )
 
 
-class PieceStore:
+class JournalStore:
     """The files of finished tensors in one folder. Files appear whole or not at all."""
 
     def __init__(self, folder: Path) -> None:

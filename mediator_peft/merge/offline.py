@@ -45,7 +45,7 @@ from .builder import (
 )
 from .compatibility import Job, check_job
 from .distance import check_distances
-from .journal import Finished, PieceStore, finished
+from .journal import Finished, JournalStore, finished
 from .memory import parse_bytes, workers_within
 from .merge_job import Merge
 from .model_card import model_card, output_card
@@ -176,7 +176,7 @@ class _Build:
         job = merge.job
         self.shapes = {name: job.base.tensors[name].shape for name in job.names}
         self.backbone = BackboneFiles(folder, self.shapes, job.dtype)
-        self.pieces = PieceStore(folder / JOURNAL)
+        self.pieces = JournalStore(folder / JOURNAL)
         self.work = TensorWork(job.base, job.experts, merge.config, job.dtype, self.backbone.write_rows)
 
     def prepare(self) -> list[int]:

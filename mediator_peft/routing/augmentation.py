@@ -77,7 +77,7 @@ def put_differently(text: str, rng: Random) -> str:
     return rng.choice(_FORMS).format(text, lower=text[:1].lower() + text[1:]) if text.strip() else text
 
 
-VARIATIONS: tuple[Callable[[str, Random], str], ...] = (
+AUGMENTATIONS: tuple[Callable[[str, Random], str], ...] = (
     leave_words_out,
     mistype,
     say_more,
@@ -85,19 +85,19 @@ VARIATIONS: tuple[Callable[[str, Random], str], ...] = (
 )
 
 
-def vary_in_turn(text: str, seed: int, copies: int, ways: Sequence[int] = range(len(VARIATIONS))) -> list[str]:
+def vary_in_turn(text: str, seed: int, copies: int, ways: Sequence[int] = range(len(AUGMENTATIONS))) -> list[str]:
     """Altered copies of a text, each made in another way, drawn by the text and the seed.
 
     Args:
         text: as a user wrote it.
         seed: gives other copies.
         copies: how many; at most as many as ``ways``.
-        ways: places in ``VARIATIONS`` to draw from.
+        ways: places in ``AUGMENTATIONS`` to draw from.
     """
     chosen = Random(f"{seed} ways {text}").sample(list(ways), copies)
-    return [VARIATIONS[number](text, Random(f"{seed} {number} {text}")) for number in chosen]
+    return [AUGMENTATIONS[number](text, Random(f"{seed} {number} {text}")) for number in chosen]
 
 
-def vary(text: str, seed: int) -> list[str]:
-    """The text once by each of ``VARIATIONS``; what comes out follows from the text and the seed alone."""
-    return [change(text, Random(f"{seed} {number} {text}")) for number, change in enumerate(VARIATIONS)]
+def augment(text: str, seed: int) -> list[str]:
+    """The text once by each of ``AUGMENTATIONS``; what comes out follows from the text and the seed alone."""
+    return [change(text, Random(f"{seed} {number} {text}")) for number, change in enumerate(AUGMENTATIONS)]

@@ -15,7 +15,7 @@ from ..forking import renew_after_fork
 Listener = Callable[[Tensor], None]
 
 
-class BlockTap:
+class BlockHook:
     """Shows each thread what its own forward pass brings to one point between the blocks.
 
     A hook is put on a block once and stays. Hooks that come and go with each pass would not do: registering one is no

@@ -1,4 +1,4 @@
-"""Fitting a router on texts with known experts, and its yardsticks on texts it was not fitted on."""
+"""Fitting a router on texts with known experts, and its held-out statistics on texts it was not fitted on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from .calibration_data import hash_folds
 from .decision_rule import Negatives, combined_ood_score, equal_weights
 from .metrics import brier_score, expected_calibration_error, fit_temperature
-from .ood import Known, excess_distance, trust_of
+from .ood import Known, excess_distance, gate_coefficients
 from .routers import Router
 from .rule_fitting import combination_of, fitted_rule, leave_out
 from .uncertainty import normalised_entropy
@@ -66,7 +66,7 @@ class HeldOut(NamedTuple):
     scores: Tensor
     """(N, K), before the temperature."""
 
-    novelty: Tensor
+    ood_score: Tensor
     """(N,)"""
 
     distance: Tensor
@@ -77,13 +77,13 @@ class HeldOut(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """What the gate would have said of prompts it had not seen: calibration prompts, then ordinary ones."""
+    """What the gate would have said of prompts it had not seen: calibration prompts, then background ones."""
 
     probabilities: Tensor
     """(N + M, K), calibrated."""
 
     labels: Tensor
-    """(N + M,) number of the expert; -1 for ordinary prompts, which have none."""
+    """(N + M,) number of the expert; -1 for background prompts, which have none."""
 
     uncertainty: Tensor
     """(N + M,)"""
@@ -91,7 +91,7 @@ class Evidence(NamedTuple):
     is_ood: Tensor
     """(N + M,) bool"""
 
-    trust: Tensor
+    gate_coefficient: Tensor
     """(N + M,) gate coefficient: the weight of the experts."""
 
     ood_score: Tensor
@@ -105,23 +105,23 @@ def cross_fit(
     folds: Tensor,
     background: Tensor | None = None,
     background_folds: Tensor | None = None,
-    variations: Tensor | None = None,
-    neighbours: Tensor | None = None,
+    augmented: Tensor | None = None,
+    hard_negatives: Tensor | None = None,
 ) -> tuple[HeldOut, HeldOut | None]:
-    """Scores, novelty and distance of every text, by a router fitted on the other folds.
+    """Scores, OOD score and distance of every text, by a router fitted on the other folds.
 
     Args:
         make_router: an unfitted router, one per fold.
         features: (N, H)
         labels: (N,)
         folds: (N,) number of the fold that holds each text out.
-        background: (M, H) features of ordinary prompts, or None.
+        background: (M, H) features of background prompts, or None.
         background_folds: (M,)
-        variations: (V, N, H) features of altered copies of the texts, which are fitted on with these and never judged.
-        neighbours: (W, N, H) features of other requests about the texts' subjects, likewise.
+        augmented: (V, N, H) features of altered copies of the texts, which are fitted on with these and never judged.
+        hard_negatives: (W, N, H) features of other requests about the texts' subjects, likewise.
 
     Returns:
-        What was said of the texts, and of the ordinary prompts.
+        What was said of the texts, and of the background prompts.
     """
     rows: list[list[Tensor]] = [[], []]
     places: list[list[Tensor]] = [[], []]
@@ -133,8 +133,8 @@ def cross_fit(
             rest = background[background_folds != fold]
             judged.append((background, background_folds == fold))
         router = make_router()
-        near = None if neighbours is None else neighbours[:, ~held_out]
-        router.fit(*_with_variations(features, labels, variations, ~held_out), rest, near)
+        near = None if hard_negatives is None else hard_negatives[:, ~held_out]
+        router.fit(*_with_variations(features, labels, augmented, ~held_out), rest, near)
         for kind, (some, chosen) in enumerate(judged):
             rows[kind].append(_judged(router, some[chosen]))
             places[kind].append(chosen.nonzero().flatten())
@@ -152,19 +152,23 @@ def cross_fit(
 
 
 def _with_variations(
-    features: Tensor, labels: Tensor, variations: Tensor | None, chosen: Tensor
+    features: Tensor, labels: Tensor, augmented: Tensor | None, chosen: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Features and labels of the chosen texts, below them those of their altered copies."""
-    if variations is None:
+    if augmented is None:
         return features[chosen], labels[chosen]
-    rows = torch.cat([features[chosen], variations[:, chosen].flatten(0, 1)])
-    return rows, labels[chosen].repeat(1 + len(variations))
+    rows = torch.cat([features[chosen], augmented[:, chosen].flatten(0, 1)])
+    return rows, labels[chosen].repeat(1 + len(augmented))
 
 
 @torch.no_grad()
 def _judged(router: Router, features: Tensor) -> Tensor:
-    """(B, 2 + K): novelty, distance, scores."""
-    columns = [router.novelty(features).unsqueeze(1), router.distance(features).unsqueeze(1), router.scores(features)]
+    """(B, 2 + K): OOD score, distance, scores."""
+    columns = [
+        router.background_log_odds(features).unsqueeze(1),
+        router.distance(features).unsqueeze(1),
+        router.scores(features),
+    ]
     return torch.cat(columns, dim=1).cpu()
 
 
@@ -178,13 +182,13 @@ def calibrate(
     seed: int,
     ood_alpha: float,
     background: Tensor | None = None,
-    variations: Tensor | None = None,
-    neighbours: Tensor | None = None,
+    augmented: Tensor | None = None,
+    hard_negatives: Tensor | None = None,
     negatives: Negatives | None = None,
     family_names: Sequence[str] = (),
     ood_beta: float = 0.05,
 ) -> CalibrationReport:
-    """Fit ``router`` on everything; take temperature and yardsticks of novelty from folds it was not fitted on.
+    """Fit ``router`` on everything; temperature and held-out statistics come from folds it was not fitted on.
 
     Args:
         make_router: an unfitted router of the same kind, one per fold.
@@ -196,12 +200,12 @@ def calibrate(
         names: of the experts.
         seed: gives other folds.
         ood_alpha: share of known prompts that may be flagged as unknown.
-        background: (M, H) features of ordinary prompts that belong to no expert, or None.
-        variations: (V, N, H) features of altered copies of the texts, or None. They share their text's fold; the
-            yardsticks are taken from the texts alone.
-        neighbours: (W, N, H) features of other requests about the texts' subjects, or None; in their text's fold.
+        background: (M, H) features of background prompts that belong to no expert, or None.
+        augmented: (V, N, H) features of altered copies of the texts, or None. They share their text's fold; the
+            held-out statistics are taken from the texts alone.
+        hard_negatives: (W, N, H) features of other requests about the texts' subjects, or None; in their text's fold.
         negatives: background prompts by family and hard negatives, for a decision rule; takes the place of
-            ``background`` and ``neighbours``.
+            ``background`` and ``hard_negatives``.
         family_names: of the negatives' families.
         ood_beta: share of unknown prompts that may reach an expert.
     """
@@ -218,17 +222,19 @@ def calibrate(
             (ood_alpha, ood_beta),
             negatives,
             family_names,
-            variations,
+            augmented,
         )
     router.set_rule(None)
     if background is not None and len(background) < _FEWEST_ORDINARY:
         background = None
     present = folds.unique()
     spread = None if background is None else present[torch.arange(len(background)) % len(present)]
-    held_out, ordinary = cross_fit(make_router, features, labels, folds, background, spread, variations, neighbours)
+    held_out, ordinary = cross_fit(make_router, features, labels, folds, background, spread, augmented, hard_negatives)
     temperature = fit_temperature(held_out.scores, labels)
     everything = torch.ones(len(labels), dtype=torch.bool)
-    router.fit(*_with_variations(features, labels.to(features.device), variations, everything), background, neighbours)
+    router.fit(
+        *_with_variations(features, labels.to(features.device), augmented, everything), background, hard_negatives
+    )
     known = known_of(held_out, labels, ordinary)
     router.set_known(known, temperature)
     router.evidence = _evidence(held_out, ordinary, known, temperature, ood_alpha)
@@ -245,12 +251,12 @@ def _calibrate_with_rule(
     rates: tuple[float, float],
     negatives: Negatives,
     family_names: Sequence[str],
-    variations: Tensor | None,
+    augmented: Tensor | None,
 ) -> CalibrationReport:
-    left_out = leave_out(make_router, features, labels, folds, negatives, variations)
+    left_out = leave_out(make_router, features, labels, folds, negatives, augmented)
     combination = combination_of(left_out, labels, negatives)
     everything = torch.ones(len(labels), dtype=torch.bool)
-    rows, their_labels = _with_variations(features, labels.to(features.device), variations, everything)
+    rows, their_labels = _with_variations(features, labels.to(features.device), augmented, everything)
     background = negatives.subset(negatives.is_background)
     router.fit(rows, their_labels, background.features)
     router.set_rule(fitted_rule(rows, their_labels, negatives, combination))
@@ -265,18 +271,18 @@ def _calibrate_with_rule(
         present[background.families % len(present)],
     )
     known = Known(
-        held_out.novelty,
+        held_out.ood_score,
         labels,
         held_out.distance,
-        ordinary.novelty,
-        torch.zeros(len(ordinary.novelty)),
+        ordinary.ood_score,
+        torch.zeros(len(ordinary.ood_score)),
         equal_weights(background.families),
     )
     temperature = fit_temperature(held_out.scores, labels)
     router.set_known(known, temperature)
     router.evidence = _evidence(held_out, ordinary, known, temperature, *rates)
     report = _report(held_out, known, names, temperature, router.evidence)
-    to_base = 1 - router.evidence.trust[len(labels) :]
+    to_base = 1 - router.evidence.gate_coefficient[len(labels) :]
     by_family = {
         name: float(to_base[background.families == number].mean())
         for number, name in enumerate(family_names)
@@ -287,13 +293,13 @@ def _calibrate_with_rule(
 
 
 def known_of(held_out: HeldOut, labels: Tensor, ordinary: HeldOut | None) -> Known:
-    """The yardsticks of the gate, from what routers said of prompts they were not fitted on."""
+    """The held-out statistics of the gate, from what routers said of prompts they were not fitted on."""
     none = torch.zeros(0)
-    known = Known(held_out.novelty, labels, held_out.distance, none, none)
+    known = Known(held_out.ood_score, labels, held_out.distance, none, none)
     if ordinary is None:
         return known
     excess = excess_distance(ordinary.distance, ordinary.scores.argmax(dim=1), known)
-    return known._replace(background_novelty=ordinary.novelty, background_excess=excess)
+    return known._replace(background_novelty=ordinary.ood_score, background_excess=excess)
 
 
 def _report(
@@ -324,7 +330,7 @@ def _report(
         ece=expected_calibration_error(probabilities, labels),
         brier=brier_score(probabilities, labels),
         false_fallback=float(fell_back.double().mean()),
-        known_to_fallback=float(1 - evidence.trust[: len(labels)].double().mean()),
+        known_to_fallback=float(1 - evidence.gate_coefficient[: len(labels)].double().mean()),
     )
 
 
@@ -336,15 +342,17 @@ def _evidence(
     ood_alpha: float,
     ood_beta: float = 0.05,
 ) -> Evidence:
-    """Each held-out prompt is judged by the yardsticks of the other folds."""
+    """Each held-out prompt is judged by the held-out statistics of the other folds."""
     judged = [(held_out, known.labels, fold) for fold in held_out.folds.unique().tolist()]
     if ordinary is not None:
-        none = torch.full((len(ordinary.novelty),), -1)
+        none = torch.full((len(ordinary.ood_score),), -1)
         judged += [(ordinary, none, fold) for fold in ordinary.folds.unique().tolist()]
     rows: list[list[Tensor]] = []
     for prompts, labels, fold in judged:
         own, rest = prompts.folds == fold, held_out.folds != fold
-        others = known._replace(novelty=known.novelty[rest], labels=known.labels[rest], distance=known.distance[rest])
+        others = known._replace(
+            ood_score=known.ood_score[rest], labels=known.labels[rest], distance=known.distance[rest]
+        )
         if ordinary is not None:
             kept = ordinary.folds != fold
             others = others._replace(
@@ -355,10 +363,22 @@ def _evidence(
                 others = others._replace(background_share=share / share.sum().clamp(min=1e-12))
         scores = prompts.scores[own]
         probabilities = (scores.double() / temperature).softmax(dim=1)
-        found = trust_of(prompts.novelty[own], prompts.distance[own], scores.argmax(dim=1), others, ood_alpha, ood_beta)
-        uncertainty = 1 - found.trust * (1 - normalised_entropy(probabilities))
-        place = own.nonzero().flatten() + (0 if prompts is held_out else len(held_out.novelty))
-        rows.append([place, probabilities, labels[own], uncertainty, found.is_ood, found.trust, prompts.novelty[own]])
+        found = gate_coefficients(
+            prompts.ood_score[own], prompts.distance[own], scores.argmax(dim=1), others, ood_alpha, ood_beta
+        )
+        uncertainty = 1 - found.gate_coefficient * (1 - normalised_entropy(probabilities))
+        place = own.nonzero().flatten() + (0 if prompts is held_out else len(held_out.ood_score))
+        rows.append(
+            [
+                place,
+                probabilities,
+                labels[own],
+                uncertainty,
+                found.is_ood,
+                found.gate_coefficient,
+                prompts.ood_score[own],
+            ]
+        )
     place, *columns = (torch.cat(parts) for parts in zip(*rows, strict=True))
     order = place.argsort()
     return Evidence(*(column[order] for column in columns))

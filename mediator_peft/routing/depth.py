@@ -38,10 +38,10 @@ def choose_depth(
     order = torch.tensor(sorted(range(len(keys)), key=lambda place: content_hash(keys[place])))
     some = torch.cat([order[labels[order] == label][:_TEXTS_PER_EXPERT] for label in labels.unique()])
     losses = []
-    for features, variations, negatives in candidates:
+    for features, augmented, negatives in candidates:
         if negatives is None:
             return len(candidates) - 1
-        copies = None if variations is None else variations[:, some]
+        copies = None if augmented is None else augmented[:, some]
         left_out = leave_out(make_router, features[some], labels[some], folds[some], negatives, copies)
         losses.append(decision_loss(left_out, labels[some], negatives))
     return losses.index(min(losses))

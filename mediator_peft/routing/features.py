@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .block_hook import BlockTap
+from .block_hook import BlockHook
 
 
 class _Reached(Exception):
@@ -18,7 +18,7 @@ class _Reached(Exception):
 def hidden_states(
     model: nn.Module,
     blocks: nn.ModuleList,
-    tap: BlockTap,
+    block_hook: BlockHook,
     layers: Sequence[int],
     input_ids: Tensor,
     attention_mask: Tensor,
@@ -28,7 +28,7 @@ def hidden_states(
     Args:
         model: the transformer without its language-model head.
         blocks: its repeated blocks.
-        tap: of this model.
+        block_hook: of this model.
         layers: how many blocks, from 0 (embedding alone) to all; in rising order, each once.
         input_ids: (B, T)
         attention_mask: (B, T), 1 for real tokens, padding on either side.
@@ -42,19 +42,19 @@ def hidden_states(
         found.append(hidden)
         if len(found) == len(layers):
             raise _Reached
-        tap.start(blocks, layers[len(found)], listen)
+        block_hook.start(blocks, layers[len(found)], listen)
 
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     # Positions count real tokens, so that padding on the left changes nothing where positions are absolute.
     if "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    tap.start(blocks, layers[0], listen)
+    block_hook.start(blocks, layers[0], listen)
     try:
         model(**inputs)
     except _Reached:
         return found
     finally:
-        tap.stop()
+        block_hook.stop()
     raise RuntimeError("the model ran without reaching its blocks")
 
 

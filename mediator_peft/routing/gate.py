@@ -1,4 +1,4 @@
-"""Scores and novelty → expert weights."""
+"""Scores and OOD score → expert weights."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ood import Known, trust_of
+from .ood import Known, gate_coefficients
 from .uncertainty import normalised_entropy
 
 
 class GateSettings(NamedTuple):
-    """How scores and novelty become weights."""
+    """How scores and OOD score become weights."""
 
     ood_alpha: float
     """Share of known prompts that may be flagged as unknown, in (0, 1)."""
@@ -32,17 +32,17 @@ class RouteOutput(NamedTuple):
 
     expert_weights: Tensor
     """(B, K), or (B, K + 1) with the base as fallback, its column last; non-negative. A row sums to 1, or to the
-    prompt's trust where the backbone is the fallback."""
+    prompt's gate coefficient where the backbone is the fallback."""
 
     scores: Tensor
     """(B, K), the router's log-probability of each expert; larger is a better match."""
 
     uncertainty: Tensor
-    """(B,) in [0, 1]: ``1 - trust * (1 - ambiguity)``; 0 for a clear and known prompt, 1 for an unknown one."""
+    """(B,) in [0, 1]: ``1 - gate_coefficient * (1 - ambiguity)``; 0 for a clear known prompt, 1 for an unknown one."""
 
     is_ood: Tensor
     """(B,) bool, True where the prompt is more novel than all but a share ``ood_alpha`` of its nearest expert's known
-    prompts. It may be trusted for all that: see :func:`~mediator_peft.routing.ood.trust_of`."""
+    prompts. ``is_ood`` alone does not force the fallback: see :func:`~mediator_peft.routing.ood.gate_coefficients`."""
 
 
 def smallest_sufficient_set(probabilities: Tensor, routing_top_p: float) -> Tensor:
@@ -66,7 +66,7 @@ def smallest_sufficient_set(probabilities: Tensor, routing_top_p: float) -> Tens
     return selected / selected.sum(dim=1, keepdim=True)
 
 
-def gate(scores: Tensor, novelty: Tensor, distance: Tensor, known: Known, settings: GateSettings) -> RouteOutput:
+def gate(scores: Tensor, ood_score: Tensor, distance: Tensor, known: Known, settings: GateSettings) -> RouteOutput:
     r"""Mix experts by how sure the router is.
 
     .. math:: w(x) = t(x)\, p_\mathrm{sel}(x) \text{ on the experts}, \quad 1 - t(x) \text{ on the fallback}
@@ -76,16 +76,18 @@ def gate(scores: Tensor, novelty: Tensor, distance: Tensor, known: Known, settin
 
     Args:
         scores: (B, K), unnormalised log-probabilities.
-        novelty: (B,)
+        ood_score: (B,)
         distance: (B,)
-        known: the yardsticks of both.
+        known: the held-out statistics of both.
         settings: rates and shares.
     """
     log_probabilities = scores.float().log_softmax(dim=1)
     probabilities = log_probabilities.exp()
-    _, is_ood, trust = trust_of(novelty, distance, scores.argmax(dim=1), known, settings.ood_alpha, settings.ood_beta)
-    weights = trust.unsqueeze(1) * smallest_sufficient_set(probabilities, settings.routing_top_p)
+    _, is_ood, gate_coefficient = gate_coefficients(
+        ood_score, distance, scores.argmax(dim=1), known, settings.ood_alpha, settings.ood_beta
+    )
+    weights = gate_coefficient.unsqueeze(1) * smallest_sufficient_set(probabilities, settings.routing_top_p)
     if settings.fallback_column:
-        weights = torch.cat([weights, (1 - trust).unsqueeze(1)], dim=1)
+        weights = torch.cat([weights, (1 - gate_coefficient).unsqueeze(1)], dim=1)
     ambiguity = normalised_entropy(probabilities)
-    return RouteOutput(weights, log_probabilities, 1 - trust * (1 - ambiguity), is_ood)
+    return RouteOutput(weights, log_probabilities, 1 - gate_coefficient * (1 - ambiguity), is_ood)

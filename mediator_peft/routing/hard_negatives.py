@@ -63,7 +63,7 @@ _TOLD = (
         "Count from this number upwards: {}",
     ),
 )
-NEIGHBOURS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (_ASKED, _TOLD)
+HARD_NEGATIVE_FORMS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (_ASKED, _TOLD)
 """Ways of asking, each for words and for numbers. Each has a mean of its own in the router: questions and commands with
 a colon lie far apart."""
 
@@ -89,8 +89,8 @@ def own_words(texts: Sequence[str], labels: Sequence[int]) -> list[list[str]]:
     return [few or words or ["this"] for few, words in zip(own, found, strict=True)]
 
 
-def neighbours(texts: Sequence[str], labels: Sequence[int], seed: int) -> list[list[str]]:
-    """Other requests about a word or number of each text, by each of ``NEIGHBOURS``.
+def hard_negatives(texts: Sequence[str], labels: Sequence[int], seed: int) -> list[list[str]]:
+    """Other requests about a word or number of each text, by each of ``HARD_NEGATIVE_FORMS``.
 
     Args:
         texts: as users wrote them; their order does not matter.
@@ -103,7 +103,7 @@ def neighbours(texts: Sequence[str], labels: Sequence[int], seed: int) -> list[l
     about = own_words(texts, labels)
     return [
         [_request(way, words, Random(f"{seed} {text}")) for text, words in zip(texts, about, strict=True)]
-        for way in NEIGHBOURS
+        for way in HARD_NEGATIVE_FORMS
     ]
 
 

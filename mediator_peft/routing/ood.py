@@ -1,4 +1,4 @@
-"""How extreme a novelty is among known prompts and among ordinary ones, and how far an expert is trusted for it."""
+"""Held-out statistics of the OOD score, and the gate coefficient that follows from a prompt's score."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _DISTANCE_MARGIN = 1.4
 
 
 class Known(NamedTuple):
-    """Prompts the router was not fitted on, the yardsticks of the gate."""
+    """Prompts the router was not fitted on, the held-out statistics of the gate."""
 
-    novelty: Tensor
+    ood_score: Tensor
     """(N,) of calibration prompts."""
 
     labels: Tensor
@@ -26,14 +26,14 @@ class Known(NamedTuple):
     """(N,) of the same prompts."""
 
     background_novelty: Tensor
-    """(M,) of ordinary prompts that belong to no expert; M is 0 where the router was fitted without."""
+    """(M,) of background prompts that belong to no expert; M is 0 where the router was fitted without."""
 
     background_excess: Tensor
     """(M,) by how much their distance exceeds the largest usual one of their nearest expert."""
 
     background_share: Tensor | None = None
     """(M,) each background prompt's share of the whole, every family counting the same. None for routers without a
-    learned decision rule; with one, ``novelty`` holds its OOD scores."""
+    learned decision rule; with one, ``ood_score`` holds its OOD scores."""
 
     @property
     def num_experts(self) -> int:
@@ -57,8 +57,8 @@ class Tail(NamedTuple):
 def fit_tail(values: Tensor, labels: Tensor, num_experts: int) -> Tail:
     r"""Each expert's own exponential tail, from the largest fifth of its known prompts.
 
-    Each expert has a yardstick of its own: one expert's prompts may be all alike and another's all different, and with
-    a common yardstick whatever is nearer than the most varied expert's prompts would pass for known. The scale is the
+    Each expert has its own held-out statistics: prompts of one expert may be alike and those of another varied, and with
+    common statistics whatever is nearer than the most varied expert's prompts would count as known. The scale is the
     mean excess over the start (for log-distances this is Hill's estimator, 1975). With a fitted tail a rate smaller
     than one in the number of known prompts has a threshold too, and the share falls off smoothly beyond the last.
 
@@ -108,12 +108,12 @@ class Trust(NamedTuple):
     is_ood: Tensor
     """(B,) bool, whether that share is below ``ood_alpha``, or the prompt is farther off than any ordinary one."""
 
-    trust: Tensor
+    gate_coefficient: Tensor
     """(B,) in [0, 1]"""
 
 
-def trust_of(
-    novelty: Tensor, distance: Tensor, nearest: Tensor, known: Known, ood_alpha: float, ood_beta: float = 0.05
+def gate_coefficients(
+    ood_score: Tensor, distance: Tensor, nearest: Tensor, known: Known, ood_alpha: float, ood_beta: float = 0.05
 ) -> Trust:
     r"""Gate coefficient of each prompt: the weight that goes to the experts.
 
@@ -126,49 +126,49 @@ def trust_of(
     ``docs/routing.md``.
 
     Args:
-        novelty: (B,) OOD scores.
+        ood_score: (B,) OOD scores.
         distance: (B,)
         nearest: (B,) number of the best-scored expert.
         known: held-out statistics.
         ood_alpha: share of known prompts that may be flagged as unknown.
         ood_beta: share of unknown prompts that may reach an expert.
     """
-    tail = fit_tail(known.novelty, known.labels, known.num_experts)
-    share = tail_share(novelty, nearest, tail)
-    trust = (share / ood_alpha).clamp(max=1.0)
+    tail = fit_tail(known.ood_score, known.labels, known.num_experts)
+    share = tail_share(ood_score, nearest, tail)
+    gate_coefficient = (share / ood_alpha).clamp(max=1.0)
     is_ood = share < ood_alpha
     if known.background_share is not None:
-        accepted = unknown_share(novelty, known)
-        return Trust(share, is_ood, torch.maximum(trust, (1.5 - accepted / ood_beta).clamp(0.0, 1.0)))
+        accepted = unknown_share(ood_score, known)
+        return Trust(share, is_ood, torch.maximum(gate_coefficient, (1.5 - accepted / ood_beta).clamp(0.0, 1.0)))
     if len(known.background_novelty):
-        trust, beyond = _trust_without_rule(trust, novelty, distance, nearest, known)
+        gate_coefficient, beyond = _trust_without_rule(gate_coefficient, ood_score, distance, nearest, known)
         is_ood = is_ood | beyond
-    return Trust(share, is_ood, trust)
+    return Trust(share, is_ood, gate_coefficient)
 
 
-def unknown_share(novelty: Tensor, known: Known) -> Tensor:
+def unknown_share(ood_score: Tensor, known: Known) -> Tensor:
     """(B,) share of held-out background prompts whose OOD score is at most as large, every family counting the same."""
     assert known.background_share is not None
     values, order = known.background_novelty.sort()
-    below = torch.searchsorted(values, novelty.to(values), right=True)
+    below = torch.searchsorted(values, ood_score.to(values), right=True)
     shares = torch.cat([values.new_zeros(1), known.background_share[order].to(values).cumsum(dim=0)])
     return shares[below]
 
 
 def _trust_without_rule(
-    trust: Tensor, novelty: Tensor, distance: Tensor, nearest: Tensor, known: Known
+    gate_coefficient: Tensor, ood_score: Tensor, distance: Tensor, nearest: Tensor, known: Known
 ) -> tuple[Tensor, Tensor]:
     r"""The gate of routers that were fitted before there was a decision rule.
 
     A prompt that is less novel than 85 % of the background prompts goes to its expert, one that is more novel than a
     quarter of them does not; nor does one that is much farther from the nearest expert than every background prompt.
     """
-    less_novel = (known.background_novelty.unsqueeze(0) <= novelty.unsqueeze(1)).float().mean(dim=1)
+    less_novel = (known.background_novelty.unsqueeze(0) <= ood_score.unsqueeze(1)).float().mean(dim=1)
     width = _UNKNOWN_SHARE - _TRUSTED_SHARE
-    trust = torch.maximum(trust, ((_UNKNOWN_SHARE - less_novel) / width).clamp(0.0, 1.0))
+    gate_coefficient = torch.maximum(gate_coefficient, ((_UNKNOWN_SHARE - less_novel) / width).clamp(0.0, 1.0))
     farthest = known.background_excess.max() + _DISTANCE_MARGIN
     beyond = excess_distance(distance, nearest, known) > farthest
-    return torch.where(beyond, 0.0, trust), beyond
+    return torch.where(beyond, 0.0, gate_coefficient), beyond
 
 
 def excess_distance(distance: Tensor, nearest: Tensor, known: Known) -> Tensor:

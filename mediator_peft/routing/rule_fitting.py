@@ -48,7 +48,7 @@ def leave_out(
     labels: Tensor,
     folds: Tensor,
     negatives: Negatives,
-    variations: Tensor | None,
+    augmented: Tensor | None,
 ) -> LeftOut:
     """Judge every text by a fit on the other folds, and every family of negatives by a fit without it.
 
@@ -60,11 +60,11 @@ def leave_out(
         labels: (N,)
         folds: (N,) number of the fold that holds each text out.
         negatives: background prompts and hard negatives.
-        variations: (V, N, H) of altered copies, or None.
+        augmented: (V, N, H) of altered copies, or None.
     """
     present = folds.unique()
     family_folds = present[negatives.families.cpu() % len(present)]
-    copies = features.new_zeros((0, *features.shape)) if variations is None else variations
+    copies = features.new_zeros((0, *features.shape)) if augmented is None else augmented
     num_experts = int(labels.max()) + 1
     texts = torch.zeros(1 + len(copies), len(features), 2 + num_experts)
     others = torch.zeros(len(negatives.features), 2 + num_experts)

@@ -23,7 +23,7 @@ from ..routing.calibration_data import Columns, hash_folds
 from ..routing.decision_rule import Negatives
 from ..routing.routers import Router
 from .config import FALLBACK_EXPERT, MediatorConfig, expert_name_faults
-from .fitting import negative_rows, neighbour_rows, read_texts, row_features, settle, token_rows, varied_rows
+from .fitting import augmented_rows, hard_negative_rows, negative_rows, read_texts, row_features, settle, token_rows
 from .layer import MediatorLayer, reading_weights
 from .merged_weight import plain_weight
 from .quantized import is_plain
@@ -48,7 +48,7 @@ def add_expert(
 
     Its deltas are taken against the backbone as it stands, which stays as it is: an averaged backbone does not take the
     new expert in, and what the expert changed outside the routed layers is not used. A fitted router is extended in
-    closed form; the other experts' scores and yardsticks stay the same, bit for bit.
+    closed form; the other experts' scores and held-out statistics stay the same, bit for bit.
 
     Args:
         prompts: of a model whose backbone is not quantised; its active adapter gets the expert.
@@ -117,7 +117,7 @@ def remove_expert(active: ActiveAdapter, name: str) -> None:
         stay = known.labels != number
         labels = known.labels[stay]
         fewer = known._replace(
-            novelty=known.novelty[stay], labels=labels - (labels > number).long(), distance=known.distance[stay]
+            ood_score=known.ood_score[stay], labels=labels - (labels > number).long(), distance=known.distance[stay]
         )
         smaller.set_known(fewer, float(router.temperature))
     else:
@@ -226,15 +226,15 @@ def _extended(
     data = read_texts({name: texts}, [name], tokenizer, Columns(text_column), None, config.seed, "train")
     rows = token_rows(tokenizer, data.texts, max_length)
     size = len(rows)
-    varied = varied_rows(config, tokenizer, rows, max_length)
+    varied = augmented_rows(config, tokenizer, rows, max_length)
     against = None
     if router.rule is not None:
         against = negative_rows(config, tokenizer, data, rows, background, True, max_length)
         others = against.rows
     else:
-        # A router that was fitted without ordinary prompts takes no neighbours.
-        takes_neighbours = router.uses_neighbours and len(router.background_novelty)
-        others = neighbour_rows(config, tokenizer, rows, data.labels, max_length) if takes_neighbours else []
+        # A router that was fitted without background prompts takes no hard negatives.
+        takes_neighbours = router.uses_hard_negatives and len(router.background_novelty)
+        others = hard_negative_rows(config, tokenizer, rows, data.labels, max_length) if takes_neighbours else []
     features = row_features(prompts, rows + varied + others, batch_size, None, False)
     features = features.to(router.known_novelty.device)
     num_own = size + len(varied)
@@ -251,18 +251,18 @@ def extend_router(
     router: Router,
     features: Tensor,
     folds: Tensor,
-    variations: Tensor,
-    neighbours: Tensor,
+    augmented: Tensor,
+    hard_negatives: Tensor,
     negatives: Negatives | None = None,
 ) -> Router:
-    """A copy of a fitted router with one more expert, whose yardstick is taken fold by fold.
+    """A copy of a fitted router with one more expert, whose held-out statistics is taken fold by fold.
 
     Args:
         router: left as it is.
         features: (N, H) of the new expert's texts.
         folds: (N,) number of the fold that holds each text out.
-        variations: (V, N, H) of altered copies of the texts; V may be 0.
-        neighbours: (W, N, H) of other requests about the texts' subjects; W may be 0.
+        augmented: (V, N, H) of altered copies of the texts; V may be 0.
+        hard_negatives: (W, N, H) of other requests about the texts' subjects; W may be 0.
         negatives: background prompts and hard negatives, for a router with a decision rule.
 
     Raises:
@@ -274,27 +274,27 @@ def extend_router(
             "the router has a decision rule, and the tokenizer can read none of the library's background prompts. Give "
             "yours: background=[...], or use reset_router=True and fit it again."
         )
-    novelty, distance = (torch.zeros(len(features), device=features.device) for _ in range(2))
+    ood_score, distance = (torch.zeros(len(features), device=features.device) for _ in range(2))
     for fold in folds.unique().tolist():
         held_out = folds == fold
         trial = copy.deepcopy(router)
-        rest = torch.cat([features[~held_out], variations[:, ~held_out].flatten(0, 1)])
-        trial.add_class(rest, neighbours[:, ~held_out] if rule is None else None)
+        rest = torch.cat([features[~held_out], augmented[:, ~held_out].flatten(0, 1)])
+        trial.add_class(rest, hard_negatives[:, ~held_out] if rule is None else None)
         if rule is not None and negatives is not None:
             trial.set_rule(rule.with_expert(rest, negatives))
         with torch.no_grad():
-            novelty[held_out], distance[held_out] = (
+            ood_score[held_out], distance[held_out] = (
                 trial.ood_score(features[held_out]),
                 trial.distance(features[held_out]),
             )
     larger = copy.deepcopy(router)
-    rows = torch.cat([features, variations.flatten(0, 1)])
-    larger.add_class(rows, neighbours if rule is None else None)
+    rows = torch.cat([features, augmented.flatten(0, 1)])
+    larger.add_class(rows, hard_negatives if rule is None else None)
     if rule is not None and negatives is not None:
         larger.set_rule(rule.with_expert(rows, negatives))
     known = router.known
     more = known._replace(
-        novelty=torch.cat([known.novelty, novelty.to(known.novelty)]),
+        ood_score=torch.cat([known.ood_score, ood_score.to(known.ood_score)]),
         labels=torch.cat([known.labels, torch.full_like(known.labels[:1], router.num_experts).expand(len(features))]),
         distance=torch.cat([known.distance, distance.to(known.distance)]),
     )

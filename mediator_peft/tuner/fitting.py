@@ -16,14 +16,14 @@ from torch import Tensor
 from ..errors import RoutingError
 from ..progress import bar_progress, no_progress
 from ..ranks import Ranks
-from ..routing.augmentation import vary, vary_in_turn
+from ..routing.augmentation import augment, vary_in_turn
 from ..routing.background import BACKGROUND_PROMPTS, background_families, random_token_rows, user_families
 from ..routing.calibration import CalibrationReport, calibrate
 from ..routing.calibration_data import Columns, LabelledTexts, content_hash, labelled_texts
 from ..routing.decision_rule import Negatives, family_numbers
 from ..routing.depth import choose_depth
 from ..routing.feature_cache import FeatureCache
-from ..routing.hard_negatives import NEIGHBOURS, neighbours
+from ..routing.hard_negatives import HARD_NEGATIVE_FORMS, hard_negatives
 from ..routing.routers import Router
 from .chat_turns import padded, turn_contents, unwrapped, user_turns
 from .config import MediatorConfig
@@ -58,8 +58,8 @@ def fit_router(
     split: str,
     cache_folder: str | os.PathLike[str] | None,
     background: Any,
-    variations: bool,
-    neighbours: bool,
+    augmented: bool,
+    hard_negatives: bool,
     show_progress: bool,
     ranks: Ranks,
 ) -> CalibrationReport:
@@ -71,8 +71,8 @@ def fit_router(
     prompts.background = background
     rows = token_rows(tokenizer, data.texts, max_length)
     num_texts = len(rows)
-    copies = varied_rows(config, tokenizer, rows, max_length) if variations else []
-    against = negative_rows(config, tokenizer, data, rows, background, neighbours, max_length)
+    copies = augmented_rows(config, tokenizer, rows, max_length) if augmented else []
+    against = negative_rows(config, tokenizer, data, rows, background, hard_negatives, max_length)
     layers = depths(prompts)
     everything = [*rows, *copies, *against.rows]
     features = row_features(prompts, everything, batch_size, cache_folder, show_progress, ranks, layers)
@@ -104,7 +104,7 @@ def fit_router(
         names,
         config.seed,
         config.ood_alpha,
-        variations=altered,
+        augmented=altered,
         negatives=negatives,
         family_names=against.names,
         ood_beta=config.ood_beta,
@@ -178,10 +178,10 @@ def negative_rows(
     hard: list[list[int]] = []
     if hard_negatives and read:
         chosen = _some_of_each(data, seed)
-        hard = neighbour_rows(
+        hard = hard_negative_rows(
             config, tokenizer, [rows[place] for place in chosen], [data.labels[place] for place in chosen], max_length
         )
-    size = len(hard) // len(NEIGHBOURS)
+    size = len(hard) // len(HARD_NEGATIVE_FORMS)
     near = {name: hard[way * size : (way + 1) * size] for way, name in enumerate(_HARD_FAMILIES)} if hard else {}
     families = {**read, **near}
     return NegativeRows(
@@ -250,7 +250,7 @@ def read_texts(
 def background_texts(
     config: MediatorConfig, tokenizer: Any, texts: list[str], background: Sequence[str] | None
 ) -> list[str]:
-    """Ordinary prompts in the form of the calibration texts: as chats if those are chats."""
+    """Background prompts in the form of the calibration texts: as chats if those are chats."""
     prompts = our_background(tokenizer) if background is None else list(background)
     return in_the_form_of(config, tokenizer, tokenizer(texts[:1])["input_ids"][0], prompts) if prompts else prompts
 
@@ -266,7 +266,7 @@ def in_the_form_of(config: MediatorConfig, tokenizer: Any, row: list[int], promp
 
 
 def our_background(tokenizer: Any) -> list[str]:
-    """The ordinary prompts of the library; none where the tokenizer does not know their words."""
+    """The background prompts of the library; none where the tokenizer does not know their words."""
     prompts = list(BACKGROUND_PROMPTS)
     return [] if _are_unknown(tokenizer, tokenizer(prompts)["input_ids"]) else prompts
 
@@ -291,7 +291,7 @@ def token_rows(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[li
     return rows
 
 
-def varied_rows(config: MediatorConfig, tokenizer: Any, rows: list[list[int]], max_length: int) -> list[list[int]]:
+def augmented_rows(config: MediatorConfig, tokenizer: Any, rows: list[list[int]], max_length: int) -> list[list[int]]:
     """Altered copies of prompts, at most ``COPIES`` times as many as ``rows``; what users wrote is altered alone.
 
     The ways in which a prompt is altered follow from its text and the seed. A way is left out where the tokenizer does
@@ -315,9 +315,9 @@ def varied_rows(config: MediatorConfig, tokenizer: Any, rows: list[list[int]], m
 
 
 def _readable_ways(tokenizer: Any, texts: Sequence[str], seed: int) -> list[int]:
-    """Places in ``VARIATIONS`` of the ways whose copies the tokenizer knows the words of."""
+    """Places in ``AUGMENTATIONS`` of the ways whose copies the tokenizer knows the words of."""
     some = sorted(texts, key=lambda text: content_hash(text, seed))[:_TRIED]
-    by_way = zip(*(vary(text, seed) for text in some), strict=True)
+    by_way = zip(*(augment(text, seed) for text in some), strict=True)
     return [
         number
         for number, copies in enumerate(by_way)
@@ -325,7 +325,7 @@ def _readable_ways(tokenizer: Any, texts: Sequence[str], seed: int) -> list[int]
     ]
 
 
-def neighbour_rows(
+def hard_negative_rows(
     config: MediatorConfig, tokenizer: Any, rows: list[list[int]], labels: Sequence[int], max_length: int
 ) -> list[list[int]]:
     """Other requests about what each text is about, each way of putting them as long as ``rows``.
@@ -336,7 +336,7 @@ def neighbour_rows(
     if not hasattr(plain, "decode"):
         return []
     texts = [_user_text(plain, row, markers) for row in rows]
-    asked = [request for way in neighbours(texts, labels, config.seed) for request in way]
+    asked = [request for way in hard_negatives(texts, labels, config.seed) for request in way]
     if _are_unknown(plain, plain(asked)["input_ids"]):
         return []
     return token_rows(tokenizer, in_the_form_of(config, tokenizer, rows[0], asked), max_length)

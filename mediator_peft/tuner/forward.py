@@ -54,7 +54,7 @@ class RoutedForward:
         """Take all hooks off the model."""
         for handle in self._hooks:
             handle.remove()
-        self._prompts.tap.remove()
+        self._prompts.block_hook.remove()
 
     def check_not_merged(self, what: str) -> None:
         """Refuse what needs routed layers.
@@ -193,7 +193,7 @@ class RoutedForward:
             else:
                 self._post(self._made_route(table, columns, len(inputs)))
 
-        self._prompts.tap.start(self._prompts.blocks, self._prompts.router_layer, decide)
+        self._prompts.block_hook.start(self._prompts.blocks, self._prompts.router_layer, decide)
         return True
 
     def _made_route(self, table: Tensor, columns: Sequence[str], batch_size: int) -> LayerRoute:
@@ -252,7 +252,7 @@ class RoutedForward:
         return self._prompts.routed_table(input_ids, mask)
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if self._prompts.tap.stop() and output is not None:
+        if self._prompts.block_hook.stop() and output is not None:
             raise RuntimeError("the model ran without reaching the block at which this prompt was to be routed")
         route = self._board.route
         if route is not None:

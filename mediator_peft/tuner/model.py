@@ -401,9 +401,11 @@ class MediatorModel(BaseTuner):
         split: str = "train",
         cache_folder: str | os.PathLike[str] | None = None,
         background: Background | str | os.PathLike[str] | None = None,
-        variations: bool = True,
-        neighbours: bool = True,
+        augmented: bool = True,
+        hard_negatives: bool = True,
         over_ranks: bool = False,
+        variations: bool | None = None,
+        neighbours: bool | None = None,
     ) -> CalibrationReport:
         """Fit the router on texts with known experts.
 
@@ -418,27 +420,35 @@ class MediatorModel(BaseTuner):
             max_length: longer texts are cut after this many tokens.
             show_progress: a bar on the error stream.
             group_column: column with what texts have in common (a template, a source). Whole groups are then held out
-                together, so that the yardstick of novelty allows for unseen ones.
+                together, so that the held-out statistics allow for unseen ones.
             max_samples: at most so many texts an expert, drawn by the configuration's seed; None takes all.
             split: which one of a ``DatasetDict``.
             cache_folder: keep features there, by content, for later fits on the same backbone.
             background: prompts of yours that belong to no expert, added to the library's background families:
                 prompts, family → prompts, or a JSONL or text file. An empty list leaves out the library's as well, and
                 with them the decision rule.
-            variations: fit on altered copies of the texts as well: words left out, letters mistyped, something said
+            augmented: fit on altered copies of the texts as well: words left out, letters mistyped, something said
                 around it, put as another kind of request. So other wordings of a known task are recognised. Takes three
                 times as long to read.
-            neighbours: train the decision rule on hard negatives too: other requests about the texts' words and numbers
-                ("What does … mean?").
+            hard_negatives: train the decision rule on hard negatives too: other requests about the words and numbers
+                of the texts ("What does … mean?").
             over_ranks: share the reading of texts among the processes that torchrun started; each of them must call
                 this with the same arguments, and ends with the same router.
+            variations: former name of ``augmented``.
+            neighbours: former name of ``hard_negatives``.
 
         Returns:
-            What held-out texts say of the fit.
+            Metrics of the fit on held-out texts.
 
         Raises:
             RoutingError: the data cannot be used.
         """
+        if variations is not None:
+            warn_of_old_name("variations", "augmented")
+            augmented = variations
+        if neighbours is not None:
+            warn_of_old_name("neighbours", "hard_negatives")
+            hard_negatives = neighbours
         return fit_router(
             self.prompt_router,
             dataset,
@@ -450,8 +460,8 @@ class MediatorModel(BaseTuner):
             split=split,
             cache_folder=cache_folder,
             background=background,
-            variations=variations,
-            neighbours=neighbours,
+            augmented=augmented,
+            hard_negatives=hard_negatives,
             show_progress=show_progress,
             ranks=Ranks() if over_ranks else Ranks.alone(),
         )

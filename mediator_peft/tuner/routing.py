@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import RouterNotFittedError, RoutingError, UnsupportedError
 from ..forking import renew_after_fork
-from ..routing.block_hook import BlockTap
+from ..routing.block_hook import BlockHook
 from ..routing.explain import Explanation, explain_rows
 from ..routing.feature_cache import FeatureCache
 from ..routing.features import hidden_states, mean_over_tokens
@@ -161,7 +161,7 @@ class PromptRouter:
 
     def __init__(self, active: ActiveAdapter, board: RequestBoard) -> None:
         self.active = active
-        self.tap = BlockTap()
+        self.block_hook = BlockHook()
         self.feature_caches: dict[tuple[str, str], FeatureCache] = {}
         """Features of calibration texts: (what they depend on, folder) → cache."""
         self.background: Any = None
@@ -243,7 +243,7 @@ class PromptRouter:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows, mask, pooled = self._rows_to_read(input_ids, mask)
         with self._board.no_route():
-            states = hidden_states(self.active.model.base_model, self.blocks, self.tap, layers, rows, mask)
+            states = hidden_states(self.active.model.base_model, self.blocks, self.block_hook, layers, rows, mask)
             return torch.stack([mean_over_tokens(hidden, pooled) for hidden in states], dim=1)
 
     def _rows_to_read(self, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -308,9 +308,9 @@ class PromptRouter:
         readable, unreadable = split_unreadable(features)
         with float32_inside(features.device), onload_layer(self.active.routers):
             with torch.no_grad():
-                novelty, distance = router.ood_score(readable), router.distance(readable)
+                ood_score, distance = router.ood_score(readable), router.distance(readable)
             settings = self.gate_settings
-            output = gate(router.calibrated(readable), novelty, distance, router.known, settings)
+            output = gate(router.calibrated(readable), ood_score, distance, router.known, settings)
         return output if unreadable is None else to_the_base(output, unreadable, settings.fallback_column)
 
     @torch.no_grad()
@@ -325,9 +325,9 @@ class PromptRouter:
         device = self.active.device
         features = self.features(ids.to(device), mask.to(device)).to(router.known_novelty.device)
         with float32_inside(features.device), onload_layer(self.active.routers):
-            scores, novelty = router.calibrated(features), router.ood_score(features)
+            scores, ood_score = router.calibrated(features), router.ood_score(features)
             distance = router.distance(features)
-        return explain_rows(scores, novelty, distance, router.known, self.gate_settings, self.active.config.columns)
+        return explain_rows(scores, ood_score, distance, router.known, self.gate_settings, self.active.config.columns)
 
 
 def check_ids(input_ids: Any) -> None:

@@ -25,7 +25,7 @@ from mediator_peft.demo.hard_prompts import TASKS
 from mediator_peft.routing.calibration import calibrate
 from mediator_peft.routing.gate import GateSettings, gate
 from mediator_peft.routing.metrics import auroc, false_positive_rate
-from mediator_peft.routing.ood import trust_of
+from mediator_peft.routing.ood import gate_coefficients
 from mediator_peft.routing.routers import ROUTERS, gaussian
 from mediator_peft.routing.routers.gaussian import GaussianRouter
 
@@ -51,21 +51,23 @@ def fitted(
     background = data["background"][:, place] if with_background else None
     router = ROUTERS[name](3, x.shape[1])
     texts = [data["texts"][row] for row in rows.tolist()]
-    variations = data["variations"][:, rows, place] if with_variations else None
-    neighbours = data["neighbours"][:, rows, place] if with_neighbours and with_background else None
+    augmented = data["augmented"][:, rows, place] if with_variations else None
+    hard_negatives = data["hard_negatives"][:, rows, place] if with_neighbours and with_background else None
     make = lambda: ROUTERS[name](3, x.shape[1])  # noqa: E731
-    report = calibrate(make, router, x, labels, texts, TASKS, 0, SETTINGS.ood_alpha, background, variations, neighbours)
+    report = calibrate(
+        make, router, x, labels, texts, TASKS, 0, SETTINGS.ood_alpha, background, augmented, hard_negatives
+    )
     return router, report
 
 
 @torch.no_grad()
 def judged(data, router, layer=3, settings=SETTINGS):
-    """Set → labels, route, novelty, and whether the best-scored expert is the right one."""
+    """Set → labels, route, OOD score, and whether the best-scored expert is the right one."""
     found = {}
     for name, one in data["sets"].items():
         x = one["x"][:, data["layers"].index(layer)]
-        scores, novelty = router.calibrated(x), router.novelty(x)
-        route = gate(scores, novelty, router.distance(x), router.known, settings)
+        scores, ood_score = router.calibrated(x), router.background_log_odds(x)
+        route = gate(scores, ood_score, router.distance(x), router.known, settings)
         right = (scores.argmax(dim=1) == one["labels"]).float()
         sent = (route.expert_weights.argmax(dim=1) == one["labels"]).float()
         found[name] = {
@@ -74,7 +76,7 @@ def judged(data, router, layer=3, settings=SETTINGS):
             "right": right,
             "sent": sent,
             "route": route,
-            "novelty": novelty,
+            "ood_score": ood_score,
         }
     return found
 
@@ -84,14 +86,14 @@ def pooled(found, kind, value):
 
 
 def summary(data, router, layer=3):
-    """Right expert, sent there, and weight of the base by kind; AUROC and FPR of the novelty."""
+    """Right expert, sent there, and weight of the base by kind; AUROC and FPR of the OOD score."""
     found = judged(data, router, layer)
     row = [pooled(found, kind, lambda one: one["right"]).mean() for kind in KNOWN]
     row += [pooled(found, kind, lambda one: one["sent"]).mean() for kind in KNOWN]
     row += [pooled(found, kind, lambda one: one["route"].expert_weights[:, -1]).mean() for kind in KINDS[3:]]
-    novelty = {kind: pooled(found, kind, lambda one: one["novelty"]) for kind in KINDS}
-    row += [auroc(novelty[kind], novelty["far"]) for kind in KNOWN]
-    row += [false_positive_rate(torch.cat([novelty["seen"], novelty["unseen"]]), novelty["far"])]
+    ood_score = {kind: pooled(found, kind, lambda one: one["ood_score"]) for kind in KINDS}
+    row += [auroc(ood_score[kind], ood_score["far"]) for kind in KNOWN]
+    row += [false_positive_rate(torch.cat([ood_score["seen"], ood_score["unseen"]]), ood_score["far"])]
     row += [pooled(found, "seen", lambda one: one["route"].is_ood.float()).mean()]
     return [f"{100 * float(value):.1f}" for value in row]
 
@@ -137,14 +139,14 @@ def gate_variants(data, layer=3):
             seen = [one["route"].is_ood.float() for one in flags.values() if one["kind"] == "many seen"]
             row.append(float(torch.cat(seen).mean()) if seen else float("nan"))
         label = f"{num_folds} folds, routing_top_p {routing_top_p}, shrinkage >= {shrinkage}"
-        label += f"{', copies' if varied else ''}{', neighbours' if near else ''}"
+        label += f"{', copies' if varied else ''}{', hard_negatives' if near else ''}"
         rows.append((label, [f"{100 * value:.1f}" for value in row]))
     print_table("gate", header, rows)
 
 
 def tables(data):
     routers = [(name, {"name": name}) for name in ROUTERS]
-    variants = [(f"{name}, no neighbours", {"name": name, "with_neighbours": False}) for name in ROUTERS]
+    variants = [(f"{name}, no hard negatives", {"name": name, "with_neighbours": False}) for name in ROUTERS]
     variants += [(f"{name}, no copies", {"name": name, "with_variations": False}) for name in ROUTERS]
     variants += [(f"{name}, no background", {"name": name, "with_background": False}) for name in ROUTERS]
     rows = [(label, summary(data, fitted(data, **options)[0])) for label, options in routers + variants]
@@ -185,14 +187,21 @@ def rates(data, layer=3, draws=8):
                 router, _ = fitted(data, layer, with_variations=varied, with_neighbours=varied, rows=chosen)
                 x = torch.cat([data["x"][rest, place], *(one["x"][:, place] for one in many)])
                 labels = torch.cat([data["labels"][rest], *(one["labels"] for one in many)])
-                novelty, distance, nearest = router.novelty(x), router.distance(x), router.scores(x).argmax(dim=1)
-                flags = [trust_of(novelty, distance, nearest, router.known, alpha).is_ood.float() for alpha in alphas]
+                ood_score, distance, nearest = (
+                    router.background_log_odds(x),
+                    router.distance(x),
+                    router.scores(x).argmax(dim=1),
+                )
+                flags = [
+                    gate_coefficients(ood_score, distance, nearest, router.known, alpha).is_ood.float()
+                    for alpha in alphas
+                ]
                 shares.append(
                     [torch.stack([flag[labels == label].mean() for label in range(3)]).mean() for flag in flags]
                 )
             found = 100 * torch.tensor(shares)
             cells = [f"{mean:.1f} ± {sd:.1f}" for mean, sd in zip(found.mean(dim=0), found.std(dim=0), strict=True)]
-            rows.append((f"{per_expert}{', copies, neighbours' if varied else ''}", cells))
+            rows.append((f"{per_expert}{', copies, hard_negatives' if varied else ''}", cells))
     print_table("texts an expert", [f"{100 * alpha:g} % stated" for alpha in alphas], rows)
 
 
@@ -202,7 +211,9 @@ def baselines(data, layer=3):
     router, prototype = fitted(data, layer)[0], fitted(data, layer, "prototype")[0]
     ways = {
         "Mediator gate": lambda x, labels: (
-            gate(router.calibrated(x), router.novelty(x), router.distance(x), router.known, SETTINGS).expert_weights
+            gate(
+                router.calibrated(x), router.background_log_odds(x), router.distance(x), router.known, SETTINGS
+            ).expert_weights
         ),
         "softmax top-1": lambda x, labels: one_hot(router.scores(x).argmax(dim=1)),
         "soft mixture (as Twin-Merging)": lambda x, labels: F.pad(router.calibrated(x).softmax(dim=1), (0, 1)),

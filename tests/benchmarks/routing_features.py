@@ -8,9 +8,9 @@ import torch
 from fresh_prompts import fresh_sets, later_sets
 
 from mediator_peft.demo.hard_prompts import TASKS, PromptSet, calibration_prompts, hard_sets
-from mediator_peft.routing.augmentation import vary
+from mediator_peft.routing.augmentation import augment
 from mediator_peft.routing.background import BACKGROUND_PROMPTS
-from mediator_peft.routing.hard_negatives import neighbours
+from mediator_peft.routing.hard_negatives import hard_negatives
 
 ALL_LAYERS = [0, 1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 25, 29]
 FEW_LAYERS = [2, 3, 4, 6, 8]
@@ -55,16 +55,16 @@ def make_features(out: Path, path: Path, seeds: tuple[int, int], layers: list[in
     folder = out.parent / "materials"
     prompts = calibration_prompts(200, seeds[0], folder)
     x, texts = features([prompt.messages for prompt in prompts])
-    copies = [vary(prompt.messages[-1]["content"], 0) for prompt in prompts]
-    variations = [
+    copies = [augment(prompt.messages[-1]["content"], 0) for prompt in prompts]
+    augmented = [
         features([[{"role": "user", "content": text}] for text in way])[0] for way in zip(*copies, strict=True)
     ]
     background, _ = features([[{"role": "user", "content": text}] for text in BACKGROUND_PROMPTS])
     labels = torch.tensor([TASKS.index(prompt.experts[0]) for prompt in prompts])
     data = {"layers": layers, "x": x, "texts": texts, "labels": labels, "background": background, "sets": {}}
-    data["variations"] = torch.stack(variations)
-    requests = neighbours([prompt.messages[-1]["content"] for prompt in prompts], labels.tolist(), 0)
-    data["neighbours"] = torch.stack(
+    data["augmented"] = torch.stack(augmented)
+    requests = hard_negatives([prompt.messages[-1]["content"] for prompt in prompts], labels.tolist(), 0)
+    data["hard_negatives"] = torch.stack(
         [features([[{"role": "user", "content": text}] for text in way])[0] for way in requests]
     )
     new_names = {*fresh_sets(1, seeds[1], folder), *later_sets(1, seeds[1])}

@@ -26,7 +26,7 @@ SYSTEMS = (
     "backbone",
     "own expert",
     "nearest expert",
-    "routed, no neighbours",
+    "routed, no hard negatives",
     "routed",
     "routed, answers learnt",
 )
@@ -63,8 +63,8 @@ def outcome(out, device, per_set, path, seeds=(11, 12), batch_size=64, skip=(), 
     ]  # fmt: skip
     texts = _texts(tokenizer, calibration_prompts(100, seeds[0], folder))
     weights = {}
-    model.fit_router(texts, tokenizer, batch_size=32, neighbours=False)
-    weights["routed, no neighbours"], _ = _judged(model, tokenizer, rows)
+    model.fit_router(texts, tokenizer, batch_size=32, hard_negatives=False)
+    weights["routed, no hard negatives"], _ = _judged(model, tokenizer, rows)
     model.fit_router(texts, tokenizer, batch_size=32)
     weights["routed"], notes = _judged(model, tokenizer, rows)
     weights |= _fixed(model, rows, notes)
@@ -126,11 +126,11 @@ def _judged(model, tokenizer, rows):
     router, settings = model.router.to("cpu"), model.prompt_router.gate_settings
     texts = _rendered(tokenizer, [row["prompt"] for row in rows])
     x = text_features(model.prompt_router, tokenizer, texts, 32, 2048, None, False)
-    scores, novelty, distance = router.calibrated(x), router.novelty(x), router.distance(x)
-    routed = gate(scores, novelty, distance, router.known, settings)
+    scores, ood_score, distance = router.calibrated(x), router.background_log_odds(x), router.distance(x)
+    routed = gate(scores, ood_score, distance, router.known, settings)
     notes = {
         "nearest": [TASKS[number] for number in scores.argmax(dim=1).tolist()],
-        "novelty": novelty.tolist(),
+        "ood_score": ood_score.tolist(),
         "distance": distance.tolist(),
         "scores": scores.tolist(),
         "is_ood": routed.is_ood.tolist(),

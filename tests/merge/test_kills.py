@@ -25,14 +25,14 @@ def build_in_a_child(paths, out, workers):
     child = os.fork()
     if child:
         return child
-    put = pieces.PieceStore.put
+    put = pieces.JournalStore.put
 
     def slow(*arguments):
         time.sleep(0.004)
         put(*arguments)
 
     try:
-        pieces.PieceStore.put = slow
+        pieces.JournalStore.put = slow
         build(paths, out, workers=workers)
     finally:
         os._exit(0)

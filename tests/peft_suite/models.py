@@ -91,7 +91,7 @@ def fit(model: Any) -> Any:
     """The model, its router fitted such that the tests' prompts of ones and twos are an expert's own."""
     ones = ["<s> <s> <s>", "<s> </s> <s>", "<s> <s>"] * 7
     texts = {"math": ones, "code": [f"w{n} w{n + 1} w{n + 2}" for n in range(60, 81)]}
-    model.fit_router(texts, tiny_tokenizer(), background=[], variations=False, neighbours=False)
+    model.fit_router(texts, tiny_tokenizer(), background=[], augmented=False, hard_negatives=False)
     return model
 
 

@@ -8,11 +8,11 @@ from tokenizer import tiny_tokenizer
 
 from mediator_peft.evaluation.fit_and_save import fit_and_save
 from mediator_peft.evaluation.prompts import TaskItem
-from mediator_peft.routing.augmentation import VARIATIONS, leave_words_out, mistype, say_more, vary
+from mediator_peft.routing.augmentation import AUGMENTATIONS, augment, leave_words_out, mistype, say_more
 from mediator_peft.routing.calibration import calibrate, cross_fit
 from mediator_peft.routing.routers import ROUTERS
 from mediator_peft.tuner import fitting
-from mediator_peft.tuner.fitting import our_background, varied_rows
+from mediator_peft.tuner.fitting import augmented_rows, our_background
 
 TEXT = " ".join(f"word{number} costs {number} euros, at least;" for number in range(400))
 
@@ -56,15 +56,15 @@ def test_something_is_said_around_the_text_which_stays_whole():
 
 @pytest.mark.parametrize("text", ["", " ", "a", "12 34", "だんらん", "é"])
 def test_whatever_the_text_something_comes_out(text):
-    for one in vary(text, 0):
+    for one in augment(text, 0):
         assert isinstance(one, str)
         assert bool(one.strip()) == bool(text.strip())
 
 
 def test_what_comes_out_follows_from_text_and_seed():
-    assert vary(TEXT, 1) == vary(TEXT, 1)
-    assert vary(TEXT, 1) != vary(TEXT, 2)
-    assert len(vary(TEXT, 1)) == len(VARIATIONS)
+    assert augment(TEXT, 1) == augment(TEXT, 1)
+    assert augment(TEXT, 1) != augment(TEXT, 2)
+    assert len(augment(TEXT, 1)) == len(AUGMENTATIONS)
 
 
 def test_in_a_chat_only_the_users_words_are_altered(build, chat_tokenizer, monkeypatch):
@@ -75,7 +75,7 @@ def test_in_a_chat_only_the_users_words_are_altered(build, chat_tokenizer, monke
     mine, unknown = range(5, 13), chat_tokenizer.unk_token_id
     monkeypatch.setattr(fitting, "COPIES", 4)
     monkeypatch.setattr(fitting, "_readable_ways", lambda *_: [0, 1, 2, 3])
-    copies = varied_rows(model.active.config, chat_tokenizer, [row], 1000)
+    copies = augmented_rows(model.active.config, chat_tokenizer, [row], 1000)
     frame = [token for token in row if token not in mine]
     assert len(copies) == 4
     for copy in copies:
@@ -88,21 +88,21 @@ def test_in_a_chat_only_the_users_words_are_altered(build, chat_tokenizer, monke
 def test_copies_of_unknown_words_are_left_out(build):
     rows = tiny_tokenizer()([f"w{number}" for number in range(5, 35)])["input_ids"]
     # With a sentence around one word, most words are unknown; a word of three letters is hardly ever mistyped.
-    assert len(varied_rows(build().active.config, tiny_tokenizer(), rows, 1000)) == 2 * len(rows)
+    assert len(augmented_rows(build().active.config, tiny_tokenizer(), rows, 1000)) == 2 * len(rows)
 
 
 def test_long_copies_are_cut(build, chat_tokenizer):
     model = build()
     model.learn_turns(chat_tokenizer)
     rows = chats(chat_tokenizer, (" ".join(f"w{5 + n % 80}" for n in range(60)),))
-    assert all(len(row) <= 20 for row in varied_rows(model.active.config, chat_tokenizer, rows, 20))
+    assert all(len(row) <= 20 for row in augmented_rows(model.active.config, chat_tokenizer, rows, 20))
 
 
 def test_plain_texts_are_altered_whole(build):
     tokenizer = tiny_tokenizer()
     model = build()
     rows = tokenizer([" ".join(f"w{n}" for n in range(5, 25))])["input_ids"]
-    copies = varied_rows(model.active.config, tokenizer, rows, 1000)
+    copies = augmented_rows(model.active.config, tokenizer, rows, 1000)
     assert copies
     for copy in copies:
         rest = iter(rows[0])
@@ -113,11 +113,11 @@ def test_copies_share_their_texts_fold_and_are_never_judged():
     seen = []
 
     class Spy(ROUTERS["gaussian"]):
-        def fit(self, features, labels, background=None, neighbours=None):
+        def fit(self, features, labels, background=None, hard_negatives=None):
             # The first feature numbers the text, for copies too.
             self.texts = set(features[:, 0].tolist())
             self.count = len(features)
-            super().fit(features, labels, background, neighbours)
+            super().fit(features, labels, background, hard_negatives)
 
         def scores(self, features):
             seen.append((self.texts & set(features[:, 0].tolist()), self.count, len(features)))
@@ -125,12 +125,12 @@ def test_copies_share_their_texts_fold_and_are_never_judged():
 
     features = torch.randn(60, 5)
     features[:, 0] = torch.arange(60)
-    variations = features.repeat(2, 1, 1) + torch.cat([torch.zeros(2, 60, 1), torch.randn(2, 60, 4)], dim=2)
+    augmented = features.repeat(2, 1, 1) + torch.cat([torch.zeros(2, 60, 1), torch.randn(2, 60, 4)], dim=2)
     labels, folds = torch.arange(60) % 2, torch.arange(60) % 5
-    held_out, _ = cross_fit(lambda: Spy(2, 5), features, labels, folds, variations=variations)
+    held_out, _ = cross_fit(lambda: Spy(2, 5), features, labels, folds, augmented=augmented)
     assert not any(both for both, _, _ in seen)
     assert all(fitted == 3 * 48 for _, fitted, _ in seen)
-    assert held_out.novelty.shape == (60,)
+    assert held_out.ood_score.shape == (60,)
 
 
 @pytest.mark.parametrize("name", list(ROUTERS))
@@ -138,13 +138,11 @@ def test_a_router_is_fitted_on_texts_and_copies_alike(name):
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(90) % 3
     features = torch.randn(90, 6, generator=generator) + 4 * torch.nn.functional.one_hot(labels, 6)
-    variations = features + torch.randn(2, 90, 6, generator=generator)
+    augmented = features + torch.randn(2, 90, 6, generator=generator)
     router, by_hand = ROUTERS[name](3, 6), ROUTERS[name](3, 6)
     keys = [str(number) for number in range(90)]
-    report = calibrate(
-        lambda: ROUTERS[name](3, 6), router, features, labels, keys, "abc", 0, 0.05, variations=variations
-    )
-    by_hand.fit(torch.cat([features, *variations]), labels.repeat(3))
+    report = calibrate(lambda: ROUTERS[name](3, 6), router, features, labels, keys, "abc", 0, 0.05, augmented=augmented)
+    by_hand.fit(torch.cat([features, *augmented]), labels.repeat(3))
     torch.testing.assert_close(router.scores(features), by_hand.scores(features))
     assert len(router.known_novelty) == sum(report.num_texts.values()) == 90
     plain = ROUTERS[name](3, 6)
@@ -155,9 +153,9 @@ def test_a_router_is_fitted_on_texts_and_copies_alike(name):
 def test_texts_with_less_in_them_are_known_to_a_router_that_saw_copies(build, topics, tokenizer):
     two = {name: topics[name] for name in ("math", "code")}
     shares = []
-    for variations in (False, True):
-        model = build(folder=f"out-{variations}")
-        model.fit_router(two, tokenizer, variations=variations)
+    for augmented in (False, True):
+        model = build(folder=f"out-{augmented}")
+        model.fit_router(two, tokenizer, augmented=augmented)
         short = tokenizer([text.split()[0] for text in two["math"]], return_tensors="pt")
         shares.append(float(model.route(**short).is_ood.float().mean()))
     assert shares[1] < shares[0]

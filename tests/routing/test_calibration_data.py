@@ -123,10 +123,10 @@ def test_nothing_is_judged_by_a_router_that_saw_it():
     seen = []
 
     class Spy(ROUTERS["gaussian"]):
-        def fit(self, features, labels, background=None, neighbours=None):
+        def fit(self, features, labels, background=None, hard_negatives=None):
             # While it is fitted it may look at what it is fitted on.
             self.rows = set()
-            super().fit(features, labels, background, neighbours)
+            super().fit(features, labels, background, hard_negatives)
             self.rows = set(features[:, 0].tolist()) | (set() if background is None else set(background[:, 0].tolist()))
 
         def scores(self, features):
@@ -140,7 +140,7 @@ def test_nothing_is_judged_by_a_router_that_saw_it():
     assert seen
     assert not any(seen)
     assert held_out.scores.shape == (60, 2)
-    assert ordinary.novelty.shape == (20,)
+    assert ordinary.ood_score.shape == (20,)
 
 
 def test_a_report_counts_by_hand():

@@ -109,12 +109,12 @@ def test_features_are_computed_once(build, topics, tokenizer, tmp_path, monkeypa
         lambda ids, mask, layers: seen.append(len(ids)) or read(ids, mask, layers),
     )
     texts = {name: topics[name] for name in ("math", "code")}
-    one = model.fit_router(texts, tokenizer, cache_folder=tmp_path / "cache", variations=False)
+    one = model.fit_router(texts, tokenizer, cache_folder=tmp_path / "cache", augmented=False)
     count = sum(seen)
     assert count == len({*topics["math"], *topics["code"]})
-    assert model.fit_router(texts, tokenizer, cache_folder=tmp_path / "cache", variations=False) == one
+    assert model.fit_router(texts, tokenizer, cache_folder=tmp_path / "cache", augmented=False) == one
     assert sum(seen) == count
     assert list((tmp_path / "cache").iterdir())
     more = {**texts, "math": texts["math"] + topic_texts(5, 30, 3, seed=77)}
-    model.fit_router(more, tokenizer, cache_folder=tmp_path / "cache", variations=False)
+    model.fit_router(more, tokenizer, cache_folder=tmp_path / "cache", augmented=False)
     assert sum(seen) - count <= 3

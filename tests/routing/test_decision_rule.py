@@ -17,7 +17,7 @@ from mediator_peft.routing.decision_rule import (
 )
 from mediator_peft.routing.depth import choose_depth
 from mediator_peft.routing.gate import GateSettings, gate
-from mediator_peft.routing.ood import Known, trust_of, unknown_share
+from mediator_peft.routing.ood import Known, gate_coefficients, unknown_share
 from mediator_peft.routing.routers import ROUTERS
 from mediator_peft.routing.rule_fitting import leave_out
 
@@ -111,9 +111,9 @@ def test_a_family_is_judged_by_rules_that_never_saw_it():
     seen = []
 
     class Spy(ROUTERS["gaussian"]):
-        def fit(self, features, labels, background=None, neighbours=None):
+        def fit(self, features, labels, background=None, hard_negatives=None):
             self.families = set(background[:, 0].tolist())
-            super().fit(features, labels, background, neighbours)
+            super().fit(features, labels, background, hard_negatives)
 
         def scores(self, features):
             if (features[:, 0] > 500).any() and len(features) != len(negatives.features):
@@ -158,8 +158,8 @@ def test_the_rate_of_unknown_prompts_is_the_stated_one():
         equal_weights(families),
     )  # fmt: skip
     for beta in (0.02, 0.05, 0.2):
-        found = trust_of(unknown, torch.zeros(400), torch.zeros(400, dtype=torch.long), known, 1e-6, beta)
-        assert float(found.trust.mean()) == pytest.approx(beta, abs=0.004)
+        found = gate_coefficients(unknown, torch.zeros(400), torch.zeros(400, dtype=torch.long), known, 1e-6, beta)
+        assert float(found.gate_coefficient.mean()) == pytest.approx(beta, abs=0.004)
     assert unknown_share(torch.tensor([-100.0, 100.0]), known).tolist() == pytest.approx([0.0, 1.0])
 
 
@@ -168,8 +168,8 @@ def test_known_prompts_go_first_where_both_rates_cannot_be_held():
     known = Known(
         values, torch.zeros(100, dtype=torch.long), torch.zeros(100), values, torch.zeros(100), torch.full((100,), 0.01)
     )
-    found = trust_of(values, torch.zeros(100), torch.zeros(100, dtype=torch.long), known, 0.05, 0.05)
-    assert float(found.trust.mean()) > 0.9
+    found = gate_coefficients(values, torch.zeros(100), torch.zeros(100, dtype=torch.long), known, 0.05, 0.05)
+    assert float(found.gate_coefficient.mean()) > 0.9
 
 
 def test_hard_negatives_train_and_do_not_set_the_rate():
@@ -199,7 +199,7 @@ def test_a_rule_is_saved_and_routers_without_one_load():
     earlier = ROUTERS["gaussian"](3, 12)
     earlier.load_flat(old)
     assert earlier.rule is None
-    torch.testing.assert_close(earlier.ood_score(rows), earlier.novelty(rows))
+    torch.testing.assert_close(earlier.ood_score(rows), earlier.background_log_odds(rows))
     with pytest.raises(AdapterError):
         ROUTERS["gaussian"](3, 12).load_flat({**stored, "combination": torch.zeros(2)})
 

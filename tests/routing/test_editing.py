@@ -1,4 +1,4 @@
-"""Experts come and go; the backbone, the other experts and their yardsticks stay bit for bit."""
+"""Experts come and go; the backbone, the other experts and their held-out statistics stay bit for bit."""
 
 import pytest
 import torch

@@ -7,7 +7,7 @@ import torch
 
 from mediator_peft.routing.explain import explain_rows
 from mediator_peft.routing.gate import GateSettings, gate, smallest_sufficient_set
-from mediator_peft.routing.ood import Known, fit_tail, tail_share, threshold, trust_of
+from mediator_peft.routing.ood import Known, fit_tail, gate_coefficients, tail_share, threshold
 
 NONE = torch.zeros(0)
 
@@ -47,61 +47,63 @@ def test_the_stated_rate_is_kept_on_new_prompts(alpha, distribution):
     for _ in range(40):
         known = known_of(distribution.sample((100,)), 100 + 50 * distribution.sample((100,)))
         new = distribution.sample((500,))
-        rates.append(trust_of(new, new, torch.zeros(500, dtype=torch.long), known, alpha).is_ood.double().mean())
+        rates.append(
+            gate_coefficients(new, new, torch.zeros(500, dtype=torch.long), known, alpha).is_ood.double().mean()
+        )
     assert 0.5 * alpha < torch.stack(rates).mean() < 1.5 * alpha
 
 
 def test_each_expert_has_its_own_yardstick():
     known = known_of(torch.linspace(0, 1, 50), torch.linspace(0, 100, 50))
-    novelty = torch.tensor([10.0, 10.0])
-    found = trust_of(novelty, novelty, torch.tensor([0, 1]), known, 0.01)
+    ood_score = torch.tensor([10.0, 10.0])
+    found = gate_coefficients(ood_score, ood_score, torch.tensor([0, 1]), known, 0.01)
     assert found.is_ood.tolist() == [True, False]
-    assert found.trust[0] < 1e-3
-    assert found.trust[1] == 1
+    assert found.gate_coefficient[0] < 1e-3
+    assert found.gate_coefficient[1] == 1
 
 
 def test_new_prompts_that_are_unlike_ordinary_ones_are_trusted():
     background = torch.linspace(10, 20, 101)
     known = known_of(torch.linspace(-20, -10, 50), background=background, excess=torch.linspace(0, 5, 101))
-    novelty = torch.tensor([-15.0, 0.0, 11.4, 12.05, 12.6, 15.0])
+    ood_score = torch.tensor([-15.0, 0.0, 11.4, 12.05, 12.6, 15.0])
     near = torch.full((6,), -15.0)
-    found = trust_of(novelty, near, torch.zeros(6, dtype=torch.long), known, 0.01)
-    # 21 of the 101 ordinary prompts are at most as novel as 12.05: about half the way from 0.15 to 0.25.
+    found = gate_coefficients(ood_score, near, torch.zeros(6, dtype=torch.long), known, 0.01)
+    # 21 of the 101 background prompts are at most as novel as 12.05: about half the way from 0.15 to 0.25.
     expected = torch.tensor([1.0, 1.0, 1.0, (0.25 - 21 / 101) / 0.1, 0.0, 0.0])
-    torch.testing.assert_close(found.trust, expected)
+    torch.testing.assert_close(found.gate_coefficient, expected)
     assert found.is_ood.tolist() == [False, True, True, True, True, True]
-    # What is farther off than every ordinary prompt is not trusted, however un-ordinary it is.
+    # What is farther off than every background prompt is not trusted, however un-ordinary it is.
     far = torch.full((6,), 1000.0)
-    found = trust_of(novelty, far, torch.zeros(6, dtype=torch.long), known, 0.01)
-    assert found.trust.tolist() == [0.0] * 6
+    found = gate_coefficients(ood_score, far, torch.zeros(6, dtype=torch.long), known, 0.01)
+    assert found.gate_coefficient.tolist() == [0.0] * 6
     assert found.is_ood.all()
 
 
 def test_weights_are_trust_times_selection_and_the_rest_is_the_fallback():
     known = known_of(torch.linspace(0, 1, 50), torch.linspace(0, 1, 50))
     scores = torch.tensor([[8.0, 0.0], [1.0, 1.0], [0.0, 9.0]])
-    novelty = torch.tensor([0.5, 0.5, 50.0])
-    found = gate(scores, novelty, novelty, known, GateSettings(0.01, 0.9, True))
+    ood_score = torch.tensor([0.5, 0.5, 50.0])
+    found = gate(scores, ood_score, ood_score, known, GateSettings(0.01, 0.9, True))
     torch.testing.assert_close(found.expert_weights, torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [0, 0, 1.0]]))
     torch.testing.assert_close(found.uncertainty, torch.tensor([0.0, 1.0, 1.0]), atol=0.01, rtol=0)
     torch.testing.assert_close(found.scores.exp().sum(dim=1), torch.ones(3))
-    without = gate(scores, novelty, novelty, known, GateSettings(0.01, 0.9, False))
+    without = gate(scores, ood_score, ood_score, known, GateSettings(0.01, 0.9, False))
     torch.testing.assert_close(without.expert_weights, found.expert_weights[:, :2])
 
 
 def test_an_explanation_says_what_the_gate_did():
     known = known_of(torch.linspace(0, 1, 50), torch.linspace(0, 1, 50))
     scores = torch.tensor([[0.0, 2.0], [9.0, 0.0]])
-    novelty = torch.tensor([0.3, 30.0])
+    ood_score = torch.tensor([0.3, 30.0])
     settings = GateSettings(0.01, 0.9, True)
-    decided = gate(scores, novelty, novelty, known, settings)
-    clear, unknown = explain_rows(scores, novelty, novelty, known, settings, ["a", "b", "base"])
+    decided = gate(scores, ood_score, ood_score, known, settings)
+    clear, unknown = explain_rows(scores, ood_score, ood_score, known, settings, ["a", "b", "base"])
     assert clear.nearest == "b"
     assert list(clear.probabilities) == ["b", "a"]
     assert clear.probabilities["b"] == pytest.approx(1 / (1 + math.exp(-2)))
     assert not clear.is_ood
     assert unknown.is_ood
-    assert unknown.novelty > unknown.threshold
+    assert unknown.ood_score > unknown.threshold
     assert unknown.expert_weights["base"] == pytest.approx(decided.expert_weights[1, 2].item())
     assert "base" in str(unknown)
     assert "above" in str(unknown)

@@ -37,7 +37,7 @@ def fitted(name, features, labels, seed=0):
 def known_rows(router, features, labels):
     none = torch.zeros(0)
     with torch.no_grad():
-        return Known(router.novelty(features), labels, router.distance(features), none, none)
+        return Known(router.background_log_odds(features), labels, router.distance(features), none, none)
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -57,7 +57,7 @@ def test_rows_far_from_everything_are_more_novel_than_known_ones(name):
     if name == "mlp":  # energy is unbounded along a class's own direction; it is judged between the classes
         far = features.mean(dim=0, keepdim=True)
     with torch.no_grad():
-        assert router.novelty(far).item() > router.novelty(features).median()
+        assert router.background_log_odds(far).item() > router.background_log_odds(features).median()
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -68,7 +68,11 @@ def test_a_background_tells_a_kind_apart_that_distance_does_not(name):
     router = ROUTERS[name](3, 12)
     router.fit(features[::2], labels[::2], background=other[::2])
     with torch.no_grad():
-        scores, known, unknown = router.scores(features), router.novelty(features[1::2]), router.novelty(other[1::2])
+        scores, known, unknown = (
+            router.scores(features),
+            router.background_log_odds(features[1::2]),
+            router.background_log_odds(other[1::2]),
+        )
     assert scores.shape == (len(features), 3)
     assert auroc(known, unknown) > 0.95
     assert (scores.argmax(dim=1) == labels).double().mean() > 0.95
@@ -86,7 +90,9 @@ def test_background_log_odds_are_those_of_two_gaussians():
     means = [group.double().mean(dim=0) for group in groups if len(group) >= 5]
     ordinary = torch.stack([MultivariateNormal(mean, covariance).log_prob(features.double()) for mean in means])
     expert = MultivariateNormal(router.means.double()[best], covariance).log_prob(features.double())
-    torch.testing.assert_close(router.novelty(features).double(), ordinary.amax(0) - expert, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        router.background_log_odds(features).double(), ordinary.amax(0) - expert, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_a_few_ordinary_prompts_near_an_expert_show_where_it_ends():
@@ -95,14 +101,14 @@ def test_a_few_ordinary_prompts_near_an_expert_show_where_it_ends():
     # Beside the first expert, on the side that looks away from all others.
     away = features[labels == 0].mean(dim=0) - features.mean(dim=0)
     near = features[labels == 0][:40] + 0.7 * away
-    novelty = []
+    ood_score = []
     for count in (0, 4, 10):
         router = GaussianRouter(3, 12)
         router.fit(features, labels, background=torch.cat([far, near[:count]]))
         assert (router.scores(near).argmax(dim=1) == 0).all()
-        own = router.novelty(features[labels == 0])
-        novelty.append(auroc(own, router.novelty(near[20:])))
-    assert novelty[2] > 0.95 > novelty[0]
+        own = router.background_log_odds(features[labels == 0])
+        ood_score.append(auroc(own, router.background_log_odds(near[20:])))
+    assert ood_score[2] > 0.95 > ood_score[0]
 
 
 def test_a_router_of_an_earlier_version_is_read():
@@ -119,7 +125,7 @@ def test_a_router_of_an_earlier_version_is_read():
     near = router.background_means[[0, 1, 2, -1]]
     loaded.load_flat({**stored, "background_means": near.flatten()})
     assert torch.equal(loaded.background_means, torch.cat([near[:3], near[3:].repeat(7, 1)]))
-    assert torch.equal(loaded.novelty(features), router.novelty(features))
+    assert torch.equal(loaded.background_log_odds(features), router.background_log_odds(features))
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -141,7 +147,7 @@ def test_states_have_the_shapes_they_say_and_survive_the_file(name):
     loaded = ROUTERS[name](3, 12)
     loaded.load_flat(stored)
     assert torch.equal(loaded.calibrated(features), router.calibrated(features))
-    assert torch.equal(loaded.novelty(features), router.novelty(features))
+    assert torch.equal(loaded.background_log_odds(features), router.background_log_odds(features))
     assert float(loaded.temperature) == 2.5
     for fault in ("missing", "short", "labels"):
         bad = dict(stored)
@@ -161,7 +167,7 @@ def test_rows_do_not_depend_on_their_batch(name):
     router = fitted(name, features, labels)
     with torch.no_grad():
         torch.testing.assert_close(router.scores(features)[5:6], router.scores(features[5:6]))
-        torch.testing.assert_close(router.novelty(features)[5:6], router.novelty(features[5:6]))
+        torch.testing.assert_close(router.background_log_odds(features)[5:6], router.background_log_odds(features[5:6]))
 
 
 def test_gaussian_posteriors_are_those_of_scikit_learns_lda():
@@ -211,7 +217,9 @@ def test_distances_are_those_of_the_plain_formula():
 def test_a_large_common_offset_costs_no_digits():
     features, labels = blobs(seed=2)
     plain, shifted = fitted("gaussian", features, labels), fitted("gaussian", features + 500.0, labels)
-    torch.testing.assert_close(shifted.novelty(features + 500.0), plain.novelty(features), rtol=5e-3, atol=5e-3)
+    torch.testing.assert_close(
+        shifted.background_log_odds(features + 500.0), plain.background_log_odds(features), rtol=5e-3, atol=5e-3
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
@@ -242,7 +250,7 @@ def test_constant_features_and_a_single_row_do_no_harm():
     features, labels = blobs()
     features[:, 3] = 7.0
     router = fitted("gaussian", features, labels)
-    assert torch.isfinite(router.novelty(features)).all()
+    assert torch.isfinite(router.background_log_odds(features)).all()
     assert torch.isfinite(inverse_root(torch.zeros(4, 4, dtype=torch.float64), 1)).all()
 
 
@@ -252,7 +260,7 @@ def test_a_class_can_be_added_and_taken_out_again(name):
     old = labels < 3
     router = fitted(name, features[old], labels[old])
     before = {key: getattr(router, key).clone() for key in router.shapes()}
-    known = router.novelty(features[old])
+    known = router.background_log_odds(features[old])
     router.add_class(features[~old])
     assert router.shapes() == {key: tuple(getattr(router, key).shape) for key in router.shapes()}
     for key, value in before.items():
@@ -261,7 +269,7 @@ def test_a_class_can_be_added_and_taken_out_again(name):
     with torch.no_grad():
         guess = router.scores(features).argmax(dim=1)
     assert (guess == labels).double().mean() > 0.95
-    assert (router.novelty(features[old]) <= known + 1e-4).all()
+    assert (router.background_log_odds(features[old]) <= known + 1e-4).all()
     router.remove_class(3)
     for key, value in before.items():
         assert torch.equal(getattr(router, key), value), key

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mediator_peft.errors import RouterNotFittedError
-from mediator_peft.routing.block_hook import BlockTap
+from mediator_peft.routing.block_hook import BlockHook
 
 ABOVE = {"router_layer": 1, "routed_layers": [1, 2], "routing_top_p": 1.0}  # so that a small change of features shows
 
@@ -154,23 +154,23 @@ class AddOne(torch.nn.Module):
 def test_threads_that_look_at_one_block_at_once_see_their_own_pass(hasty):
     # Hooks that came and went with each pass failed here: torch gave two threads the same number.
     blocks = torch.nn.ModuleList([AddOne() for _ in range(3)])
-    tap, start, wrong = BlockTap(), threading.Barrier(8), []
+    block_hook, start, wrong = BlockHook(), threading.Barrier(8), []
 
     def look(number):
         start.wait()
         for step in range(300):
             mine, heard = torch.tensor([number, step]), []
-            tap.start(blocks, step % 4, heard.append)
+            block_hook.start(blocks, step % 4, heard.append)
             hidden = mine
             for block in blocks:
                 hidden = block(hidden)
-            if tap.stop() or len(heard) != 1 or heard[0].tolist() != [number, step + step % 4]:
+            if block_hook.stop() or len(heard) != 1 or heard[0].tolist() != [number, step + step % 4]:
                 wrong.append((number, step))
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(look, range(8)))
     assert wrong == []
-    tap.remove()
+    block_hook.remove()
     assert not any(block._forward_pre_hooks or block._forward_hooks for block in blocks)
 
 
@@ -189,8 +189,10 @@ def test_blocks_compiled_one_by_one_route_the_same(build, chat_tokenizer, two, a
 def test_a_pass_that_never_reached_its_block_is_no_answer(build, chat_tokenizer, two, asked):
     model = build(**ABOVE)
     model.fit_router(two, chat_tokenizer)
-    model.prompt_router.tap.remove()
-    model.prompt_router.tap.start = lambda *args: setattr(model.prompt_router.tap._local, "listening", args)
+    model.prompt_router.block_hook.remove()
+    model.prompt_router.block_hook.start = lambda *args: setattr(
+        model.prompt_router.block_hook._local, "listening", args
+    )
     with torch.no_grad(), pytest.raises(RuntimeError, match="without reaching"):
         model(**asked)
 

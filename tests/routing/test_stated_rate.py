@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from mediator_peft.routing.calibration import calibrate
-from mediator_peft.routing.ood import trust_of
+from mediator_peft.routing.ood import gate_coefficients
 from mediator_peft.routing.routers.gaussian import GaussianRouter, inverse_root, oas_shrinkage
 
 SIZE, PER_EXPERT, ALPHA = 150, 50, 0.05
 
 
 def draw(count, generator):
-    """Rows of three experts and ordinary ones, far apart in a space that no one of them fills."""
+    """Rows of three experts and background ones, far apart in a space that no one of them fills."""
     centres = 0.5 * torch.randn(4, SIZE, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(4).repeat_interleave(count)
     return centres[labels] + torch.randn(len(labels), SIZE, generator=generator), labels
@@ -27,7 +27,7 @@ def flagged():
         keys = [str(number) for number in range(int(known.sum()))]
         calibrate(lambda: GaussianRouter(3, SIZE), router, x[known], labels[known], keys, "abc", seed, ALPHA, x[~known])
         nearest = router.scores(new).argmax(dim=1)
-        found = trust_of(router.novelty(new), router.distance(new), nearest, router.known, ALPHA)
+        found = gate_coefficients(router.background_log_odds(new), router.distance(new), nearest, router.known, ALPHA)
         rates.append(found.is_ood.double().mean())
     return float(torch.stack(rates).mean())
 

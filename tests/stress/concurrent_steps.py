@@ -43,7 +43,7 @@ def run(num_steps: int, folder: Path) -> Counter[str]:
     build_mediator(paths["base"], experts, folder / "out", MediatorConfig(density=0.3))
     model, _ = load_mediator(folder / "out", dtype=torch.float32)
     tokenizer, prompts = tiny_tokenizer(), random_prompts(1)
-    model.fit_router(TOPICS, tokenizer, variations=False, neighbours=False)
+    model.fit_router(TOPICS, tokenizer, augmented=False, hard_negatives=False)
     names = ("math", "code", None)
     right = {name: model.generate(prompts, expert_weights=[name], **SETTINGS) for name in names}
     plain, counts, lock = weights_of(model), Counter(), threading.Lock()
@@ -84,7 +84,7 @@ def run(num_steps: int, folder: Path) -> Counter[str]:
         return True
 
     def fits():
-        model.fit_router(TOPICS, tokenizer, variations=False, neighbours=False, background=[])
+        model.fit_router(TOPICS, tokenizer, augmented=False, hard_negatives=False, background=[])
         return True
 
     def is_done() -> bool:

@@ -354,7 +354,7 @@ def test_a_prompt_of_padding_only_goes_to_the_base(model):
 def test_who_routes_while_the_router_is_fitted_anew_has_the_old_or_the_new_one(model, topics, tokenizer):
     prompts = random_prompts(3)
     swapped = {"math": topics["code"], "code": topics["math"]}
-    options = dict(variations=False, neighbours=False)
+    options = dict(augmented=False, hard_negatives=False)
     expected = []
     for texts in (topics, swapped):
         model.fit_router(texts, tokenizer, **options)
@@ -394,7 +394,7 @@ def test_a_failed_fit_leaves_the_old_router(model, topics, tokenizer, monkeypatc
 
 
 def test_a_changed_backbone_gives_new_features(tmp_path, model, topics, tokenizer):
-    options = dict(variations=False, neighbours=False, cache_folder=tmp_path / "features")
+    options = dict(augmented=False, hard_negatives=False, cache_folder=tmp_path / "features")
     prompts = random_prompts(3)
     model.fit_router(topics, tokenizer, **options)
     with torch.no_grad():

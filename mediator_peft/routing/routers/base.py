@@ -51,8 +51,8 @@ class Router(nn.Module, ABC):
     the final one will: with 5 folds and 100 texts an expert, a tenth of the stated rate was flagged; with 20, nearly
     all of it (``docs/routing.md``)."""
 
-    uses_neighbours: bool = True
-    """Whether ``neighbours`` make a difference: they need not be read for a router that leaves them aside."""
+    uses_hard_negatives: bool = True
+    """Whether ``hard_negatives`` make a difference: they need not be read for a router that leaves them aside."""
 
     def __init__(self, num_experts: int, num_features: int, seed: int = 0) -> None:
         super().__init__()
@@ -71,15 +71,15 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def fit(
-        self, features: Tensor, labels: Tensor, background: Tensor | None = None, neighbours: Tensor | None = None
+        self, features: Tensor, labels: Tensor, background: Tensor | None = None, hard_negatives: Tensor | None = None
     ) -> None:
         """Fit to (N, H) float features and (N,) integer labels, each expert at least once.
 
         Args:
             features: (N, H)
             labels: (N,)
-            background: (M, H) features of ordinary prompts that belong to no expert, one class more; None for none.
-            neighbours: (W, N', H) features of other requests about the experts' subjects, by the way they are put; they
+            background: (M, H) features of background prompts that belong to no expert, one class more; None for none.
+            hard_negatives: (W, N', H) features of other requests about the experts' subjects, by their form; they
                 belong to no expert either. Taken only beside ``background``.
         """
 
@@ -88,8 +88,8 @@ class Router(nn.Module, ABC):
         """(B, H) → (B, K) unnormalised log-probabilities before the temperature; larger is a better match."""
 
     @abstractmethod
-    def novelty(self, features: Tensor) -> Tensor:
-        """(B, H) → (B,), log-odds of an ordinary prompt against the best-scored expert; larger is more novel.
+    def background_log_odds(self, features: Tensor) -> Tensor:
+        """(B, H) → (B,), log-odds of a background prompt against the best-scored expert; larger is more novel.
 
         Without a background it is the distance.
         """
@@ -100,14 +100,14 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape of each tensor of a fitted router, the yardstick apart."""
+        """Name → shape of each tensor of a fitted router, the held-out statistics apart."""
 
-    def add_class(self, features: Tensor, neighbours: Tensor | None = None) -> None:
+    def add_class(self, features: Tensor, hard_negatives: Tensor | None = None) -> None:
         """Take in one more expert from its (N, H) features, the others' tensors left as they are, bit for bit.
 
         Args:
             features: (N, H)
-            neighbours: (W, N', H) of other requests about the new expert's subjects, or None.
+            hard_negatives: (W, N', H) of other requests about the new expert's subjects, or None.
 
         Raises:
             UnsupportedError: this router cannot; it has to be fitted again.
@@ -158,15 +158,15 @@ class Router(nn.Module, ABC):
             self._set(name, value.float())
 
     def ood_score(self, features: Tensor) -> Tensor:
-        """(B, H) → (B,) log-odds that a prompt belongs to no expert: the decision rule's, or else :meth:`novelty`."""
+        """(B, H) → (B,) log-odds that a prompt belongs to no expert: the decision rule's, or else :meth:`ood_score`."""
         rule = self.rule
         if rule is None:
-            return self.novelty(features)
+            return self.background_log_odds(features)
         return rule.ood_score(features, self.scores(features).argmax(dim=1), self.distance(features))
 
     def set_known(self, known: Known, temperature: float = 1.0) -> None:
         """Keep what prompts said that the router was not fitted on, and by what its scores are divided."""
-        self._set("known_novelty", known.novelty.float())
+        self._set("known_novelty", known.ood_score.float())
         self._set("known_labels", known.labels.float())
         self._set("known_distance", known.distance.float())
         self._set("background_novelty", known.background_novelty.float())
@@ -210,7 +210,7 @@ class Router(nn.Module, ABC):
         return shapes
 
     def check_known(self) -> None:
-        """Refuse a yardstick whose parts do not fit together.
+        """Refuse held-out statistics whose parts do not fit together.
 
         Raises:
             AdapterError: they do not.

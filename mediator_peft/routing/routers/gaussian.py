@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ..hard_negatives import NEIGHBOURS
+from ..hard_negatives import HARD_NEGATIVE_FORMS
 from ..uncertainty import squared_mahalanobis
 from .base import Router
 from .moments import Moments
@@ -17,10 +17,10 @@ _TEXTS_A_FEATURE = 5
 """With more texts than so many a feature, the covariance is trusted more and more."""
 
 _FEWEST_NEAR = 5
-"""Ordinary prompts that are needed near an expert for a mean of their own."""
+"""Background prompts that are needed near an expert for a mean of their own."""
 
-_KINDS = 1 + len(NEIGHBOURS)
-"""Kinds of prompts that have a mean near each expert: ordinary ones, and each way of neighbours."""
+_KINDS = 1 + len(HARD_NEGATIVE_FORMS)
+"""Kinds of prompts that have a mean near each expert: background ones, and each way of hard negatives."""
 
 
 class GaussianRouter(Router):
@@ -28,10 +28,10 @@ class GaussianRouter(Router):
 
     .. math:: s_k(z) = \mu_k^\top \Sigma^{-1} z - \tfrac12 \mu_k^\top \Sigma^{-1} \mu_k
 
-    ``weight`` and ``bias`` hold these linear scores and are trainable; what is behind the novelty is not. Ordinary
+    ``weight`` and ``bias`` hold these linear scores and are trainable; what is behind the OOD score is not. Ordinary
     prompts are further Gaussians of the same covariance: one for all of them, and for each expert one for those nearest
     to it and one for each way of other requests about its subjects, so that few prompts near its task can show where
-    it ends. The covariance stays the experts' own: with the ordinary prompts' part in it, known and unknown were told
+    it ends. The covariance stays the experts' own: with the background prompts' part in it, known and unknown were told
     apart less well.
     """
 
@@ -49,15 +49,15 @@ class GaussianRouter(Router):
         return {**shapes, "background_means": (_KINDS * k + 1, h), "has_background": (1,)}
 
     def fit(
-        self, features: Tensor, labels: Tensor, background: Tensor | None = None, neighbours: Tensor | None = None
+        self, features: Tensor, labels: Tensor, background: Tensor | None = None, hard_negatives: Tensor | None = None
     ) -> None:
-        self.fit_batches([(features, labels)], background, neighbours)
+        self.fit_batches([(features, labels)], background, hard_negatives)
 
     def fit_batches(
         self,
         batches: Iterable[tuple[Tensor, Tensor]],
         background: Tensor | None = None,
-        neighbours: Tensor | None = None,
+        hard_negatives: Tensor | None = None,
     ) -> None:
         """As :meth:`fit`, from (features, labels) batches that are seen once and not kept."""
         moments = Moments(self.num_experts, self.num_features)
@@ -72,15 +72,15 @@ class GaussianRouter(Router):
         self._set("whitening", whitening.float())
         ordinary = torch.zeros(self.shapes()["background_means"])
         if background is not None:
-            ordinary = self._ordinary_means(background.double().cpu(), neighbours)
+            ordinary = self._ordinary_means(background.double().cpu(), hard_negatives)
         self._set("background_means", ordinary.float())
         self._set("has_background", torch.tensor([float(background is not None)]))
 
-    def _ordinary_means(self, background: Tensor, neighbours: Tensor | None) -> Tensor:
-        """Means (_KINDS * K + 1, H): of ordinary prompts nearest to each expert, of each way of neighbours likewise, of
-        all ordinary prompts. The last stands in where there are too few."""
+    def _ordinary_means(self, background: Tensor, hard_negatives: Tensor | None) -> Tensor:
+        """Means (_KINDS * K + 1, H): of background prompts nearest to each expert, of each form of hard negatives, of
+        all background prompts. The last stands in where there are too few."""
         everything = background.mean(dim=0, keepdim=True)
-        ways = list(neighbours.double().cpu()) if neighbours is not None else []
+        ways = list(hard_negatives.double().cpu()) if hard_negatives is not None else []
         means = [self._means_by_nearest(some, everything) for some in (background, *ways)]
         missing = everything.repeat((_KINDS - len(means)) * self.num_experts, 1)
         return torch.cat([*means, missing, everything])
@@ -91,7 +91,7 @@ class GaussianRouter(Router):
         return torch.cat([g.mean(dim=0, keepdim=True) if len(g) >= _FEWEST_NEAR else otherwise for g in groups])
 
     def load_flat(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # Earlier versions had a mean of all ordinary prompts alone, then those nearest to each expert as well.
+        # Earlier versions had a mean of all background prompts alone, then those nearest to each expert as well.
         kept = {name: value for name, value in stored.items() if name != "background_mean"}
         old = stored.get("background_mean", stored.get("background_means"))
         rows, size = self.shapes()["background_means"]
@@ -100,8 +100,8 @@ class GaussianRouter(Router):
             kept["background_means"] = torch.cat([near, everything.repeat(rows - len(near), 1)]).flatten()
         return super().load_flat(kept)
 
-    def add_class(self, features: Tensor, neighbours: Tensor | None = None) -> None:
-        # The covariance stays as it was: it is what the other experts' yardsticks were taken with.
+    def add_class(self, features: Tensor, hard_negatives: Tensor | None = None) -> None:
+        # The covariance stays as it was: it is what the other experts' held-out statistics were taken with.
         mean = features.double().mean(dim=0, keepdim=True).to(self.means.device)
         weight, bias = linear_scores(mean, self.whitening.double())
         kinds, everything = self._kinds_of_means()
@@ -110,7 +110,7 @@ class GaussianRouter(Router):
         self._set("bias", torch.cat([self.bias, bias]))
         self._set("means", torch.cat([self.means, mean.float()]))
         new = everything.repeat(_KINDS, 1)
-        for way, some in enumerate(neighbours if neighbours is not None and self.has_background else ()):
+        for way, some in enumerate(hard_negatives if hard_negatives is not None and self.has_background else ()):
             new[way + 1] = self._means_by_nearest(some.double().cpu(), everything.double().cpu())[-1]
         self._set(
             "background_means", torch.cat([torch.cat([kinds, new.unsqueeze(1)], dim=1).flatten(0, 1), everything])
@@ -125,7 +125,7 @@ class GaussianRouter(Router):
         self._set("background_means", torch.cat([kinds[:, stay].flatten(0, 1), everything]))
 
     def _kinds_of_means(self) -> tuple[Tensor, Tensor]:
-        """(_KINDS, K, H) means near each expert, and (1, H) that of all ordinary prompts."""
+        """(_KINDS, K, H) means near each expert, and (1, H) that of all background prompts."""
         return self.background_means[:-1].unflatten(0, (_KINDS, -1)), self.background_means[-1:]
 
     def scores(self, features: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class GaussianRouter(Router):
         """Logarithm of the squared Mahalanobis distance to the nearest expert's mean."""
         return self._squared(features, self.means).amin(dim=1).clamp(min=1e-12).log()
 
-    def novelty(self, features: Tensor) -> Tensor:
+    def background_log_odds(self, features: Tensor) -> Tensor:
         if not self.has_background:
             return self.distance(features)
         nearest = self.scores(features).argmax(dim=1, keepdim=True)

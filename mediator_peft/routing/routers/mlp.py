@@ -19,7 +19,7 @@ class MlpRouter(Router):
     r"""Two layers on standardised features, :math:`s(z) = W_2\,\mathrm{gelu}(W_1 \tilde z + b_1) + b_2`.
 
     Full-batch AdamW on the class-balanced cross-entropy; the weights of the epoch with the smallest held-out loss are
-    kept. The same seed gives the same weights. Ordinary prompts have an output of their own, the last; the distance is
+    kept. The same seed gives the same weights. Background prompts have the last output; the distance is
     the energy of Liu et al. 2020 (https://arxiv.org/abs/2010.03759).
     """
 
@@ -45,14 +45,14 @@ class MlpRouter(Router):
         }
 
     def fit(
-        self, features: Tensor, labels: Tensor, background: Tensor | None = None, neighbours: Tensor | None = None
+        self, features: Tensor, labels: Tensor, background: Tensor | None = None, hard_negatives: Tensor | None = None
     ) -> None:
         features, labels = features.float(), labels.long()
         self._set("has_background", torch.tensor([float(background is not None)]))
         num_classes = self.num_experts
         if background is not None:  # one class more, of its own output
-            if neighbours is not None:
-                background = torch.cat([background, neighbours.flatten(0, 1)])
+            if hard_negatives is not None:
+                background = torch.cat([background, hard_negatives.flatten(0, 1)])
             num_classes += 1
             features = torch.cat([features, background.float()])
             labels = torch.cat([labels, torch.full((len(background),), self.num_experts).to(labels)])
@@ -106,7 +106,7 @@ class MlpRouter(Router):
         """Free energy of the experts' scores."""
         return free_energy(self.scores(features))
 
-    def novelty(self, features: Tensor) -> Tensor:
+    def background_log_odds(self, features: Tensor) -> Tensor:
         if not self.has_background:
             return self.distance(features)
         outputs = self._outputs(features, self.num_experts + 1)

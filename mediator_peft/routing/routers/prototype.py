@@ -22,7 +22,7 @@ class PrototypeRouter(Router):
     """
 
     trainable = ("prototypes",)
-    uses_neighbours = False
+    uses_hard_negatives = False
     prototypes: Tensor
     centre: Tensor
     scale: Tensor
@@ -33,7 +33,7 @@ class PrototypeRouter(Router):
         return {"prototypes": (k, h), "centre": (h,), "scale": (h,), "background": (h,)}
 
     def fit(
-        self, features: Tensor, labels: Tensor, background: Tensor | None = None, neighbours: Tensor | None = None
+        self, features: Tensor, labels: Tensor, background: Tensor | None = None, hard_negatives: Tensor | None = None
     ) -> None:
         features = features.double()
         means = torch.stack([features[labels == label].mean(dim=0) for label in range(self.num_experts)])
@@ -54,7 +54,7 @@ class PrototypeRouter(Router):
             ordinary = F.normalize((background.double().mean(dim=0) - centre) / scale, dim=0)
         self._set("background", ordinary.float())
 
-    def add_class(self, features: Tensor, neighbours: Tensor | None = None) -> None:
+    def add_class(self, features: Tensor, hard_negatives: Tensor | None = None) -> None:
         mean = features.float().mean(dim=0, keepdim=True).to(self.centre.device)
         self.num_experts += 1
         new = F.normalize((mean - self.centre) / self.scale, dim=1)
@@ -75,7 +75,7 @@ class PrototypeRouter(Router):
         """One minus the largest cosine."""
         return 1 - self.scores(features).amax(dim=1) / _SHARPNESS
 
-    def novelty(self, features: Tensor) -> Tensor:
+    def background_log_odds(self, features: Tensor) -> Tensor:
         if not self.background.any():
             return self.distance(features)
         return self._standard(features) @ self.background - self.scores(features).amax(dim=1) / _SHARPNESS
