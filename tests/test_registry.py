@@ -7,7 +7,7 @@ from tiny import random_prompts, write_tiny_checkpoints
 from tokenizer import tiny_tokenizer, topic_texts
 
 from mediator_peft import MediatorConfig, build_mediator, load_mediator, register_method
-from mediator_peft.errors import ConfigError
+from mediator_peft.errors import AdapterError, ConfigError
 from mediator_peft.methods.conflict import ConflictScore
 from mediator_peft.methods.encoding import Encoding
 from mediator_peft.methods.merging import MergeMethod
@@ -138,5 +138,5 @@ def test_an_adapter_whose_method_is_not_registered_says_so(tmp_path, toys, monke
     experts = {name: path for name, path in paths.items() if name != "base"}
     build_mediator(paths["base"], experts, tmp_path / "out", MediatorConfig(encoding="toy_encoding"))
     monkeypatch.delitem(METHOD_TABLES["encoding"][0], "toy_encoding")
-    with pytest.raises(ConfigError, match="toy_encoding"):
+    with pytest.raises(AdapterError, match="toy_encoding"):
         load_mediator(tmp_path / "out")

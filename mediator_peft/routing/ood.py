@@ -57,7 +57,7 @@ class Tail(NamedTuple):
 def fit_tail(values: Tensor, labels: Tensor, num_experts: int) -> Tail:
     r"""Each expert's own exponential tail, from the largest fifth of its known prompts.
 
-    Each expert has its own held-out statistics: prompts of one expert may be alike and those of another varied, and with
+    Each expert has its own statistics: prompts of one expert may be alike and those of another varied, and with
     common statistics whatever is nearer than the most varied expert's prompts would count as known. The scale is the
     mean excess over the start (for log-distances this is Hill's estimator, 1975). With a fitted tail a rate smaller
     than one in the number of known prompts has a threshold too, and the share falls off smoothly beyond the last.

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from tiny import random_prompts, write_tiny_checkpoints
+from tokenizer import tiny_tokenizer
 from typer.testing import CliRunner
 
 from mediator_peft import MediatorConfig, build_mediator, load_mediator
@@ -18,6 +19,7 @@ QUICK = SpeedSettings(prompt_tokens=6, context=4, batch_size=3, rounds=1, steps=
 def out(tmp_path):
     paths = write_tiny_checkpoints(tmp_path / "checkpoints")
     experts = {name: path for name, path in paths.items() if name != "base"}
+    tiny_tokenizer().save_pretrained(paths["base"])
     build_mediator(paths["base"], experts, tmp_path / "out", MediatorConfig(density=0.3))
     return tmp_path / "out"
 
@@ -60,7 +62,7 @@ def test_rows_of_one_expert_stand_together():
     assert mixed_rows(["a", "b"], 1) == ["a"]
 
 
-def test_the_command_writes_tables_json_and_a_picture(out, tmp_path, tokenizer_files):
+def test_the_command_writes_tables_json_and_a_picture(out, tmp_path):
     options = ["--prompt-tokens", "6", "--context", "4", "--batch-size", "2", "--rounds", "1"]
     picture = tmp_path / "made" / "speed.png"
     result = CliRunner().invoke(app, ["bench", str(out), *options, "--json", "--plot", str(picture)])
@@ -77,10 +79,3 @@ def test_the_command_writes_tables_json_and_a_picture(out, tmp_path, tokenizer_f
     wrong = CliRunner().invoke(app, ["bench", str(out), *options, "--plot", str(tmp_path / "speed.gif")])
     assert wrong.exit_code == 3
     assert ".png" in wrong.output
-
-
-@pytest.fixture
-def tokenizer_files(out):
-    from tokenizer import tiny_tokenizer
-
-    tiny_tokenizer().save_pretrained(out)
