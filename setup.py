@@ -48,7 +48,7 @@ class BuildNative(build_ext):
     """One plain shared library, each instruction set compiled with flags of its own."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        # It is loaded by ctypes and knows nothing of Python's version.
+        # It is loaded by ctypes and is independent of Python's version.
         return str(Path(*fullname.split("."))) + ".so"
 
     def get_export_symbols(self, ext: Extension) -> list[str]:

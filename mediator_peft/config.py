@@ -30,7 +30,7 @@ FALLBACK_EXPERT = "base"
 """Name of the expert-weight column that stands for the base model."""
 
 CORRECTION = "_correction"
-"""Name of the delta that takes back rounding errors of a quantised backbone; no expert can have it."""
+"""Name of the delta that corrects quantization error of the backbone; no expert can have it."""
 
 OLD_FIELDS = {
     "values": "encoding",
@@ -124,10 +124,10 @@ class MediatorSettings:
 
     for_quantization: str | None = None
     """A key of ``ROUNDINGS``: the quantisation that the backbone is meant for. One more delta, shared by all experts,
-    then takes back the largest of its rounding errors where the backbone is loaded so."""
+    then corrects the largest of its quantization errors where the backbone is loaded so."""
 
     correction_density: float = 0.5
-    """Share of the rounding errors that is taken back, in (0, 1]."""
+    """Share of the quantization errors that is corrected, in (0, 1]."""
 
     router: str = "gaussian"
     """A key of ``ROUTERS``."""

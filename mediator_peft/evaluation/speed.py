@@ -1,6 +1,6 @@
 """How fast a routed model runs beside its plain backbone, and what it holds in memory.
 
-All figures come from one run in which the contestants take turns; what counts are medians of ratios within a round.
+All figures come from one run with alternating configurations; reported are medians of ratios within a round.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class SpeedSettings:
     """Most experts in a mixed batch."""
 
     rounds: int = 7
-    """How often each contestant has its turn at a prefill; a short decode turn comes six times as often."""
+    """Timed repetitions of a prefill per configuration; decode steps are repeated six times as often."""
 
     steps: int = 3
     """Decode steps of a turn."""
@@ -99,7 +99,7 @@ def plain_twin(tuner: MediatorModel) -> nn.Module:
 
 
 class DecodeTurn:
-    """Some decode steps of one contestant. The cache is cut back after each, so that all steps are alike."""
+    """Some decode steps of one configuration. The cache is cut back after each, so that all steps are alike."""
 
     def __init__(self, model: Any, scope: Scope, batch_size: int, settings: SpeedSettings) -> None:
         self._model, self._scope, self._steps = model, scope, settings.steps
@@ -131,7 +131,7 @@ class DecodeTurn:
 
 
 class PrefillTurn:
-    """One prefill of one contestant."""
+    """One prefill of one configuration."""
 
     def __init__(self, model: Any, scope: Scope, batch_size: int, num_tokens: int) -> None:
         self._model, self._scope = model, scope
@@ -159,7 +159,7 @@ class ApartTurn:
 def take_turns(
     turns: Mapping[str, Callable[[], list[float]]], rounds: int, advance: Callable[[], None] = lambda: None
 ) -> dict[str, list[float]]:
-    """Seconds of each contestant, one number a round; they take turns, and the first round only warms up."""
+    """Seconds of each configuration, one number a round; they alternate, and the first round only warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(rounds + 1):
         for name, turn in turns.items():

@@ -1,6 +1,6 @@
 """The native kernels (``native/``, C++), called through ctypes.
 
-Every array is checked here before its address is passed on: the other side knows nothing but addresses. Addresses are
+Every array is checked here before its address is passed on: the C side receives addresses only. Addresses are
 taken anew at each call from the arrays that own the memory; none is kept.
 """
 

@@ -98,7 +98,7 @@ class RoutedForward:
             return generate(*args, **kwargs)
 
     def _route_request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | Pending, Sequence[str]]:
-        """Expert weights and columns of one generation, or the prompts where these can be found in passing.
+        """Expert weights and columns of one generation, or the prompts where single-pass routing applies.
 
         A cache filled under other weights is emptied, so that it is filled anew.
         """

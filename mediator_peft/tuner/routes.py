@@ -325,7 +325,7 @@ class RequestBoard:
         return bool(self._open) or self._innermost is not None
 
     def may_merge(self, request: Request) -> bool:
-        """Whether the request is open, and all open requests want one and the same mix for all their rows."""
+        """Whether the request is open, and all open requests have the same mix for all their rows."""
         with self._lock:
             all_rows = set(self._open.values())
             return request in self._open and len(all_rows) == 1 and len(set(next(iter(all_rows)))) == 1
