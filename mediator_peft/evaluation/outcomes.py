@@ -42,8 +42,8 @@ def judge_outcomes(
 ) -> Outcomes:
     """Answer each prompt once by its nearest expert and once by the fallback, greedily.
 
-    A distance cannot tell a new wording, which the expert answers correctly, from a near-OOD prompt, which it answers worse
-    than the base; the answers can (our choice, measured in ``docs/routing.md``).
+    A distance cannot tell a new wording, which the expert answers correctly, from a near-OOD prompt, which it answers
+    worse than the base; the answers can (our choice, measured in ``docs/routing.md``).
 
     Args:
         model: a Mediator model whose router is fitted; that says which expert is the nearest.

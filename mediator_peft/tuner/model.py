@@ -171,8 +171,8 @@ class MediatorModel(BaseTuner):
         if others and config.for_quantization is not None:
             warnings.warn(
                 f"the adapter's correction is for a backbone in {config.for_quantization}, this one is in "
-                f"{', '.join(others)}: its layers are not corrected. Load it in {config.for_quantization}, or build with "
-                f"for_quantization={others[0]!r}.",
+                f"{', '.join(others)}: its layers are not corrected. Load it in {config.for_quantization}, or build "
+                f"with for_quantization={others[0]!r}.",
                 stacklevel=2,
             )
 
