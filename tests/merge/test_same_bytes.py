@@ -132,11 +132,11 @@ SLOW_BUILD = """
 import sys, time
 from mediator_peft import MediatorConfig, build_mediator
 from mediator_peft.merge import journal as pieces
-put = pieces.PieceStore.put
+put = pieces.JournalStore.put
 def slow(*arguments):
     time.sleep(0.01)
     put(*arguments)
-pieces.PieceStore.put = slow
+pieces.JournalStore.put = slow
 print("go", flush=True)
 experts = dict(pair.split("=") for pair in sys.argv[4:])
 build_mediator(sys.argv[1], experts, sys.argv[2], MediatorConfig(), workers=int(sys.argv[3]))
