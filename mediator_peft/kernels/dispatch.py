@@ -1,7 +1,7 @@
 """Packed deltas at work, and the inner loops of a build: one interface, and the implementation that is there.
 
 Everything here works on the CPU. The native kernels (``native_kernels``, C++) do the work where they were compiled;
-plain numpy (``numpy_kernels``) does it otherwise, many times slower, with the same bits for all that a build writes and
+plain numpy (``numpy_kernels``) is used otherwise, many times slower, with the same bits for all that a build writes and
 the same up to the order of sums for products. ``MEDIATOR_PEFT_KERNELS`` forces ``native`` or ``numpy``.
 """
 

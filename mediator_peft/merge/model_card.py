@@ -9,6 +9,15 @@ from pathlib import Path
 from ..config import MediatorSettings
 from .report import BuildReport
 
+_USAGE = (
+    "```python",
+    "from mediator_peft import load_mediator",
+    "",
+    'model, tokenizer = load_mediator("path/to/this/folder")',
+    "```",
+)
+"""Lines of every card that say how to load."""
+
 
 def model_card(config: MediatorSettings, report: BuildReport | None, licence: str | None = None) -> str:
     """Markdown with a YAML header, as the hub expects.
@@ -29,11 +38,7 @@ def model_card(config: MediatorSettings, report: BuildReport | None, licence: st
         f"{_num_routed_blocks(config.routed_modules or ())} of {config.num_blocks} blocks, mixed per prompt. The idea "
         "is that of *Mediator* (arXiv 2502.04411); formulas and figures are those of `mediator_peft`.",
         "",
-        "```python",
-        "from mediator_peft import load_mediator",
-        "",
-        'model, tokenizer = load_mediator("path/to/this/folder")',
-        "```",
+        *_USAGE,
         "",
         "| | |",
         "|---|---|",
@@ -69,11 +74,7 @@ def output_card(config: MediatorSettings, licence: str | None = None) -> str:
         f"The dense backbone of {len(config.expert_names or experts)} fine-tuned models of one base "
         f"(`merge_method={config.merge_method}`). The adapter with their sparse deltas is in `mediator/`.",
         "",
-        "```python",
-        "from mediator_peft import load_mediator",
-        "",
-        'model, tokenizer = load_mediator("path/to/this/folder")',
-        "```",
+        *_USAGE,
         "",
         "`AutoModelForCausalLM.from_pretrained` on this folder gives the backbone alone.",
         "",

@@ -249,7 +249,7 @@ class MediatorModel(BaseTuner):
         (``sys.flags.thread_inherit_context``).
 
         Expert weights are kept by name: an expert that is added inside the block gets weight 0, and a forward pass that
-        wants one that was removed is refused.
+        that asks for a removed expert is refused.
 
         Args:
             expert_weights: a name, a dict name -> weight, one of these or None a row, or a (C,) or (B, C) tensor.

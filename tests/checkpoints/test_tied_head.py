@@ -81,6 +81,13 @@ def test_every_expert_comes_back_as_transformers_reads_it(kind, arch, tmp_path):
     assert max(found["max_difference"] for found in compared.differences.values()) < 1e-5
 
 
+def assert_named_experts_are_the_experts(model, experts):
+    for name, path in experts.items():
+        expected = AutoModelForCausalLM.from_pretrained(path)(random_prompts()).logits
+        ours = model(random_prompts(), expert_weights=name).logits
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_pickle_with_a_head_of_its_own(tmp_path):
     paths = write_tiny_checkpoints(tmp_path / "in", arch="llama_tied", only=["mlp.", "attn.", "embed"])
     own_head(paths["code"], "llama_tied")
@@ -91,10 +98,7 @@ def test_a_pickle_with_a_head_of_its_own(tmp_path):
     experts = {name: paths[name] for name in ("math", "code")}
     build_mediator(paths["base"], experts, tmp_path / "out", settings, allow_pickle=True)
     model, _ = load_mediator(tmp_path / "out")
-    for name in experts:
-        expected = AutoModelForCausalLM.from_pretrained(paths[name])(random_prompts()).logits
-        ours = model(random_prompts(), expert_weights=name).logits
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    assert_named_experts_are_the_experts(model, experts)
 
 
 def test_without_a_base_the_mean_is_untied_as_well(tmp_path):
@@ -104,10 +108,7 @@ def test_without_a_base_the_mean_is_untied_as_well(tmp_path):
     settings = MediatorSettings(**EXACT, target_modules=TARGETS["llama_tied"], fallback="backbone")
     build_mediator(None, experts, tmp_path / "out", settings)
     model, _ = load_mediator(tmp_path / "out")
-    for name in experts:
-        expected = AutoModelForCausalLM.from_pretrained(paths[name])(random_prompts()).logits
-        ours = model(random_prompts(), expert_weights=name).logits
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    assert_named_experts_are_the_experts(model, experts)
 
 
 def test_a_model_in_memory_stays_tied_and_refuses_by_name(tmp_path):
