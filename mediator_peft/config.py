@@ -301,6 +301,9 @@ class MediatorSettings:
             yield f"merge_method {self.merge_method!r} reads no data: leave out merge_data."
         elif method is not None and path is None and method.needs_data and not self.is_built:
             yield f"merge_method {self.merge_method!r} needs merge_data: {method.data}."
+        number = None if method is None else method.num_experts
+        if number is not None and len(self.experts) not in (0, number) and not self.is_built:
+            yield f"merge_method {self.merge_method!r} merges {number} experts, got {len(self.experts)}."
         scaling = self.depth_scaling
         is_pair = isinstance(scaling, (list, tuple)) and len(scaling) == 2 and all(_is_finite(each) for each in scaling)
         if not (scaling is None or scaling == "auto" or is_pair):
