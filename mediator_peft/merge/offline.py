@@ -47,6 +47,7 @@ from .builder import (
 from .compatibility import Job, check_job
 from .distance import check_distances
 from .journal import Finished, JournalStore, finished
+from .locks import check_locks
 from .memory import parse_bytes, workers_within
 from .merge_job import Merge
 from .model_card import model_card, output_card
@@ -142,6 +143,7 @@ def open_job(
     opened = open_checkpoints(label_checkpoints(base, config.experts), allow_pickle, dequantize)
     experts = checkpoints_by_name(opened, config.experts)
     job = check_job(opened["base"] if base is not None else mean_base(experts, config), experts, may_untie=True)
+    check_locks(job)
     return job._replace(notes=(*job.notes, *check_distances(job, allow_distant)))
 
 
