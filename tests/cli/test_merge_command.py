@@ -57,7 +57,13 @@ def settings_of(name, coefficients):
 ALONE = sorted(name for name, row in MERGE_METHODS.items() if not row.needs_data or name == "weighted")
 
 
-@pytest.mark.parametrize("name", ALONE)
+# One of each kind of work by default: fused, entrywise, with draws, with data, in two passes, on whole tensors.
+QUICK = {"average", "consensus", "dare", "weighted", "widen", "ties"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ALONE]
+)
 def test_two_workers_write_the_bytes_of_one(name, paths, coefficients, tmp_path):
     number = MERGE_METHODS[name].num_experts or 3
     experts = dict(list(experts_of(paths).items())[:number])

@@ -45,6 +45,15 @@ WORKED = {
     ),
     "slerp": (TAU[:2], {}, [[0.325842, 0.081460, -0.244381], [0, 0.162921, -0.244381]]),
     "karcher": (TAU, {}, [[0.252405, 0.341606, -0.192277], [0.113823, -0.050503, -0.240233]]),
+    "pcb": (TAU, {"density": 0.5}, [[0.3, 0.275, -0.2], [0, -0.35, -0.3]]),
+    "tsv": (TAU[:2], {}, [[0.118145, 0.197606, -0.318467], [0.335795, -0.293164, -0.137027]]),
+    "opcm": (TAU, {}, [[0.317079, 0.226775, -0.016105], [0.020019, -0.008504, -0.371339]]),
+    "doge": (
+        TAU[:2],
+        # The published absolute length 0.07, in mean norms.
+        {"length": 0.07 / 0.505489, "parts": 2, "density": 4 / 6},
+        [[0.033649, 0.006605, -0.039584], [0.005025, 0.028783, -0.055914]],
+    ),
     "widen": (TAU[:2], {}, [[0.270871, 0.05, -0.3], [0.058257, 0.1, -0.183486]]),
 }
 """Row → task vectors, parameters, merged task vector to 6 digits."""
@@ -55,6 +64,38 @@ def test_the_worked_numbers(name):
     vectors, parameters, expected = WORKED[name]
     found = merged(name, BASE, vectors, parameters=parameters)
     torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=0, atol=1.5e-6)
+
+
+def of_pairs(name, vectors, expected, **parameters):
+    found = merged(name, BASE, vectors, parameters=parameters)
+    torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=0, atol=1.5e-6)
+
+
+def test_other_worked_numbers_of_whole_matrices():
+    of_pairs("opcm", TAU[:2], [[0.350203, 0.042398, -0.187523], [0.005653, 0.156596, -0.267133]])
+    of_pairs("opcm", TAU.flip(0), [[0.135182, 0.495637, -0.046371], [0.017279, -0.150608, -0.039109]])
+    of_pairs("pcb", TAU, [[0.3, 0.373822, -0.3], [0, -0.35, -0.4]], density=0.5, edge=0.0)
+    # Two equal experts: their leading singular part.
+    of_pairs("tsv", TAU[[0, 0]], [[0.120902, 0.002376, -0.146322], [0.277914, 0.005463, -0.336345]])
+
+
+@pytest.mark.parametrize("name", ["tsv", "opcm"])
+def test_the_transpose_of_all_matrices_gives_the_transpose(name):
+    base, vectors = vectors_of(3)
+    turned = merged(name, base.T.contiguous(), vectors.transpose(1, 2))
+    torch.testing.assert_close(turned.T, merged(name, base, vectors), rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["tsv", "opcm", "doge"])
+def test_embeddings_and_vectors_are_not_decomposed(name):
+    base, vectors = vectors_of(3)
+    total = vectors.double().sum(dim=0)
+    expected = total / 3
+    if name == "opcm":
+        norms = vectors.double().flatten(1).norm(dim=1)
+        expected = total * norms.mean() / total.norm()
+    found = merged(name, base, vectors, kind=EMBEDDING)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_weights_of_losses_and_chunks_of_rows():
@@ -117,11 +158,15 @@ EQUAL = {
     "base": 0.0,
     "task_arithmetic": 0.4 * 3,
     "ties": None,
+    "tsv": None,
     "consensus": 0.4 * 3,
     "consensus_ties": None,
     "dare": None,
     "dare_ties": None,
+    "doge": None,
     "karcher": 1.0,
+    "opcm": 1.0,
+    "pcb": None,
     "slerp": 1.0,
     "weighted": 1.0,
     "widen": None,

@@ -8,11 +8,15 @@ from .consensus import CONSENSUS
 from .consensus_ties import CONSENSUS_TIES
 from .dare import DARE
 from .dare_ties import DARE_TIES
+from .doge import DOGE
 from .karcher import KARCHER
+from .opcm import OPCM
+from .pcb import PCB
 from .row import MergeMethod, Parameter, TensorContext, TensorMethod, TensorView
 from .slerp import SLERP
 from .task_arithmetic import TASK_ARITHMETIC
 from .ties import TIES
+from .tsv import TSV
 from .weighted import WEIGHTED
 from .widen import WIDEN
 
@@ -25,10 +29,14 @@ MERGE_METHODS: dict[str, MergeMethod] = {
     "consensus_ties": CONSENSUS_TIES,
     "dare": DARE,
     "dare_ties": DARE_TIES,
+    "doge": DOGE,
     "karcher": KARCHER,
+    "opcm": OPCM,
+    "pcb": PCB,
     "slerp": SLERP,
     "task_arithmetic": TASK_ARITHMETIC,
     "ties": TIES,
+    "tsv": TSV,
     "weighted": WEIGHTED,
     "widen": WIDEN,
 }
