@@ -94,7 +94,7 @@ def write_tiny_checkpoints(
     Those of the same arguments are made once in a process and copied after that, with the same state of torch's
     generator behind them.
     """
-    key = repr((list(names), arch, dtype, seed, only, scale))
+    key = repr((list(names), arch, ARCHITECTURES[arch].to_dict(), dtype, seed, only, scale))
     if key not in _made:
         made = tempfile.TemporaryDirectory(prefix="tiny-checkpoints-")
         base = tiny_model(arch, seed)
