@@ -20,6 +20,7 @@ from ..checkpoints.opening import Checkpoint, MeanCheckpoint
 from ..config import MediatorSettings
 from ..errors import ConfigError
 from ..methods.conflict import CONFLICT_SCORES
+from ..methods.merging import MERGE_METHODS
 from ..progress import Progress, no_progress
 from ..structure import OUTSIDE, gates_named, select_layers, targets_in_blocks
 from .block_plan import BlockPlan, check_block_numbers, choose_blocks
@@ -27,6 +28,7 @@ from .budget import shared_out
 from .compatibility import Job
 from .journal import Finished, finished
 from .merge_job import Merge
+from .model_method import method_for
 from .report import BuildReport, summarize_errors
 from .tensor_work import BASE, CARRIED, MERGED, Task, TensorWork
 
@@ -48,7 +50,8 @@ def plan_merge(job: Job, config: MediatorSettings, plan: Sequence[BlockPlan] | N
         plan: decisions block by block, which then take the place of ``routed_layers`` and ``density``.
 
     Raises:
-        ConfigError: a block or module of the configuration is not in the model.
+        ConfigError: a block or module of the configuration is not in the model; the merge method needs a base that is
+            not at hand, or its data cannot be used.
     """
     require_experts(config)
     layers = {layer.name: layer for layer in select_layers(job.structure, config.target_modules)}
@@ -62,23 +65,29 @@ def plan_merge(job: Job, config: MediatorSettings, plan: Sequence[BlockPlan] | N
     blocks = {layer.name: layer.block for layer in (*job.structure.layers, *layers.values())}
     biases = {f"{name}.bias" for name, layer in layers.items() if layer.has_bias}
     kept = job.structure.gates - gates_named(job.structure, config.target_modules)
+    is_oriented = MERGE_METHODS[config.merge_method].is_oriented
+    all_layers = {layer.name: layer for layer in (*job.structure.layers, *job.structure.gate_layers)}
     tasks = []
     for name in sorted(job.names):
         if name in biases:
             continue
         owner = name.removesuffix(".weight")
         layer = layers.get(owner) if name.endswith(".weight") else None
+        read_as = layer or (all_layers.get(owner) if is_oriented and name.endswith(".weight") else None)
         tasks.append(
             Task(
                 name=name,
                 measure=owner in blocks and name.endswith(".weight"),
                 density=densities[layer.block] if layer is not None else None,
-                is_transposed=layer is not None and layer.is_transposed,
+                is_transposed=read_as is not None and read_as.is_transposed,
                 bias=f"{owner}.bias" if layer is not None and layer.has_bias else None,
                 origin=BASE if name in kept else CARRIED if name in job.structure.towers else MERGED,
             )
         )
-    return Merge(job, config, tasks, blocks, plan, frozenset(sampled_names(job.parameters)))
+    merged = [task for task in tasks if task.origin == MERGED]
+    oriented = {task.name: task.is_transposed for task in merged} | {task.bias: False for task in merged if task.bias}
+    method = method_for(job, config, oriented)
+    return Merge(job, config, tasks, blocks, plan, method, frozenset(sampled_names(job.parameters)))
 
 
 def _block_densities(
@@ -106,13 +115,14 @@ def merge_in_memory(
     started = time.perf_counter()
     with single_thread():
         merge = shared_out(plan_merge(job, config))
+        method = merge.method.prepared(job)
     backbone = {name: torch.empty(job.base.tensors[name].shape, dtype=job.dtype) for name in job.names}
 
     def write(name: str, start: int, rows: Tensor) -> None:
         target = backbone[name].reshape(-1, *rows.shape[1:])
         target[start : start + len(rows)] = rows
 
-    work = TensorWork(job.base, job.experts, config, job.dtype, write)
+    work = TensorWork(job.base, job.experts, config, job.dtype, write, method)
     bank, done = Bank(), []
     with single_thread(), progress("merging", len(merge.tasks)) as advance:
         for task in merge.tasks:

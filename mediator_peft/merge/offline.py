@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import fields, replace
 from math import prod
 from pathlib import Path
 
@@ -46,6 +46,7 @@ from .builder import (
 from .compatibility import Job, check_job
 from .distance import check_distances
 from .journal import Finished, JournalStore, finished
+from .locks import check_locks
 from .memory import parse_bytes, workers_within
 from .merge_job import Merge
 from .model_card import model_card, output_card
@@ -120,6 +121,7 @@ def build_mediator(
     decided = None if plan is None else read_plan(Path(plan), job.structure.num_blocks)
     with single_thread():
         merge = shared_out(plan_merge(job, config, decided))
+        merge = replace(merge, method=merge.method.prepared(job))
     workers = workers_within(merge, workers, limit)
     check_space(target, predicted_bytes(merge))
     ranks = Ranks()
@@ -150,6 +152,7 @@ def open_job(
     opened = open_checkpoints(label_checkpoints(base, config.experts), allow_pickle, dequantize)
     experts = checkpoints_by_name(opened, config.experts)
     job = check_job(opened["base"] if base is not None else mean_base(experts, config), experts, may_untie=True)
+    check_locks(job)
     return job._replace(notes=(*job.notes, *check_distances(job, allow_distant)))
 
 
@@ -177,7 +180,8 @@ class _Build:
         self.shapes = {name: job.base.tensors[name].shape for name in job.names}
         self.backbone = BackboneFiles(folder, self.shapes, job.dtype)
         self.pieces = JournalStore(folder / JOURNAL)
-        self.work = TensorWork(job.base, job.experts, merge.config, job.dtype, self.backbone.write_rows)
+        write = self.backbone.write_rows
+        self.work = TensorWork(job.base, job.experts, merge.config, job.dtype, write, merge.method)
 
     def prepare(self) -> list[int]:
         """Lay out the backbone; numbers of the tensors that are not finished yet, the longest first."""

@@ -14,6 +14,7 @@ from ..checkpoints.opening import Checkpoint, ModelCheckpoint, open_checkpoint, 
 from ..errors import CheckpointError, UnsupportedError
 from ..merge.builder import Bank, checkpoints_by_name, label_checkpoints, merge_in_memory, require_experts
 from ..merge.compatibility import check_job
+from ..merge.locks import check_locks
 from .config import MediatorConfig
 from .quantized import fill_quantized, quantization_of
 
@@ -51,6 +52,7 @@ def build_in_memory(model: Any, config: MediatorConfig, check: Callable[[Sequenc
     )
     base = _base_on_disk(model) if quantized else ModelCheckpoint(plain)
     job = check_job(base, checkpoints_by_name(experts, config.experts))
+    check_locks(job)
     bank, backbone, built, _ = merge_in_memory(job, config)
     check(built.routed_modules or ())
     for name, tensor in backbone.items():

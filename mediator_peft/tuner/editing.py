@@ -18,6 +18,7 @@ from ..config import CORRECTION
 from ..errors import CheckpointError, ConfigError, RoutingError, UnsupportedError
 from ..merge.compatibility import check_job, coarsest
 from ..merge.delta_packing import own_factors, pack_delta
+from ..merge.locks import check_locks
 from ..methods.encoding.bitmaps import count_bits
 from ..routing.calibration_data import Columns, hash_folds
 from ..routing.decision_rule import Negatives
@@ -152,6 +153,7 @@ def _deltas(active: ActiveAdapter, name: str, path: str) -> dict[str, SparseDelt
     state = backbone_state(active.model)
     backbone = SimpleNamespace(config=active.model.config, state_dict=lambda: state, name_or_path="the backbone")
     job = check_job(ModelCheckpoint(backbone, "the backbone"), {name: checkpoint})  # type: ignore[arg-type]
+    check_locks(job)
     stored = getattr(torch, (config.provenance or {}).get("storage_dtype", "float32"))
     dtype = coarsest([stored, job.dtype])
     return {layer: _delta(module, layer, checkpoint, name, config, dtype) for layer, module in layers.items()}
