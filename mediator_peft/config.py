@@ -174,6 +174,9 @@ class MediatorSettings:
     """Most experts whose deltas are held in memory, the last used; the others lie in mapped files. ``None`` holds all.
     It belongs to the machine at hand: given to ``load_mediator``, it is not saved."""
 
+    pinned_experts: list[str] | None = None
+    """Experts that never leave memory, with ``max_resident_experts``, of which they are a part. Not saved."""
+
     expert_folder: str | None = None
     """Where the mapped files go, with ``max_resident_experts``: a folder on a local disk. ``None`` takes the system's
     temporary one. Not saved."""
@@ -283,6 +286,13 @@ class MediatorSettings:
         limit = self.max_resident_experts
         if limit is not None and (not _is_count(limit) or limit < 1):
             yield f"max_resident_experts must be a whole number, 1 or more, or None for all, got {limit!r}."
+        pinned = self.pinned_experts
+        if pinned is not None and (limit is None or isinstance(pinned, str) or not _are_names(pinned)):
+            yield f"pinned_experts must be names of experts, beside max_resident_experts, got {pinned!r}."
+        elif pinned is not None and self.expert_names is not None:
+            strangers = [name for name in pinned if name not in self.columns]
+            if strangers:
+                yield f"pinned_experts {strangers} are no experts of this model; it has {self.columns}."
         yield from self._merge_faults()
         yield from self._form_faults()
         yield from self._routed_layers_faults()
@@ -366,6 +376,15 @@ class MediatorSettings:
         """Names of the expert-weight columns: the experts, then ``"base"`` where that is the fallback."""
         names = list(self.expert_names or self.experts)
         return [*names, FALLBACK_EXPERT] if self.fallback == FALLBACK_EXPERT else names
+
+
+OMITTED_UNSET = frozenset({"pinned_experts"})
+"""Fields that a file has only where they are set, so that adapters without them have the bytes that they always had."""
+
+
+def saved_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields as they are written to a file."""
+    return {name: value for name, value in settings.items() if name not in OMITTED_UNSET or value is not None}
 
 
 _WRITTEN_BY_BUILD = frozenset({"expert_names", "routed_modules", "num_blocks", "backbone_fingerprint", "provenance"})

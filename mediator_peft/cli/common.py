@@ -263,6 +263,24 @@ def load(path: Path, dtype: str, device: str, quantize: str | None = None) -> tu
     return (model.to(place) if quantize is None else model), tokenizer
 
 
+def load_plain(path: Path, dtype: str, device: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a plain checkpoint.
+
+    Raises:
+        DataFileError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quiet_transformers()
+    place = pick_device(device)
+    say(f"loading {path}")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(dtype, place.type))
+        return model.to(place), AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as fault:
+        raise DataFileError(f"the checkpoint {str(path)!r} cannot be loaded: {fault}") from fault
+
+
 @contextmanager
 def reading_output(path: Path) -> Iterator[None]:
     """Name the folder in errors that damaged files of an output cause in other packages.

@@ -106,6 +106,16 @@ class AdapterInfo:
             return None
         return sum(experts) / (self.routed_parameters * len(experts))
 
+    @property
+    def memory_bytes(self) -> dict[str, int]:
+        """Column → bytes of its deltas in memory, where bitmaps are not compressed; columns of unknown size left out."""
+        known = {}
+        for name, parts in self.column_bytes.items():
+            if name in self.columns and (self.routed_parameters or not parts.get("mask")):
+                bitmap = (self.routed_parameters or 0) // 8 if parts.get("mask") else 0
+                known[name] = bitmap + sum(size for part, size in parts.items() if part != "mask")
+        return known
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         routed_modules = self.config.get("routed_modules") or []

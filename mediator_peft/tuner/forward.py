@@ -153,7 +153,7 @@ class RoutedForward:
         """Put the route of this forward pass up for the layers."""
         self._board.route = route
         if route is not None and self.expert_store is not None:
-            self._let_go(self.expert_store.use({name for group in route.groups for name, _ in group.mix}))
+            self._let_go(self.expert_store.use(sorted({name for group in route.groups for name, _ in group.mix})))
         self._board.keep_for_backward(self._board.route if torch.is_grad_enabled() else None)
         if route is not None and route.gradient is not None and not self._is_anchored:
             self._is_anchored = True

@@ -372,7 +372,7 @@ def _store(
                 stored = state_dict[f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}.{key}"]
                 sizes[column] += padded_size(num_bytes_in_memory(key, stored, layer.shape))
     folder = None if config.expert_folder is None else Path(config.expert_folder)
-    store = ExpertStore(config.max_resident_experts, folder)
+    store = ExpertStore(config.max_resident_experts, folder, config.pinned_experts or ())
     store.make_room(sizes)
     return store
 
