@@ -26,8 +26,8 @@ def read_routes(path: str | os.PathLike[str]) -> list[Request]:
     """The experts of each request, in the order in which they came.
 
     Args:
-        path: a JSONL file. A line is a name, a list of names, or an object with ``expert_weights`` (name → weight; those
-            above 0 count, as ``generate --json`` prints them), ``experts`` (names) or ``expert`` (a name).
+        path: a JSONL file. A line is a name, a list of names, or an object with ``expert_weights`` (name → weight;
+            those above 0 count, as ``generate --json`` prints them), ``experts`` (names) or ``expert`` (a name).
 
     Raises:
         DataFileError: it cannot be read, holds no requests, or a line names no experts.
@@ -73,7 +73,8 @@ def accesses(requests: Sequence[Request]) -> list[str]:
 def lru_distances(stream: Sequence[str]) -> list[int | None]:
     """Stack distance of each access: it is a hit in a cache of the last used at every size from there on.
 
-    One plus the number of other experts since the last access to the same; None for the first one. Mattson et al. (1970).
+    One plus the number of other experts since the last access to the same; None for the first one. Mattson et al.
+    (1970).
     """
     stack: list[str] = []
     found: list[int | None] = []

@@ -33,6 +33,7 @@ from ..config import FALLBACK_EXPERT, FORMAT_VERSION, MediatorSettings
 from ..errors import ConfigError
 from ..progress import bar_progress, no_progress
 from ..ranks import Ranks
+from .always_on import always_deltas, with_always
 from .block_plan import read_plan
 from .budget import shared_out
 from .builder import (
@@ -152,6 +153,7 @@ def open_job(
     experts = checkpoints_by_name(opened, config.experts)
     job = check_job(opened["base"] if base is not None else mean_base(experts, config), experts, may_untie=True)
     check_locks(job)
+    job = with_always(job, config, allow_pickle, dequantize)
     return job._replace(notes=(*job.notes, *check_distances(job, allow_distant)))
 
 
@@ -215,6 +217,7 @@ class _Build:
     def _merge_one(self, number: int) -> None:
         task = self.merge.tasks[number]
         result = self.work(task)
+        result.deltas |= always_deltas(self.merge.job, self.merge.config, task)
         names = [name for name in (task.name, task.bias) if name is not None]
         samples = {name: sample(self.backbone.read(name)) for name in names if name in self.merge.sampled}
         info = finished(result, samples)
@@ -264,6 +267,8 @@ def job_key(merge: Merge) -> str:
     """Says of two builds whether they are the same work: settings, tensors, and the input files by size and time."""
     config, job = merge.config, merge.job
     checkpoints = {"base": job.base, **job.experts}
+    for name, always in job.always.items():
+        checkpoints |= {f"always-on {name}": always.checkpoint, f"reference of {name}": always.reference}
     known = {
         "version": FORMAT_VERSION,
         # After a restart of the machine, what was written last may be lost.

@@ -400,7 +400,7 @@ def _load_layer(
                 tensor = tensor.to(device)
             bank.put_part(key, tensor)
             loaded[f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}.{adapter_name}.{key}"] = tensor
-    deltas = {column: bank.get(column) for column in columns}
+    deltas = {column: bank.stored(column) for column in columns}
     if store is not None:
         bank.stays, bank.brought_to = True, None if device.type in ("cpu", "meta") else device
     check_parts(bank, name, {column: count_bits(delta.mask) for column, delta in deltas.items() if delta is not None})
