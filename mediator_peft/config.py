@@ -87,6 +87,19 @@ class MediatorSettings:
     merge_method: str = "average"
     """A key of ``MERGE_METHODS``: how the experts become the dense backbone. ``"base"`` keeps the base as it is."""
 
+    merge_parameters: dict[str, Any] = field(default_factory=dict)
+    """Parameters of the merge method that are not its default, e.g. ``{"density": 0.1}`` with ``"ties"``. Each method
+    declares its own; ``mediator-peft methods`` lists them."""
+
+    merge_data: str | None = None
+    """File or folder of data that the merge method reads: ``coefficients.json`` for ``"weighted"``, measurements for
+    others."""
+
+    depth_scaling: str | list[float] | None = None
+    """Scale the merged task vector by depth (LiNeS, arXiv 2410.17146): ``[alpha, beta]`` multiplies block l of L by
+    ``alpha + beta * l / (L - 1)`` and all others by ``alpha``; ``"auto"`` computes both from L1 norms, for methods that
+    are no plain sum in one more pass. ``None`` does not scale."""
+
     conflict_score: str = "sign"
     """A key of ``CONFLICT_SCORES``: what ranks the blocks. Larger means more conflict."""
 
@@ -313,8 +326,31 @@ class MediatorSettings:
             yield from expert_name_faults(dict.fromkeys(always))
             if self.sparsifier == "svd":
                 yield "always needs positions: use another sparsifier than 'svd'."
+        yield from self._merge_faults()
         yield from self._form_faults()
         yield from self._routed_layers_faults()
+
+    def _merge_faults(self) -> Iterator[str]:
+        """Of what the merge method is given."""
+        method = MERGE_METHODS.get(self.merge_method) if isinstance(self.merge_method, str) else None
+        given, path = self.merge_parameters, self.merge_data
+        if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
+            yield f"merge_parameters must give a value for each name, e.g. {{'density': 0.1}}, got {given!r}."
+        elif method is not None:
+            yield from method.faults(given, self.merge_method)
+        if path is not None and not (isinstance(path, str) and path):
+            yield f"merge_data must be a path, got {path!r}."
+        elif method is not None and path is not None and method.open_data is None:
+            yield f"merge_method {self.merge_method!r} reads no data: leave out merge_data."
+        elif method is not None and path is None and method.needs_data and not self.is_built:
+            yield f"merge_method {self.merge_method!r} needs merge_data: {method.data}."
+        number = None if method is None else method.num_experts
+        if number is not None and len(self.experts) not in (0, number) and not self.is_built:
+            yield f"merge_method {self.merge_method!r} merges {number} experts, got {len(self.experts)}."
+        scaling = self.depth_scaling
+        is_pair = isinstance(scaling, (list, tuple)) and len(scaling) == 2 and all(_is_finite(each) for each in scaling)
+        if not (scaling is None or scaling == "auto" or is_pair):
+            yield f"depth_scaling must be 'auto' or [alpha, beta], two numbers, got {scaling!r}."
 
     def _form_faults(self) -> Iterator[str]:
         if self.budget is not None and not _is_budget(self.budget):
@@ -556,6 +592,10 @@ def expert_name_faults(names: Mapping[str, object]) -> Iterator[str]:
 
 def _is_share(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 
 
 def _are_names(value: object) -> bool:

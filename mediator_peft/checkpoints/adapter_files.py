@@ -86,6 +86,11 @@ def find_adapter(path: Path) -> Path:
     )
 
 
+def has_adapter(path: Path) -> bool:
+    """Whether :func:`find_adapter` finds one."""
+    return any((folder / CONFIG_FILE).is_file() for folder in (path / SUBFOLDER, path))
+
+
 def backbone_of(folder: Path, reference: str | None) -> str:
     """Where an adapter's backbone lies: a relative path counts from the adapter's folder.
 

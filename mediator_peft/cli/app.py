@@ -17,6 +17,8 @@ from .evaluate import evaluate
 from .fit_router import fit_router
 from .generate import generate
 from .inspect import inspect
+from .merge import merge
+from .methods import methods
 from .plan import plan
 from .run import run
 from .verify import verify
@@ -35,6 +37,7 @@ app = typer.Typer(
 
 app.command()(plan)
 app.command()(build)
+app.command()(merge)
 app.command()(run)
 app.command("fit-router")(fit_router)
 app.command("calibrate", hidden=True)(fit_router)
@@ -45,6 +48,7 @@ app.command()(condense)
 app.command()(verify)
 app.command()(bench)
 app.command()(demo)
+app.command()(methods)
 app.command()(env)
 
 
