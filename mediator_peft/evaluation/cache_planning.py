@@ -60,6 +60,27 @@ def _names(value: Any) -> list[str] | None:
     return value if isinstance(value, list) and all(isinstance(name, str) for name in value) else None
 
 
+def stored_requests(requests: Sequence[Request], rows: Mapping[str, Mapping[str, float]] | None) -> list[Request]:
+    """What requests read of a bank with a column map; None for a bank without.
+
+    Experts that are equal are one, and members of a family also read what it shares. What every request reads is left
+    out.
+
+    Raises:
+        DataFileError: a request names an expert that the bank has not.
+    """
+    if rows is None:
+        return list(requests)
+    known = {name for row in rows.values() for name in row}
+    strangers = sorted({name for request in requests for name in request} - known)
+    if strangers:
+        raise DataFileError(f"the log names {strangers}, which the bank has no deltas of; it has {sorted(known)}.")
+    return [
+        tuple(sorted(stored for stored, row in rows.items() if any(name in row for name in request)))
+        for request in requests
+    ]
+
+
 def accesses(requests: Sequence[Request]) -> list[str]:
     """One access after the other: a request takes first what was used last, as a cache that holds all of it does."""
     last: dict[str, int] = {}

@@ -115,7 +115,7 @@ class AdapterInfo:
         """Column → bytes of its deltas in memory, where bitmaps are not compressed; without those of unknown size."""
         known = {}
         for name, parts in self.column_bytes.items():
-            if name in self.columns and (self.routed_parameters or not parts.get("mask")):
+            if name != CORRECTION and (self.routed_parameters or not parts.get("mask")):
                 bitmap = (self.routed_parameters or 0) // 8 if parts.get("mask") else 0
                 known[name] = bitmap + sum(size for part, size in parts.items() if part != "mask")
         return known

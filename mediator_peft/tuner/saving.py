@@ -372,9 +372,17 @@ def _store(
                 stored = state_dict[f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}.{key}"]
                 sizes[column] += padded_size(num_bytes_in_memory(key, stored, layer.shape))
     folder = None if config.expert_folder is None else Path(config.expert_folder)
-    store = ExpertStore(config.max_resident_experts, folder, config.pinned_experts or ())
+    store = ExpertStore(config.max_resident_experts, folder, _pinned(config))
     store.make_room(sizes)
     return store
+
+
+def _pinned(config: MediatorConfig) -> list[str]:
+    """Stored columns of the experts that stay in memory."""
+    names = list(config.pinned_experts or ())
+    if config.column_map is None:
+        return names
+    return [stored for stored, row in config.column_map.items() if any(name in row for name in names)]
 
 
 def _load_layer(
