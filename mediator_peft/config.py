@@ -32,6 +32,17 @@ FALLBACK_EXPERT = "base"
 CORRECTION = "_correction"
 """Name of the delta that corrects quantization error of the backbone; no expert can have it."""
 
+ALWAYS = "*"
+"""In a column map, stands for the weight that a delta has whatever the expert weights are."""
+
+ALWAYS_PREFIX = "_always "
+"""Names of deltas that every prompt gets begin so."""
+
+ALWAYS_RULES = ("alpha", "alpha-omega")
+
+FAMILY_PREFIX = "_family "
+"""Names of deltas that a family of experts shares begin so; no expert's name does."""
+
 OLD_FIELDS = {
     "values": "encoding",
     "sign_scale": "rescale",
@@ -142,6 +153,14 @@ class MediatorSettings:
     correction_density: float = 0.5
     """Share of the quantization errors that is corrected, in (0, 1]."""
 
+    always: dict[str, str] | None = None
+    """Deltas that every prompt gets, whatever its route: name → ``"PATH:WEIGHT"``, the checkpoint minus the base, or
+    ``"PATH,REFERENCE:WEIGHT"``, the checkpoint minus another. E.g. ``{"safety": "aligned,harmful:0.1"}``."""
+
+    always_rule: str | None = None
+    """How their weights are meant: ``None`` as they are; ``"alpha"`` relative to the experts' task vectors, as the beta
+    of EnchTable (arXiv 2511.09880); ``"alpha-omega"`` also less where they interfere with the experts."""
+
     router: str = "gaussian"
     """A key of ``ROUTERS``."""
 
@@ -192,6 +211,10 @@ class MediatorSettings:
 
     num_blocks: int | None = None
     """How many repeated blocks the model has. Written by the build."""
+
+    column_map: dict[str, dict[str, float]] | None = None
+    """Which deltas are stored, and the weight of each: stored column → expert → factor, or ``"*"`` → constant weight
+    (see :mod:`mediator_peft.bank.column_map`). ``None``: one delta an expert. Written when experts share deltas."""
 
     turn_markers: list[list[int]] | None = None
     """Token ids that open and close a user turn. Written when the router is fitted."""
@@ -293,6 +316,16 @@ class MediatorSettings:
             strangers = [name for name in pinned if name not in self.columns]
             if strangers:
                 yield f"pinned_experts {strangers} are no experts of this model; it has {self.columns}."
+        rule = self.always_rule
+        if rule is not None and rule not in ALWAYS_RULES:
+            yield unknown_name(str(rule), ALWAYS_RULES, "always_rule")
+        always = self.always
+        if always is not None and not (isinstance(always, dict) and _are_names([*always, *always.values()])):
+            yield f"always must give PATH:WEIGHT for each name, got {always!r}."
+        elif always:
+            yield from expert_name_faults(dict.fromkeys(always))
+            if self.sparsifier == "svd":
+                yield "always needs positions: use another sparsifier than 'svd'."
         yield from self._merge_faults()
         yield from self._form_faults()
         yield from self._routed_layers_faults()
@@ -378,7 +411,17 @@ class MediatorSettings:
         return [*names, FALLBACK_EXPERT] if self.fallback == FALLBACK_EXPERT else names
 
 
-OMITTED_UNSET = frozenset({"pinned_experts", "merge_parameters", "merge_data", "depth_scaling"})
+OMITTED_UNSET = frozenset(
+    {
+        "pinned_experts",
+        "merge_parameters",
+        "merge_data",
+        "depth_scaling",
+        "column_map",
+        "always",
+        "always_rule",
+    }
+)
 """Fields that a file has only where they are set, so that adapters without them have the bytes that they always had."""
 
 
@@ -387,7 +430,9 @@ def saved_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in OMITTED_UNSET or value not in (None, {})}
 
 
-_WRITTEN_BY_BUILD = frozenset({"expert_names", "routed_modules", "num_blocks", "backbone_fingerprint", "provenance"})
+_WRITTEN_BY_BUILD = frozenset(
+    {"expert_names", "routed_modules", "num_blocks", "backbone_fingerprint", "provenance", "column_map"}
+)
 SETTABLE = (
     frozenset(item.name for item in fields(MediatorSettings))
     - _WRITTEN_BY_BUILD
@@ -495,6 +540,7 @@ def _saved_faults(found: Mapping[str, Any]) -> Iterator[str]:
             yield from expert_name_faults(dict.fromkeys(value))
     if found.get("routed_modules") is not None and not found.get("expert_names"):
         yield "expert_names must name the experts of the deltas."
+    yield from _map_faults(found)
     blocks, layer = found.get("num_blocks"), found.get("router_layer")
     if blocks is not None and (not _is_count(blocks) or not 1 <= blocks <= _MOST_BLOCKS):
         yield f"num_blocks must be a whole number of blocks, got {shortened(blocks)}."
@@ -512,6 +558,24 @@ def _saved_faults(found: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} is {shortened(value)}, of the wrong type."
     if isinstance(found.get("conflict_threshold"), int) and abs(found["conflict_threshold"]) > 2**53:
         yield "conflict_threshold is too large."
+
+
+def _map_faults(found: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with a column map."""
+    rows = found.get("column_map")
+    if rows is None:
+        return
+    names = {*(found.get("expert_names") or ()), FALLBACK_EXPERT, ALWAYS}
+    is_map = isinstance(rows, dict) and all(isinstance(row, dict) and row for row in rows.values())
+    if not is_map or not all(isinstance(name, str) and name and not set(name) & set(".:/") for name in rows):
+        yield f"column_map must give a row of factors for each stored delta, got {shortened(rows)}."
+        return
+    for stored, row in rows.items():
+        strangers = [name for name in row if name not in names]
+        if strangers:
+            yield f"column_map of {shortened(stored)!r} names unknown experts {shortened(strangers)}."
+        if not all(isinstance(entry, (int, float)) and isfinite(entry) for entry in row.values()):
+            yield f"column_map of {shortened(stored)!r} must hold finite numbers."
 
 
 def _are_counts(value: object) -> bool:

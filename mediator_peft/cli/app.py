@@ -10,6 +10,7 @@ import typer
 from .bench import bench
 from .build import build
 from .common import GuardedGroup, prepare_streams
+from .condense import condense
 from .demo import demo
 from .env import env
 from .evaluate import evaluate
@@ -43,6 +44,7 @@ app.command("calibrate", hidden=True)(fit_router)
 app.command()(generate)
 app.command("eval")(evaluate)
 app.command()(inspect)
+app.command()(condense)
 app.command()(verify)
 app.command()(bench)
 app.command()(demo)

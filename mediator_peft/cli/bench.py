@@ -105,11 +105,13 @@ def bench(
 
 def _plan_cache(routes: Path, out: Path | None, as_json: bool) -> None:
     """Hit rates of every cache size, by a log of routes."""
-    from ..evaluation.cache_planning import plan_cache, read_routes
+    from ..evaluation.cache_planning import plan_cache, read_routes, stored_requests
     from ..evaluation.sizes import read_adapter_info
 
-    requests = read_routes(routes)
-    plan = plan_cache(requests, None if out is None else read_adapter_info(out).memory_bytes)
+    requests, info = read_routes(routes), None if out is None else read_adapter_info(out)
+    if info is not None:
+        requests = stored_requests(requests, info.config.get("column_map"))
+    plan = plan_cache(requests, None if info is None else info.memory_bytes)
     if as_json:
         print_json(plan.to_dict())
     else:

@@ -55,7 +55,7 @@ DensityScope = Annotated[str, _setting("Scope of density: matrix, or model (one 
 Budget = Annotated[
     str | None, _setting("Choose density by size of backbone and adapter: 1.5x (of the backbone) or 400MB.")
 ]
-Encoding = Annotated[str, _setting("Encoding of kept entries: sign, float, int8 or nf4.")]
+Encoding = Annotated[str, _setting("Encoding of kept entries: sign, float, int8, nf4 or factors_sign.")]
 Rescale = Annotated[str, _setting("How kept entries are rescaled: projection, norm or mean.")]
 Sparsifier = Annotated[str, _setting("Which entries are kept: magnitude, dare or svd.")]
 Rank = Annotated[
@@ -69,6 +69,18 @@ TargetModule = Annotated[
 ConflictScore = Annotated[str, _setting("Conflict score that ranks blocks: sign, sign_any or energy.")]
 ConflictDensity = Annotated[float, _setting("Share of largest entries used in the conflict score, in (0, 1].")]
 ConflictThreshold = Annotated[float, _setting("With routed-layers auto: blocks with at least this score are routed.")]
+Always = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=PATH:WEIGHT",
+        help="A delta that every prompt gets: a checkpoint minus the base (PATH,REFERENCE:WEIGHT: minus another); "
+        "repeatable.",
+        rich_help_panel=HOW_TO_MERGE,
+    ),
+]
+AlwaysRule = Annotated[
+    str | None, _setting("Weights of always: as given, alpha (relative to the experts' task vectors) or alpha-omega.")
+]
 Router = Annotated[str, _setting("Router: gaussian, mlp or prototype.")]
 RouterLayer = Annotated[
     str, _setting("The router uses the hidden state after this many blocks; auto lets fit-router choose.")
@@ -117,6 +129,8 @@ MERGE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "conflict_score": (ConflictScore, DEFAULTS.conflict_score),
     "conflict_density": (ConflictDensity, DEFAULTS.conflict_density),
     "conflict_threshold": (ConflictThreshold, DEFAULTS.conflict_threshold),
+    "always": (Always, None),
+    "always_rule": (AlwaysRule, None),
     "router": (Router, DEFAULTS.router),
     "router_layer": (RouterLayer, DEFAULTS.router_layer),
     "ood_alpha": (OodAlpha, DEFAULTS.ood_alpha),
@@ -171,6 +185,8 @@ def merge_settings(ctx: typer.Context) -> MediatorSettings:
         for name, value in ctx.params.items()
         if _FIELD_OF.get(name, name) in _FIELDS and _is_typed(ctx, name)
     }
+    if "always" in settings:
+        settings["always"] = parse_pairs(settings["always"], "--always")
     if "routed_layers" in settings:
         settings["routed_layers"] = parse_routed_layers(settings["routed_layers"])
     if "router_layer" in settings:

@@ -26,8 +26,8 @@ def read_routes(path: str | os.PathLike[str]) -> list[Request]:
     """The experts of each request, in the order in which they came.
 
     Args:
-        path: a JSONL file. A line is a name, a list of names, or an object with ``expert_weights`` (name → weight; those
-            above 0 count, as ``generate --json`` prints them), ``experts`` (names) or ``expert`` (a name).
+        path: a JSONL file. A line is a name, a list of names, or an object with ``expert_weights`` (name → weight;
+            those above 0 count, as ``generate --json`` prints them), ``experts`` (names) or ``expert`` (a name).
 
     Raises:
         DataFileError: it cannot be read, holds no requests, or a line names no experts.
@@ -60,6 +60,27 @@ def _names(value: Any) -> list[str] | None:
     return value if isinstance(value, list) and all(isinstance(name, str) for name in value) else None
 
 
+def stored_requests(requests: Sequence[Request], rows: Mapping[str, Mapping[str, float]] | None) -> list[Request]:
+    """What requests read of a bank with a column map; None for a bank without.
+
+    Experts that are equal are one, and members of a family also read what it shares. What every request reads is left
+    out.
+
+    Raises:
+        DataFileError: a request names an expert that the bank has not.
+    """
+    if rows is None:
+        return list(requests)
+    known = {name for row in rows.values() for name in row}
+    strangers = sorted({name for request in requests for name in request} - known)
+    if strangers:
+        raise DataFileError(f"the log names {strangers}, which the bank has no deltas of; it has {sorted(known)}.")
+    return [
+        tuple(sorted(stored for stored, row in rows.items() if any(name in row for name in request)))
+        for request in requests
+    ]
+
+
 def accesses(requests: Sequence[Request]) -> list[str]:
     """One access after the other: a request takes first what was used last, as a cache that holds all of it does."""
     last: dict[str, int] = {}
@@ -73,7 +94,8 @@ def accesses(requests: Sequence[Request]) -> list[str]:
 def lru_distances(stream: Sequence[str]) -> list[int | None]:
     """Stack distance of each access: it is a hit in a cache of the last used at every size from there on.
 
-    One plus the number of other experts since the last access to the same; None for the first one. Mattson et al. (1970).
+    One plus the number of other experts since the last access to the same; None for the first one. Mattson et al.
+    (1970).
     """
     stack: list[str] = []
     found: list[int | None] = []

@@ -23,6 +23,7 @@ from ..methods.conflict import CONFLICT_SCORES
 from ..methods.merging import MERGE_METHODS
 from ..progress import Progress, no_progress
 from ..structure import OUTSIDE, gates_named, select_layers, targets_in_blocks
+from .always_on import always_deltas, always_rows
 from .block_plan import BlockPlan, check_block_numbers, choose_blocks
 from .budget import shared_out
 from .compatibility import Job
@@ -127,6 +128,7 @@ def merge_in_memory(
     with single_thread(), progress("merging", len(merge.tasks)) as advance:
         for task in merge.tasks:
             result = work(task)
+            result.deltas |= always_deltas(job, config, task)
             if result.deltas:
                 bank.deltas[task.name.removesuffix(".weight")] = result.deltas
             names = [name for name in (task.name, task.bias) if name in merge.sampled]
@@ -180,6 +182,7 @@ def conclude(merge: Merge, done: Sequence[Finished]) -> tuple[MediatorSettings, 
         num_blocks=num_blocks,
         backbone_fingerprint={name: samples[name] for name in sorted(samples)},
         provenance=sources(job),
+        column_map=always_rows(job, config),
     )
     if merge.density is not None:
         settings["density"] = merge.density

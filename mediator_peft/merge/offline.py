@@ -34,6 +34,7 @@ from ..config import FALLBACK_EXPERT, FORMAT_VERSION, MediatorSettings
 from ..errors import ConfigError
 from ..progress import bar_progress, no_progress
 from ..ranks import Ranks
+from .always_on import always_deltas, with_always
 from .block_plan import read_plan
 from .budget import shared_out
 from .builder import (
@@ -144,6 +145,7 @@ def open_job(
     experts = checkpoints_by_name(opened, config.experts)
     job = check_job(opened["base"] if base is not None else mean_base(experts, config), experts, may_untie=True)
     check_locks(job)
+    job = with_always(job, config, allow_pickle, dequantize)
     return job._replace(notes=(*job.notes, *check_distances(job, allow_distant)))
 
 
@@ -245,6 +247,7 @@ class Build:
     def _merge_one(self, number: int) -> None:
         task = self.merge.tasks[number]
         result = self.work(task)
+        result.deltas |= always_deltas(self.merge.job, self.merge.config, task)
         names = [name for name in (task.name, task.bias) if name is not None]
         samples = {name: sample(self.backbone.read(name)) for name in names if name in self.merge.sampled}
         info = finished(result, samples)
@@ -301,6 +304,8 @@ def job_key(merge: Merge, kind: str = "Build") -> str:
     config, job = merge.config, merge.job
     files = {label: checkpoint.files for label, checkpoint in {"base": job.base, **job.experts}.items()}
     files["merge_data"] = data_files(config)
+    for name, always in job.always.items():
+        files |= {f"always-on {name}": always.checkpoint.files, f"reference of {name}": always.reference.files}
     known = {
         "version": FORMAT_VERSION,
         # After a restart of the machine, what was written last may be lost.

@@ -184,7 +184,11 @@ def _compare(
 ) -> dict[str, Any]:
     """Backbone plus the whole delta, against the expert rounded to the backbone's dtype."""
     layers = set(config.routed_modules or ())
-    has_delta = column in deltas_needed(config)
+    if config.column_map is None:
+        terms = [(column, 1.0)] if column in deltas_needed(config) else []
+    else:
+        # An always-on delta is a part of what every expert answers with, and no part of the expert.
+        terms = [(stored, row[column]) for stored, row in config.column_map.items() if column in row]
     largest, where, norm, distance = 0.0, "", 0.0, 0.0
     with safe_open(adapter / WEIGHTS_FILE, framework="pt") as file:
         for name in backbone.tensors:
@@ -193,8 +197,8 @@ def _compare(
                 raise AdapterError(f"it has no tensor {name!r} of shape {list(ours.shape)}")
             theirs = expert.read(name).to(dtype).float()
             layer, _, part = name.rpartition(".")
-            if layer in layers and has_delta:
-                ours = ours + _delta(file, layer, part, column, config, ours, layer in transposed)
+            for stored, factor in terms if layer in layers else ():
+                ours = ours + factor * _delta(file, layer, part, stored, config, ours, layer in transposed)
             difference = (ours - theirs).abs()
             top = float(difference.max()) if difference.numel() else 0.0
             if top > largest:

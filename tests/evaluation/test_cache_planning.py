@@ -21,6 +21,7 @@ from mediator_peft.evaluation.cache_planning import (
     plan_cache,
     read_routes,
     routing_persistence,
+    stored_requests,
 )
 
 
@@ -133,6 +134,16 @@ def test_the_recommendation_is_the_smallest_that_is_nearly_as_good():
     assert plan.sizes[0].lru == 0
     assert all(size.lru <= size.optimal for size in plan.sizes)
     assert next(iter(plan.experts)) == "A"
+
+
+def test_a_bank_with_a_column_map_reads_stored_deltas():
+    family = {"_family 1": {"a": 1.0, "b": 1.0}, "a": {"a": 1.0}, "b": {"b": 1.0}}
+    rows = {**family, "c": {"c": 1.0, "d": 1.0}, "s": {"*": 1.0}}
+    found = stored_requests([("a",), ("d",), ("b", "c")], rows)
+    assert found == [("_family 1", "a"), ("c",), ("_family 1", "b", "c")]
+    with pytest.raises(DataFileError, match="stranger"):
+        stored_requests([("stranger",)], rows)
+    assert stored_requests([("x",)], None) == [("x",)]
 
 
 def test_every_form_of_a_line_is_read(tmp_path):
