@@ -38,6 +38,8 @@ TYPED = {
     "conflict_score": ("energy", "conflict_score", "energy"),
     "conflict_density": ("0.4", "conflict_density", 0.4),
     "conflict_threshold": ("0.5", "conflict_threshold", 0.5),
+    "always": ("style=path:0.5", "always", {"style": "path:0.5"}),
+    "always_rule": ("alpha", "always_rule", "alpha"),
     "router": ("mlp", "router", "mlp"),
     "router_layer": ("2", "router_layer", 2),
     "ood_alpha": ("0.05", "ood_alpha", 0.05),
