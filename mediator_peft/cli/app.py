@@ -17,6 +17,7 @@ from .evaluate import evaluate
 from .fit_router import fit_router
 from .generate import generate
 from .inspect import inspect
+from .measure import measure
 from .merge import merge
 from .methods import methods
 from .plan import plan
@@ -38,6 +39,7 @@ app = typer.Typer(
 app.command()(plan)
 app.command()(build)
 app.command()(merge)
+app.command()(measure)
 app.command()(run)
 app.command("fit-router")(fit_router)
 app.command("calibrate", hidden=True)(fit_router)
