@@ -22,6 +22,7 @@ from .merge import merge
 from .methods import methods
 from .plan import plan
 from .run import run
+from .search import search
 from .verify import verify
 
 app = typer.Typer(
@@ -40,6 +41,7 @@ app.command()(plan)
 app.command()(build)
 app.command()(merge)
 app.command()(measure)
+app.command()(search)
 app.command()(run)
 app.command("fit-router")(fit_router)
 app.command("calibrate", hidden=True)(fit_router)
