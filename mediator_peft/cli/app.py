@@ -17,10 +17,12 @@ from .evaluate import evaluate
 from .fit_router import fit_router
 from .generate import generate
 from .inspect import inspect
+from .measure import measure
 from .merge import merge
 from .methods import methods
 from .plan import plan
 from .run import run
+from .search import search
 from .verify import verify
 
 app = typer.Typer(
@@ -38,6 +40,8 @@ app = typer.Typer(
 app.command()(plan)
 app.command()(build)
 app.command()(merge)
+app.command()(measure)
+app.command()(search)
 app.command()(run)
 app.command("fit-router")(fit_router)
 app.command("calibrate", hidden=True)(fit_router)

@@ -16,6 +16,7 @@ from ..methods.merging import MERGE_METHODS, MergeMethod, TensorContext, TensorM
 from ..methods.merging.row import EMBEDDING, HEAD, LINEAR, OTHER
 from ..structure import Structure
 from .compatibility import Job
+from .measured_models import check_measured_models
 from .tiles import TensorTiles, Workspace, check_finite
 
 
@@ -117,6 +118,7 @@ def method_for(job: Job, config: MediatorSettings, oriented: Mapping[str, bool])
     }
     if row.open_data is not None and config.merge_data is not None:
         data = row.open_data(Path(config.merge_data).expanduser(), contexts)
+        check_measured_models(getattr(data, "fingerprints", {}), job)
         contexts = {name: replace(context, data=data) for name, context in contexts.items()}
     return ModelMethod(config, contexts)
 
