@@ -411,13 +411,23 @@ class MediatorSettings:
         return [*names, FALLBACK_EXPERT] if self.fallback == FALLBACK_EXPERT else names
 
 
-OMITTED_UNSET = frozenset({"pinned_experts", "column_map", "always", "always_rule"})
+OMITTED_UNSET = frozenset(
+    {
+        "pinned_experts",
+        "merge_parameters",
+        "merge_data",
+        "depth_scaling",
+        "column_map",
+        "always",
+        "always_rule",
+    }
+)
 """Fields that a file has only where they are set, so that adapters without them have the bytes that they always had."""
 
 
 def saved_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Fields as they are written to a file."""
-    return {name: value for name, value in settings.items() if name not in OMITTED_UNSET or value is not None}
+    return {name: value for name, value in settings.items() if name not in OMITTED_UNSET or value not in (None, {})}
 
 
 _WRITTEN_BY_BUILD = frozenset(

@@ -117,8 +117,9 @@ def evaluate(
     from ..evaluation.comparison import compare, kept_table, runtime_of
     from ..evaluation.prompts import read_task
     from ..evaluation.report import EvaluationReport, accuracy_table, loss_table, routing_table
-    from ..evaluation.runner import EvalTask
+    from ..evaluation.runner import EvalTask, score_routing
     from ..evaluation.score_store import checkpoint_identity
+    from ..progress import bar_progress
     from ..ranks import Ranks
 
     files = parse_pairs(data or [], "--data")
@@ -130,8 +131,10 @@ def evaluate(
     model, tokenizer = load(out, dtype, device, quantize)
     tasks = [EvalTask.of_items(name, items[name], model.expert_names, tokenizer, max_new_tokens) for name in files]
     result = EvaluationReport(tasks)
-    shared = {"batch_size": batch_size, "use_template": not raw}
+    shared: dict[str, Any] = {"batch_size": batch_size, "use_template": not raw}
     store = None if report is None else _store(report, tasks, out, [dtype, quantize, not raw])
+    # The cheap part first: it fails at once where the router has not been fitted.
+    result.routing, _ = score_routing(model, tokenizer, tasks, **shared, progress=bar_progress, ranks=Ranks())
     for name, path in plain.items():
         depends = checkpoint_identity(path)
         _once(result, store, name, depends, lambda path=path: load_plain(Path(path), dtype, device), tasks, shared)
@@ -173,10 +176,10 @@ def _once(
     found = None if store is None else Ranks().first(lambda: store.find(name, depends))
     if found is None:
         options = {"progress": bar_progress, "ranks": Ranks(), **scoring}
-        score = score_system(name, *load_model(), tasks, **options)
-        found = score
+        model, tokenizer = load_model()
+        found = score_system(name, model, tokenizer, tasks, **options)
         if store is not None:
-            Ranks().first(lambda: store.keep(score, depends))
+            Ranks().first(bind(store.keep, found, depends))
     result.systems.append(found)
 
 
@@ -184,12 +187,8 @@ def _score(
     result: Any, model: Any, tokenizer: Any, only_routed: bool, shared: dict[str, Any], store: ScoreStore | None
 ) -> None:
     from ..evaluation.generation import ROUTED, Memo
-    from ..evaluation.runner import NAMED, score_routing
-    from ..progress import bar_progress
-    from ..ranks import Ranks
+    from ..evaluation.runner import NAMED
 
-    # The cheap part first: it fails at once where the router has not been fitted.
-    result.routing, _ = score_routing(model, tokenizer, result.tasks, **shared, progress=bar_progress, ranks=Ranks())
     scored: dict[str, Any] = {**shared, "memo": Memo.empty()}
     known = [task for task in result.tasks if task.expert]
     systems: list[tuple[str, Any, Any]] = [("routed", ROUTED, result.tasks)]

@@ -96,10 +96,10 @@ def _tests(system: SystemScore, last: SystemScore) -> dict[str, dict[str, float]
         if len(ours.items) != len(theirs.items):
             continue
         found[task] = {"sign_test_p": sign_test(right_of(ours), right_of(theirs))}
-        losses = [_losses(ours), _losses(theirs)]
-        if losses[0] and len(losses[0]) == len(losses[1]):
-            found[task]["loss_difference"] = bootstrap_mean([b - a for a, b in zip(*losses, strict=True)]).value
-            found[task]["permutation_p"] = permutation_test(*losses, seed=_SEED)
+        first, second = _losses(ours), _losses(theirs)
+        if first and len(first) == len(second):
+            found[task]["loss_difference"] = bootstrap_mean([b - a for a, b in zip(first, second, strict=True)]).value
+            found[task]["permutation_p"] = permutation_test(first, second, seed=_SEED)
     return found
 
 

@@ -335,6 +335,7 @@ def _load(path: str, dtype: str, device: torch.device) -> tuple[AnyModel, Any]:
         raise HarnessError(unknown_name(dtype, ["auto", *names], "dtype"))
     kind = names.get(dtype, torch.float32 if device.type == "cpu" else "auto")
     if any((Path(path) / part / CONFIG_FILE).exists() for part in ("", "mediator")):
+        model: AnyModel
         model, tokenizer = load_mediator(path, dtype=kind)
     else:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=kind)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .conflict import block_of, rankings
-from .lab import Lab, read_state
+from .conflict import rankings
+from .lab import Lab, block_of, read_state
 from .scores import Scores, Sizes
 from .systems import Bench
 
@@ -31,7 +31,7 @@ def named_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, 
     from ..tuner.loading import load_mediator
 
     model, _ = load_mediator(folder, dtype=torch.float32)
-    tuner = model.base_model
+    tuner: Any = model.base_model
     adapter = tuner.active_adapters[0]
     backbone: dict[str, Tensor] = {}
     experts: dict[str, dict[str, Tensor]] = {name: {} for name in tuner.expert_names}

@@ -59,7 +59,13 @@ def _bench(folder: Path, threads: int, only: list[str] | None) -> Any:
         if name not in known:
             say(f"left out, not trained: {name}")
     unknown = {name: task for name, task in make_tasks(FULL, place.materials).items() if name not in FULL.recipes}
-    return Bench(FULL_STUDY, place, {name: found[name] for name in known}, make_sample(tasks, known, unknown), say)
+    return Bench(
+        FULL_STUDY,
+        place,
+        {name: found[name] for name in known},
+        make_sample(tasks, known, unknown, FULL_STUDY.num_answers, FULL_STUDY.num_losses),
+        say,
+    )
 
 
 def _lab(bench: Any) -> Any:
@@ -84,10 +90,11 @@ def systems(folder: Root, only: Only = None, threads: Threads = 1) -> None:
     from .tables import systems_result
 
     bench = _bench(folder, threads, only)
-    model = build_default(bench)
-    table = score_mediator(bench, model)
     lab = _lab(bench)
-    table = score_alone(bench, lab) | score_merges(bench, lab) | table
+    table = score_alone(bench, lab)
+    model = build_default(bench)
+    table |= score_mediator(bench, model)
+    table |= score_merges(bench, lab)
     _keep(bench, "systems", systems_result(bench, table, model))
 
 
@@ -115,12 +122,15 @@ def ablation(folder: Root, only: Only = None, threads: Threads = 1) -> None:
 
 @app.command()
 def page(
-    results: Annotated[Path, typer.Argument()] = Path("docs/results"), path: Path = Path("docs/evidence.md")
+    results: Annotated[Path, typer.Argument(help="Folder of the result files.")] = Path("docs/results"),
+    path: Annotated[Path, typer.Option(help="The page.")] = Path("docs/evidence.md"),
 ) -> None:
-    """Put the tables of the result files into the page, between its markers, and draw the figures."""
-    from .page import fill_page
+    """Put the tables of the result files into the page, between its markers, and draw the figures beside it."""
+    from .page import draw_figures, fill_page, read_results
 
     path.write_text(fill_page(path.read_text(encoding="utf-8"), results), encoding="utf-8")
+    for figure in draw_figures(read_results(results), path.parent):
+        say(f"drawn: {figure}")
 
 
 def _keep(bench: Any, name: str, found: Any) -> None:

@@ -11,23 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .lab import State, task_vectors
+from .lab import State, block_of, task_vectors
 
-_BLOCK = re.compile(r"\.layers\.(\d+)\.(.+)\.weight$")
+_KIND = re.compile(r"\.layers\.\d+\.(.+)\.weight$")
 DENSITY = 0.2
 """Share of a task vector's largest entries that vote, the library's default."""
 
 
-def block_of(name: str) -> int | None:
-    """The block a tensor belongs to; None for embeddings and the like."""
-    found = _BLOCK.search(name)
-    return int(found.group(1)) if found else None
-
-
 def kind_of(name: str) -> str:
     """The matrix's own name, e.g. ``self_attn.q_proj``."""
-    found = _BLOCK.search(name)
-    return found.group(2) if found else name
+    found = _KIND.search(name)
+    return found.group(1) if found else name
 
 
 def routed_matrices(base: State) -> list[str]:

@@ -103,7 +103,7 @@ def study_experts(
     """
     base = convert_base(folder.base, folder.materials)
     tasks = load_tasks(settings, folder)
-    trained = {}
+    trained: dict[str, TrainedExpert] = {}
     for name in names or settings.experts:
         expert = settings.experts[name]
         items = {name: training_items(expert, tasks, folder)}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods.merging import MERGE_METHODS
+from ..methods.merging import MERGE_METHODS, MergeMethod, TensorContext
+from ..methods.merging.row import EMBEDDING, HEAD, LINEAR, OTHER
+
+_BLOCK = re.compile(r"\.layers\.(\d+)\.(.+)\.weight$")
 
 State = dict[str, Tensor]
 """Tensor name → tensor, in bfloat16 as it is stored."""
@@ -28,29 +32,53 @@ def task_vectors(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
     return torch.stack([expert.float() - base.float() for expert in experts])
 
 
-def merge_states(base: State, experts: Sequence[State], merge: Callable[[Tensor], Tensor]) -> State:
+def merge_states(base: State, experts: Mapping[str, State], method: MergeMethod, **parameters: Any) -> State:
     """base + merge(task vectors), tensor by tensor, rounded once to the storage dtype.
 
     Args:
         base: θ0
-        experts: θk
-        merge: task vectors (K, *shape), float32 → merged task vector (*shape).
+        experts: name → θk
+        method: a row of the library that needs neither data nor a pass over the whole model.
+        **parameters: of the method, where they are not its defaults.
     """
+    names = sorted(experts)
+    num_blocks = 1 + max((block for name in base if (block := block_of(name)) is not None), default=0)
     merged = {}
     for name, tensor in base.items():
-        vectors = task_vectors(tensor, [expert[name] for expert in experts])
-        merged[name] = (tensor.float() + merge(vectors)).to(tensor.dtype)
+        block = block_of(name)
+        context = TensorContext(
+            name,
+            tuple(names),
+            tuple(tensor.shape),
+            kind=_kind(name, block, tensor),
+            block=block,
+            num_blocks=num_blocks,
+            base=tensor.float(),
+        )
+        vectors = task_vectors(tensor, [experts[expert][name] for expert in names])
+        merged[name] = (tensor.float() + method(vectors, context, **parameters)).to(tensor.dtype)
     return merged
 
 
-def scaled_sum(coefficient: float) -> Callable[[Tensor], Tensor]:
-    """Task arithmetic, λ Σ τk (arXiv 2212.04089, equation in §3), with a chosen λ."""
-    return lambda vectors: vectors.sum(dim=0) * coefficient
+def block_of(name: str) -> int | None:
+    """The block a tensor belongs to; None for embeddings and the like."""
+    found = _BLOCK.search(name)
+    return int(found.group(1)) if found else None
 
 
-def single_model_merges() -> dict[str, Callable[[Tensor], Tensor]]:
-    """Every merge method of the library that gives one model from task vectors alone, with its own defaults."""
-    return {name: method for name, method in MERGE_METHODS.items() if name != "base"}
+def _kind(name: str, block: int | None, tensor: Tensor) -> str:
+    if block is not None and tensor.ndim == 2:
+        return LINEAR
+    return EMBEDDING if "embed" in name else HEAD if "lm_head" in name else OTHER
+
+
+def single_model_rows() -> dict[str, MergeMethod]:
+    """Every row of the library that merges a tensor by itself, without data, with its own defaults."""
+    return {
+        name: row
+        for name, row in MERGE_METHODS.items()
+        if name != "base" and not (row.needs_data or row.survey or row.prepass)
+    }
 
 
 class Lab:

@@ -45,6 +45,12 @@ class StudySettings:
     num_test: int
     """Test items of each task of the study; the demo's tasks have the demo's numbers."""
 
+    num_answers: int
+    """Test items of each task that are answered greedily: the first ones."""
+
+    num_losses: int
+    """Test items of each task whose answer loss is measured; half of them for long and unknown tasks."""
+
     num_calibration: int
     """Prompts of each task that the router is fitted on."""
 
@@ -68,6 +74,8 @@ FULL_STUDY = StudySettings(
     },
     main=("maths", "cron", "spelling", "numbers", "wordnet", "inflection"),
     num_test=200,
+    num_answers=24,
+    num_losses=20,
     num_calibration=100,
     num_validation=40,
 )

@@ -19,15 +19,19 @@ from ..evaluation.fit_and_save import fit_and_save
 from ..evaluation.generation import ROUTED, Memo, answer_losses, route_prompts
 from ..evaluation.report import write_json
 from ..merge.offline import build_mediator
+from ..methods.merging import MERGE_METHODS, MergeMethod
 from ..tuner.config import MediatorConfig
 from .experts import StudyFolder, validation_items
-from .lab import Lab, merge_states, scaled_sum, single_model_merges
+from .lab import Lab, merge_states, single_model_rows
 from .scores import ScoreBook, Scores, Sizes, score_items
 from .settings import StudySettings
 
 BASE, NAMED, ROUTED_SYSTEM = "base", "Mediator, expert named", "Mediator, routed"
-TASK_ARITHMETIC = "task arithmetic, coefficient tuned"
-COEFFICIENTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+COEFFICIENTS = (0.3, 0.5, 0.8)
+"""Of task arithmetic, tried on validation items."""
+
+NUM_VALIDATION = 4
+"""Validation items a task."""
 
 Say = Callable[[str], None]
 
@@ -42,24 +46,34 @@ class Sample:
     known: Sequence[str]
     """The tasks with an expert."""
 
-    main: Mapping[str, Sizes]
-    """Task → items of experts and of the Mediator model."""
-
-    few: Mapping[str, Sizes]
-    """Task → items of all other systems: their first ones."""
+    sizes: Mapping[str, Sizes]
+    """Task → how many items."""
 
 
-def make_sample(tasks: Mapping[str, Task], known: Sequence[str], unknown: Mapping[str, Task]) -> Sample:
-    """The items of the study; word problems are long, so there are fewer of them."""
+def make_sample(
+    tasks: Mapping[str, Task],
+    known: Sequence[str],
+    unknown: Mapping[str, Task],
+    num_answers: int,
+    num_losses: int,
+) -> Sample:
+    """The items of the study, the first ones of each test split, the same for all systems.
+
+    Args:
+        tasks: all tasks that may have an expert.
+        known: those that have one.
+        unknown: tasks without an expert.
+        num_answers: greedy answers a task.
+        num_losses: answer losses a task; half of them for word problems, which are long, and for unknown tasks.
+    """
 
     def sizes(answers: int, losses: int) -> dict[str, Sizes]:
-        all_known = {name: Sizes(answers, losses) for name in known}
-        if "maths" in known:
-            all_known["maths"] = Sizes(answers * 2 // 5, losses * 2 // 5)
-        return all_known | {name: Sizes(0, losses // 2) for name in unknown}
+        # Word problems are long: their losses are measured, their answers are not generated.
+        known_sizes = {name: Sizes(0, losses // 2) if name == "maths" else Sizes(answers, losses) for name in known}
+        return known_sizes | {name: Sizes(0, losses // 2) for name in unknown}
 
     chosen = {name: tasks[name] for name in known}
-    return Sample(chosen | dict(unknown), list(known), sizes(60, 40), sizes(30, 40))
+    return Sample(chosen | dict(unknown), list(known), sizes(num_answers, num_losses))
 
 
 @dataclass
@@ -120,7 +134,7 @@ def score_alone(bench: Bench, lab: Lab) -> Table:
             with lab.holding(lab.base) as model:
                 return {"model": model, "tokenizer": tokenizer}
 
-        table[BASE][task] = bench.scored(BASE, task, bench.sample.few[task], "", base)
+        table[BASE][task] = bench.scored(BASE, task, bench.sample.sizes[task], "", base)
     for name, expert in bench.experts.items():
 
         def own(name: str = name) -> dict[str, Any]:
@@ -128,34 +142,34 @@ def score_alone(bench: Bench, lab: Lab) -> Table:
                 return {"model": model, "tokenizer": tokenizer}
 
         system = f"expert {name}"
-        table[system] = {name: bench.scored(system, name, bench.sample.main[name], expert.path.name, own)}
+        table[system] = {name: bench.scored(system, name, bench.sample.sizes[name], expert.path.name, own)}
     return table
 
 
-def tuned_coefficient(bench: Bench, lab: Lab, num_items: int = 12) -> float:
+def tuned_coefficient(bench: Bench, lab: Lab) -> float:
     """The coefficient of task arithmetic with the smallest mean answer loss on validation items.
 
     The mean over tasks of losses, as accuracies of so few items would hardly tell coefficients apart.
     """
     path = bench.folder.scores / "coefficients.json"
-    key = [bench.hashes, list(COEFFICIENTS), num_items]
+    key = [bench.hashes, list(COEFFICIENTS), NUM_VALIDATION]
     if path.exists() and (found := json.loads(path.read_text(encoding="utf-8")))["key"] == key:
         return float(found["coefficient"])
     losses = {}
     for coefficient in COEFFICIENTS:
-        state = merge_states(lab.base, list(lab.experts.values()), scaled_sum(coefficient))
+        state = merge_states(lab.base, lab.experts, MERGE_METHODS["task_arithmetic"], scale=coefficient)
         with lab.holding(state) as model:
-            losses[coefficient] = _validation_loss(bench, model, lab.tokenizer, num_items)
+            losses[coefficient] = _validation_loss(bench, model, lab.tokenizer)
         bench.say(f"task arithmetic, {coefficient}: validation loss {losses[coefficient]:.3f}")
     best = min(losses, key=lambda coefficient: losses[coefficient])
     write_json({"key": key, "coefficient": best, "losses": losses}, path)
     return best
 
 
-def _validation_loss(bench: Bench, model: Any, tokenizer: Any, num_items: int) -> float:
+def _validation_loss(bench: Bench, model: Any, tokenizer: Any) -> float:
     means = []
     for task in bench.sample.known:
-        items = validation_items(task, bench.settings, dict(bench.sample.tasks), bench.folder)[:num_items]
+        items = validation_items(task, bench.settings, dict(bench.sample.tasks), bench.folder)[:NUM_VALIDATION]
         losses = answer_losses(model, tokenizer, [item.prompt for item in items], [item.answer for item in items])
         means.append(sum(losses) / len(losses))
     return sum(means) / len(means)
@@ -163,24 +177,23 @@ def _validation_loss(bench: Bench, model: Any, tokenizer: Any, num_items: int) -
 
 def score_merges(bench: Bench, lab: Lab) -> Table:
     """Single models merged from all experts: every row of the library, and task arithmetic with a tuned coefficient."""
-    methods: dict[str, tuple[Callable[[Any], Any], Any]] = {
-        name: (method, "") for name, method in single_model_merges().items()
-    }
-    coefficient = tuned_coefficient(bench, lab)
-    methods[TASK_ARITHMETIC] = scaled_sum(coefficient), coefficient
+    rows: dict[str, tuple[MergeMethod, dict[str, Any]]] = {name: (row, {}) for name, row in single_model_rows().items()}
+    rows["task_arithmetic"] = MERGE_METHODS["task_arithmetic"], {"scale": tuned_coefficient(bench, lab)}
     table: Table = {}
-    for name, (merge, detail) in methods.items():
+    for name, (row, parameters) in rows.items():
         cache: dict[str, Any] = {}
 
-        def merged(merge: Callable[[Any], Any] = merge, cache: dict[str, Any] = cache) -> dict[str, Any]:
+        def merged(
+            row: MergeMethod = row, parameters: dict[str, Any] = parameters, cache: dict[str, Any] = cache
+        ) -> dict[str, Any]:
             if not cache:
-                cache.update(merge_states(lab.base, list(lab.experts.values()), merge))
+                cache.update(merge_states(lab.base, lab.experts, row, **parameters))
             with lab.holding(cache) as model:
                 return {"model": model, "tokenizer": lab.tokenizer}
 
+        depends = [bench.hashes, {**row.defaults(), **parameters}]
         table[name] = {
-            task: bench.scored(name, task, bench.sample.few[task], [bench.hashes, detail], merged)
-            for task in bench.sample.tasks
+            task: bench.scored(name, task, bench.sample.sizes[task], depends, merged) for task in bench.sample.tasks
         }
     return table
 
@@ -238,12 +251,12 @@ def score_mediator(bench: Bench, folder: Path, suffix: str = "") -> Table:
     named, routed = NAMED + suffix, ROUTED_SYSTEM + suffix
     table: Table = {named: {}, routed: {}}
     for task in bench.sample.known:
-        sizes = bench.sample.main[task]
+        sizes = bench.sample.sizes[task]
         table[named][task] = bench.scored(named, task, sizes, depends, model(task))
         table[routed][task] = bench.scored(routed, task, sizes, depends, model(ROUTED))
     for task in bench.sample.tasks:
         if task not in bench.sample.known:
-            table[routed][task] = bench.scored(routed, task, bench.sample.main[task], depends, model(ROUTED))
+            table[routed][task] = bench.scored(routed, task, bench.sample.sizes[task], depends, model(ROUTED))
     return table
 
 

@@ -40,8 +40,7 @@ def about(bench: Bench) -> dict[str, Any]:
             }
             for task, expert in bench.experts.items()
         },
-        "num_items": {task: asdict(sizes) for task, sizes in bench.sample.main.items()},
-        "num_items_of_other_systems": {task: asdict(sizes) for task, sizes in bench.sample.few.items()},
+        "num_items": {task: asdict(sizes) for task, sizes in bench.sample.sizes.items()},
     }
 
 
@@ -78,7 +77,7 @@ def _rounded(value: Any) -> Any:
 def systems_result(bench: Bench, table: Table, model: Path) -> dict[str, Any]:
     """Accuracy, loss, shares kept and bytes of every system, and where prompts were routed.
 
-    Shares kept are taken on the items that both the system and the expert answered: the first ones.
+    Shares kept are over the tasks whose answers are generated.
     """
     known = bench.sample.known
     own = {task: table[f"expert {task}"][task] for task in known}
@@ -115,13 +114,13 @@ def _row(known: Any, scores: Mapping[str, Scores], own: Mapping[str, Scores], nu
         "loss_above_experts": {task: bootstrap_mean(values)._asdict() for task, values in losses.items()},
         "bytes": num_bytes,
     }
-    common = {task: min(len(scores[task].right), len(own[task].right)) for task in known}
-    if all(common.values()):
+    answered = [task for task in known if scores[task].right and own[task].right]
+    if answered:
         kept = bootstrap_kept(
-            {task: scores[task].right[:count] for task, count in common.items()},
-            {task: own[task].right[:count] for task, count in common.items()},
+            {task: scores[task].right for task in answered}, {task: own[task].right for task in answered}
         )
-        row["mean_accuracy"] = sum(scores[task].accuracy for task in known) / len(known)
+        row["answered_tasks"] = answered
+        row["mean_accuracy"] = sum(scores[task].accuracy for task in answered) / len(answered)
         row["kept"] = None if kept is None else kept_as_dict(kept)
     return row
 
@@ -130,11 +129,9 @@ def _tests(routed: Mapping[str, Scores], other: Mapping[str, Scores]) -> dict[st
     found: dict[str, dict[str, float]] = {}
     for task in sorted(set(routed) & set(other)):
         ours, theirs = routed[task], other[task]
-        count = min(len(ours.losses), len(theirs.losses))
-        found[task] = {"permutation_p_of_losses": permutation_test(ours.losses[:count], theirs.losses[:count])}
+        found[task] = {"permutation_p_of_losses": permutation_test(ours.losses, theirs.losses)}
         if ours.right and theirs.right:
-            count = min(len(ours.right), len(theirs.right))
-            found[task]["sign_test_p_of_answers"] = sign_test(ours.right[:count], theirs.right[:count])
+            found[task]["sign_test_p_of_answers"] = sign_test(ours.right, theirs.right)
     return found
 
 

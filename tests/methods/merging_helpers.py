@@ -21,7 +21,32 @@ def data_for(name: str, num_experts: int, **context: Any) -> Any:
     """What a row that reads data is given where a test does not care: what makes it the average."""
     if name == "weighted":
         return Coefficients({"w": ((1 / num_experts,),) * num_experts})
-    return None
+    return Statistics() if name in ("regmean", "fisher", "ota") else None
+
+
+class Statistics:
+    """Side tensors: given ones, (O, I) by expert, or else random ones of the shape that is asked for."""
+
+    def __init__(self, given: dict[str, Tensor] | None = None) -> None:
+        self.given = given or {}
+
+    def whole(self, expert: str, rows: int, columns: int) -> Tensor:
+        """Of one expert, by its name alone."""
+        generator = torch.Generator().manual_seed(NAMES.index(expert))
+        return self.given.get(expert, torch.rand(rows, columns, generator=generator, dtype=torch.float64)).double()
+
+    def tile(self, expert: str, context: TensorContext, num_rows: int, num_columns: int) -> Tensor:
+        """As ``SideTensors.tile``."""
+        total = context.stored_shape[-1 if context.is_transposed else 0]
+        return self.whole(expert, total, num_columns)[context.start : context.start + num_rows]
+
+    def gram(self, expert: str, context: TensorContext) -> Tensor:
+        """As ``SideTensors.gram``."""
+        width = context.stored_shape[0 if context.is_transposed else -1]
+        if expert in self.given:
+            return self.given[expert]
+        inputs = self.whole(expert, 2 * width, width) - 0.5
+        return (inputs.T @ inputs).float()
 
 
 def tensor_tiles(

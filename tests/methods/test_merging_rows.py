@@ -13,6 +13,7 @@ import torch
 from mediator_peft.errors import ConfigError
 from mediator_peft.merge import tiles
 from mediator_peft.methods.merging import MERGE_METHODS, TensorContext, drawing
+from mediator_peft.methods.merging.geometry import gram_matrix
 from mediator_peft.methods.merging.row import EMBEDDING, OTHER
 from mediator_peft.methods.merging.weighted import Coefficients, read_coefficients
 from tests.methods.merging_helpers import backbone_of, merged, tensor_tiles
@@ -84,6 +85,33 @@ def test_the_transpose_of_all_matrices_gives_the_transpose(name):
     base, vectors = vectors_of(3)
     turned = merged(name, base.T.contiguous(), vectors.transpose(1, 2))
     torch.testing.assert_close(turned.T, merged(name, base, vectors), rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (5, 9), (9, 5)])
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_opcm_with_whole_bases(shape, share):
+    """As published: R in whole bases of both sides, with its diagonal and its leading square set to zero."""
+    base, vectors = vectors_of(3, shape)
+    total = vectors[0].double().numpy()
+    for vector in vectors[1:].double().numpy():
+        left, values, right = np.linalg.svd(total, full_matrices=True)
+        rank = int(np.argmax(np.cumsum(values) / values.sum() > share))
+        rotated = left.T @ vector @ right.T
+        np.fill_diagonal(rotated, 0)
+        rotated[:rank, :rank] = 0
+        total = total + left @ rotated @ right
+    assert rank > 1 or share < 0.9
+    expected = total * np.mean([vector.double().norm() for vector in vectors]) / np.linalg.norm(total)
+    found = merged("opcm", base, vectors, parameters={"share": share})
+    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-4, atol=1e-6)
+
+
+def test_inner_products_are_sums_in_float64():
+    _, vectors = vectors_of(3, (400, 300))
+    context = TensorContext("w")
+    found = gram_matrix((vectors[:, start : start + 7], context) for start in range(0, 400, 7))
+    exact = vectors.flatten(1).double().numpy()
+    np.testing.assert_allclose(found, exact @ exact.T, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["tsv", "opcm", "doge"])
@@ -161,6 +189,9 @@ EQUAL = {
     "tsv": None,
     "consensus": 0.4 * 3,
     "consensus_ties": None,
+    "fisher": 1.0,
+    "ota": 1.0,
+    "regmean": 1.0,
     "dare": None,
     "dare_ties": None,
     "doge": None,

@@ -9,9 +9,12 @@ from .consensus_ties import CONSENSUS_TIES
 from .dare import DARE
 from .dare_ties import DARE_TIES
 from .doge import DOGE
+from .fisher import FISHER_ROW
 from .karcher import KARCHER
 from .opcm import OPCM
+from .ota import OTA
 from .pcb import PCB
+from .regmean import REGMEAN
 from .row import MergeMethod, Parameter, TensorContext, TensorMethod, TensorView
 from .slerp import SLERP
 from .task_arithmetic import TASK_ARITHMETIC
@@ -30,9 +33,12 @@ MERGE_METHODS: dict[str, MergeMethod] = {
     "dare": DARE,
     "dare_ties": DARE_TIES,
     "doge": DOGE,
+    "fisher": FISHER_ROW,
     "karcher": KARCHER,
     "opcm": OPCM,
+    "ota": OTA,
     "pcb": PCB,
+    "regmean": REGMEAN,
     "slerp": SLERP,
     "task_arithmetic": TASK_ARITHMETIC,
     "ties": TIES,

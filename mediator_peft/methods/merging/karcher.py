@@ -75,6 +75,7 @@ KARCHER = MergeMethod(
     is_entrywise=True,
     takes_context=True,
     survey=karcher_coefficients,
+    needs_base=True,
     paper="Karcher 1977; as merging: mergekit, no paper",
     cost="two passes",
     good_for="any number of experts, whose mean norm is kept where the mean shrinks it",

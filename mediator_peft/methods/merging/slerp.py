@@ -56,6 +56,7 @@ SLERP = MergeMethod(
     survey=slerp_coefficients,
     num_experts=2,
     parameters={"t": Parameter(POSITION, "place between the two experts, in the order of their names", "[0, 1]")},
+    needs_base=True,
     paper="Shoemake 1985; as merging: mergekit, no paper",
     cost="two passes",
     good_for="two experts, whose norm is kept where the mean shrinks it",
