@@ -67,9 +67,10 @@ class FactorsSignEncoding(Encoding):
         shape = (kept.shape[0], kept.shape[1])
         left, right = _factors(parts, shape)
         matrix = left @ right
-        places = _places(parts, shape)
-        matrix[places] += _signed(parts, places)
-        return matrix[kept]
+        places = torch.nonzero(_places(parts, shape).flatten()).flatten()
+        matrix.view(-1)[places] += _signed(parts, len(places))
+        # Looking entries up takes longer than all the rest.
+        return matrix.flatten() if bool(kept.all()) else matrix[kept]
 
     def value_bytes(self, num_kept: float, num_rows: int, number_size: int) -> float:
         # As if the matrix were square; what is known of the matrix is in total_bytes.
@@ -96,7 +97,7 @@ class FactorsSignEncoding(Encoding):
         result = F.linear(F.linear(x, right), left)
         places = _places(parts, shape)
         rows, columns = torch.nonzero(places, as_tuple=True)
-        return result.index_add(-1, rows, x[..., columns] * _signed(parts, places))
+        return result.index_add(-1, rows, x[..., columns] * _signed(parts, len(rows)))
 
 
 def factor_rank(shape: tuple[int, int], density: float) -> int:
@@ -140,9 +141,10 @@ def _places(parts: Parts, shape: tuple[int, int]) -> Tensor:
     return unpack_bits(bitmap, shape[1]).to(stored.device)
 
 
-def _signed(parts: Parts, places: Tensor) -> Tensor:
+def _signed(parts: Parts, number: int) -> Tensor:
+    """Plus or minus the scale: (number,) float32."""
     scale = parts["scale"].float()
-    return torch.where(unpack_bits(parts["signs"], int(places.sum())), -scale, scale)
+    return torch.where(unpack_bits(parts["signs"], number), -scale, scale)
 
 
 def _scale(rest: Tensor, places: Tensor, rescale: str) -> Tensor:
