@@ -1,6 +1,7 @@
 """The rules that carry the layout: imports go one way, no modules import each other, private names stay private."""
 
 import ast
+import os
 import subprocess
 import sys
 from collections import namedtuple
@@ -210,27 +211,46 @@ def test_building_needs_neither_peft_nor_transformers(code):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "import mediator_peft, peft",
-        "import peft, mediator_peft",
-        "import mediator_peft.cli.app, peft",
-        "from mediator_peft import MediatorConfig",
-        "import mediator_peft.tuner",
-        "import mediator_peft.tuner.layer",
-        "import mediator_peft.tuner.loading",
-    ],
+FIRST_IMPORTS = (
+    "import mediator_peft, peft",
+    "import peft, mediator_peft",
+    "import mediator_peft.cli.app, peft",
+    "from mediator_peft import MediatorConfig",
+    "import mediator_peft.tuner",
+    "import mediator_peft.tuner.layer",
+    "import mediator_peft.tuner.loading",
 )
-def test_peft_knows_the_method_whoever_is_imported_first(first):
-    code = (
-        f"{first}\n"
-        "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING\n"
-        "from mediator_peft import MediatorConfig, MediatorModel\n"
-        "assert PEFT_TYPE_TO_CONFIG_MAPPING['MEDIATOR'] is MediatorConfig\n"
-        "assert PEFT_TYPE_TO_TUNER_MAPPING['MEDIATOR'] is MediatorModel\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs to fork")
+def test_peft_knows_the_method_whoever_is_imported_first():
+    """Each order in a fork of one process, which has imported what both packages need and neither of them."""
+    code = f"""
+import os, sys, traceback
+import torch, transformers, transformers.modeling_utils, transformers.pytorch_utils
+try:
+    import bitsandbytes
+except ImportError:
+    pass
+assert "peft" not in sys.modules and "mediator_peft" not in sys.modules
+for first in {FIRST_IMPORTS!r}:
+    child = os.fork()
+    if not child:
+        try:
+            exec(first)
+            from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+            from mediator_peft import MediatorConfig, MediatorModel
+            assert PEFT_TYPE_TO_CONFIG_MAPPING["MEDIATOR"] is MediatorConfig
+            assert PEFT_TYPE_TO_TUNER_MAPPING["MEDIATOR"] is MediatorModel
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(first)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_public_name_is_there():

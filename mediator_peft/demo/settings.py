@@ -45,7 +45,7 @@ FULL = DemoSettings(
     num_losses=50,
 )
 QUICK = DemoSettings(
-    recipes={"maths": ExpertRecipe(35), "cron": ExpertRecipe(60), "spelling": ExpertRecipe(60)},
+    recipes={"maths": ExpertRecipe(25), "cron": ExpertRecipe(45), "spelling": ExpertRecipe(45)},
     num_test={"maths": 25, "cron": 50, "spelling": 50, "capitals": 25, "opposites": 25},
     num_elsewhere=10,
     num_calibration=50,

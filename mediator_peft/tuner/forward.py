@@ -214,6 +214,9 @@ class RoutedForward:
     @property
     def _is_sharded(self) -> bool:
         """Whether FSDP gathers weights for a block at a time: what is written into them would be dropped."""
+        # Asked at every step, and going through all modules takes a millisecond: FSDP needs a process group.
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return False
         return any(type(module).__name__.startswith("FSDP") for module in self._active.model.modules())
 
     def _let_go(self, experts: Sequence[str]) -> None:

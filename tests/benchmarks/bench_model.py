@@ -65,6 +65,7 @@ def random_model(num_layers: int, encoding: str, density: float) -> Any:
     for layer in wrapped.base_model.routed_layers().values():
         for name in NAMES:
             layer.bank("default").put(name, random_delta(layer.shape, encoding, density))
+    wrapped.base_model.active.awaited.clear()
     return wrapped.eval()
 
 

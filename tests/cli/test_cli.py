@@ -127,10 +127,8 @@ def test_prompts_with_answers_go_to_whoever_answers_them_right(folder):
     prompts = [f"{number} times what is {number} then" for number in range(30)]
     nearest = [route.nearest for route in route_prompts(model, tokenizer, prompts)]
     by_base = answer_prompts(model, tokenizer, prompts, expert_weights="base")
-    by_expert = [
-        answer_prompts(model, tokenizer, [prompt], expert_weights=name)[0]
-        for prompt, name in zip(prompts, nearest, strict=True)
-    ]
+    answers = {name: answer_prompts(model, tokenizer, prompts, expert_weights=name) for name in ("math", "code")}
+    by_expert = [answers[name][number] for number, name in enumerate(nearest)]
     # Each is answered right by the base; by the expert too where both say the same.
     pairs = [(one, two) for one, two in zip(by_base, by_expert, strict=True) if one.strip()]
     lines = [{"prompt": prompt, "answer": one} for prompt, one in zip(prompts, by_base, strict=True) if one.strip()]

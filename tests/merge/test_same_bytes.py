@@ -130,7 +130,7 @@ def test_in_memory_and_offline_give_the_same_model(paths, tmp_path, settings):
 
 SLOW_BUILD = """
 import sys, time
-from mediator_peft import MediatorConfig, build_mediator
+from mediator_peft import build_mediator
 from mediator_peft.merge import journal as pieces
 put = pieces.JournalStore.put
 def slow(*arguments):
@@ -139,7 +139,7 @@ def slow(*arguments):
 pieces.JournalStore.put = slow
 print("go", flush=True)
 experts = dict(pair.split("=") for pair in sys.argv[4:])
-build_mediator(sys.argv[1], experts, sys.argv[2], MediatorConfig(), workers=int(sys.argv[3]))
+build_mediator(sys.argv[1], experts, sys.argv[2], None, workers=int(sys.argv[3]))
 """
 
 
@@ -232,11 +232,11 @@ def test_two_builds_of_one_output_do_not_meet(paths, tmp_path, monkeypatch):
 RANKS = """
 import sys
 import torch.distributed as dist
-from mediator_peft import MediatorConfig, build_mediator
+from mediator_peft import build_mediator
 dist.init_process_group("gloo")
 experts = dict(pair.split("=") for pair in sys.argv[3:])
 try:
-    build_mediator(sys.argv[1], experts, sys.argv[2], MediatorConfig())
+    build_mediator(sys.argv[1], experts, sys.argv[2])
 finally:
     dist.destroy_process_group()
 """

@@ -140,6 +140,19 @@ def test_a_compiled_decode_step_with_a_static_route_gives_the_same(model, spec):
 
 
 @torch.no_grad()
+def test_a_further_step_does_not_go_through_all_modules(model, monkeypatch):
+    """Which would take a millisecond of each decode step."""
+    prompts = random_prompts(1)
+    with model.use_experts("math"):
+        expected = model(input_ids=prompts).logits
+        monkeypatch.setattr(
+            type(model.base_model.model), "named_modules", lambda *_, **__: pytest.fail("all modules were gone through")
+        )
+        assert torch.equal(model(input_ids=prompts).logits, expected)
+        monkeypatch.undo()
+
+
+@torch.no_grad()
 def test_offloaded_layers_keep_their_deltas(paths, model, tmp_path):
     placement = {
         "model.embed_tokens": "cpu",
