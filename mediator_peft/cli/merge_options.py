@@ -51,7 +51,7 @@ TargetModule = Annotated[
 ConflictScore = Annotated[str, _setting("Conflict score that ranks blocks: sign, sign_any or energy.")]
 ConflictDensity = Annotated[float, _setting("Share of largest entries used in the conflict score, in (0, 1].")]
 ConflictThreshold = Annotated[float, _setting("With routed-layers auto: blocks with at least this score are routed.")]
-Router = Annotated[str, _setting("Router: gaussian, mlp or prototype.")]
+Router = Annotated[str, _setting("Router: gaussian, knn, mlp or prototype.")]
 RouterLayer = Annotated[
     str, _setting("The router uses the hidden state after this many blocks; auto lets fit-router choose.")
 ]
