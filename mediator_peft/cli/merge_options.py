@@ -81,7 +81,7 @@ Always = Annotated[
 AlwaysRule = Annotated[
     str | None, _setting("Weights of always: as given, alpha (relative to the experts' task vectors) or alpha-omega.")
 ]
-Router = Annotated[str, _setting("Router: gaussian, mlp or prototype.")]
+Router = Annotated[str, _setting("Router: gaussian, knn, mlp or prototype.")]
 RouterLayer = Annotated[
     str, _setting("The router uses the hidden state after this many blocks; auto lets fit-router choose.")
 ]

@@ -108,14 +108,19 @@ BACKGROUND_PROMPTS: tuple[str, ...] = (
 """None of them is from a benchmark, nor from the demo's tasks and test sets."""
 
 
-def background_families(seed: int, per_family: int = 40) -> dict[str, list[str]]:
+def background_families(seed: int, per_family: int = 24) -> dict[str, list[str]]:
     """The library's background prompts: family → prompts.
 
     Args:
         seed: of the generated ones. Each family is drawn on its own, so another family changes nothing.
         per_family: at most so many prompts of each.
     """
-    families: dict[str, list[str]] = {"requests of many kinds": list(BACKGROUND_PROMPTS[: 2 * per_family])}
+
+    def some(name: str, prompts: Sequence[str], count: int) -> list[str]:
+        return Random(f"{seed} {name}").sample(list(prompts), min(count, len(prompts)))
+
+    first = "requests of many kinds"
+    families: dict[str, list[str]] = {first: some(first, BACKGROUND_PROMPTS, 2 * per_family)}
     fixed: dict[str, Sequence[str]] = {
         **texts.OTHER_LANGUAGES,
         "code": texts.CODE,
@@ -123,7 +128,7 @@ def background_families(seed: int, per_family: int = 40) -> dict[str, list[str]]
         "very short": texts.VERY_SHORT,
         "reviews and mail": texts.REVIEWS_AND_MAIL,
     }
-    families.update({name: list(prompts[:per_family]) for name, prompts in fixed.items()})
+    families.update({name: some(name, prompts, per_family) for name, prompts in fixed.items()})
     for name, draw in _GENERATED.items():
         rng = Random(f"{seed} {name}")
         families[name] = list(dict.fromkeys(draw(rng) for _ in range(per_family)))

@@ -88,6 +88,18 @@ TEXT_REQUESTS: tuple[str, ...] = (
     "{} - rewrite as a tweet",
     "Put this into the future tense: {}",
     "Extract the nouns: {}",
+    "Which language is this? {}",
+    "Put this into indirect speech: {}",
+    "{} What tense is this?",
+    "Expand this into a paragraph: {}",
+    "Summarise in 20 words: {}",
+    "Make this sound more enthusiastic: {}",
+    "Who could have written this? {}",
+    "{}\nTranslate to Swedish.",
+    "Find three adjectives that describe this text: {}",
+    "Turn this into a poem of 8 lines: {}",
+    "Is this a statement or a question? {}",
+    "Choose a title: {}",
 )
 """``{}`` is one of ``SENTENCES``."""
 
@@ -102,6 +114,13 @@ SENTENCES: tuple[str, ...] = (
     "She opened the window, looked at the garden and smiled.",
     "It is not allowed to feed the animals in the zoo.",
     "Sales rose by a third in the second half of the year.",
+    "The ticket includes the museum and a guided tour.",
+    "i lost my keys again lol",
+    "Our club planted flowers in front of the town hall.",
+    "Passengers are asked to keep their bags with them.",
+    "He repaired clocks for more than forty years.",
+    "The soup was cold and nobody apologised.",
+    "Entry is free for children under 12.",
 )
 
 OTHER_LANGUAGES: dict[str, tuple[str, ...]] = {
@@ -132,6 +151,11 @@ OTHER_LANGUAGES: dict[str, tuple[str, ...]] = {
         "Hur bakar man bröd?",
         "Tack så mycket!",
         "Vem uppfann telefonen?",
+        "Gib mir 5 Ideen für das Wochenende.",
+        "Ich warte seit 20 Minuten auf den Bus.",
+        "Warum ist Schlaf so wichtig?",
+        "Geef me 3 tips tegen stress.",
+        "Berätta något roligt.",
     ),
     "romance": (
         "Quelle heure est-il à Montréal ?",
@@ -174,6 +198,12 @@ OTHER_LANGUAGES: dict[str, tuple[str, ...]] = {
         "O jogo terminou empatado.",
         "Quem inventou o rádio?",
         "Dê três dicas para estudar melhor.",
+        "Donne-moi 10 idées pour le week-end.",
+        "J'attends depuis 45 minutes.",
+        "Que penses-tu des voitures électriques ?",
+        "Dame 7 consejos para ahorrar.",
+        "Dammi 4 consigli per studiare.",
+        "Tenho 2 irmãos e um cão.",
     ),
     "other Latin script": (
         "Jaka jest dzisiaj pogoda?",
@@ -198,6 +228,8 @@ OTHER_LANGUAGES: dict[str, tuple[str, ...]] = {
         "Tulis puisi tentang laut.",
         "Terima kasih banyak.",
         "Siapa yang menemukan telepon?",
+        "Daj mi 6 pomysłów na prezent.",
+        "Bana 3 film öner.",
     ),
     "Cyrillic and Greek": (
         "Какая сегодня погода в Москве?",
@@ -220,6 +252,8 @@ OTHER_LANGUAGES: dict[str, tuple[str, ...]] = {
         "Ευχαριστώ πολύ!",
         "Πώς φτιάχνεται η σούπα;",
         "Ποιος έγραψε αυτό το βιβλίο;",
+        "Дай мне 5 советов о здоровье.",
+        "Мне 30 лет.",
     ),
     "Arabic, Hebrew, Devanagari": (
         "كيف حال الطقس اليوم؟",
@@ -264,6 +298,9 @@ OTHER_LANGUAGES: dict[str, tuple[str, ...]] = {
         "김치찌개는 어떻게 만들어요?",
         "감사합니다.",
         "전화기는 누가 발명했나요?",
+        "给我8个关于学习的建议。",
+        "我今年25岁。",
+        "旅行のアイデアを5つください。",
     ),
 }
 """Family → questions, requests, small talk and statements in its languages."""
@@ -308,6 +345,20 @@ CODE_QUESTIONS: tuple[str, ...] = (
     "What does 'undefined is not a function' mean in {}?",
     "Convert this loop to a recursive function in {}.",
     "How do I parse dates in {}?",
+    "Write a {} class that models a car park.",
+    "Which {} framework should a beginner learn?",
+    "Give me a {} example of inheritance.",
+    "How do I connect {} to a web service?",
+    "Write a {} program that prints the multiplication table up to 12.",
+    "Why does my {} test time out after 30 seconds?",
+    "What is the {} way to copy a dictionary?",
+    "Show me a regular expression in {}.",
+    "How do I round a float in {}?",
+    "How large may an integer be in {}?",
+    "Debug this: my {} server answers with status 500.",
+    "Compare {} with C# for games.",
+    "Name five good {} libraries for plotting.",
+    "How do I delete a file in {}?",
 )
 """``{}`` is one of ``PROGRAMMING_LANGUAGES``."""
 
@@ -376,6 +427,18 @@ FURTHER: tuple[str, ...] = (
     "Prices have doubled since then.",
     "Many of them had come for the first time.",
     "The results were published in a journal.",
+    "The auction brought in a record sum.",
+    "The court will decide on the case next week.",
+    "Shares of the firm fell by 4 percent.",
+    "Two people were taken to hospital.",
+    "The rule applies to all member states.",
+    "Doctors advise the elderly to get vaccinated.",
+    "The match ended 2 to 1.",
+    "Unemployment fell to its lowest level since 1991.",
+    "Police are looking for witnesses.",
+    "The film opens in cinemas on Thursday.",
+    "An appeal is possible.",
+    "The mayor called it a good day for the town.",
 )
 """Sentences of news-like paragraphs."""
 
@@ -401,6 +464,14 @@ ENCYCLOPEDIC: tuple[str, ...] = (
     "The region has a mild climate with dry summers and wet winters.",
     "A treaty is an agreement between states that is binding in international law.",
     "The bridge spans the valley at a height of ninety metres.",
+    "Press the button for three seconds until the light turns green.",
+    "Store the product in a dry place below 25 degrees.",
+    "Applicants must send two references by the end of March.",
+    "The patient should rest and drink plenty of water.",
+    "The lake covers 14 square kilometres and is fed by three streams.",
+    "In chess, each player begins with sixteen pieces.",
+    "The novel tells the story of two brothers during the war.",
+    "Members elect the board every two years.",
 )
 
 REVIEWS_AND_MAIL: tuple[str, ...] = (

@@ -258,6 +258,7 @@ def _calibrate_with_rule(
     everything = torch.ones(len(labels), dtype=torch.bool)
     rows, their_labels = _with_variations(features, labels.to(features.device), augmented, everything)
     background = negatives.subset(negatives.is_background)
+    router.basis = negatives.basis
     router.fit(rows, their_labels, background.features)
     router.set_rule(fitted_rule(rows, their_labels, negatives, combination))
     held_out = HeldOut(left_out.scores, combined_ood_score(left_out.statistics, combination), left_out.distance, folds)

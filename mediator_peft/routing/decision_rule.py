@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 _RIDGE = 0.03
+_RIDGE_IN_BASIS = 0.1
 _STACKING_RIDGE = 1e-3
 _MOST_STEPS = 100
 
@@ -39,9 +40,18 @@ class Negatives(NamedTuple):
     """(M,) bool; False for hard negatives, which are trained on and take no part in the stated rate of unknown prompts:
     some of them are requests that an expert serves well."""
 
+    basis: Tensor | None = None
+    """(H, H) of :func:`~mediator_peft.routing.wording.wording_basis`, or None where there are no reference prompts."""
+
     def subset(self, rows: Tensor) -> Negatives:
         """The chosen rows, (M,) bool."""
-        return Negatives(*(column[rows] for column in self))
+        return Negatives(self.features[rows], self.families[rows], self.is_background[rows], self.basis)
+
+    def in_basis(self, features: Tensor) -> Tensor:
+        """(…, H) features in the basis; as they are without one."""
+        if self.basis is None:
+            return features
+        return (features.double() @ self.basis.to(features.device).double()).float()
 
 
 class DecisionRule(NamedTuple):
@@ -106,7 +116,8 @@ def fit_detectors(features: Tensor, labels: Tensor, negatives: Negatives, num_ex
     """One logistic regression per expert: its prompts against all negatives.
 
     Both sides weigh the same, and on the negative side every family weighs the same. Another expert's prompts are on
-    neither side: which expert is the scores' matter, and an expert can be added without touching the others.
+    neither side: which expert is the scores' matter, and an expert can be added without touching the others. The ridge
+    is one of the negatives' basis, where there is one.
 
     Args:
         features: (N, H) of the experts' prompts.
@@ -115,9 +126,21 @@ def fit_detectors(features: Tensor, labels: Tensor, negatives: Negatives, num_ex
         num_experts: K
 
     Returns:
-        Weights (K, H) and biases (K,), float32.
+        Weights (K, H) and biases (K,), float32, for the features as they are.
     """
+    inside = negatives._replace(features=negatives.in_basis(negatives.features))
+    weight, bias = fit_detectors_inside(negatives.in_basis(features), labels, inside, num_experts)
+    if negatives.basis is not None:
+        weight = (weight.double() @ negatives.basis.double().cpu().T).float()
+    return weight, bias
+
+
+def fit_detectors_inside(
+    features: Tensor, labels: Tensor, negatives: Negatives, num_experts: int
+) -> tuple[Tensor, Tensor]:
+    """As :func:`fit_detectors`, where all features are in the basis already; so are the detectors."""
     against = equal_weights(negatives.families)
+    in_basis = negatives.basis is not None
     fitted = []
     for expert in range(num_experts):
         own = features[labels == expert]
@@ -126,7 +149,8 @@ def fit_detectors(features: Tensor, labels: Tensor, negatives: Negatives, num_ex
                 torch.cat([own, negatives.features]),
                 torch.cat([torch.ones(len(own)), torch.zeros(len(against))]),
                 torch.cat([torch.full((len(own),), 0.5 / max(1, len(own))), 0.5 * against]),
-                _RIDGE,
+                _RIDGE_IN_BASIS if in_basis else _RIDGE,
+                common_scale=in_basis,
             )
         )
     return torch.stack([weight for weight, _ in fitted]), torch.stack([bias for _, bias in fitted])
@@ -158,7 +182,9 @@ def equal_weights(groups: Tensor) -> Tensor:
     return 1.0 / (counts[place].float() * len(counts))
 
 
-def fit_logistic(features: Tensor, targets: Tensor, weights: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+def fit_logistic(
+    features: Tensor, targets: Tensor, weights: Tensor, ridge: float, common_scale: bool = False
+) -> tuple[Tensor, Tensor]:
     r"""Weighted logistic regression on standardised features, by full-batch L-BFGS from zero.
 
     .. math:: \min_{w, b} \sum_i v_i \log(1 + e^{-y_i (w^\top \tilde z_i + b)}) + \tfrac{\rho}{2}\|w\|^2
@@ -168,6 +194,7 @@ def fit_logistic(features: Tensor, targets: Tensor, weights: Tensor, ridge: floa
         targets: (N,) 1 or 0.
         weights: (N,) v, which sum to 1.
         ridge: :math:`\rho`, for features of unit variance.
+        common_scale: standardise by one scale for all features, for a ridge that depends on no choice of axes.
 
     Returns:
         Weight (H,) and bias () for the features as they are, float32.
@@ -175,6 +202,8 @@ def fit_logistic(features: Tensor, targets: Tensor, weights: Tensor, ridge: floa
     rows, weights, targets = features.detach().double().cpu(), weights.double().cpu(), targets.double().cpu()
     mean = (weights.unsqueeze(1) * rows).sum(dim=0)
     scale = (weights.unsqueeze(1) * (rows - mean).square()).sum(dim=0).sqrt()
+    if common_scale:
+        scale = scale.square().mean().sqrt().expand_as(scale)
     # A feature that never varies says nothing, whatever value it has later.
     useful = scale > 1e-6 * float(scale.max().clamp(min=1e-12))
     inverse = torch.where(useful, 1 / scale.clamp(min=1e-12), 0.0)

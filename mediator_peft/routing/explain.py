@@ -1,8 +1,9 @@
-"""Why a prompt goes where it goes, in numbers and in one sentence."""
+"""Why a prompt goes where it goes, in numbers and in one plain sentence."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,10 @@ from torch import Tensor
 from .gate import GateSettings, gate
 from .ood import Known, fit_tail, gate_coefficients, threshold
 from .uncertainty import normalised_entropy
+from .unreadable import to_the_base
+
+_LITTLE = 0.05
+_NOT_FAR = 1.2
 
 
 class Explanation(NamedTuple):
@@ -47,6 +52,10 @@ class Explanation(NamedTuple):
     expert_weights: dict[str, float]
     """What is mixed; columns of no weight are left out."""
 
+    times_usual: float | None = None
+    """Distance to the nearest expert's texts over the median distance of its own known prompts; None where the
+    router's distance has no such scale."""
+
     @property
     def novelty(self) -> float:
         """Former name of ``ood_score``."""
@@ -57,14 +66,35 @@ class Explanation(NamedTuple):
         """Former name of ``gate_coefficient``."""
         return self.gate_coefficient
 
+    @property
+    def reason(self) -> str:
+        """One plain sentence: what the prompt is like, and where it goes for that."""
+        return f"{self._likeness()} → {self._destination()}"
+
+    def _likeness(self) -> str:
+        if not math.isfinite(self.ood_score):
+            return "there is nothing to read: no text, or a hidden state that holds NaN or infinity"
+        times = "" if self.times_usual is None else f", {self.times_usual:.1f} × its usual distance"
+        if self.gate_coefficient <= _LITTLE:
+            if self.times_usual is not None and self.times_usual < _NOT_FAR:
+                return f"near the calibration texts of {self.nearest}{times}, but more like background prompts"
+            return f"unlike every calibration text (closest: {self.nearest}{times})"
+        if self.gate_coefficient < 1 - _LITTLE:
+            return f"between the calibration texts of {self.nearest}{times} and background prompts"
+        if self.is_ood:
+            return f"unlike the calibration texts of {self.nearest}{times}, but more like them than background prompts"
+        return f"like the calibration texts of {self.nearest}"
+
+    def _destination(self) -> str:
+        if len(self.expert_weights) == 1 and max(self.expert_weights.values()) > 1 - _LITTLE:
+            return next(iter(self.expert_weights))
+        return " + ".join(f"{weight:.2f} {name}" for name, weight in self.expert_weights.items()) or "the backbone"
+
     def __str__(self) -> str:
-        mix = " + ".join(f"{weight:.2f} {name}" for name, weight in self.expert_weights.items()) or "the backbone"
-        above, verdict = ("above", "unlike its calibration texts") if self.is_ood else ("within", "like them")
         return (
-            f"{mix}: nearest is {self.nearest} (p = {self.probabilities[self.nearest]:.2f}), "
-            f"OOD score {self.ood_score:.4g} "
-            f"{above} its threshold {self.threshold:.4g}: {verdict} "
-            f"(gate coefficient {self.gate_coefficient:.2f}, uncertainty {self.uncertainty:.2f})"
+            f"{self.reason} (p = {self.probabilities[self.nearest]:.2f}, OOD score {self.ood_score:.4g} "
+            f"{'above' if self.is_ood else 'within'} its threshold {self.threshold:.4g}, "
+            f"gate coefficient {self.gate_coefficient:.2f}, uncertainty {self.uncertainty:.2f})"
         )
 
 
@@ -75,6 +105,8 @@ def explain_rows(
     known: Known,
     settings: GateSettings,
     columns: Sequence[str],
+    unreadable: Tensor | None = None,
+    times_usual: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> list[Explanation]:
     """One explanation a prompt.
 
@@ -85,13 +117,21 @@ def explain_rows(
         known: the held-out statistics of both.
         settings: of the gate.
         columns: names of the expert-weight columns, the K experts first.
+        unreadable: (B,) bool, True for prompts of which nothing can be read; None for none.
+        times_usual: (distances, usual ones) → how many times as far; None for distances without such a scale.
     """
     decided = gate(scores, ood_score, distance, known, settings)
+    if unreadable is not None:
+        decided = to_the_base(decided, unreadable, settings.fallback_column)
+        scores = torch.where(unreadable[:, None], 0.0, scores)
+        ood_score = torch.where(unreadable, torch.inf, ood_score)
     tail = fit_tail(known.ood_score, known.labels, scores.shape[1])
     nearest = scores.argmax(dim=1)
     trusted = gate_coefficients(ood_score, distance, nearest, known, settings.ood_alpha, settings.ood_beta)
     limits = threshold(tail, settings.ood_alpha)[nearest]
     ambiguity = normalised_entropy(scores.float().softmax(dim=1))
+    usual = torch.stack([known.distance[known.labels == k].median() for k in range(scores.shape[1])])
+    times = None if times_usual is None else times_usual(distance, usual[nearest])
     explanations = []
     for row in range(len(scores)):
         probabilities = scores[row].float().softmax(dim=0)
@@ -109,6 +149,7 @@ def explain_rows(
                 uncertainty=float(decided.uncertainty[row]),
                 is_ood=bool(decided.is_ood[row]),
                 expert_weights={name: weight for name, weight in weights if weight > 0},
+                times_usual=None if times is None else float(times[row]),
             )
         )
     return explanations

@@ -16,6 +16,7 @@ from .decision_rule import (
     equal_weights,
     fit_combination,
     fit_detectors,
+    fit_detectors_inside,
 )
 from .routers import Router
 
@@ -68,26 +69,30 @@ def leave_out(
     num_experts = int(labels.max()) + 1
     texts = torch.zeros(1 + len(copies), len(features), 2 + num_experts)
     others = torch.zeros(len(negatives.features), 2 + num_experts)
+    inside = negatives._replace(features=negatives.in_basis(negatives.features))
+    own_inside, copies_inside = negatives.in_basis(features), negatives.in_basis(copies)
     for fold in present.tolist():
         out, family_out = folds == fold, family_folds == fold
         rows = torch.cat([features[~out], copies[:, ~out].flatten(0, 1)])
         their_labels = labels[~out].repeat(1 + len(copies))
         rest = negatives.subset(~family_out)
         router = make_router()
+        router.basis = negatives.basis
         router.fit(rows, their_labels, rest.features[rest.is_background])
-        detectors = fit_detectors(rows, their_labels, rest, num_experts)
-        for number, some in enumerate([features, *copies]):
-            texts[number, out] = _judged(router, detectors, some[out])
-        others[family_out] = _judged(router, detectors, negatives.features[family_out])
+        rows_inside = torch.cat([own_inside[~out], copies_inside[:, ~out].flatten(0, 1)])
+        detectors = fit_detectors_inside(rows_inside, their_labels, inside.subset(~family_out), num_experts)
+        for number, (some, same) in enumerate(zip([features, *copies], [own_inside, *copies_inside], strict=True)):
+            texts[number, out] = _judged(router, detectors, some[out], same[out])
+        others[family_out] = _judged(router, detectors, negatives.features[family_out], inside.features[family_out])
     return LeftOut(texts[0, :, 2:], -texts[0, :, 1], texts[0, :, :2], texts[1:, :, :2], others[:, 2:], others[:, :2])
 
 
 @torch.no_grad()
-def _judged(router: Router, detectors: tuple[Tensor, Tensor], features: Tensor) -> Tensor:
-    """(B, 2 + K): the two statistics, and the scores."""
+def _judged(router: Router, detectors: tuple[Tensor, Tensor], features: Tensor, inside: Tensor) -> Tensor:
+    """(B, 2 + K): the two statistics, and the scores; the detectors take the features in the basis."""
     scores, distance = router.scores(features).cpu(), router.distance(features).cpu()
     weight, bias = detectors
-    return torch.cat([detector_statistics(weight, bias, features.cpu(), scores.argmax(dim=1), distance), scores], dim=1)
+    return torch.cat([detector_statistics(weight, bias, inside.cpu(), scores.argmax(dim=1), distance), scores], dim=1)
 
 
 def combination_of(left_out: LeftOut, labels: Tensor, negatives: Negatives) -> Tensor:

@@ -23,9 +23,19 @@ from ..methods.encoding.bitmaps import count_bits
 from ..routing.calibration_data import Columns, hash_folds
 from ..routing.decision_rule import Negatives
 from ..routing.routers import Router
+from ..routing.wording import wording_basis
 from .condensing import RESIDUAL_DENSITY, find_equal, nearest_family, residual
 from .config import FALLBACK_EXPERT, MediatorConfig, expert_name_faults
-from .fitting import augmented_rows, hard_negative_rows, negative_rows, read_texts, row_features, settle, token_rows
+from .fitting import (
+    augmented_rows,
+    hard_negative_rows,
+    negative_rows,
+    read_texts,
+    reference_rows,
+    row_features,
+    settle,
+    token_rows,
+)
 from .layer import MediatorLayer, reading_weights
 from .merged_weight import plain_weight
 from .quantized import is_plain
@@ -299,7 +309,11 @@ def _extended(
     folds = torch.tensor(hash_folds(data.texts, data.labels, router.num_folds, config.seed))
     by_way = features[:num_own].unflatten(0, (-1, size))
     near = features[num_own:] if against is None else features[:0]
-    negatives = None if against is None else against.with_features(features[num_own:])
+    basis = None
+    reference = None if against is None else reference_rows(tokenizer, config.seed, max_length)
+    if reference is not None:
+        basis = wording_basis(row_features(prompts, reference.rows, batch_size, None, False), reference.tasks)
+    negatives = None if against is None else against.with_features(features[num_own:], basis)
     larger = extend_router(router, by_way[0], folds, by_way[1:], near.unflatten(0, (-1, size)), negatives)
     settle(larger, prompts.active)
     return larger

@@ -25,6 +25,7 @@ from ..routing.depth import choose_depth
 from ..routing.feature_cache import FeatureCache
 from ..routing.hard_negatives import HARD_NEGATIVE_FORMS, hard_negatives
 from ..routing.routers import Router
+from ..routing.wording import choose_depth_by_wordings, reference_prompts, wording_basis
 from .chat_turns import padded, turn_contents, unwrapped, user_turns
 from .config import MediatorConfig
 from .layer import reading_weights
@@ -33,17 +34,17 @@ from .routing import ActiveAdapter, PromptRouter
 _MOST_UNKNOWN = 0.2
 _HASHED_AT_ONCE = 1 << 24
 _FEWEST_BACKGROUND = 20
-_HARD_PER_EXPERT = 50
+_HARD_PER_EXPERT = 25
 _TRIED = 100
 _HARD_FAMILIES = ("other questions about the same subject", "other commands about the same subject")
 RANDOM_TOKENS = "random tokens"
 
-COPIES = 2
-"""Altered copies of each calibration text; each is altered in another way."""
+COPIES = 1
+"""Altered copies of each calibration text, in a way that its text decides."""
 
-DEPTH_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
-"""Shares of the blocks after which the hidden state may be read, with ``router_layer="auto"``. Half of the blocks is
-what a request can bear: about 4 % of its time (``docs/routing.md``)."""
+DEPTH_SHARES = (0.1, 0.2, 0.3, 0.4)
+"""Shares of the blocks after which the hidden state may be read, with ``router_layer="auto"``. Half of the blocks did
+not decide better than two fifths (``docs/routing.md``)."""
 
 
 def fit_router(
@@ -74,8 +75,17 @@ def fit_router(
     copies = augmented_rows(config, tokenizer, rows, max_length) if augmented else []
     against = negative_rows(config, tokenizer, data, rows, background, hard_negatives, max_length)
     layers = depths(prompts)
-    everything = [*rows, *copies, *against.rows]
-    features = row_features(prompts, everything, batch_size, cache_folder, show_progress, ranks, layers)
+
+    def read(some: list[list[int]]) -> Tensor:
+        return row_features(prompts, some, batch_size, cache_folder, show_progress, ranks, layers)
+
+    basis = None
+    reference = reference_rows(tokenizer, config.seed, max_length) if against.can_make_a_rule else None
+    if reference is not None:
+        states = read(reference.rows)
+        chosen = choose_depth_by_wordings(list(states.unbind(1)), *reference[1:]) if len(layers) > 1 else 0
+        basis, layers = wording_basis(states[:, chosen], reference.tasks), [layers[chosen]]
+    features = read([*rows, *copies, *against.rows])
     num_own = num_texts + len(copies)
     old = prompts.active.router
     router = type(old)(old.num_experts, old.num_features, config.seed)
@@ -89,7 +99,7 @@ def fit_router(
         return (
             features[:num_texts, place],
             _by_way(features[num_texts:num_own, place], num_texts),
-            against.with_features(features[num_own:, place]),
+            against.with_features(features[num_own:, place], basis),
         )
 
     candidates = [parts(place) for place in range(len(layers))]
@@ -135,12 +145,37 @@ class NegativeRows(NamedTuple):
         """The families, in the order of their numbers."""
         return sorted(set(self.families))
 
-    def with_features(self, features: Tensor) -> Negatives | None:
-        """With (M, H) features of the rows; None where there are too few for a decision rule."""
-        background = [family not in self.hard for family in self.families]
-        if sum(background) < _FEWEST_BACKGROUND:
+    @property
+    def can_make_a_rule(self) -> bool:
+        """Whether there are enough background prompts for a decision rule."""
+        return sum(family not in self.hard for family in self.families) >= _FEWEST_BACKGROUND
+
+    def with_features(self, features: Tensor, basis: Tensor | None = None) -> Negatives | None:
+        """With (M, H) features of the rows, and the basis; None where there are too few for a decision rule."""
+        if not self.can_make_a_rule:
             return None
-        return Negatives(features, family_numbers(self.families), torch.tensor(background))
+        background = torch.tensor([family not in self.hard for family in self.families])
+        return Negatives(features, family_numbers(self.families), background, basis)
+
+
+class ReferenceRows(NamedTuple):
+    """Token ids of requests in many wordings; see :mod:`~mediator_peft.routing.wording`."""
+
+    rows: list[list[int]]
+    """One a prompt."""
+
+    tasks: Tensor
+    """(P,) number of each prompt's task."""
+
+    wordings: Tensor
+    """(P,) number of its wording."""
+
+
+def reference_rows(tokenizer: Any, seed: int, max_length: int) -> ReferenceRows | None:
+    """The reference prompts; None where the tokenizer does not know their words."""
+    texts, tasks, wordings = reference_prompts(seed)
+    rows = token_rows(tokenizer, texts, max_length)
+    return None if _are_unknown(unwrapped(tokenizer), rows) else ReferenceRows(rows, tasks, wordings)
 
 
 def negative_rows(

@@ -357,10 +357,14 @@ class PromptRouter:
             ids, mask = _tokenised(prompts, tokenizer, use_template, max_length)
         device = self.active.device
         features = self.features(ids.to(device), mask.to(device)).to(router.known_novelty.device)
+        features, unreadable = split_unreadable(features)
         with float32_inside(features.device), onload_layer(self.active.routers):
             scores, ood_score = router.calibrated(features), router.ood_score(features)
             distance = router.distance(features)
-        return explain_rows(scores, ood_score, distance, router.known, self.gate_settings, self.active.config.columns)
+        settings, columns = self.gate_settings, self.active.config.columns
+        return explain_rows(
+            scores, ood_score, distance, router.known, settings, columns, unreadable, router.times_usual
+        )
 
 
 def check_ids(input_ids: Any) -> None:

@@ -85,7 +85,8 @@ def test_in_a_chat_only_the_users_words_are_altered(build, chat_tokenizer, monke
     assert any(2 <= sum(token in mine for token in copy) < 16 for copy in copies if unknown not in copy)
 
 
-def test_copies_of_unknown_words_are_left_out(build):
+def test_copies_of_unknown_words_are_left_out(build, monkeypatch):
+    monkeypatch.setattr(fitting, "COPIES", 4)
     rows = tiny_tokenizer()([f"w{number}" for number in range(5, 35)])["input_ids"]
     # With a sentence around one word, most words are unknown; a word of three letters is hardly ever mistyped.
     assert len(augmented_rows(build().active.config, tiny_tokenizer(), rows, 1000)) == 2 * len(rows)

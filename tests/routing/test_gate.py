@@ -108,3 +108,20 @@ def test_an_explanation_says_what_the_gate_did():
     assert "base" in str(unknown)
     assert "above" in str(unknown)
     assert "within" in str(clear)
+
+
+def test_the_reason_is_one_plain_sentence():
+    known = known_of(torch.linspace(0, 1, 50), torch.linspace(0, 1, 50))
+    scores = torch.tensor([[0.0, 9.0], [9.0, 0.0], [1.0, 2.0]])
+    ood_score, distance = torch.tensor([0.3, 30.0, 0.0]), torch.tensor([0.5, 4.0, 0.5])
+    rows = explain_rows(
+        scores, ood_score, distance, known, GateSettings(0.01, 0.9, True), ["a", "b", "base"],
+        torch.tensor([False, False, True]), lambda found, usual: found / usual,
+    )  # fmt: skip
+    usual = float(known.distance.median())
+    assert rows[0].reason == "like the calibration texts of b → b"
+    assert rows[1].reason == f"unlike every calibration text (closest: a, {4 / usual:.1f} × its usual distance) → base"
+    assert rows[2].reason.startswith("there is nothing to read")
+    assert rows[2].reason.endswith("→ base")
+    assert rows[2].expert_weights == {"base": 1.0}
+    assert rows[1].reason in str(rows[1])

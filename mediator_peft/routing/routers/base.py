@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -61,6 +61,8 @@ class Router(nn.Module, ABC):
         self.seed = seed
         self.is_trainable = True
         """Whether new tensors require gradients."""
+        self.basis: Tensor | None = None
+        """(H, H) in which the covariance is estimated at a fit, for routers that have one; not saved."""
         self.evidence: Any = None
         """What held-out prompts said at the last fit (``calibration.Evidence``); not saved."""
 
@@ -98,9 +100,12 @@ class Router(nn.Module, ABC):
     def distance(self, features: Tensor) -> Tensor:
         """(B, H) → (B,), how far a prompt is from the nearest expert, on a scale where differences count."""
 
+    times_usual: Callable[[Tensor, Tensor], Tensor] | None = None
+    """(distances, usual ones), (B,) each → how many times as far; None where distances have no such scale."""
+
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape of each tensor of a fitted router, the held-out statistics apart."""
+        """Name → shape of each tensor of a fitted router, the held-out statistics apart; -1 where the file decides."""
 
     def add_class(self, features: Tensor, hard_negatives: Tensor | None = None) -> None:
         """Take in one more expert from its (N, H) features, the others' tensors left as they are, bit for bit.
@@ -192,7 +197,7 @@ class Router(nn.Module, ABC):
         for name, shape in shapes.items():
             try:
                 # A copy: a view would hold the whole mapped file in memory.
-                shaped[name] = stored[name].to(torch.float32, copy=True).reshape(shape)
+                shaped[name] = stored[name].to(torch.float32, copy=True).reshape(_given(shape, stored[name].numel()))
             except RuntimeError:
                 raise AdapterError(
                     f"router tensor {name!r} has {stored[name].numel()} values, shape {shape} was expected. The "
@@ -252,3 +257,8 @@ class Router(nn.Module, ABC):
             self._buffers[name] = value
         else:
             self.register_buffer(name, value)
+
+
+def _given(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """The shape, with no rows where -1 stands for the rows of an empty tensor."""
+    return tuple(0 if count == -1 and size == 0 else count for count in shape)

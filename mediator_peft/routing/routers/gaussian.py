@@ -64,7 +64,12 @@ class GaussianRouter(Router):
         for features, labels in batches:
             moments.update(features, labels)
         num_samples = int(moments.counts.sum()) - self.num_experts
-        whitening = inverse_root(moments.pooled_covariance(), num_samples)
+        covariance = moments.pooled_covariance()
+        if self.basis is None:
+            whitening = inverse_root(covariance, num_samples)
+        else:
+            basis = self.basis.double().cpu()
+            whitening = basis @ inverse_root(basis.T @ covariance @ basis, num_samples)
         weight, bias = linear_scores(moments.means, whitening)
         self._set("weight", weight)
         self._set("bias", bias)
@@ -134,6 +139,11 @@ class GaussianRouter(Router):
     def distance(self, features: Tensor) -> Tensor:
         """Logarithm of the squared Mahalanobis distance to the nearest expert's mean."""
         return self._squared(features, self.means).amin(dim=1).clamp(min=1e-12).log()
+
+    @staticmethod
+    def times_usual(distance: Tensor, usual: Tensor) -> Tensor:
+        """Ratio of two Mahalanobis distances, from the logarithms of their squares."""
+        return (0.5 * (distance - usual)).exp()
 
     def background_log_odds(self, features: Tensor) -> Tensor:
         if not self.has_background:

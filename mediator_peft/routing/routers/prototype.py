@@ -75,6 +75,11 @@ class PrototypeRouter(Router):
         """One minus the largest cosine."""
         return 1 - self.scores(features).amax(dim=1) / _SHARPNESS
 
+    @staticmethod
+    def times_usual(distance: Tensor, usual: Tensor) -> Tensor:
+        """Ratio of two cosine distances."""
+        return distance / usual.clamp(min=1e-6)
+
     def background_log_odds(self, features: Tensor) -> Tensor:
         if not self.background.any():
             return self.distance(features)
