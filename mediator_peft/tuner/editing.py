@@ -27,7 +27,7 @@ from .fitting import augmented_rows, hard_negative_rows, negative_rows, read_tex
 from .layer import MediatorLayer, reading_weights
 from .merged_weight import plain_weight
 from .quantized import is_plain
-from .routing import ActiveAdapter, PromptRouter
+from .routing import ActiveAdapter, PromptRouter, Reading
 from .saving import backbone_state
 
 
@@ -72,10 +72,12 @@ def add_expert(
     active = prompts.active
     config = active.config
     _check_name(name, config)
+    reading = prompts.reading()
     with reading_weights(active.model):
         deltas = _deltas(active, name, checkpoint)
     router = _extended(
         prompts,
+        reading,
         name,
         texts,
         tokenizer,
@@ -86,12 +88,15 @@ def add_expert(
         prompts.background if background is None else background,
     )
     layers = active.layers
-    for layer, delta in deltas.items():
-        layers[layer].put_delta(active.name, name, delta)
-    if config.provenance is not None:
-        known = dict(config.provenance.get("experts", {}))
-        config.provenance = {**config.provenance, "experts": {**known, name: str(checkpoint)}}
-    active.put_router(router, [*(config.expert_names or ()), name], {**config.experts, name: str(checkpoint)})
+    with active.changes_wait():
+        if active.router is not reading.router:
+            raise RoutingError(f"the router was fitted or edited while {name!r} was being added. Add it again.")
+        for layer, delta in deltas.items():
+            layers[layer].put_delta(active.name, name, delta)
+        if config.provenance is not None:
+            known = dict(config.provenance.get("experts", {}))
+            config.provenance = {**config.provenance, "experts": {**known, name: str(checkpoint)}}
+        active.put_router(router, [*(config.expert_names or ()), name], {**config.experts, name: str(checkpoint)})
 
 
 def remove_expert(active: ActiveAdapter, name: str) -> None:
@@ -101,6 +106,11 @@ def remove_expert(active: ActiveAdapter, name: str) -> None:
         ConfigError: there is no such expert, or it is the last one.
         UnsupportedError: the router cannot forget one expert alone; it is fitted again instead.
     """
+    with active.changes_wait():
+        _remove(active, name)
+
+
+def _remove(active: ActiveAdapter, name: str) -> None:
     config = active.config
     names = list(config.expert_names or ())
     if name not in names or len(names) == 1:
@@ -154,7 +164,8 @@ def _deltas(active: ActiveAdapter, name: str, path: str) -> dict[str, SparseDelt
     job = check_job(ModelCheckpoint(backbone, "the backbone"), {name: checkpoint})  # type: ignore[arg-type]
     stored = getattr(torch, (config.provenance or {}).get("storage_dtype", "float32"))
     dtype = coarsest([stored, job.dtype])
-    return {layer: _delta(module, layer, checkpoint, name, config, dtype) for layer, module in layers.items()}
+    expert = job.experts[name]  # with the model's names
+    return {layer: _delta(module, layer, expert, name, config, dtype) for layer, module in layers.items()}
 
 
 def _delta(
@@ -203,6 +214,7 @@ def _read(checkpoint: Checkpoint, tensor: str, dtype: torch.dtype) -> Tensor:
 
 def _extended(
     prompts: PromptRouter,
+    reading: Reading,
     name: str,
     texts: Any,
     tokenizer: Any,
@@ -213,7 +225,7 @@ def _extended(
     background: Any,
 ) -> Router:
     """A copy of the router that knows the new expert."""
-    config, router = prompts.active.config, prompts.active.router
+    config, router = prompts.active.config, reading.router
     if reset_router or not router.is_fitted:
         return type(router)(router.num_experts + 1, router.num_features, router.seed)
     if texts is None or tokenizer is None:
@@ -235,7 +247,7 @@ def _extended(
         # A router that was fitted without background prompts takes no hard negatives.
         takes_neighbours = router.uses_hard_negatives and len(router.background_novelty)
         others = hard_negative_rows(config, tokenizer, rows, data.labels, max_length) if takes_neighbours else []
-    features = row_features(prompts, rows + varied + others, batch_size, None, False)
+    features = row_features(prompts, rows + varied + others, batch_size, None, False, reading=reading)
     features = features.to(router.known_novelty.device)
     num_own = size + len(varied)
     folds = torch.tensor(hash_folds(data.texts, data.labels, router.num_folds, config.seed))
