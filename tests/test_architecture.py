@@ -15,7 +15,7 @@ ORDER = (
     *("errors", "tables", "data_files", "time_limit", "progress", "optional", "ranks", "structure", "registration"),
     "forking",
     *("reference", "methods", "kernels", "routing", "registry", "config", "checkpoints", "bank", "merge", "tuner"),
-    *("evaluation", "demo", "cli"),
+    *("evaluation", "demo", "study", "cli"),
 )
 # What starts the package: they import any part, and none imports them.
 ENTRY = ("__init__", "__main__")

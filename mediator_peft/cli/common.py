@@ -214,8 +214,13 @@ def print_json(content: Any) -> None:
     print(text)
 
 
-def parse_pairs(values: Sequence[str], option: str) -> dict[str, str]:
+def parse_pairs(values: Sequence[str], option: str, form: str = "NAME=PATH") -> dict[str, str]:
     """``["math=a.jsonl", …]`` as a dict.
+
+    Args:
+        values: what was typed.
+        option: for messages.
+        form: what a value is like, for messages.
 
     Raises:
         typer.BadParameter: no ``=``, nothing on one side of it, or a name that comes twice.
@@ -224,7 +229,7 @@ def parse_pairs(values: Sequence[str], option: str) -> dict[str, str]:
     for value in values:
         name, equals, path = value.partition("=")
         if not (equals and name and path):
-            raise typer.BadParameter(f"{value!r} is not NAME=PATH.", param_hint=option)
+            raise typer.BadParameter(f"{value!r} is not {form}.", param_hint=option)
         if name in pairs:
             raise typer.BadParameter(f"the name {name!r} comes twice.", param_hint=option)
         pairs[name] = path
@@ -256,6 +261,24 @@ def load(path: Path, dtype: str, device: str, quantize: str | None = None) -> tu
         )
     check_template(tokenizer)
     return (model.to(place) if quantize is None else model), tokenizer
+
+
+def load_plain(path: Path, dtype: str, device: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a plain checkpoint.
+
+    Raises:
+        DataFileError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quiet_transformers()
+    place = pick_device(device)
+    say(f"loading {path}")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(dtype, place.type))
+        return model.to(place), AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as fault:
+        raise DataFileError(f"the checkpoint {str(path)!r} cannot be loaded: {fault}") from fault
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial as bind
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,23 +21,30 @@ from .common import (
     check_match,
     console,
     load,
+    load_plain,
     parse_pairs,
     print_json,
     say,
 )
 
+if TYPE_CHECKING:
+    from ..evaluation.score_store import ScoreStore
+
+_UNFINISHED = ".mediator-eval.scores"
+"""Folder in that of a report, with the systems that a stopped run had finished."""
+
 
 def evaluate(
     out: OutputFolder,
     data: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             metavar="TASK=FILE",
             help="A JSONL file with the columns prompt, answer and, optionally, match; repeatable. A task named like "
             "an expert is that expert's task; any other task is out of distribution.",
             show_default=False,
         ),
-    ],
+    ] = None,
     match: Annotated[
         str, typer.Option(help="How answers are compared where a line does not say: exact, contains or last_number.")
     ] = "exact",
@@ -54,6 +61,31 @@ def evaluate(
             "--only-routed", help="Leave out the comparisons with the averaged backbone and the named expert."
         ),
     ] = False,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=CHECKPOINT",
+            help="Another model that answers the same items; repeatable. One named like a task is what that task's "
+            "share kept is measured by; one named base is what forgetting is measured by.",
+            show_default=False,
+        ),
+    ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASKS",
+            help="Run tasks of lm-evaluation-harness, separated by commas, in place of --data.",
+            show_default=False,
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder with YAML files of own harness tasks.", show_default=False),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most items of a harness task.", show_default=False)] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each item of a harness task.", show_default=False)
+    ] = None,
     raw: Raw = False,
     batch_size: BatchSize = 16,
     dtype: Dtype = "auto",
@@ -65,13 +97,27 @@ def evaluate(
 
     Example:
       mediator-peft eval out --data math=math.test.jsonl --data cron=cron.test.jsonl
+      mediator-peft eval out --lm-eval arc_easy,gsm8k --baseline base=BASE
     """
+    if (data is None) == (lm_eval is None):
+        raise typer.BadParameter("give --data for JSONL tasks, or --lm-eval for tasks of lm-evaluation-harness.")
+    plain = parse_pairs(baseline or [], "--baseline")
+    if lm_eval is not None:
+        from .evaluate_harness import evaluate_harness
+
+        options = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size, "use_template": not raw}
+        how = (dtype, device, quantize)
+        evaluate_harness(out, lm_eval.split(","), include_path, plain, how, only_routed, report, as_json, options)
+        return
+    from ..evaluation.comparison import compare, kept_table, runtime_of
     from ..evaluation.prompts import read_task
     from ..evaluation.report import EvaluationReport, accuracy_table, loss_table, routing_table
-    from ..evaluation.runner import EvalTask
+    from ..evaluation.runner import EvalTask, score_routing
+    from ..evaluation.score_store import checkpoint_identity
+    from ..progress import bar_progress
     from ..ranks import Ranks
 
-    files = parse_pairs(data, "--data")
+    files = parse_pairs(data or [], "--data")
     check_match(match)
     if report is not None:
         check_folder(report, "--report")
@@ -80,9 +126,17 @@ def evaluate(
     model, tokenizer = load(out, dtype, device, quantize)
     tasks = [EvalTask.of_items(name, items[name], model.expert_names, tokenizer, max_new_tokens) for name in files]
     result = EvaluationReport(tasks)
-    _score(result, model, tokenizer, only_routed, {"batch_size": batch_size, "use_template": not raw})
+    shared: dict[str, Any] = {"batch_size": batch_size, "use_template": not raw}
+    store = None if report is None else _store(report, tasks, out, [dtype, quantize, not raw])
+    # The cheap part first: it fails at once where the router has not been fitted.
+    result.routing, _ = score_routing(model, tokenizer, tasks, **shared, progress=bar_progress, ranks=Ranks())
+    for name, path in plain.items():
+        depends = checkpoint_identity(path)
+        _once(result, store, name, depends, lambda path=path: load_plain(Path(path), dtype, device), tasks, shared)
+    _score(result, model, tokenizer, only_routed, shared, store)
+    result.extra["comparison"] = compare(result, plain, runtime_of(out))
     if report is not None:
-        Ranks().first(bind(_write, result, report))
+        Ranks().first(bind(_write, result, report, store))
     if as_json:
         print_json(result.to_dict())
         return
@@ -90,34 +144,64 @@ def evaluate(
     names = [task.name for task in tasks]
     target.print(accuracy_table(result, names, title="Accuracy"))
     target.print(loss_table(result, names, title="Answer loss"))
+    if (kept := kept_table(result.extra["comparison"])) is not None:
+        target.print(kept)
     if result.routing is not None:
         target.print(routing_table(result.routing, title="Where prompts were routed"))
         if result.routing.overall is not None:
             target.print(f"routing accuracy: {result.routing.overall:.1%}")
 
 
-def _score(result: Any, model: Any, tokenizer: Any, only_routed: bool, shared: dict[str, Any]) -> None:
-    from ..evaluation.generation import ROUTED, Memo
-    from ..evaluation.runner import NAMED, score_routing, score_system
+def _store(report: Path, tasks: Any, out: Path, settings: list[Any]) -> ScoreStore:
+    """Where finished systems are kept until the report is written, so that a stopped run goes on."""
+    from ..evaluation.score_store import ScoreStore, checkpoint_identity
+
+    asked = [[task.name, task.expert, task.max_new_tokens, [list(item) for item in task.items]] for task in tasks]
+    return ScoreStore(report / _UNFINISHED, [asked, settings, checkpoint_identity(out)])
+
+
+def _once(
+    result: Any, store: ScoreStore | None, name: str, depends: Any, load_model: Any, tasks: Any, scoring: dict[str, Any]
+) -> None:
+    """Add a system's scores to the report: those of a run that was stopped, or new ones."""
+    from ..evaluation.runner import score_system
     from ..progress import bar_progress
     from ..ranks import Ranks
 
-    shared = {**shared, "progress": bar_progress, "ranks": Ranks()}
-    # The cheap part first: it fails at once where the router has not been fitted.
-    result.routing, _ = score_routing(model, tokenizer, result.tasks, **shared)
+    found = None if store is None else Ranks().first(lambda: store.find(name, depends))
+    if found is None:
+        options = {"progress": bar_progress, "ranks": Ranks(), **scoring}
+        model, tokenizer = load_model()
+        found = score_system(name, model, tokenizer, tasks, **options)
+        if store is not None:
+            Ranks().first(bind(store.keep, found, depends))
+    result.systems.append(found)
+
+
+def _score(
+    result: Any, model: Any, tokenizer: Any, only_routed: bool, shared: dict[str, Any], store: ScoreStore | None
+) -> None:
+    from ..evaluation.generation import ROUTED, Memo
+    from ..evaluation.runner import NAMED
+
     scored: dict[str, Any] = {**shared, "memo": Memo.empty()}
+    known = [task for task in result.tasks if task.expert]
+    systems: list[tuple[str, Any, Any]] = [("routed", ROUTED, result.tasks)]
     if not only_routed:
-        result.systems.append(score_system("averaged backbone", model, tokenizer, result.tasks, **scored))
-        known = [task for task in result.tasks if task.expert]
-        if known:
-            result.systems.append(score_system("expert named", model, tokenizer, known, expert_weights=NAMED, **scored))
-    result.systems.append(score_system("routed", model, tokenizer, result.tasks, expert_weights=ROUTED, **scored))
+        named = [("expert named", NAMED, known)] if known else []
+        systems = [("averaged backbone", None, result.tasks), *named, *systems]
+    for name, choice, tasks in systems:
+        scoring = {**scored, "expert_weights": choice}
+        _once(result, store, name, "", lambda: (model, tokenizer), tasks, scoring)
 
 
-def _write(result: Any, folder: Path) -> None:
+def _write(result: Any, folder: Path, store: ScoreStore | None) -> None:
+    from ..evaluation.comparison import markdown_report
     from ..evaluation.report import write_evaluation
 
-    note = write_evaluation(result, folder)
+    note = write_evaluation(result, folder, {"results.md": markdown_report(result)})
     if note is not None:
         say(f"note: the figure was left out: {note}")
+    if store is not None:
+        store.clear()
     say(f"written to {folder}")

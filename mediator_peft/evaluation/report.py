@@ -90,8 +90,13 @@ def write_json(content: Any, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def write_evaluation(report: EvaluationReport, folder: Path) -> str | None:
+def write_evaluation(report: EvaluationReport, folder: Path, texts: Mapping[str, str] | None = None) -> str | None:
     """``results.json``, ``answers.json`` and ``results.png``: a kill leaves those of one evaluation.
+
+    Args:
+        report: what was measured.
+        folder: made if need be.
+        texts: further files, name → content.
 
     Returns:
         Why there is no figure; None where there is one.
@@ -102,6 +107,8 @@ def write_evaluation(report: EvaluationReport, folder: Path) -> str | None:
     with replaced_together(folder) as fresh:
         write_json(report.answers(), fresh / "answers.json")
         write_json(report.to_dict(), fresh / "results.json")
+        for name, text in (texts or {}).items():
+            (fresh / name).write_text(text, encoding="utf-8")
         try:
             draw_report(report, fresh / "results.png")
         except MissingPackageError as fault:

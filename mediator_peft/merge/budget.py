@@ -143,8 +143,11 @@ def sampled(merge: Merge) -> Merge:
     for task in merge.tasks:
         if task.density is None:
             continue
-        tiles = TensorTiles(task.name, checkpoints, job.dtype, config.merge_method, space, task.is_transposed)
-        sample = tiles.sample()
+        # A method that cannot merge a sample, or takes long, is stood for by the average: what is sampled is how large
+        # the entries of the deltas are.
+        is_sampled = merge.method.row.is_sampled and config.depth_scaling is None
+        method = merge.method.of_tensor(task.name, task.is_transposed) if is_sampled else "average"
+        sample = TensorTiles(task.name, checkpoints, job.dtype, method, space, task.is_transposed).sample()
         # Sorted, so that nothing hangs on the order of the experts.
         for column in sorted(deltas_needed(config)):
             number = 0 if column == FALLBACK_EXPERT else 1 + names.index(column)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -20,13 +20,16 @@ from ..checkpoints.opening import Checkpoint, MeanCheckpoint
 from ..config import MediatorSettings
 from ..errors import ConfigError
 from ..methods.conflict import CONFLICT_SCORES
+from ..methods.merging import MERGE_METHODS
 from ..progress import Progress, no_progress
 from ..structure import OUTSIDE, gates_named, select_layers, targets_in_blocks
+from .always_on import always_deltas, always_rows
 from .block_plan import BlockPlan, check_block_numbers, choose_blocks
 from .budget import shared_out
 from .compatibility import Job
 from .journal import Finished, finished
 from .merge_job import Merge
+from .model_method import method_for
 from .report import BuildReport, summarize_errors
 from .tensor_work import BASE, CARRIED, MERGED, Task, TensorWork
 
@@ -48,7 +51,8 @@ def plan_merge(job: Job, config: MediatorSettings, plan: Sequence[BlockPlan] | N
         plan: decisions block by block, which then take the place of ``routed_layers`` and ``density``.
 
     Raises:
-        ConfigError: a block or module of the configuration is not in the model.
+        ConfigError: a block or module of the configuration is not in the model; the merge method needs a base that is
+            not at hand, or its data cannot be used.
     """
     require_experts(config)
     layers = {layer.name: layer for layer in select_layers(job.structure, config.target_modules)}
@@ -62,23 +66,29 @@ def plan_merge(job: Job, config: MediatorSettings, plan: Sequence[BlockPlan] | N
     blocks = {layer.name: layer.block for layer in (*job.structure.layers, *layers.values())}
     biases = {f"{name}.bias" for name, layer in layers.items() if layer.has_bias}
     kept = job.structure.gates - gates_named(job.structure, config.target_modules)
+    is_oriented = MERGE_METHODS[config.merge_method].is_oriented
+    all_layers = {layer.name: layer for layer in (*job.structure.layers, *job.structure.gate_layers)}
     tasks = []
     for name in sorted(job.names):
         if name in biases:
             continue
         owner = name.removesuffix(".weight")
         layer = layers.get(owner) if name.endswith(".weight") else None
+        read_as = layer or (all_layers.get(owner) if is_oriented and name.endswith(".weight") else None)
         tasks.append(
             Task(
                 name=name,
                 measure=owner in blocks and name.endswith(".weight"),
                 density=densities[layer.block] if layer is not None else None,
-                is_transposed=layer is not None and layer.is_transposed,
+                is_transposed=read_as is not None and read_as.is_transposed,
                 bias=f"{owner}.bias" if layer is not None and layer.has_bias else None,
                 origin=BASE if name in kept else CARRIED if name in job.structure.towers else MERGED,
             )
         )
-    return Merge(job, config, tasks, blocks, plan, frozenset(sampled_names(job.parameters)))
+    merged = [task for task in tasks if task.origin == MERGED]
+    oriented = {task.name: task.is_transposed for task in merged} | {task.bias: False for task in merged if task.bias}
+    method = method_for(job, config, oriented)
+    return Merge(job, config, tasks, blocks, plan, method, frozenset(sampled_names(job.parameters)))
 
 
 def _block_densities(
@@ -106,17 +116,19 @@ def merge_in_memory(
     started = time.perf_counter()
     with single_thread():
         merge = shared_out(plan_merge(job, config))
+        merge = replace(merge, method=merge.method.prepared(job))
     backbone = {name: torch.empty(job.base.tensors[name].shape, dtype=job.dtype) for name in job.names}
 
     def write(name: str, start: int, rows: Tensor) -> None:
         target = backbone[name].reshape(-1, *rows.shape[1:])
         target[start : start + len(rows)] = rows
 
-    work = TensorWork(job.base, job.experts, config, job.dtype, write)
+    work = TensorWork(job.base, job.experts, config, job.dtype, write, merge.method)
     bank, done = Bank(), []
     with single_thread(), progress("merging", len(merge.tasks)) as advance:
         for task in merge.tasks:
             result = work(task)
+            result.deltas |= always_deltas(job, config, task)
             if result.deltas:
                 bank.deltas[task.name.removesuffix(".weight")] = result.deltas
             names = [name for name in (task.name, task.bias) if name in merge.sampled]
@@ -169,7 +181,8 @@ def conclude(merge: Merge, done: Sequence[Finished]) -> tuple[MediatorSettings, 
         routed_modules=[layer.name for layer in (*job.structure.layers, *job.structure.outer) if layer.name in carried],
         num_blocks=num_blocks,
         backbone_fingerprint={name: samples[name] for name in sorted(samples)},
-        provenance=_provenance(job),
+        provenance=sources(job),
+        column_map=always_rows(job, config),
     )
     if merge.density is not None:
         settings["density"] = merge.density
@@ -202,7 +215,8 @@ def _conflict(merge: Merge, done: Sequence[Finished]) -> dict[str, list[float]]:
     }
 
 
-def _provenance(job: Job) -> dict[str, object]:
+def sources(job: Job) -> dict[str, object]:
+    """Where base and experts came from, for a configuration."""
     return {
         "base": job.base.source,
         "experts": {name: checkpoint.source for name, checkpoint in job.experts.items()},
@@ -214,14 +228,7 @@ def _report(
     merge: Merge, conflict: dict[str, list[float]], routed: list[int], in_bank: Sequence[Finished]
 ) -> BuildReport:
     job, config = merge.job, merge.config
-    storage = str(job.dtype).removeprefix("torch.")
-    dtypes = {info.dtype for info in job.base.tensors.values() if info.dtype}
-    rounded = any(torch.finfo(dtype).eps < torch.finfo(job.dtype).eps for dtype in dtypes)
-    notes = [*job.notes, *_structure_notes(merge)]
-    if rounded:
-        notes.append(f"the base was rounded to {storage}, the experts' dtype, before differences were taken")
-    if isinstance(job.base, MeanCheckpoint):
-        notes.append("no base was given: differences were taken to the mean of the experts")
+    notes = input_notes(merge)
     if not routed:
         notes.append("no block is routed: the experts agree everywhere, and every prompt gets the backbone")
     elif len(routed) < job.structure.num_blocks:
@@ -237,8 +244,8 @@ def _report(
     return BuildReport(
         output=None,
         experts=list(config.experts),
-        storage_dtype=storage,
-        base_was_rounded=rounded,
+        storage_dtype=str(job.dtype).removeprefix("torch."),
+        base_was_rounded=base_was_rounded(job),
         conflict=conflict,
         conflict_score=config.conflict_score,
         routed_blocks=routed,
@@ -249,6 +256,29 @@ def _report(
         peak_memory_bytes=peak_memory(),
         notes=notes,
     )
+
+
+def base_was_rounded(job: Job) -> bool:
+    """Whether the base came in a finer dtype than that in which the backbone is stored."""
+    dtypes = {info.dtype for info in job.base.tensors.values() if info.dtype}
+    return any(torch.finfo(dtype).eps < torch.finfo(job.dtype).eps for dtype in dtypes)
+
+
+def input_notes(merge: Merge) -> list[str]:
+    """What was done to make base and experts fit, and what is merged how."""
+    job, notes = merge.job, [*merge.job.notes, *_structure_notes(merge)]
+    if base_was_rounded(job):
+        storage = str(job.dtype).removeprefix("torch.")
+        notes.append(f"the base was rounded to {storage}, the experts' dtype, before differences were taken")
+    if isinstance(job.base, MeanCheckpoint):
+        notes.append("no base was given: differences were taken to the mean of the experts")
+    if merge.config.depth_scaling is not None:
+        method = merge.method
+        notes.append(
+            f"depth_scaling: block l of L is scaled by {method.alpha:.6g} + {method.beta:.6g} * l / (L - 1), all else "
+            f"by {method.alpha:.6g}"
+        )
+    return notes
 
 
 def _structure_notes(merge: Merge) -> list[str]:

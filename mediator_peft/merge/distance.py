@@ -15,6 +15,9 @@ UNUSUAL = 0.5
 """Distance from which on a build warns. Fine-tunes lie at 0.005 to 0.05, long further training at up to about 0.3; at
 0.5 a fifth of an expert's squared norm is not the base's."""
 
+UNUSUAL_MATRIX = 1.0
+"""Distance of a single matrix from which on a build warns, where the expert as a whole is near enough."""
+
 UNRELATED_COSINE = 0.1
 """Cosine of expert and base below which a build is refused. Weights that were drawn or trained apart have 0, within
 0.01 for the samples taken here, and thus a distance of sqrt(2) at equal norms; an expert that went as far as five times
@@ -35,6 +38,12 @@ class Distance(NamedTuple):
     cosine: float
     """Of the expert's weights and the base's."""
 
+    furthest: float
+    """The largest relative distance of one matrix."""
+
+    matrix: str
+    """Which one."""
+
 
 def distances(job: Job) -> dict[str, Distance]:
     r"""Distance of every expert, from a few rows of up to 24 matrices, evenly spread over the model.
@@ -47,14 +56,14 @@ def distances(job: Job) -> dict[str, Distance]:
     Returns:
         Expert name → distance.
     """
-    names = [f"{layer.name}.weight" for layer in job.structure.layers if f"{layer.name}.weight" in set(job.names)]
-    names = names[:: max(1, -(-len(names) // _MATRICES))]
-    base = {name: _sample(job.base, name) for name in names}
+    base = _samples(job, job.base)
     found = {}
     for label, expert in job.experts.items():
         own, shared, inner, apart = 0.0, 0.0, 0.0, 0.0
+        furthest = (0.0, "")
         for name, ours in base.items():
             theirs = _sample(expert, name)
+            furthest = max(furthest, (_relative(ours, theirs), name))
             own += float(theirs.square().sum())
             shared += float(ours.square().sum())
             inner += float((theirs * ours).sum())
@@ -62,8 +71,22 @@ def distances(job: Job) -> dict[str, Distance]:
         if not all(isfinite(number) for number in (own, shared, inner, apart)) or not own:
             continue
         relative = sqrt(apart / shared) if shared else float("inf")
-        found[label] = Distance(relative, inner / sqrt(own * shared) if shared else 0.0)
+        found[label] = Distance(relative, inner / sqrt(own * shared) if shared else 0.0, *furthest)
     return found
+
+
+def sampled_differences(job: Job) -> dict[str, list[torch.Tensor]]:
+    """Expert name → rows of its task vector, (n, I) float64 a matrix: those that :func:`distances` looks at."""
+    base = _samples(job, job.base)
+    return {
+        label: [_sample(expert, name) - ours for name, ours in base.items()] for label, expert in job.experts.items()
+    }
+
+
+def sampled_norms(job: Job, reference: Checkpoint, checkpoint: Checkpoint) -> float:
+    """Norm of the difference of two checkpoints over the rows that :func:`distances` looks at."""
+    ours = _samples(job, reference)
+    return sqrt(sum(float((_sample(checkpoint, name) - rows).square().sum()) for name, rows in ours.items()))
 
 
 def check_distances(job: Job, allow_distant: bool = False) -> list[str]:
@@ -81,9 +104,14 @@ def check_distances(job: Job, allow_distant: bool = False) -> list[str]:
     """
     warnings: list[str] = []
     faults: list[str] = []
-    for name, (relative, cosine) in distances(job).items():
+    for name, (relative, cosine, furthest, matrix) in distances(job).items():
         is_absurd = relative >= ABSURD or cosine < UNRELATED_COSINE
         if relative < UNUSUAL and not is_absurd:
+            if furthest >= UNUSUAL_MATRIX:
+                warnings.append(
+                    f"{job.experts[name].label} has a matrix that is hardly {job.base.label}'s: {matrix!r} differs by "
+                    f"{furthest:.2f} times its norm, all matrices together by {relative:.2f} (by a sample)"
+                )
             continue
         said = (
             f"{job.experts[name].label} lies far from {job.base.label}: the norm of its difference is {relative:.2f} "
@@ -98,6 +126,18 @@ def check_distances(job: Job, allow_distant: bool = False) -> list[str]:
             "allow_distant=True (--allow-distant)."
         )
     return warnings + faults
+
+
+def _samples(job: Job, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Matrix → some of its rows, for up to 24 matrices of the blocks."""
+    known = set(job.names)
+    names = [f"{layer.name}.weight" for layer in job.structure.layers if f"{layer.name}.weight" in known]
+    return {name: _sample(checkpoint, name) for name in names[:: max(1, -(-len(names) // _MATRICES))]}
+
+
+def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    norm = float(ours.norm())
+    return float((theirs - ours).norm()) / norm if norm else 0.0
 
 
 def _sample(checkpoint: Checkpoint, name: str) -> torch.Tensor:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ..config import MediatorSettings
 from .block_plan import BlockPlan
 from .compatibility import Job
+from .model_method import ModelMethod
 from .tensor_work import Task
 
 
@@ -25,6 +26,9 @@ class Merge:
     """Layer name → block, for every linear layer of the blocks and what is targeted outside of them (``OUTSIDE``)."""
 
     plan: Sequence[BlockPlan] | None
+    method: ModelMethod
+    """How tensors are merged."""
+
     sampled: frozenset[str]
     """Tensors whose values go into the fingerprint."""
 

@@ -16,11 +16,14 @@ from ..checkpoints.side_files import compare_side_files
 from ..config import MediatorSettings
 from ..errors import ConfigError, MediatorError, OutputError
 from ..structure import OUTSIDE
+from .always_on import with_always
 from .block_plan import PLAN_VERSION, choose_blocks, read_plan, settings_to_keep
 from .budget import block_densities, estimated_scores, sampled, shared_out
 from .builder import plan_merge, require_experts, single_thread
 from .compatibility import Job, examine_job
 from .distance import check_distances
+from .hints import hints
+from .locks import lock_faults
 from .memory import parse_bytes, predicted_memory, workers_within
 from .merge_job import Merge
 from .offline import mean_base, named_paths, with_experts
@@ -40,6 +43,9 @@ class BuildPlan:
 
     warnings: list[str] = field(default_factory=list)
     """What works and may surprise."""
+
+    hints: list[str] = field(default_factory=list)
+    """What is unusual about an expert and may be worth a look; no proof of anything."""
 
     blocks: list[dict[str, Any]] = field(default_factory=list)
     """One entry a block: ``block``, ``routed``, ``density``, ``score`` (estimated from a sample), ``bytes``."""
@@ -123,11 +129,15 @@ def plan_mediator(
             found.problems.append(str(fault))
     if job is None:
         return found
+    locked = lock_faults(job)
+    found.problems += locked.values()
+    plain = {name: expert for name, expert in job.experts.items() if name not in locked}
     try:
-        found.warnings += check_distances(job, allow_distant)
+        found.warnings += check_distances(job._replace(experts=plain), allow_distant)
     except MediatorError as fault:
         found.problems += str(fault).splitlines()[:-1]
         found.problems[-1] += ". " + str(fault).splitlines()[-1]
+    found.hints += hints(job)
     try:
         decided = None if plan is None else read_plan(Path(plan), job.structure.num_blocks)
         merge = plan_merge(job, config, decided)
@@ -169,6 +179,11 @@ def _open(base: str | None, config: MediatorSettings, how: tuple[bool, bool], fo
         found.problems.append(str(fault))
         return None
     found.problems += faults
+    if not faults:
+        try:
+            job = with_always(job, config, *how)
+        except MediatorError as fault:
+            found.problems.append(str(fault))
     folders = {
         checkpoint.label: checkpoint.folder
         for checkpoint in (reference, *experts.values())

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..bank.sparse_delta import SparseDelta
 from ..checkpoints.opening import Checkpoint
 from ..config import CORRECTION, FALLBACK_EXPERT, MediatorSettings
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import UnsupportedError
 from ..methods.conflict import CONFLICT_SCORES
 from ..methods.conflict.statistics import Statistics
 from ..methods.encoding.base import Precision
@@ -22,8 +22,9 @@ from ..methods.rounding import ROUNDINGS
 from ..methods.sparsifying.magnitude import largest_mask
 from ..methods.sparsifying.selection import TINY, Bracket, bitmap_shape, smallest_kept_of_tiles
 from .delta_packing import own_factors, pack_delta
+from .model_method import ModelMethod
 from .signed_selection import WIDE_SLACK, Errors, Marking, SignedSelection, errors_of
-from .tiles import TensorTiles, Tile, Workspace
+from .tiles import TensorTiles, Tile, Workspace, check_finite
 
 WriteRows = Callable[[str, int, Tensor], None]
 """Takes rows of a backbone tensor: (tensor name, number of the first row, rows in the storage dtype)."""
@@ -85,6 +86,7 @@ class TensorWork:
         config: what to do.
         dtype: storage dtype; differences are taken between weights rounded to it.
         write: takes the backbone as it is made.
+        method: the merge method with what it knows of this model; by default the configuration's without any.
     """
 
     def __init__(
@@ -94,8 +96,10 @@ class TensorWork:
         config: MediatorSettings,
         dtype: torch.dtype,
         write: WriteRows,
+        method: ModelMethod | None = None,
     ) -> None:
         self.config = config
+        self.method = method or ModelMethod(config)
         self.dtype = dtype
         self.write = write
         self.experts = sorted(experts)
@@ -146,7 +150,7 @@ class TensorWork:
         """
         tiles = TensorTiles(task.name, self.checkpoints, self.dtype, "base", self._space)
         for tile in tiles:
-            self.check_finite(task.name, tile)
+            check_finite(task.name, tile, self.checkpoints)
             for checkpoint, rows in zip(self.checkpoints, tile.rows, strict=True):
                 if task.origin == CARRIED and not torch.equal(rows, tile.rows[0]):
                     raise UnsupportedError(
@@ -157,13 +161,14 @@ class TensorWork:
             self.write(task.name, tile.start, tile.backbone.reshape(-1, *tiles.stored_shape[1:]))
 
     def _tiles(self, name: str, is_transposed: bool) -> TensorTiles:
-        return TensorTiles(name, self.checkpoints, self.dtype, self.config.merge_method, self._space, is_transposed)
+        method = self.method.of_tensor(name, is_transposed)
+        return TensorTiles(name, self.checkpoints, self.dtype, method, self._space, is_transposed)
 
     def _bias_deltas(self, name: str, want_deltas: bool) -> dict[str, Tensor]:
         """Merge a bias; what each column adds to it, whole."""
         deltas: dict[str, list[Tensor]] = {column: [] for column in self.columns}
         for tile in self._tiles(name, is_transposed=False):
-            self.check_finite(name, tile)
+            check_finite(name, tile, self.checkpoints)
             self.write(name, tile.start, tile.backbone.flatten())
             for column in self.columns if want_deltas else ():
                 deltas[column].append(tile.delta(self.weight_number(column)).flatten())
@@ -196,24 +201,6 @@ class TensorWork:
         # Biases are not quantised.
         bias = None if task.bias is None else torch.zeros(len(lost))
         return SparseDelta.from_dense(lost, kept, self.config.encoding, Precision(self.dtype, "mean"), bias)
-
-    def check_finite(self, name: str, tile: Tile) -> None:
-        """Refuse NaN and infinity.
-
-        Raises:
-            CheckpointError: there is one; the checkpoint and their number are named.
-        """
-        if np.isfinite(tile.energies).all():
-            return
-        # What is summed up may overflow for all that: each term is looked at.
-        for checkpoint, weight in zip(self.checkpoints, tile.rows, strict=True):
-            num_bad = int((~torch.isfinite(weight)).sum())
-            if num_bad:
-                raise CheckpointError(
-                    f"{checkpoint.label} ({checkpoint.source}): tensor {name!r} holds NaN or infinite values, "
-                    f"{num_bad} of them in rows {tile.start} to {tile.stop - 1}. Its fine-tuning diverged or the file "
-                    "is damaged; leave this expert out or save it again."
-                )
 
 
 class _OnePass:
@@ -252,7 +239,7 @@ class _OnePass:
         held: list[Tensor] = []
         marking = Marking(self.selections, work._space)
         for tile in self.tiles:
-            work.check_finite(task.name, tile)
+            check_finite(task.name, tile, work.checkpoints)
             self._energies[tile.start : tile.stop] = tile.energies
             if task.is_transposed:
                 held.append(tile.backbone.clone())
@@ -312,7 +299,8 @@ def is_one_pass(config: MediatorSettings) -> bool:
 
 def deltas_stored(config: MediatorSettings) -> list[str]:
     """Names of all deltas in the files: the columns', and the correction's."""
-    return [*deltas_needed(config), *([CORRECTION] if config.for_quantization is not None else [])]
+    columns = deltas_needed(config) if config.column_map is None else config.column_map
+    return [*columns, *([CORRECTION] if config.for_quantization is not None else [])]
 
 
 def deltas_needed(config: MediatorSettings) -> Sequence[str]:

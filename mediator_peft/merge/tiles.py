@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checkpoints.opening import Checkpoint
 from ..errors import CheckpointError
 from ..kernels import dispatch as kernels
-from ..methods.merging import MERGE_METHODS
+from ..methods.merging import MERGE_METHODS, TensorContext, TensorMethod
 from ..methods.merging.average import average
 from ..methods.merging.base import keep_base
 from ..methods.merging.summing import sum_in_order
@@ -60,7 +60,7 @@ class Tile(NamedTuple):
 
     def task_vectors(self) -> Tensor:
         """(K, r, I) float32"""
-        return torch.stack([row.float() for row in self.rows[1:]]).sub_(self.rows[0].float())
+        return _task_vectors(self.rows)
 
 
 class Workspace:
@@ -90,7 +90,8 @@ class TensorTiles:
         name: of the tensor.
         checkpoints: the base, then the experts.
         dtype: storage dtype; weights are rounded to it before anything else.
-        merge_method: a key of ``MERGE_METHODS``.
+        merge_method: a key of ``MERGE_METHODS``, which then works with its defaults and without context; or one that
+            knows this tensor.
         workspace: buffers.
         is_transposed: the tensor is stored as (I, O), as ``Conv1D`` does.
     """
@@ -100,37 +101,72 @@ class TensorTiles:
         name: str,
         checkpoints: Sequence[Checkpoint],
         dtype: torch.dtype,
-        merge_method: str,
+        merge_method: str | TensorMethod,
         workspace: Workspace,
         is_transposed: bool = False,
     ) -> None:
         self.name = name
         self.checkpoints = checkpoints
         self.dtype = dtype
-        self.merge = MERGE_METHODS[merge_method]
         self.stored_shape = checkpoints[0].tensors[name].shape
+        if isinstance(merge_method, str):
+            context = TensorContext(name, stored_shape=self.stored_shape, is_transposed=is_transposed)
+            merge_method = TensorMethod(MERGE_METHODS[merge_method], context)
+        self.merge = merge_method
         rows = self.stored_shape[0] if self.stored_shape else 1
         columns = prod(self.stored_shape[1:])
         self.shape = (columns, rows) if is_transposed else (rows, columns)
         self.rows_per_tile = max(1, TILE_ENTRIES // max(1, self.shape[1]))
         self._space = workspace
         self._transposed = self._whole_transposed() if is_transposed else None
-        self._whole_backbone = None if self.merge.is_entrywise else self._merged_whole()
-        self._is_fused = dtype == torch.bfloat16 and self.merge.merge in (average, keep_base)
+        is_plain = self.merge.row.merge in (average, keep_base) and self.merge.factor == 1.0
+        self._is_fused = dtype == torch.bfloat16 and is_plain
+        self._whole_backbone: Tensor | None = None
+        self._is_ready = False
 
     def __iter__(self) -> Iterator[Tile]:
-        for start in range(0, self.shape[0], self.rows_per_tile):
-            stop = min(start + self.rows_per_tile, self.shape[0])
-            # Each stays where it is until the next rows of its checkpoint are read.
-            rows = [self._rows(number, [(start, stop)]) for number in range(len(self.checkpoints))]
+        self._make_ready()
+        for start, stop, rows in self._row_groups():
             if self._is_fused:
                 yield self._fused(start, stop, rows)
                 continue
             backbone = None if self._whole_backbone is None else self._whole_backbone[start:stop]
             yield self._tile(start, stop, rows, backbone)
 
+    def task_vectors(self) -> Iterator[tuple[Tensor, TensorContext]]:
+        """(K, r, I) float32 of some rows at a time, with the context of these rows."""
+        for start, _, rows in self._row_groups():
+            base = rows[0].float()
+            yield _task_vectors(rows), self.merge.at(base, start)
+
+    def whole_task_vectors(self) -> tuple[Tensor, TensorContext]:
+        """As a method gets them that must see the whole tensor: (K, *stored shape), or (K, O, I) where it is oriented;
+        with the context."""
+        base = self._whole(0).float()
+        task_vectors = torch.stack([self._whole(number).float() for number in range(1, len(self.checkpoints))])
+        task_vectors -= base
+        if self._transposed is None:
+            base, task_vectors = base.reshape(self.stored_shape), task_vectors.reshape(-1, *self.stored_shape)
+        elif not self.merge.row.is_oriented:
+            base, task_vectors = base.T, task_vectors.transpose(1, 2).contiguous()
+        return task_vectors, self.merge.at(base, 0)
+
+    def l1_norms(self) -> tuple[float, float]:
+        """Sum of the magnitudes of the sum of the task vectors, and of the merged task vector."""
+        self._make_ready(with_backbone=False)
+        if not self.merge.row.is_entrywise:
+            task_vectors, context = self.whole_task_vectors()
+            return _l1(sum_in_order(task_vectors)), _l1(self._merged_whole(task_vectors, context))
+        totals = np.zeros(2)
+        for task_vectors, context in self.task_vectors():
+            assert context.base is not None
+            merged = self.merge(task_vectors, context.base, context.start)
+            totals += _l1(sum_in_order(task_vectors)), _l1(merged)
+        return float(totals[0]), float(totals[1])
+
     def sample(self) -> Tile:
         """Some rows from all over the tensor, and some of their columns, as one tile."""
+        self._make_ready()
         rows, columns = self.shape
         ranges = [(0, rows)]
         if rows > _SAMPLED_ROWS:
@@ -144,13 +180,42 @@ class TensorTiles:
         backbone = None
         if self._whole_backbone is not None:
             backbone = torch.cat([self._whole_backbone[start:stop, ::stride] for start, stop in ranges])
+        elif self.merge.row.takes_context:
+            # Such a method is told which rows these are, and sees all of their columns.
+            backbone = torch.cat(
+                [self._backbone(start, self._all_rows(start, stop))[:, ::stride] for start, stop in ranges]
+            )
         return self._tile(0, num_rows, sampled, backbone)
 
+    def _make_ready(self, with_backbone: bool = True) -> None:
+        """What must be known of the whole tensor before the first tile: once."""
+        if self.merge.row.survey is not None and self.merge.context.survey is None:
+            self.merge = self.merge.surveyed(self.task_vectors())
+        if with_backbone and not self._is_ready and not self.merge.row.is_entrywise:
+            task_vectors, context = self.whole_task_vectors()
+            merged = self._merged_whole(task_vectors, context)
+            self._whole_backbone = (self._whole(0).float() + merged).to(self.dtype).contiguous()
+        self._is_ready = self._is_ready or with_backbone
+
+    def _row_groups(self) -> Iterator[tuple[int, int, list[Tensor]]]:
+        for start in range(0, self.shape[0], self.rows_per_tile):
+            stop = min(start + self.rows_per_tile, self.shape[0])
+            yield start, stop, self._all_rows(start, stop)
+
+    def _all_rows(self, start: int, stop: int) -> list[Tensor]:
+        # Each stays where it is until the next rows of its checkpoint are read.
+        return [self._rows(number, [(start, stop)]) for number in range(len(self.checkpoints))]
+
+    def _backbone(self, start: int, rows: Sequence[Tensor]) -> Tensor:
+        base = rows[0].float()
+        return self.merge(_task_vectors(rows), base, start).add_(base).to(self.dtype)
+
     def _tile(self, start: int, stop: int, rows: Sequence[Tensor], backbone: Tensor | None) -> Tile:
-        task_vectors = torch.stack([row.float() for row in rows[1:]]).sub_(rows[0].float())
+        task_vectors = _task_vectors(rows)
         energies = row_sums(sum_in_order(task_vectors).square_().numpy())
         if backbone is None:
-            backbone = self.merge(task_vectors).add_(rows[0].float()).to(self.dtype)
+            base = rows[0].float()
+            backbone = self.merge(task_vectors, base, start).add_(base).to(self.dtype)
         return Tile(start, stop, rows, backbone, energies)
 
     def _fused(self, start: int, stop: int, rows: Sequence[Tensor]) -> Tile:
@@ -158,7 +223,7 @@ class TensorTiles:
         shape = (stop - start, self.shape[1])
         backbone, energies = self._space.take("backbone", shape, torch.bfloat16), np.empty(stop - start)
         sources = [kernels.as_array(row) for row in rows]
-        kernels.merge_tile(sources, self.merge.merge is average, kernels.as_array(backbone), energies)
+        kernels.merge_tile(sources, self.merge.row.merge is average, kernels.as_array(backbone), energies)
         return Tile(start, stop, rows, backbone, energies)
 
     def _rows(self, number: int, groups: Sequence[tuple[int, int]]) -> Tensor:
@@ -193,13 +258,40 @@ class TensorTiles:
             for checkpoint in self.checkpoints
         ]
 
-    def _merged_whole(self) -> Tensor:
-        """The backbone by a merge method that must see the whole tensor."""
-        base = self._whole(0).float()
-        task_vectors = torch.stack([self._whole(number).float() for number in range(1, len(self.checkpoints))])
-        task_vectors -= base
-        if self._transposed is not None:
-            merged = self.merge(task_vectors.transpose(1, 2).contiguous()).T
-        else:
-            merged = self.merge(task_vectors.reshape(-1, *self.stored_shape))
-        return (base + merged.reshape(self.shape)).to(self.dtype).contiguous()
+    def _merged_whole(self, task_vectors: Tensor, context: TensorContext) -> Tensor:
+        """The merged task vector by a method that must see the whole tensor: (O, I)."""
+        assert context.base is not None
+        if not bool(task_vectors.isfinite().all()):
+            # It may not bear what it cannot use. The tiles are looked at, and the fault gets its name there.
+            return torch.zeros(self.shape)
+        merged = self.merge(task_vectors, context.base)
+        if self._transposed is not None and not self.merge.row.is_oriented:
+            merged = merged.T
+        return merged.reshape(self.shape)
+
+
+def check_finite(name: str, tile: Tile, checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        CheckpointError: there is one; the checkpoint and their number are named.
+    """
+    if np.isfinite(tile.energies).all():
+        return
+    # What is summed up may overflow for all that: each term is looked at.
+    for checkpoint, weight in zip(checkpoints, tile.rows, strict=True):
+        num_bad = int((~torch.isfinite(weight)).sum())
+        if num_bad:
+            raise CheckpointError(
+                f"{checkpoint.label} ({checkpoint.source}): tensor {name!r} holds NaN or infinite values, "
+                f"{num_bad} of them in rows {tile.start} to {tile.stop - 1}. Its fine-tuning diverged or the file "
+                "is damaged; leave this expert out or save it again."
+            )
+
+
+def _task_vectors(rows: Sequence[Tensor]) -> Tensor:
+    return torch.stack([row.float() for row in rows[1:]]).sub_(rows[0].float())
+
+
+def _l1(tensor: Tensor) -> float:
+    return float(tensor.abs().sum(dtype=torch.float64))

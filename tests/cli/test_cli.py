@@ -18,6 +18,7 @@ from mediator_peft.cli.common import exit_code, explain
 from mediator_peft.cli.merge_options import parse_routed_layers
 from mediator_peft.errors import ConfigError
 from mediator_peft.evaluation.generation import answer_prompts, route_prompts
+from mediator_peft.evaluation.runner import score_system
 
 COMMANDS = ["plan", "build", "run", "fit-router", "calibrate", "generate", "eval", "inspect", "verify", "bench", "demo"]
 
@@ -202,10 +203,32 @@ def test_eval_scores_tasks_and_writes_a_report(folder, tmp_path):
     assert list(results["systems"][1]["tasks"]) == ["math"]
     assert results["routing"]["confusion"]["math"]["math"] >= 18
     assert results == json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "answers.json", "results.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "answers.json", "results.png", "results.md"}
+    assert "| routed |" in (tmp_path / "results.md").read_text(encoding="utf-8")
     table = run("eval", folder / "out", "--data", math, "--only-routed", "--match", "contains")
     assert "routing accuracy" in table.stdout
     assert "averaged backbone" not in table.stdout
+
+
+def test_an_eval_that_was_stopped_goes_on_with_the_next_system(folder, tmp_path, monkeypatch):
+    arguments = ["eval", folder / "out", "--data", f"math={folder / 'math.jsonl'}", "--report", tmp_path, "--json"]
+    arguments += ["--baseline", f"base={folder / 'base'}", "--limit", 1]
+    scored = []
+
+    def stop_before_routed(name, *rest, **options):
+        if name == "routed" and len(scored) < 4:
+            raise KeyboardInterrupt
+        scored.append(name)
+        return score_system(name, *rest, **options)
+
+    monkeypatch.setattr("mediator_peft.evaluation.runner.score_system", stop_before_routed)
+    assert run(*arguments).exit_code != 0
+    assert scored == ["base", "averaged backbone", "expert named"]
+    scored.append("stopped")
+    found = json.loads(run(*arguments).stdout)
+    assert scored[4:] == ["routed"]
+    assert [system["name"] for system in found["systems"]] == ["base", "averaged backbone", "expert named", "routed"]
+    assert not (tmp_path / ".mediator-eval.scores").exists()
 
 
 def test_inspect_reads_headers_and_adds_up(folder):

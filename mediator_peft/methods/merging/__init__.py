@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from .average import AVERAGE
+from .base import BASE
+from .consensus import CONSENSUS
+from .consensus_ties import CONSENSUS_TIES
+from .dare import DARE
+from .dare_ties import DARE_TIES
+from .doge import DOGE
+from .fisher import FISHER_ROW
+from .karcher import KARCHER
+from .opcm import OPCM
+from .ota import OTA
+from .pcb import PCB
+from .regmean import REGMEAN
+from .row import MergeMethod, Parameter, TensorContext, TensorMethod, TensorView
+from .slerp import SLERP
+from .task_arithmetic import TASK_ARITHMETIC
+from .ties import TIES
+from .tsv import TSV
+from .weighted import WEIGHTED
+from .widen import WIDEN
 
-from torch import Tensor
-
-from .average import average
-from .base import keep_base
-from .task_arithmetic import task_arithmetic
-from .ties import ties
-
-
-@dataclass(frozen=True)
-class MergeMethod:
-    """One way to merge task vectors; a row of ``MERGE_METHODS``."""
-
-    merge: Callable[[Tensor], Tensor]
-    """Task vectors (K, *shape), float32 → merged task vector (*shape)."""
-
-    is_entrywise: bool = False
-    """Whether an entry of the result depends on that entry of the task vectors alone: then a large tensor is merged a
-    few rows at a time; otherwise whole tensors are held in memory."""
-
-    def __call__(self, task_vectors: Tensor) -> Tensor:
-        """``merge(task_vectors)``."""
-        return self.merge(task_vectors)
-
+__all__ = ["MERGE_METHODS", "MergeMethod", "Parameter", "TensorContext", "TensorMethod", "TensorView"]
 
 MERGE_METHODS: dict[str, MergeMethod] = {
-    "average": MergeMethod(average, is_entrywise=True),
-    "base": MergeMethod(keep_base, is_entrywise=True),
-    "task_arithmetic": MergeMethod(task_arithmetic, is_entrywise=True),
-    "ties": MergeMethod(ties),
+    "average": AVERAGE,
+    "base": BASE,
+    "consensus": CONSENSUS,
+    "consensus_ties": CONSENSUS_TIES,
+    "dare": DARE,
+    "dare_ties": DARE_TIES,
+    "doge": DOGE,
+    "fisher": FISHER_ROW,
+    "karcher": KARCHER,
+    "opcm": OPCM,
+    "ota": OTA,
+    "pcb": PCB,
+    "regmean": REGMEAN,
+    "slerp": SLERP,
+    "task_arithmetic": TASK_ARITHMETIC,
+    "ties": TIES,
+    "tsv": TSV,
+    "weighted": WEIGHTED,
+    "widen": WIDEN,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .row import MergeMethod
 from .summing import sum_in_order
 
 
@@ -17,3 +18,12 @@ def average(task_vectors: Tensor) -> Tensor:
         (*shape)
     """
     return sum_in_order(task_vectors).div_(len(task_vectors))
+
+
+AVERAGE = MergeMethod(
+    average,
+    is_entrywise=True,
+    scale_of_sum=lambda num_experts: 1 / num_experts,
+    paper="Model soups, arXiv 2203.05482",
+    good_for="the backbone that is nearest to all experts: the smallest deltas",
+)

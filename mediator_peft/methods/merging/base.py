@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .row import MergeMethod
+
 
 def keep_base(task_vectors: Tensor) -> Tensor:
     """Zero, so that the backbone is the base: nothing dense to ship, and the fallback costs nothing (our choice).
@@ -16,3 +18,14 @@ def keep_base(task_vectors: Tensor) -> Tensor:
         (*shape), zeros.
     """
     return torch.zeros_like(task_vectors[0])
+
+
+BASE = MergeMethod(
+    keep_base,
+    is_entrywise=True,
+    needs_base=True,
+    scale_of_sum=lambda num_experts: 0.0,
+    paper="none: the base as it is",
+    cost="none",
+    good_for="a fallback to the base that costs nothing",
+)

@@ -1,0 +1,183 @@
+"""A merge method for one model: its parameters, its data, its pass over the whole model, scaling by depth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.opening import Checkpoint, MeanCheckpoint
+from ..config import MediatorSettings
+from ..errors import ConfigError
+from ..methods.merging import MERGE_METHODS, MergeMethod, TensorContext, TensorMethod
+from ..methods.merging.row import EMBEDDING, HEAD, LINEAR, OTHER
+from ..structure import Structure
+from .compatibility import Job
+from .tiles import TensorTiles, Workspace, check_finite
+
+
+@dataclass
+class ModelMethod:
+    """What every tensor of a model is merged by."""
+
+    config: MediatorSettings
+    contexts: dict[str, TensorContext] = field(default_factory=dict)
+    """Tensor name → what is known of it, for every tensor that is merged."""
+
+    alpha: float = 1.0
+    beta: float = 0.0
+    """Tensors of block l of L are multiplied by alpha + beta * l / (L - 1), all others by alpha."""
+
+    @property
+    def row(self) -> MergeMethod:
+        """Of the table of methods."""
+        return MERGE_METHODS[self.config.merge_method]
+
+    def of_tensor(self, name: str, is_transposed: bool) -> TensorMethod:
+        """The method as it works on one tensor."""
+        context = self.contexts.get(name)
+        if context is None:
+            context = TensorContext(name, is_transposed=is_transposed, seed=self.config.seed)
+        return TensorMethod(self.row, context, self.config.merge_parameters, self._factor(context))
+
+    def _factor(self, context: TensorContext) -> float:
+        if context.block is None or context.num_blocks < 2:
+            return self.alpha
+        return self.alpha + self.beta * context.block / (context.num_blocks - 1)
+
+    def prepared(self, job: Job) -> ModelMethod:
+        """The same after whatever passes over the whole model it needs."""
+        views = _Views(self, job)
+        found = self
+        if self.row.prepass is not None:
+            settings = {**self.row.defaults(), **self.config.merge_parameters}
+            shared = self.row.prepass(list(views), **settings)
+            contexts = {name: replace(context, shared=shared) for name, context in self.contexts.items()}
+            found = replace(self, contexts=contexts)
+        if self.config.depth_scaling is None:
+            return found
+        return found._scaled_by_depth(_Views(found, job))
+
+    def _scaled_by_depth(self, views: _Views) -> ModelMethod:
+        r"""LiNeS: alpha and beta of the factors :math:`\alpha + \beta\, l / (L - 1)`.
+
+        *LiNeS*, https://arxiv.org/abs/2410.17146:
+        :math:`\alpha = \frac1K |\sum_k \tau_k|_1 / |\tau|_1`, norms over the whole model. β is tuned there; without
+        data it is (K - 1) α here (our choice): of task arithmetic with λ = 1, the first block becomes the average and
+        the last one the sum.
+        """
+        wanted, num_experts = self.config.depth_scaling, len(self.config.experts)
+        if isinstance(wanted, (list, tuple)):
+            return replace(self, alpha=float(wanted[0]), beta=float(wanted[1]))
+        if self.row.scale_of_sum is not None:
+            settings = {**self.row.defaults(), **self.config.merge_parameters}
+            scale = self.row.scale_of_sum(num_experts, **settings)
+            alpha = 1 / (num_experts * scale) if scale else 1.0
+        else:
+            norms = [tiles.l1_norms() for tiles in views.all_tiles()]
+            of_sum, of_merged = (sum(column) for column in zip(*norms, strict=True))
+            alpha = of_sum / of_merged / num_experts if of_merged else 1.0
+        return replace(self, alpha=alpha, beta=(num_experts - 1) * alpha)
+
+
+def method_for(job: Job, config: MediatorSettings, oriented: Mapping[str, bool]) -> ModelMethod:
+    """The configuration's merge method for a model, with its data opened and checked.
+
+    Args:
+        job: base and experts.
+        config: names method, parameters and data.
+        oriented: tensors that are merged → whether they are read as the transpose of what is stored.
+
+    Raises:
+        ConfigError: the method needs a base that is not at hand, or its data cannot be used.
+    """
+    row = MERGE_METHODS[config.merge_method]
+    if row.needs_base and isinstance(job.base, MeanCheckpoint):
+        raise ConfigError(
+            f"merge_method {config.merge_method!r} needs the base: the mean of the experts stands in for it, and task "
+            "vectors to the mean add up to zero. Give base=, or take another method, e.g. 'average'."
+        )
+    kinds = _kinds(job.structure)
+    experts = tuple(sorted(job.experts))
+    contexts = {
+        name: TensorContext(
+            name=name,
+            experts=experts,
+            stored_shape=tuple(job.base.tensors[name].shape),
+            is_transposed=is_transposed,
+            kind=kinds.get(name, OTHER),
+            block=block_of(name, job.structure),
+            num_blocks=job.structure.num_blocks,
+            seed=config.seed,
+        )
+        for name, is_transposed in oriented.items()
+    }
+    if row.open_data is not None and config.merge_data is not None:
+        data = row.open_data(Path(config.merge_data).expanduser(), contexts)
+        contexts = {name: replace(context, data=data) for name, context in contexts.items()}
+    return ModelMethod(config, contexts)
+
+
+def block_of(name: str, structure: Structure) -> int | None:
+    """The block in which a tensor lies; None outside of the blocks."""
+    prefix = f"{structure.blocks}."
+    number = name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else ""
+    return int(number) if number.isdigit() else None
+
+
+def _kinds(structure: Structure) -> dict[str, str]:
+    """Weights of layers → their kind."""
+    kinds = {f"{layer.name}.weight": LINEAR for layer in (*structure.layers, *structure.gate_layers)}
+    # The embedding stands first.
+    outer = zip(structure.outer, (EMBEDDING, HEAD), strict=False)
+    return kinds | {f"{layer.name}.weight": kind for layer, kind in outer}
+
+
+class _Views:
+    """The tensors of a model, one after the other."""
+
+    def __init__(self, method: ModelMethod, job: Job) -> None:
+        self._method = method
+        self._checkpoints = [job.base, *(job.experts[name] for name in sorted(job.experts))]
+        self._dtype = job.dtype
+        self._space = Workspace()
+
+    def __iter__(self) -> Iterator[_View]:
+        return (_View(tiles, self._checkpoints) for tiles in self.all_tiles())
+
+    def all_tiles(self) -> Iterator[TensorTiles]:
+        """Of every tensor."""
+        for name, context in self._method.contexts.items():
+            method = self._method.of_tensor(name, context.is_transposed)
+            yield TensorTiles(name, self._checkpoints, self._dtype, method, self._space, context.is_transposed)
+
+
+class _View:
+    """A ``TensorView`` of tiles."""
+
+    def __init__(self, tiles: TensorTiles, checkpoints: Sequence[Checkpoint]) -> None:
+        self.context = tiles.merge.context
+        self._tiles = tiles
+        self._checkpoints = checkpoints
+
+    def tiles(self) -> Iterator[tuple[Tensor, TensorContext]]:
+        """Task vectors of some rows at a time; NaN and infinity are refused."""
+        for task_vectors, context in self._tiles.task_vectors():
+            self._check(task_vectors)
+            yield task_vectors, context
+
+    def whole(self) -> tuple[Tensor, TensorContext]:
+        """Task vectors of the whole tensor; NaN and infinity are refused."""
+        task_vectors, context = self._tiles.whole_task_vectors()
+        self._check(task_vectors)
+        return task_vectors, context
+
+    def _check(self, task_vectors: Tensor) -> None:
+        if bool(torch.isfinite(task_vectors).all()):
+            return
+        plain = TensorTiles(self.context.name, self._checkpoints, self._tiles.dtype, "base", Workspace())
+        for tile in plain:
+            check_finite(self.context.name, tile, self._checkpoints)

@@ -1,0 +1,5 @@
+"""``python -m mediator_peft.study``."""
+
+from .app import main
+
+main()

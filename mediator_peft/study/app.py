@@ -1,0 +1,145 @@
+"""Sub-commands of the study."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+
+Root = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the study; the demo's can be shared.")]
+Only = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this expert; repeatable.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of every process.")]
+
+
+def say(text: str) -> None:
+    """A line on the error stream."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@app.callback()
+def study() -> None:
+    """The study behind docs/evidence.md. Each step goes on where it stopped, and takes what is there."""
+
+
+@app.command()
+def experts(
+    folder: Root,
+    only: Only = None,
+    threads: Threads = 1,
+) -> None:
+    """Train the experts that are not in FOLDER yet."""
+    from .experts import StudyFolder, study_experts
+    from .settings import FULL_STUDY
+
+    for name, expert in study_experts(FULL_STUDY, StudyFolder(folder), only, threads).items():
+        how = "cached" if expert.was_cached else f"{expert.seconds:.0f} s"
+        say(f"{name}: loss {expert.losses[0]:.3f} → {expert.losses[-1]:.3f} ({how})")
+
+
+def _bench(folder: Path, threads: int, only: list[str] | None) -> Any:
+    """Everything that measuring needs, with the experts that have been trained."""
+    import torch
+
+    from ..demo.data import make_tasks
+    from ..demo.settings import FULL
+    from .experts import StudyFolder, load_tasks, trained_experts
+    from .settings import FULL_STUDY
+    from .systems import Bench, make_sample
+
+    torch.set_num_threads(threads)
+    place = StudyFolder(folder)
+    tasks = load_tasks(FULL_STUDY, place)
+    found = trained_experts(FULL_STUDY, place)
+    known = [name for name in FULL_STUDY.main if name in found and (not only or name in only)]
+    for name in FULL_STUDY.main:
+        if name not in known:
+            say(f"left out, not trained: {name}")
+    unknown = {name: task for name, task in make_tasks(FULL, place.materials).items() if name not in FULL.recipes}
+    return Bench(
+        FULL_STUDY,
+        place,
+        {name: found[name] for name in known},
+        make_sample(tasks, known, unknown, FULL_STUDY.num_answers, FULL_STUDY.num_losses),
+        say,
+    )
+
+
+def _lab(bench: Any) -> Any:
+    from .lab import Lab
+
+    return Lab(bench.folder.base, {name: expert.path for name, expert in bench.experts.items()})
+
+
+@app.command()
+def alone(folder: Root, only: Only = None, threads: Threads = 1) -> None:
+    """Score the base, and each expert on its own task."""
+    from .systems import score_alone
+
+    bench = _bench(folder, threads, only)
+    score_alone(bench, _lab(bench))
+
+
+@app.command()
+def systems(folder: Root, only: Only = None, threads: Threads = 1) -> None:
+    """Score single-model merges and the Mediator model, and write the table of all systems."""
+    from .systems import build_default, score_alone, score_mediator, score_merges
+    from .tables import systems_result
+
+    bench = _bench(folder, threads, only)
+    lab = _lab(bench)
+    table = score_alone(bench, lab)
+    model = build_default(bench)
+    table |= score_mediator(bench, model)
+    table |= score_merges(bench, lab)
+    _keep(bench, "systems", systems_result(bench, table, model))
+
+
+@app.command()
+def conflict(folder: Root, only: Only = None, threads: Threads = 1) -> None:
+    """Measure conflict per block and matrix kind, for each choice of seeds, and write the table."""
+    from .tables import conflict_result
+
+    bench = _bench(folder, threads, only)
+    _keep(bench, "conflict", conflict_result(bench))
+
+
+@app.command()
+def ablation(folder: Root, only: Only = None, threads: Threads = 1) -> None:
+    """Measure answer losses with deltas in a share of the blocks, under each ranking."""
+    from .ablation import score_block_sets
+    from .conflict import conflict_table
+    from .systems import build_default
+
+    bench = _bench(folder, threads, only)
+    lab = _lab(bench)
+    found = score_block_sets(bench, lab, build_default(bench), conflict_table(lab.base, lab.experts))
+    _keep(bench, "ablation", found)
+
+
+@app.command()
+def page(
+    results: Annotated[Path, typer.Argument(help="Folder of the result files.")] = Path("docs/results"),
+    path: Annotated[Path, typer.Option(help="The page.")] = Path("docs/evidence.md"),
+) -> None:
+    """Put the tables of the result files into the page, between its markers, and draw the figures beside it."""
+    from .page import draw_figures, fill_page, read_results
+
+    path.write_text(fill_page(path.read_text(encoding="utf-8"), results), encoding="utf-8")
+    for figure in draw_figures(read_results(results), path.parent):
+        say(f"drawn: {figure}")
+
+
+def _keep(bench: Any, name: str, found: Any) -> None:
+    from .tables import about, write_result
+
+    path = write_result(bench.folder.results, name, {"about": about(bench), **found})
+    say(f"written: {path}")
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

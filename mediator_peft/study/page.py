@@ -1,0 +1,233 @@
+"""The page ``docs/evidence.md``: its tables and figures come from the result files, and so does every number in it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import MediatorError, MissingPackageError
+from ..evaluation.comparison import markdown_table, with_interval
+from ..evaluation.report import share
+from ..evaluation.statistics import Estimate
+
+_MARKED = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
+_CODE = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)|<!--.*?-->|!\[[^\]]*\]", re.DOTALL)
+_NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+")
+
+Results = Mapping[str, Any]
+
+
+class PageError(MediatorError, ValueError):
+    """The page asks for a table that does not exist, or its result file is missing."""
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """All result files, by name."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+def fill_page(text: str, folder: Path) -> str:
+    """The page with every table between its markers made anew.
+
+    Args:
+        text: Markdown with ``<!-- table: NAME -->`` … ``<!-- end -->``.
+        folder: of the result files.
+
+    Raises:
+        PageError: a table is unknown, or its result file is missing.
+    """
+    results = read_results(folder)
+
+    def table(found: re.Match[str]) -> str:
+        name = found.group(1)
+        if name not in TABLES:
+            raise PageError(f"the page asks for a table {name!r}; there are {', '.join(TABLES)}.")
+        try:
+            made = TABLES[name](results)
+        except KeyError as fault:
+            raise PageError(f"the table {name!r} needs {fault} in the result files of {str(folder)!r}.") from fault
+        return f"<!-- table: {name} -->\n{made}<!-- end -->"
+
+    return _MARKED.sub(table, text)
+
+
+def loose_numbers(text: str) -> list[str]:
+    """Numbers in the text of a page, outside of tables, code, links and headings' anchors."""
+    text = _CODE.sub(" ", _MARKED.sub(" ", text))
+    return [found.rstrip(",") for found in _NUMBER.findall(text)]
+
+
+def is_from_results(number: str, results: Results) -> bool:
+    """Whether a number in the text is a value of a result file, rounded to the decimals that are written.
+
+    Shares may be written as percentages as well.
+    """
+    plain = number.replace(",", "")
+    decimals = len(plain.partition(".")[2])
+    value = float(plain)
+    return any(
+        round(abs(known) * scale, decimals) == value for known in _values(results) for scale in (1, 100, 1e-6, 1e-9)
+    )
+
+
+def _values(content: Any) -> Iterator[float]:
+    if isinstance(content, bool) or content is None:
+        return
+    if isinstance(content, (int, float)):
+        yield float(content)
+    elif isinstance(content, Mapping):
+        for value in content.values():
+            yield from _values(value)
+    elif isinstance(content, (list, tuple)):
+        for value in content:
+            yield from _values(value)
+
+
+def systems_table(results: Results) -> str:
+    """Accuracy and loss of each task, what is kept, bytes."""
+    found = results["systems"]
+    answered = found["systems"]["experts"]["answered_tasks"]
+    header = ["system", *answered, "mean", "mean kept", "worst kept", "bytes, models"]
+    rows = []
+    for name, row in found["systems"].items():
+        kept = row["kept"]
+        rows.append(
+            [
+                name,
+                *(share(row["tasks"][task]["accuracy"]) for task in answered),
+                share(row["mean_accuracy"]),
+                with_interval(Estimate(**kept["mean"])),
+                f"{with_interval(Estimate(**kept['worst']))} {kept['worst_task']}",
+                f"{row['bytes'] / found['bytes_of_one_model']:.2f}",
+            ]
+        )
+    return markdown_table(header, rows)
+
+
+def losses_table(results: Results) -> str:
+    """Answer loss of each task, and the mean above the experts'."""
+    found = results["systems"]
+    known, unknown = found["tasks"], found["unknown_tasks"]
+    experts = found["systems"]["experts"]["mean_loss"]
+    rows = []
+    for name, row in found["systems"].items():
+        cells = [f"{row['tasks'][task]['loss']:.3f}" if task in row["tasks"] else "–" for task in [*known, *unknown]]
+        rows.append([name, *cells, f"{row['mean_loss']:.3f}", f"{row['mean_loss'] - experts:+.3f}"])
+    header = ["system", *known, *(f"{task} (no expert)" for task in unknown), "mean of the tasks", "above the experts"]
+    return markdown_table(header, rows)
+
+
+def routing_table(results: Results) -> str:
+    """Where test prompts were sent."""
+    found = results["systems"]["routing"]
+    columns = list(next(iter(found.values())))
+    return markdown_table(["prompts of", *columns], ([task, *map(share, row.values())] for task, row in found.items()))
+
+
+def tests_table(results: Results) -> str:
+    """p-values of paired tests against the routed model."""
+    found = results["systems"]
+    known = found["tasks"]
+    rows = [
+        [name, *(f"{row[task]['permutation_p_of_losses']:.4f}" if task in row else "–" for task in known)]
+        for name, row in found["against_routed"].items()
+        if name != "Mediator, routed"
+    ]
+    return markdown_table(["system", *known], rows)
+
+
+def conflict_table(results: Results) -> str:
+    """Sign conflict by matrix kind, mean over blocks, and of first, middle and last blocks."""
+    rows = []
+    for label, records in results["conflict"]["sets"].items():
+        whole = [record for record in records if record["kind"] == "all"]
+        scores = [record["sign"] for record in whole]
+        third = len(scores) // 3
+        parts = [scores[:third], scores[third : len(scores) - third], scores[len(scores) - third :]]
+        deviation = max(record["chance_sd"] for record in whole)
+        means = [f"{sum(part) / len(part):.3f}" for part in parts]
+        rows.append([label, f"{min(scores):.3f}", f"{max(scores):.3f}", *means, f"{deviation:.4f}"])
+    header = ["experts", "smallest", "largest", "first third", "middle", "last third", "chance .5, its sd"]
+    return markdown_table(header, rows)
+
+
+def kinds_table(results: Results) -> str:
+    """Sign conflict, energy lost and norm of each kind of matrix, mean over blocks."""
+    records = next(iter(results["conflict"]["sets"].values()))
+    kinds = [kind for kind in dict.fromkeys(record["kind"] for record in records) if kind != "all"]
+    rows = []
+    for kind in kinds:
+        some = [record for record in records if record["kind"] == kind]
+        rows.append([kind, *(f"{sum(r[key] for r in some) / len(some):.3f}" for key in ("sign", "energy", "norm"))])
+    return markdown_table(["matrix", "sign conflict", "energy the mean loses", "norm of the task vectors"], rows)
+
+
+def ablation_table(results: Results) -> str:
+    """Mean answer loss for each ranking and number of routed blocks."""
+    found = results["ablation"]
+    counts = list(next(iter(found["curves"].values())))
+    rows = [
+        [ranking, f"{found['none']['mean']:.3f}", *(f"{curve[count]['mean']:.3f}" for count in counts)]
+        + [f"{found['all']['mean']:.3f}"]
+        for ranking, curve in found["curves"].items()
+    ]
+    return markdown_table(["ranking", "0", *counts, str(found["num_blocks"])], rows)
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "systems": systems_table,
+    "losses": losses_table,
+    "tests": tests_table,
+    "routing": routing_table,
+    "conflict": conflict_table,
+    "conflict-by-matrix": kinds_table,
+    "ablation": ablation_table,
+}
+"""Name in the page's markers → what makes the table."""
+
+
+def draw_figures(results: Results, folder: Path) -> list[Path]:
+    """Conflict per block with its chance level, and losses by number of routed blocks, where results are there.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingPackageError("figures need matplotlib: pip install 'mediator_peft[plot]'") from None
+    drawn = []
+    if "conflict" in results:
+        figure = Figure(figsize=(7, 3.6), layout="constrained")
+        _draw_conflict(figure.add_subplot(), results["conflict"])
+        drawn.append(folder / "evidence_conflict.png")
+        figure.savefig(drawn[-1], dpi=120)
+    if "ablation" in results:
+        figure = Figure(figsize=(7, 3.8), layout="constrained")
+        _draw_ablation(figure.add_subplot(), results["ablation"])
+        drawn.append(folder / "evidence_ablation.png")
+        figure.savefig(drawn[-1], dpi=120)
+    return drawn
+
+
+def _draw_conflict(axes: Any, found: Results) -> None:
+    for label, records in found["sets"].items():
+        whole = [record for record in records if record["kind"] == "all"]
+        axes.plot([r["block"] for r in whole], [r["sign"] for r in whole], marker="o", markersize=3, label=label)
+    axes.axhline(0.5, color="0.5", linestyle="--", label="chance: independent signs")
+    axes.set(xlabel="block", ylabel="sign conflict", ylim=(0, 0.6))
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _draw_ablation(axes: Any, found: Results) -> None:
+    last = found["num_blocks"]
+    for ranking, curve in found["curves"].items():
+        counts: Sequence[int] = [0, *map(int, curve), last]
+        means = [found["none"]["mean"], *(point["mean"] for point in curve.values()), found["all"]["mean"]]
+        style = "--" if ranking.startswith("random") else "-"
+        axes.plot(counts, means, style, marker="o", markersize=3, label=ranking)
+    axes.set(xlabel="routed blocks", ylabel="answer loss, mean of the tasks (nats a token)")
+    axes.legend(fontsize=8, frameon=False, ncols=2)

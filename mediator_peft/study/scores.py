@@ -1,0 +1,112 @@
+"""Scores of one system on one task, kept in a file each, so that a stopped study goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..demo.tasks import Item
+from ..evaluation.generation import ExpertChoice, Memo, answer_losses, answer_prompts
+from ..evaluation.report import write_json
+from ..evaluation.runner import answer_room
+from ..evaluation.scoring import MATCHERS
+
+SCORE_VERSION = 1
+"""To be raised when scoring changes, so that older files are not used."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One system on the first items of one task."""
+
+    right: list[bool]
+    """(N,) whether each greedy answer is right; empty where only losses are measured."""
+
+    losses: list[float]
+    """(M,) mean negative log-likelihood of each reference answer's tokens, in nats."""
+
+    answers: list[str]
+    """(N,) greedy answers."""
+
+    seconds: float
+    """Wall-clock time; it says little where other processes ran."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return sum(self.right) / len(self.right)
+
+    @property
+    def loss(self) -> float:
+        """Mean over items."""
+        return sum(self.losses) / len(self.losses)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many items of a task are measured."""
+
+    answers: int
+    losses: int
+
+
+class ScoreBook:
+    """A folder of scores; each file's name holds a hash of all that its figures depend on."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def find(self, system: str, task: str, depends: Any) -> Scores | None:
+        """The scores of an earlier run; None where there are none."""
+        path = self._path(system, task, depends)
+        return Scores(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+    def keep(self, system: str, task: str, depends: Any, scores: Scores) -> Scores:
+        """Write scores, and give them back."""
+        write_json(asdict(scores), self._path(system, task, depends))
+        return scores
+
+    def _path(self, system: str, task: str, depends: Any) -> Path:
+        text = json.dumps([SCORE_VERSION, system, task, depends], sort_keys=True)
+        name = f"{system}--{task}".replace(" ", "_").replace("/", "_")
+        return self._folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+
+
+def score_items(
+    model: Any,
+    tokenizer: Any,
+    items: Sequence[Item],
+    match: str,
+    sizes: Sizes,
+    *,
+    expert_weights: ExpertChoice = None,
+    batch_size: int = 25,
+    memo: Memo | None = None,
+) -> Scores:
+    """Let a system answer the first items of a task, and measure the losses of the reference answers.
+
+    Args:
+        model: a Mediator model or a plain one.
+        tokenizer: of the model.
+        items: of the task.
+        match: how answers are judged.
+        sizes: how many items.
+        expert_weights: which expert answers.
+        batch_size: rows at once.
+        memo: of this very model.
+    """
+    started = time.perf_counter()
+    shared: dict[str, Any] = {"expert_weights": expert_weights, "batch_size": batch_size, "memo": memo}
+    answered, measured = items[: sizes.answers], items[: sizes.losses]
+    room = answer_room(tokenizer, [item.answer for item in items])
+    prompts = [item.prompt for item in answered]
+    answers = answer_prompts(model, tokenizer, prompts, max_new_tokens=room, **shared) if prompts else []
+    references = [item.answer for item in measured]
+    losses = answer_losses(model, tokenizer, [item.prompt for item in measured], references, **shared)
+    right = [MATCHERS[match](answer, item.answer) for answer, item in zip(answers, answered, strict=True)]
+    return Scores(right, losses, answers, round(time.perf_counter() - started, 1))

@@ -1,0 +1,277 @@
+"""Systems of the study and their scores: base, experts, single-model merges, Mediator named and routed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints.adapter_files import find_adapter
+from ..demo.tasks import Task
+from ..demo.training import TrainedExpert
+from ..evaluation.fit_and_save import fit_and_save
+from ..evaluation.generation import ROUTED, Memo, answer_losses, route_prompts
+from ..evaluation.report import write_json
+from ..merge.offline import build_mediator
+from ..methods.merging import MERGE_METHODS, MergeMethod
+from ..tuner.config import MediatorConfig
+from .experts import StudyFolder, validation_items
+from .lab import Lab, merge_states, single_model_rows
+from .scores import ScoreBook, Scores, Sizes, score_items
+from .settings import StudySettings
+
+BASE, NAMED, ROUTED_SYSTEM = "base", "Mediator, expert named", "Mediator, routed"
+COEFFICIENTS = (0.3, 0.5, 0.8)
+"""Of task arithmetic, tried on validation items."""
+
+NUM_VALIDATION = 4
+"""Validation items a task."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What systems are measured on."""
+
+    tasks: Mapping[str, Task]
+    """Tasks that have an expert, then those that have none."""
+
+    known: Sequence[str]
+    """The tasks with an expert."""
+
+    sizes: Mapping[str, Sizes]
+    """Task → how many items."""
+
+
+def make_sample(
+    tasks: Mapping[str, Task],
+    known: Sequence[str],
+    unknown: Mapping[str, Task],
+    num_answers: int,
+    num_losses: int,
+) -> Sample:
+    """The items of the study, the first ones of each test split, the same for all systems.
+
+    Args:
+        tasks: all tasks that may have an expert.
+        known: those that have one.
+        unknown: tasks without an expert.
+        num_answers: greedy answers a task.
+        num_losses: answer losses a task; half of them for word problems, which are long, and for unknown tasks.
+    """
+
+    def sizes(answers: int, losses: int) -> dict[str, Sizes]:
+        # Word problems are long: their losses are measured, their answers are not generated.
+        known_sizes = {name: Sizes(0, losses // 2) if name == "maths" else Sizes(answers, losses) for name in known}
+        return known_sizes | {name: Sizes(0, losses // 2) for name in unknown}
+
+    chosen = {name: tasks[name] for name in known}
+    return Sample(chosen | dict(unknown), list(known), sizes(num_answers, num_losses))
+
+
+@dataclass
+class Bench:
+    """What every step needs."""
+
+    settings: StudySettings
+    folder: StudyFolder
+    experts: Mapping[str, TrainedExpert]
+    """Task → its expert, the ones of the tables alone."""
+
+    sample: Sample
+    say: Say
+
+    @property
+    def book(self) -> ScoreBook:
+        """Where scores are kept."""
+        return ScoreBook(self.folder.scores)
+
+    @property
+    def hashes(self) -> list[str]:
+        """The experts' folder names, which hold hashes of all that they depend on."""
+        return [expert.path.name for expert in self.experts.values()]
+
+    def scored(self, system: str, task: str, sizes: Sizes, depends: Any, model: Callable[[], dict[str, Any]]) -> Scores:
+        """Scores of an earlier run, or those measured now.
+
+        Args:
+            system: its name.
+            task: its name.
+            sizes: how many items.
+            depends: what else the figures depend on.
+            model: gives ``model``, ``tokenizer`` and other arguments of ``score_items``; called only when needed.
+        """
+        found = self.sample.tasks[task]
+        items = found.test[: max(sizes.answers, sizes.losses)]
+        key = [asdict(sizes), depends, [list(item) for item in items]]
+        known = self.book.find(system, task, key)
+        if known is not None:
+            return known
+        scores = score_items(items=items, match=found.match, sizes=sizes, **model())
+        accuracy = f"{scores.accuracy:.3f}" if scores.right else "–"
+        self.say(f"{system} / {task}: accuracy {accuracy}, loss {scores.loss:.3f}, {scores.seconds:.0f} s")
+        return self.book.keep(system, task, key, scores)
+
+
+Table = dict[str, dict[str, Scores]]
+"""System → task → scores."""
+
+
+def score_alone(bench: Bench, lab: Lab) -> Table:
+    """The base on all tasks, and each expert on its own."""
+    table: Table = {BASE: {}}
+    tokenizer = lab.tokenizer
+    for task in bench.sample.tasks:
+
+        def base() -> dict[str, Any]:
+            with lab.holding(lab.base) as model:
+                return {"model": model, "tokenizer": tokenizer}
+
+        table[BASE][task] = bench.scored(BASE, task, bench.sample.sizes[task], "", base)
+    for name, expert in bench.experts.items():
+
+        def own(name: str = name) -> dict[str, Any]:
+            with lab.holding(lab.experts[name]) as model:
+                return {"model": model, "tokenizer": tokenizer}
+
+        system = f"expert {name}"
+        table[system] = {name: bench.scored(system, name, bench.sample.sizes[name], expert.path.name, own)}
+    return table
+
+
+def tuned_coefficient(bench: Bench, lab: Lab) -> float:
+    """The coefficient of task arithmetic with the smallest mean answer loss on validation items.
+
+    The mean over tasks of losses, as accuracies of so few items would hardly tell coefficients apart.
+    """
+    path = bench.folder.scores / "coefficients.json"
+    key = [bench.hashes, list(COEFFICIENTS), NUM_VALIDATION]
+    if path.exists() and (found := json.loads(path.read_text(encoding="utf-8")))["key"] == key:
+        return float(found["coefficient"])
+    losses = {}
+    for coefficient in COEFFICIENTS:
+        state = merge_states(lab.base, lab.experts, MERGE_METHODS["task_arithmetic"], scale=coefficient)
+        with lab.holding(state) as model:
+            losses[coefficient] = _validation_loss(bench, model, lab.tokenizer)
+        bench.say(f"task arithmetic, {coefficient}: validation loss {losses[coefficient]:.3f}")
+    best = min(losses, key=lambda coefficient: losses[coefficient])
+    write_json({"key": key, "coefficient": best, "losses": losses}, path)
+    return best
+
+
+def _validation_loss(bench: Bench, model: Any, tokenizer: Any) -> float:
+    means = []
+    for task in bench.sample.known:
+        items = validation_items(task, bench.settings, dict(bench.sample.tasks), bench.folder)[:NUM_VALIDATION]
+        losses = answer_losses(model, tokenizer, [item.prompt for item in items], [item.answer for item in items])
+        means.append(sum(losses) / len(losses))
+    return sum(means) / len(means)
+
+
+def score_merges(bench: Bench, lab: Lab) -> Table:
+    """Single models merged from all experts: every row of the library, and task arithmetic with a tuned coefficient."""
+    rows: dict[str, tuple[MergeMethod, dict[str, Any]]] = {name: (row, {}) for name, row in single_model_rows().items()}
+    rows["task_arithmetic"] = MERGE_METHODS["task_arithmetic"], {"scale": tuned_coefficient(bench, lab)}
+    table: Table = {}
+    for name, (row, parameters) in rows.items():
+        cache: dict[str, Any] = {}
+
+        def merged(
+            row: MergeMethod = row, parameters: dict[str, Any] = parameters, cache: dict[str, Any] = cache
+        ) -> dict[str, Any]:
+            if not cache:
+                cache.update(merge_states(lab.base, lab.experts, row, **parameters))
+            with lab.holding(cache) as model:
+                return {"model": model, "tokenizer": lab.tokenizer}
+
+        depends = [bench.hashes, {**row.defaults(), **parameters}]
+        table[name] = {
+            task: bench.scored(name, task, bench.sample.sizes[task], depends, merged) for task in bench.sample.tasks
+        }
+    return table
+
+
+def built_model(bench: Bench, name: str, config: MediatorConfig) -> Path:
+    """The Mediator model of all experts with these settings, built and fitted once."""
+    folder = bench.folder.models / name
+    marker = folder / "study.json"
+    key = [bench.hashes, config.to_dict()]
+    text = json.dumps(key, default=str, sort_keys=True)
+    if marker.exists() and json.loads(marker.read_text(encoding="utf-8"))["key"] == text:
+        return folder
+    started = time.perf_counter()
+    paths = {task: expert.path for task, expert in bench.experts.items()}
+    shutil.rmtree(folder, ignore_errors=True)
+    report = build_mediator(bench.folder.base, paths, folder, config)
+    built = time.perf_counter()
+    model, tokenizer = _load(folder)
+    prompts = {
+        task: [item.prompt for item in bench.sample.tasks[task].calibration[: bench.settings.num_calibration]]
+        for task in bench.experts
+    }
+    fit_and_save(model, tokenizer, prompts, find_adapter(folder))
+    seconds = {"build": round(built - started, 1), "fit router": round(time.perf_counter() - built, 1)}
+    write_json({"key": text, "report": report.to_dict(), "seconds": seconds}, marker)
+    bench.say(f"built {name}: {seconds}")
+    return folder
+
+
+def build_default(bench: Bench) -> Path:
+    """The Mediator model with the library's defaults."""
+    return built_model(bench, f"default-{len(bench.experts)}", MediatorConfig())
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    from ..tuner.loading import load_mediator
+
+    return load_mediator(folder, dtype=torch.float32)
+
+
+def score_mediator(bench: Bench, folder: Path, suffix: str = "") -> Table:
+    """The Mediator model with the right expert named, and routed."""
+    loaded: list[Any] = []
+    memo = Memo.empty()
+
+    def model(expert_weights: Any) -> Callable[[], dict[str, Any]]:
+        def ready() -> dict[str, Any]:
+            if not loaded:
+                loaded.extend(_load(folder))
+            return {"model": loaded[0], "tokenizer": loaded[1], "expert_weights": expert_weights, "memo": memo}
+
+        return ready
+
+    depends = json.loads((folder / "study.json").read_text(encoding="utf-8"))["key"]
+    named, routed = NAMED + suffix, ROUTED_SYSTEM + suffix
+    table: Table = {named: {}, routed: {}}
+    for task in bench.sample.known:
+        sizes = bench.sample.sizes[task]
+        table[named][task] = bench.scored(named, task, sizes, depends, model(task))
+        table[routed][task] = bench.scored(routed, task, sizes, depends, model(ROUTED))
+    for task in bench.sample.tasks:
+        if task not in bench.sample.known:
+            table[routed][task] = bench.scored(routed, task, bench.sample.sizes[task], depends, model(ROUTED))
+    return table
+
+
+def routing_shares(bench: Bench, folder: Path) -> dict[str, dict[str, float]]:
+    """Task → share of its test prompts by the column with the most weight, and of those flagged as OOD."""
+    path = folder / "study-routes.json"
+    if path.exists():
+        found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    model, tokenizer = _load(folder)
+    shares = {}
+    for task, content in bench.sample.tasks.items():
+        prompts = [item.prompt for item in content.test[:100]]
+        routes = route_prompts(model, tokenizer, prompts)
+        columns = {column: sum(r.expert == column for r in routes) / len(routes) for column in model.expert_names}
+        shares[task] = {**columns, "flagged": sum(route.is_ood for route in routes) / len(routes)}
+    write_json(shares, path)
+    return shares

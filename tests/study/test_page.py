@@ -1,0 +1,64 @@
+"""The page of the study: every table and every number comes from a result file."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mediator_peft.study.page import (
+    PageError,
+    draw_figures,
+    fill_page,
+    is_from_results,
+    loose_numbers,
+    read_results,
+)
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = DOCS / "evidence.md"
+# What is no result: names of parts, years, numbers of papers, shares of the model's own description.
+NAMES = {"135", "95", "3.0", "270"}
+
+
+def test_every_table_of_the_page_is_that_of_its_result_file():
+    text = PAGE.read_text(encoding="utf-8")
+    assert fill_page(text, DOCS / "results") == text
+
+
+def test_every_number_in_the_text_is_in_a_result_file():
+    results = read_results(DOCS / "results")
+    loose = loose_numbers(PAGE.read_text(encoding="utf-8"))
+    unknown = [number for number in loose if number not in NAMES and not is_from_results(number, results)]
+    assert not unknown
+
+
+def test_a_number_that_is_in_no_file_is_found():
+    results = {"a": {"share": 0.9412, "bytes": 12_340_000, "count": [24]}}
+    for number in ("94", ".94", "0.941", "24", "12.3", "12,340,000"):
+        assert is_from_results(number, results), number
+    for number in ("93", ".95", "25"):
+        assert not is_from_results(number, results), number
+
+
+def test_numbers_are_read_from_text_and_not_from_tables_code_or_links():
+    text = "kept .94 of 1,200 (see [x](a/7.md), `n = 3`)\n<!-- table: t -->\n| 5 |\n<!-- end -->\nand 6 %, gpt2, v1.5."
+    assert loose_numbers(text) == [".94", "1,200", "6"]
+
+
+def test_unknown_tables_and_missing_files_are_named(tmp_path):
+    with pytest.raises(PageError, match="there are systems"):
+        fill_page("<!-- table: nothing -->\n<!-- end -->", tmp_path)
+    with pytest.raises(PageError, match="'systems'"):
+        fill_page("<!-- table: systems -->\n<!-- end -->", tmp_path)
+
+
+def test_figures_are_drawn_from_results(tmp_path):
+    rows = [{"block": block, "kind": "all", "sign": 0.3} for block in range(3)]
+    curve = {"1": {"mean": 1.0}, "2": {"mean": 0.5}}
+    results = {
+        "conflict": {"sets": {"seed 0": rows}},
+        "ablation": {"num_blocks": 3, "none": {"mean": 2.0}, "all": {"mean": 0.1}, "curves": {"sign": curve}},
+    }
+    assert [path.name for path in draw_figures(results, tmp_path)] == ["evidence_conflict.png", "evidence_ablation.png"]
+    assert all(path.stat().st_size > 1000 for path in tmp_path.iterdir())
+    assert draw_figures(json.loads("{}"), tmp_path) == []

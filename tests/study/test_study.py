@@ -1,0 +1,226 @@
+"""The study on tiny models: tasks, scores that come back, conflict and block sets against references."""
+
+import json
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from character_tokenizer import CHAT_TEMPLATE, character_tokenizer
+from tiny import write_tiny_checkpoints
+
+from mediator_peft import load_mediator, reference
+from mediator_peft.demo.settings import FULL
+from mediator_peft.demo.tasks import Item, Task
+from mediator_peft.methods.merging import MERGE_METHODS
+from mediator_peft.study import tasks as study_tasks
+from mediator_peft.study.ablation import named_weights, score_block_sets
+from mediator_peft.study.conflict import (
+    block_of,
+    conflict_table,
+    kept_largest,
+    pairwise_cosines,
+    rankings,
+    routed_matrices,
+)
+from mediator_peft.study.experts import StudyFolder
+from mediator_peft.study.lab import Lab, merge_states, read_state, single_model_rows
+from mediator_peft.study.scores import ScoreBook, Scores, Sizes
+from mediator_peft.study.settings import FULL_STUDY
+from mediator_peft.study.systems import (
+    NAMED,
+    ROUTED_SYSTEM,
+    Bench,
+    build_default,
+    make_sample,
+    score_alone,
+    score_mediator,
+    score_merges,
+)
+from mediator_peft.study.tables import conflict_result, systems_result, write_result
+
+WORDNET = """  1 the licence
+00000001 03 n 01 entity 0 000 | a root
+00000002 05 n 02 dog 0 domestic_dog 0 000 | an animal
+00000003 13 n 01 bread 0 000 | food
+00000004 13 n 01 crane 0 000 | food with the name of an animal
+00000005 05 n 01 crane 1 000 | an animal
+00000006 05 n 01 Fido 0 000 | a name
+"""
+
+
+def test_nouns_with_one_meaning_are_read_from_wordnet(tmp_path):
+    (tmp_path / "data.noun").write_text(WORDNET)
+    assert study_tasks.one_meaning_nouns(tmp_path) == [("dog", "animal"), ("bread", "food")]
+
+
+def test_splits_share_no_prompt_and_follow_from_the_seed(monkeypatch):
+    def source(rng: Random, folder: Path):
+        while True:
+            number = rng.randrange(60)
+            yield Item(f"What is {number}?", str(number))
+
+    monkeypatch.setitem(study_tasks.STUDY_TASKS, "numbers", source)
+    first, again, other = (study_tasks.make_study_task("numbers", 20, 10, 8, seed, Path()) for seed in (0, 0, 1))
+    assert first == again != other
+    splits = [first.train, first.calibration, first.test]
+    assert [len(split) for split in splits] == [20, 10, 8]
+    assert len({item.prompt for split in splits for item in split}) == 38
+    longer = study_tasks.make_study_task("numbers", 30, 10, 8, 0, Path())
+    assert (longer.test, longer.calibration, longer.train[:20]) == (first.test, first.calibration, first.train)
+    taken = {item.prompt for item in first.train}
+    assert not taken & {
+        item.prompt for item in study_tasks.make_study_task("numbers", 20, 0, 0, 0, Path(), taken).train
+    }
+
+
+def test_the_demo_experts_keep_the_recipes_of_the_demo():
+    for name, recipe in FULL.recipes.items():
+        assert FULL_STUDY.experts[name].recipe is recipe
+    assert set(FULL_STUDY.main) <= set(FULL_STUDY.experts)
+
+
+def test_kept_scores_come_back_for_the_same_question_alone(tmp_path):
+    book, scores = ScoreBook(tmp_path), Scores([True], [0.5], ["a"], 1.0)
+    assert book.keep("routed", "maths", [1], scores) == book.find("routed", "maths", [1]) == scores
+    assert book.find("routed", "maths", [2]) is book.find("base", "maths", [1]) is None
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """A study of two tiny experts."""
+    root = tmp_path_factory.mktemp("study")
+    paths = write_tiny_checkpoints(root, ["base", "first", "second"], dtype=torch.bfloat16)
+    for path in paths.values():
+        character_tokenizer(CHAT_TEMPLATE, adds_bos=True).save_pretrained(path)
+
+    def items(prompt, count=24):
+        return [Item(f"{prompt} {number}", str(number)) for number in range(count)]
+
+    tasks = {
+        name: Task(items(f"{name} a", 12), items(f"{name} b"), items(f"{name} c", 4), "exact")
+        for name in ("first", "second")
+    }
+    unknown = {"other": Task([], [], items("other", 4), "exact")}
+    experts = {name: SimpleNamespace(path=paths[name], losses=[1.0]) for name in ("first", "second")}
+    said = []
+    sample = make_sample(tasks, list(tasks), unknown, 3, 4)
+    return Bench(FULL_STUDY, StudyFolder(root), experts, sample, said.append)
+
+
+@pytest.fixture(scope="module")
+def lab(bench):
+    return Lab(bench.folder.base, {name: expert.path for name, expert in bench.experts.items()})
+
+
+@pytest.fixture(scope="module")
+def table(bench, lab):
+    found = score_alone(bench, lab)
+    found |= score_mediator(bench, build_default(bench))
+    return found | score_merges(bench, lab)
+
+
+def test_a_second_run_scores_nothing_anew(bench, lab, table, monkeypatch):
+    monkeypatch.setattr("mediator_peft.study.systems.score_items", None)
+    again = score_alone(bench, lab) | score_mediator(bench, build_default(bench)) | score_merges(bench, lab)
+    assert again == table
+
+
+def test_every_system_is_in_the_table_and_its_file(bench, table, tmp_path):
+    found = systems_result(bench, table, build_default(bench))
+    assert {"experts", "base", NAMED, ROUTED_SYSTEM, *single_model_rows()} == set(found["systems"])
+    assert found["systems"]["experts"]["mean_loss"] == pytest.approx(
+        np.mean([table[f"expert {task}"][task].loss for task in ("first", "second")])
+    )
+    assert found["systems"]["base"]["bytes"] == found["bytes_of_one_model"]
+    first = write_result(tmp_path, "systems", found).read_bytes()
+    assert write_result(tmp_path, "systems", json.loads(first)).read_bytes() == first
+
+
+def test_merged_states_are_the_methods_on_each_tensor(lab):
+    merged = merge_states(lab.base, lab.experts, MERGE_METHODS["average"])
+    name = "model.layers.1.mlp.up_proj.weight"
+    expected = sum(state[name].float() for state in lab.experts.values()) / 2
+    torch.testing.assert_close(merged[name].float(), expected, atol=4e-3, rtol=1e-2)
+    nothing = merge_states(lab.base, lab.experts, MERGE_METHODS["task_arithmetic"], scale=1e-9)
+    assert all(torch.equal(nothing[name], tensor) for name, tensor in lab.base.items())
+
+
+def test_all_blocks_give_the_named_model_and_none_the_backbone(bench, lab):
+    folder = build_default(bench)
+    model, _ = load_mediator(folder, dtype=torch.float32)
+    backbone, experts = named_weights(folder)
+    ids = torch.arange(5, 25).view(2, 10)
+    rest = read_state(folder)
+    for name, weights in {"first": experts["first"], None: backbone}.items():
+        with torch.no_grad(), model.use_experts(name), lab.holding({**rest, **weights}) as plain:
+            torch.testing.assert_close(plain(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_losses_of_block_sets_lie_between_nothing_and_everything(bench, lab):
+    records = conflict_table(lab.base, lab.experts)
+    found = score_block_sets(bench, lab, build_default(bench), records)
+    assert found["num_blocks"] == 3
+    assert set(found["curves"]) == set(rankings(records))
+    assert found["none"]["mean"] != found["all"]["mean"]
+    # Two rankings that choose the same blocks have the same loss.
+    curves = found["curves"]
+    assert curves["first"]["2"] != curves["last"]["2"]
+
+
+def test_conflict_is_that_of_the_reference(lab):
+    records = {row["block"]: row for row in conflict_table(lab.base, lab.experts) if row["kind"] == "all"}
+    names = [name for name in routed_matrices(lab.base) if block_of(name) == 1]
+    vectors = [
+        reference.task_vectors(lab.base[name], torch.stack([state[name] for state in lab.experts.values()]))
+        for name in names
+    ]
+    assert records[1]["sign"] == pytest.approx(reference.conflict_score(vectors), abs=0.01)
+    cosines = pairwise_cosines(lab.base, lab.experts)
+    flat = torch.stack(
+        [
+            torch.cat([(state[name].float() - lab.base[name].float()).flatten() for name in routed_matrices(lab.base)])
+            for state in lab.experts.values()
+        ]
+    )
+    assert cosines["first | second"] == pytest.approx(torch.cosine_similarity(flat[0], flat[1], dim=0).item(), abs=1e-4)
+
+
+def test_independent_signs_lie_at_the_chance_level_within_its_deviation():
+    generator = torch.Generator().manual_seed(0)
+    base = {f"model.layers.{block}.mlp.up_proj.weight": torch.zeros(60, 50) for block in range(40)}
+    experts = {name: {key: torch.randn(60, 50, generator=generator) for key in base} for name in ("a", "b", "c")}
+    records = [row for row in conflict_table(base, experts) if row["kind"] == "all"]
+    scores = np.array([row["sign"] for row in records])
+    assert scores.mean() == pytest.approx(0.5, abs=0.02)
+    assert scores.std() == pytest.approx(np.mean([row["chance_sd"] for row in records]), rel=0.35)
+    assert records[0]["energy"] == pytest.approx(records[0]["energy_of_orthogonal"], abs=0.03)
+
+
+def test_the_largest_entries_are_kept():
+    vectors = torch.randn(2, 8, 10)
+    kept = kept_largest(vectors, 0.25)
+    assert kept.flatten(1).sum(dim=1).tolist() == [20, 20]
+    for vector, mask in zip(vectors.abs(), kept, strict=True):
+        assert vector[mask].min() >= vector[~mask].max()
+    assert not kept_largest(torch.zeros(1, 4, 4), 0.5).any()
+
+
+def test_rankings_hold_every_block_once():
+    table = [{"block": b, "kind": "all", "sign": s, "energy": -s, "norm": 1.0} for b, s in enumerate([0.1, 0.4, 0.2])]
+    found = rankings(table)
+    assert found["sign"] == [1, 2, 0] == found["sign reversed"][::-1]
+    assert found["energy"] == [0, 2, 1]
+    assert all(sorted(order) == [0, 1, 2] for order in found.values())
+
+
+def test_conflict_results_hold_each_choice_of_seeds(bench, monkeypatch):
+    seed1 = SimpleNamespace(path=bench.experts["second"].path, losses=[1.0])
+    settings = SimpleNamespace(experts={"first-seed1": SimpleNamespace(task="first", seed=1)})
+    monkeypatch.setattr("mediator_peft.study.tables.trained_experts", lambda *_: {"first-seed1": seed1})
+    found = conflict_result(Bench(settings, bench.folder, bench.experts, bench.sample, print))
+    assert list(found["sets"]) == ["seed 0", "seed 1 of first"]
+    assert found["cosines"]["second | first-seed1"] == pytest.approx(1.0)
+    assert Sizes(1, 2) != Sizes(2, 1)
