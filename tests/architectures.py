@@ -7,6 +7,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from mediator_peft import MediatorConfig, build_mediator, load_mediator
+from mediator_peft import MediatorConfig, build_mediator, get_mediator_model, load_mediator
 from mediator_peft.errors import UnsupportedError
 from mediator_peft.structure import Structure, find_structure
 
@@ -147,6 +148,8 @@ class Outcome(NamedTuple):
 def round_trip(model_type: str, folder: Path) -> Outcome:
     """Build two experts of one architecture exactly, load them, and compare each named expert with the model itself.
 
+    From files, around a model in memory, and as saved from memory.
+
     The experts differ from the base in the linear layers of the blocks.
     """
     try:
@@ -166,15 +169,26 @@ def round_trip(model_type: str, folder: Path) -> Outcome:
         experts = {"math": _tuned(base, structure, 1), "code": _tuned(base, structure, 2)}
         for name, expert in experts.items():
             expert.save_pretrained(folder / name)
-        settings = MediatorConfig(density=1.0, encoding="float", routed_layers="all")
+        settings: dict[str, Any] = {"density": 1.0, "encoding": "float", "routed_layers": "all"}
         paths = {name: str(folder / name) for name in experts}
-        report = build_mediator(folder / "base", paths, folder / "out", settings)
-        model, _ = load_mediator(folder / "out")
+        report = build_mediator(folder / "base", paths, folder / "out", MediatorConfig(**settings))
+        in_memory = get_mediator_model(again, MediatorConfig(experts=paths, **settings))
+        in_memory.save_pretrained(folder / "adapter")
+        built = load_mediator(folder / "out")[0]
+        edited = load_mediator(folder / "out")[0]
+        edited.remove_expert("code")
+        edited.add_expert("code", paths["code"])
+        models = {
+            "built": built,
+            "edited": edited,
+            "in memory": in_memory.eval(),
+            "saved from memory": load_mediator(folder / "adapter")[0],
+        }
         with torch.no_grad():
-            for name, expert in {**experts, "base": base}.items():
+            for (way, model), (name, expert) in product(models.items(), {**experts, "base": base}.items()):
                 difference = (model(PROMPT, expert_weights=name).logits - expert(PROMPT).logits).abs().max()
                 if not difference < 1e-3:
-                    return Outcome("failing", f"{name}: logits differ by {difference:.1e}")
+                    return Outcome("failing", f"{way}, {name}: logits differ by {difference:.1e}")
             if all(torch.allclose(expert(PROMPT).logits, plain, atol=1e-2) for expert in experts.values()):
                 return Outcome("failing", "the experts give the base's logits: nothing was tried")
     except UnsupportedError as fault:
@@ -210,7 +224,8 @@ _HEAD = """# Architectures
 Which causal language models of transformers {version} work. Written by `python -m tests.architectures`, which makes a
 tiny random model of each type in the mapping of `AutoModelForCausalLM`, fine-tunes two experts of it at random, builds
 them with density 1 and `encoding="float"`, loads the output, and compares the logits of each named expert, and of the
-base, with the model's own (largest difference below 1e-3).
+base, with the model's own (largest difference below 1e-3). The same is done with `get_mediator_model` around the loaded
+base, and with what that saves.
 
 - **works**: as said. *Routed* is the share of the blocks' parameters that gets deltas; all others are averaged
   (convolutions, states, norms, and fused mixtures of experts).
@@ -221,9 +236,9 @@ base, with the model's own (largest difference below 1e-3).
 
 Beyond this table:
 
-- **Mixtures of experts.** Fused expert matrices (E, O, I) are averaged and get no deltas. The gates that choose among
-  them stay the base's, since averaged gates choose other experts; name them in `target_modules` to merge them.
-  Attention and dense linear layers are routed as everywhere. The build's report says so.
+- **Mixtures of experts.** Fused expert matrices (E, O, I) are averaged and get no deltas (see the end). The gates that
+  choose among them stay the base's, since averaged gates choose other experts; name them in `target_modules` to merge
+  them. Attention and dense linear layers are routed as everywhere. The build's report says so.
 - **Hybrids and state-space models.** Some (Mamba) compute with a layer's weight past the layer: there all prompts
   of a batch must have the same expert weights, anything else is refused.
 - **Models that read images or sound** (Gemma 3, Qwen-VL, ...): the language model is merged and routed. Encoders and
@@ -234,6 +249,35 @@ Beyond this table:
 
 | type | class | outcome | routed | remarks |
 |---|---|---|---|---|
+"""
+
+_TAIL = """
+## Deltas for fused mixtures of experts: a design, not built yet
+
+Today a tensor (E, O, I) that holds the matrices of E experts is averaged, and the report says so. A fine-tune that
+changed them is then not restored when its expert is named. What is planned:
+
+- **Merging.** The tensor is seen as E linear layers, `mlp.experts.gate_up_proj.0` and so on, each with a matrix (O, I)
+  of its own: threshold, sign consensus, density, conflict and size as for any linear layer. A view of the checkpoint
+  gives rows of the fused tensor under these names; the backbone's file gets them back as rows of one tensor. gpt-oss
+  keeps (E, I, O), which is read as `Conv1D` is, and has biases (E, O). Gates stay the base's, as today.
+- **Running.** A wrapper takes the place of the `experts` module. It holds one bank a matrix; each bank's weight is a
+  view of the fused parameter. Where all rows of a batch have one mix, it is written into these views and taken out
+  again, as in linear layers. Otherwise the wrapper runs the module once for each mix, over the tokens of its rows, by
+  `torch.func.functional_call` with the tensors `D + sum_k w_k S_k`. This is the dense fallback; it needs memory for one
+  copy of one block's experts.
+- **PEFT.** Its `target_parameters` wraps parameters in the same place, by a parametrization; that computes one weight
+  for a whole batch, so it has no room for rows with different mixes. Hence a wrapper of our own.
+
+What is in the way:
+
+- The `experts` module gets tokens without their rows, (B * T, H). With left or right padding the row of token i is
+  `i // T`, but some models drop or reorder tokens before, and a packed batch has no rows. Each family needs a test.
+- transformers chooses between several forward functions of such a module (eager, batched, grouped matrix products),
+  which read the parameters as attributes; the wrapper must be tested under each of them.
+- Everything that reads tensors by their names in the model (fingerprint, `verify`, `add_expert`, comparison with the
+  backbone's files, saving) has to see the views beside the fused tensors. The names are part of the adapter's format.
+- A view does not outlive `.to()`: the wrapper has to make its views anew after the parameter has moved.
 """
 
 
@@ -255,7 +299,7 @@ def write_document(outcomes: Mapping[str, Outcome]) -> None:
             f"| `{kind}` | {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]} | {outcome.status} | {share} | {remarks} |"
         )
     head = _HEAD.format(version=transformers.__version__, counts=f"{len(outcomes)} types: {said}.")
-    DOCUMENT.write_text(head + "\n".join(rows) + "\n", encoding="utf-8")
+    DOCUMENT.write_text(head + "\n".join(rows) + "\n" + _TAIL, encoding="utf-8")
 
 
 def _remark(note: str) -> str:

@@ -8,6 +8,7 @@ somebody computes with it: what is missing is read again. Leaving and coming are
 from __future__ import annotations
 
 import mmap
+import os
 import shutil
 import tempfile
 import threading
@@ -63,7 +64,7 @@ class ExpertStore:
         self._ends: dict[str, int] = {}
         self._used: OrderedDict[str, None] = OrderedDict()
         self._lock = threading.Lock()
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        weakref.finalize(self, _remove_folder, self._folder, os.getpid())
         renew_after_fork(self)
 
     def locks(self) -> tuple[Any, ...]:
@@ -129,6 +130,12 @@ class ExpertStore:
                     _advise(self._maps[name], "MADV_DONTNEED")
                     gone.append(name)
         return gone
+
+
+def _remove_folder(folder: Path, owner: int) -> None:
+    """Remove a store's folder; a forked child has the store of its parent, whose files they stay."""
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _advise(mapped: mmap.mmap, name: str) -> None:

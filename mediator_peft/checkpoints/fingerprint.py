@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BackboneMismatchError, CheckpointError
+from ..errors import BackboneMismatchError, CheckpointError, UnsupportedError
+from .name_mapping import named_as_in_model
 from .opening import open_checkpoint
+from .tensor_inventory import Outline
+from .tied_head import supply_head
 
 _NUM_TENSORS = 24
 _NUM_VALUES = 16
@@ -52,23 +55,28 @@ def difference_from_sample(state: Mapping[str, Tensor], expected: Mapping[str, A
     return None
 
 
-def difference_from_files(state: Mapping[str, Tensor], folder: Path) -> str | None:
+def difference_from_files(state: Mapping[str, Tensor], folder: Path, outline: Outline) -> str | None:
     """What of a backbone in memory differs from its files, all values compared; None where nothing does.
 
-    Values of the files are rounded to the dtype in memory before they are compared. Tensors that are quantised, not in
-    memory, or not in the files under their own names are passed over.
+    Values of the files are rounded to the dtype in memory before they are compared. Tensors that are quantised or not
+    in memory are passed over. A tensor that the files do not have, under whatever name transformers reads it from,
+    differs.
 
     Args:
         state: tensor name → tensor of the backbone in memory.
         folder: of its files.
+        outline: of the backbone in memory.
     """
     try:
-        stored = open_checkpoint(str(folder), "the backbone")
-    except CheckpointError:
-        return "its folder cannot be read"
+        stored = named_as_in_model(open_checkpoint(str(folder), "the backbone"), outline)
+        supply_head(stored, outline.names)
+    except (CheckpointError, UnsupportedError):
+        return "its folder cannot be read as this model"
     for name, tensor in state.items():
-        if name not in stored.tensors or not holds_numbers(tensor):
+        if not holds_numbers(tensor):
             continue
+        if name not in stored.tensors:
+            return f"{name!r} is not in its files"
         if stored.tensors[name].shape != tuple(tensor.shape):
             return f"{name!r} has shape {list(tensor.shape)}, was {list(stored.tensors[name].shape)}"
         if not torch.equal(stored.read(name).to(tensor.dtype), tensor.detach().cpu()):

@@ -7,6 +7,7 @@ short way knows a few architectures by heart and must say the same as the long o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -123,6 +124,13 @@ def known_outline(settings: Mapping[str, Any]) -> Outline:
     outer = tuple(LinearLayer(name, OUTSIDE, False, False) for name in ("model.embed_tokens", "lm_head"))
     structure = Structure("model.layers", num_blocks, layers, *((outer[:1], "lm_head") if tied else (outer, None)))
     return Outline(decoder.class_name, structure, frozenset(names), tied)
+
+
+def outline_like(model: Any) -> Outline:
+    """The outline of a model in memory, whatever wraps its layers: that of a fresh one of its class."""
+    with torch.device("meta"):
+        fresh = type(model)._from_config(deepcopy(model.config))
+    return outline_of_model(fresh, model.config)._replace(model=fresh)
 
 
 def outline_of_model(model: nn.Module, config: PretrainedConfig) -> Outline:

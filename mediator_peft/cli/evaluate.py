@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from functools import partial as bind
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,9 +32,6 @@ if TYPE_CHECKING:
 
 _UNFINISHED = ".mediator-eval.scores"
 """Folder in that of a report, with the systems that a stopped run had finished."""
-
-_PARTIAL = ".mediator-eval.partial"
-"""Folder in that of a report, where a report is written before it replaces an older one."""
 
 
 def evaluate(
@@ -201,29 +196,12 @@ def _score(
 
 
 def _write(result: Any, folder: Path, store: ScoreStore | None) -> None:
-    from ..errors import MissingPackageError, OutputError
     from ..evaluation.comparison import markdown_report
-    from ..evaluation.report import draw_report, write_json
+    from ..evaluation.report import write_evaluation
 
-    partial = folder / _PARTIAL
-    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
-        raise OutputError(f"{str(partial)!r} stands in the way of the report. Move it away.")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        write_json(result.answers(), partial / "answers.json")
-        try:
-            draw_report(result, partial / "results.png")
-        except MissingPackageError as fault:
-            say(f"note: the figure was left out: {fault}")
-        (partial / "results.md").write_text(markdown_report(result), encoding="utf-8")
-        write_json(result.to_dict(), partial / "results.json")
-        # All of it is on the disk before any old file is replaced; the results come last.
-        for name in ("answers.json", "results.png", "results.md", "results.json"):
-            if (partial / name).exists():
-                os.replace(partial / name, folder / name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    note = write_evaluation(result, folder, {"results.md": markdown_report(result)})
+    if note is not None:
+        say(f"note: the figure was left out: {note}")
     if store is not None:
         store.clear()
     say(f"written to {folder}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoints.replacing import replaced_together
 from ..errors import MissingPackageError
 from .runner import EvalTask, RoutingScore, SystemScore, TaskScore
 
@@ -87,6 +88,32 @@ def write_json(content: Any, path: Path) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_evaluation(report: EvaluationReport, folder: Path, texts: Mapping[str, str] | None = None) -> str | None:
+    """``results.json``, ``answers.json`` and ``results.png``: a kill leaves those of one evaluation.
+
+    Args:
+        report: what was measured.
+        folder: made if need be.
+        texts: further files, name → content.
+
+    Returns:
+        Why there is no figure; None where there is one.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    with replaced_together(folder) as fresh:
+        write_json(report.answers(), fresh / "answers.json")
+        write_json(report.to_dict(), fresh / "results.json")
+        for name, text in (texts or {}).items():
+            (fresh / name).write_text(text, encoding="utf-8")
+        try:
+            draw_report(report, fresh / "results.png")
+        except MissingPackageError as fault:
+            return str(fault)
+    return None
 
 
 def accuracy_table(report: EvaluationReport, tasks: Sequence[str], title: str = "") -> Table:

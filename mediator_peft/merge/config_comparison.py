@@ -119,11 +119,15 @@ def _settings(config: Any) -> dict[str, Any]:
 
 
 def _value(config: Any, key: str, plain: Any) -> Any:
-    """A setting as an attribute; as the file has it where its layers differ, since such a class then refuses."""
+    """A setting as an attribute; as the file has it where its layers differ, since such a class then refuses.
+
+    Also where the attribute is a view of other settings, which is equal to itself alone.
+    """
     try:
-        return getattr(config, key, None)
+        value = getattr(config, key, None)
     except Exception:  # an error of transformers' own, known to its newest versions alone
         return plain
+    return value if hasattr(value, "to_dict") or type(value).__eq__ is not object.__eq__ else plain
 
 
 def _declared(config: Any) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft import PeftConfig
 
@@ -16,7 +16,25 @@ from ..config import FALLBACK_EXPERT, FORMAT_VERSION, MediatorSettings, check_sa
 from ..errors import AdapterError, ConfigError
 from ..registration import peft_type
 
-__all__ = ["FALLBACK_EXPERT", "FORMAT_VERSION", "MediatorConfig", "expert_name_faults"]
+__all__ = ["FALLBACK_EXPERT", "FORMAT_VERSION", "FitSettings", "MediatorConfig", "expert_name_faults"]
+
+
+class FitSettings(NamedTuple):
+    """What fitting a router writes into its configuration: it belongs to that router alone."""
+
+    turn_markers: list[list[int]] | None
+    prompt_form: dict[str, list[int]] | None
+    fitted_router_layer: int | None
+
+    @classmethod
+    def of(cls, config: MediatorSettings) -> FitSettings:
+        """Those of a configuration."""
+        return cls(*(getattr(config, name) for name in cls._fields))
+
+    def write_to(self, config: MediatorSettings) -> None:
+        """Put them into a configuration."""
+        for name, value in self._asdict().items():
+            setattr(config, name, value)
 
 
 @dataclass(init=False)

@@ -39,7 +39,7 @@ from .fitting import (
 from .layer import MediatorLayer, reading_weights
 from .merged_weight import plain_weight
 from .quantized import is_plain
-from .routing import ActiveAdapter, PromptRouter
+from .routing import ActiveAdapter, PromptRouter, Reading
 from .saving import backbone_state
 
 
@@ -84,10 +84,12 @@ def add_expert(
     active = prompts.active
     config = active.config
     _check_name(name, config)
+    reading = prompts.reading()
     with reading_weights(active.model):
         deltas, rows = _deltas(active, name, checkpoint)
     router = _extended(
         prompts,
+        reading,
         name,
         texts,
         tokenizer,
@@ -98,12 +100,16 @@ def add_expert(
         prompts.background if background is None else background,
     )
     layers = active.layers
-    for layer, delta in deltas.items():
-        layers[layer].put_delta(active.name, name, delta)
-    if config.provenance is not None:
-        known = dict(config.provenance.get("experts", {}))
-        config.provenance = {**config.provenance, "experts": {**known, name: str(checkpoint)}}
-    active.put_router(router, [*(config.expert_names or ()), name], {**config.experts, name: str(checkpoint)}, rows)
+    with active.changes_wait():
+        if active.router is not reading.router:
+            raise RoutingError(f"the router was fitted or edited while {name!r} was being added. Add it again.")
+        for layer, delta in deltas.items():
+            layers[layer].put_delta(active.name, name, delta)
+        if config.provenance is not None:
+            known = dict(config.provenance.get("experts", {}))
+            config.provenance = {**config.provenance, "experts": {**known, name: str(checkpoint)}}
+        experts = {**config.experts, name: str(checkpoint)}
+        active.put_router(router, [*(config.expert_names or ()), name], experts, rows)
 
 
 def remove_expert(active: ActiveAdapter, name: str) -> None:
@@ -113,6 +119,11 @@ def remove_expert(active: ActiveAdapter, name: str) -> None:
         ConfigError: there is no such expert, or it is the last one.
         UnsupportedError: the router cannot forget one expert alone; it is fitted again instead.
     """
+    with active.changes_wait():
+        _remove(active, name)
+
+
+def _remove(active: ActiveAdapter, name: str) -> None:
     config = active.config
     names = list(config.expert_names or ())
     if name not in names or len(names) == 1:
@@ -176,6 +187,7 @@ def _deltas(
     check_locks(job)
     stored = getattr(torch, (config.provenance or {}).get("storage_dtype", "float32"))
     dtype = coarsest([stored, job.dtype])
+    checkpoint = job.experts[name]  # with the model's names
     nearest = nearest_family(active, lambda layer: _difference(layers[layer], layer, checkpoint, dtype))
     family = None if nearest is None else nearest[0]
     deltas = {layer: _delta(module, layer, checkpoint, name, active, dtype, family) for layer, module in layers.items()}
@@ -271,6 +283,7 @@ def _read(checkpoint: Checkpoint, tensor: str, dtype: torch.dtype) -> Tensor:
 
 def _extended(
     prompts: PromptRouter,
+    reading: Reading,
     name: str,
     texts: Any,
     tokenizer: Any,
@@ -281,7 +294,7 @@ def _extended(
     background: Any,
 ) -> Router:
     """A copy of the router that knows the new expert."""
-    config, router = prompts.active.config, prompts.active.router
+    config, router = prompts.active.config, reading.router
     if reset_router or not router.is_fitted:
         return type(router)(router.num_experts + 1, router.num_features, router.seed)
     if texts is None or tokenizer is None:
@@ -303,7 +316,7 @@ def _extended(
         # A router that was fitted without background prompts takes no hard negatives.
         takes_neighbours = router.uses_hard_negatives and len(router.background_novelty)
         others = hard_negative_rows(config, tokenizer, rows, data.labels, max_length) if takes_neighbours else []
-    features = row_features(prompts, rows + varied + others, batch_size, None, False)
+    features = row_features(prompts, rows + varied + others, batch_size, None, False, reading=reading)
     features = features.to(router.known_novelty.device)
     num_own = size + len(varied)
     folds = torch.tensor(hash_folds(data.texts, data.labels, router.num_folds, config.seed))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from copy import copy as shallow_copy
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import RoutingError
 from ..progress import bar_progress, no_progress
 from ..ranks import Ranks
 from ..routing.augmentation import augment, vary_in_turn
@@ -29,7 +29,7 @@ from ..routing.wording import choose_depth_by_wordings, reference_prompts, wordi
 from .chat_turns import padded, turn_contents, unwrapped, user_turns
 from .config import MediatorConfig
 from .layer import reading_weights
-from .routing import ActiveAdapter, PromptRouter
+from .routing import ActiveAdapter, PromptRouter, Reading
 
 _MOST_UNKNOWN = 0.2
 _HASHED_AT_ONCE = 1 << 24
@@ -65,11 +65,14 @@ def fit_router(
     ranks: Ranks,
 ) -> CalibrationReport:
     """See :meth:`MediatorModel.fit_router`."""
-    config = prompts.active.config
-    names = list(config.expert_names or ())
+    live = prompts.active.config
+    names = list(live.expert_names or ())
+    config = shallow_copy(live)
     data = read_texts(dataset, names, tokenizer, columns, max_samples, config.seed, split)
-    prompts.learn_turns(tokenizer)
-    prompts.background = background
+    # Whoever routes meanwhile goes on by the last fit's settings.
+    settings = prompts.learned(tokenizer)
+    settings.write_to(config)
+    reading = prompts.reading(settings)
     rows = token_rows(tokenizer, data.texts, max_length)
     num_texts = len(rows)
     copies = augmented_rows(config, tokenizer, rows, max_length) if augmented else []
@@ -77,7 +80,7 @@ def fit_router(
     layers = depths(prompts)
 
     def read(some: list[list[int]]) -> Tensor:
-        return row_features(prompts, some, batch_size, cache_folder, show_progress, ranks, layers)
+        return row_features(prompts, some, batch_size, cache_folder, show_progress, ranks, layers, reading)
 
     basis = None
     reference = reference_rows(tokenizer, config.seed, max_length) if against.can_make_a_rule else None
@@ -87,7 +90,7 @@ def fit_router(
         basis, layers = wording_basis(states[:, chosen], reference.tasks), [layers[chosen]]
     features = read([*rows, *copies, *against.rows])
     num_own = num_texts + len(copies)
-    old = prompts.active.router
+    old = reading.router
     router = type(old)(old.num_experts, old.num_features, config.seed)
     router.is_trainable = old.is_trainable
     router.train(old.training)
@@ -120,11 +123,8 @@ def fit_router(
         ood_beta=config.ood_beta,
     )
     settle(router, prompts.active)
-    if list(config.expert_names or ()) != names:
-        raise RoutingError(f"experts were added or removed while the router of {names} was fitted. Fit it again.")
-    # Whoever routes meanwhile has the old router or the new one, whole.
-    config.fitted_router_layer = layers[place]
-    prompts.active.router = router
+    prompts.active.put_fit(router, names, settings._replace(fitted_router_layer=layers[place]))
+    prompts.background = background
     return report._replace(router_layer=layers[place])
 
 
@@ -413,13 +413,16 @@ def row_features(
     show_progress: bool,
     ranks: Ranks | None = None,
     layers: Sequence[int] | None = None,
+    reading: Reading | None = None,
 ) -> Tensor:
     """Pooled features of tokenised texts, in their order: (N, H) float32 on the CPU, or (N, D, H) with ``layers``.
 
     Each different text is read once. Ranks share whole batches, so that no number depends on how many there are.
+    Without ``reading``, prompts are read as they are routed now.
     """
-    wanted = [prompts.router_layer] if layers is None else list(layers)
-    cache = _cache(prompts, cache_folder, wanted)
+    reading = reading or prompts.reading()
+    wanted = [reading.layer] if layers is None else list(layers)
+    cache = _cache(prompts, cache_folder, wanted, reading)
     keys = [cache.key(row) for row in rows]
     new = {key: row for key, row in zip(keys, rows, strict=True) if cache.get(key) is None}
     # Texts of like length share a batch, so that little is padded.
@@ -433,7 +436,7 @@ def row_features(
         with progress("reading prompts", len(some)) as advance:
             for batch in some:
                 ids, mask = padded([new[key] for key in batch])
-                yield prompts.features_at(ids.to(device), mask.to(device), wanted).flatten(1).cpu()
+                yield prompts.features_at(ids.to(device), mask.to(device), wanted, reading).flatten(1).cpu()
                 advance()
 
     found = ranks.share(batches, read)
@@ -462,12 +465,14 @@ def _read_weights(prompts: PromptRouter, layer: int) -> str:
     return digest.hexdigest()
 
 
-def _cache(prompts: PromptRouter, folder: str | os.PathLike[str] | None, layers: Sequence[int]) -> FeatureCache:
+def _cache(
+    prompts: PromptRouter, folder: str | os.PathLike[str] | None, layers: Sequence[int], reading: Reading
+) -> FeatureCache:
     """The model's cache for its backbone, layers and form of prompts; a folder's entries are read in."""
     config = prompts.active.config
     weight = next(prompts.active.model.parameters())
-    in_place = config.prompt_form is None and prompts.single_pass_routing
-    form = [config.routing_turn, in_place, config.turn_markers, config.prompt_form]
+    in_place = reading.prompt_form is None and prompts.reads_in_one_pass(reading.layer)
+    form = [reading.routing_turn, in_place, reading.turn_markers, reading.prompt_form]
     settings = [config.backbone_fingerprint, list(layers), form, str(weight.dtype), str(weight.device)]
     settings.append(_read_weights(prompts, max(layers)))
     origin = json.dumps(settings, sort_keys=True)

@@ -107,9 +107,9 @@ class RoutedForward:
         known = self._cache_weights(cache)
         # A later turn can be judged, and the cache be filled again, only with the whole chat at hand.
         has_chat = input_ids is not None and known is not None and input_ids.shape[1] > cache.get_seq_length()
-        config = self._active.config
+        reading = self._prompts.reading()
         # Without markers of turns, the model's own answer would be read as a part of the prompt.
-        may_change = config.routing_turn != "first" and config.turn_markers is not None
+        may_change = reading.routing_turn != "first" and reading.turn_markers is not None
         if known is not None and not (has_chat and may_change):
             return known, self._active.config.columns
         if input_ids is None:
@@ -119,7 +119,7 @@ class RoutedForward:
         if mask is None:
             mask = self._mask_from_padding(input_ids, kwargs)
         if known is None and self._prompts.single_pass_routing:
-            self._prompts.fitted_router()
+            self._prompts.fitted_reading()
             return Pending(input_ids, mask), ()
         weights, columns = self._prompts.routed_table(input_ids, mask)
         weights = weights.detach()
@@ -177,23 +177,27 @@ class RoutedForward:
             mask = None if (mask[:, :1] == 0).any() else mask
         # Of a prompt that is read in pieces, the first is not the whole.
         is_part = mask is not None and pending is not None and inputs.shape[1] != pending.input_ids.shape[1]
-        if mask is None or is_part or not self._prompts.single_pass_routing:
+        if mask is None or is_part:
             return False
-        self._prompts.fitted_router()
+        # Of one fit to the end of this pass, whatever is fitted meanwhile.
+        reading = self._prompts.reading()
+        if not self._prompts.reads_in_one_pass(reading.layer):
+            return False
+        self._prompts.check_fitted(reading)
         prompt = prompt_mask(inputs, mask, kwargs.get("labels"), context)
-        pooled = self._prompts.tokens_in_place(inputs, mask if prompt is None else prompt)
+        pooled = self._prompts.tokens_in_place(inputs, mask if prompt is None else prompt, reading)
         if pooled is None:
             return False
 
         def decide(hidden: Tensor) -> None:
-            table, columns = self._prompts.judged_table(mean_over_tokens(hidden, pooled))
+            table, columns = self._prompts.judged_table(mean_over_tokens(hidden, pooled), reading)
             if pending is not None:
                 self._board.settle(table, columns)
                 self._post(self._of_request(len(inputs)))
             else:
                 self._post(self._made_route(table, columns, len(inputs)))
 
-        self._prompts.block_hook.start(self._prompts.blocks, self._prompts.router_layer, decide)
+        self._prompts.block_hook.start(self._prompts.blocks, reading.layer, decide)
         return True
 
     def _made_route(self, table: Tensor, columns: Sequence[str], batch_size: int) -> LayerRoute:

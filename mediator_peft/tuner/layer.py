@@ -344,6 +344,12 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
             if isinstance(state.get(prefix + name), Tensor):
                 state[prefix + name] = state[prefix + name].clone()
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.board.check_idle("load_state_dict")
+        # Merged weights that are cached belong to the former tensors.
+        self.cache_merged_experts(())
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _apply(self, fn: Any, recurse: bool = True) -> MediatorLayer:
         kept = self._kept.mixes
         self.cache_merged_experts(())

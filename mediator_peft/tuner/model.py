@@ -32,7 +32,7 @@ from ..routing.routers import Router
 from ..structure import reads_weight_of
 from .build_in_memory import build_in_memory
 from .condensing import CondenseReport, condense
-from .config import MediatorConfig
+from .config import FitSettings, MediatorConfig
 from .editing import add_expert, remove_expert
 from .execution import check_execution
 from .fitting import fit_router
@@ -52,8 +52,6 @@ from .quantized import quantization_of
 from .routes import ExpertWeights, RequestBoard
 from .routing import ActiveAdapter, PromptRouter
 from .saving import AdapterFiles
-
-_WRITTEN_BY_FIT = ("turn_markers", "prompt_form", "fitted_router_layer")
 
 
 class MediatorModel(BaseTuner):
@@ -497,7 +495,7 @@ class MediatorModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        return AdapterFiles.saved_tensors(state_dict, adapter_name)
+        return AdapterFiles.saved_tensors(state_dict, adapter_name, FitSettings.of(config))  # type: ignore[arg-type]
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -505,7 +503,12 @@ class MediatorModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Put an adapter file's tensors into the model, and give PEFT the same tensors under the model's names."""
         tuner: Any = model.base_model
+        tuner.board.check_idle("loading an adapter's tensors")
+        state_dict = dict(state_dict)
+        settings = AdapterFiles.fit_settings(state_dict)
         loaded, store = tuner.adapter_files.load(config, tuner.mediator_router[adapter_name], adapter_name, state_dict)
+        if settings is not None:
+            tuner.active.put_settings(adapter_name, settings)
         tuner.routed_forward.expert_store = store
         tuner.active.awaited.discard(adapter_name)
         return loaded
@@ -602,14 +605,24 @@ class MediatorModel(BaseTuner):
         Raises:
             RoutingError: no mix was given, or rows differ.
             AdapterError: ``safe_merge`` found NaN or infinity.
-            UnsupportedError: the backbone is quantised or offloaded, or there is no such adapter.
+            UnsupportedError: the backbone is quantised or offloaded, there is no such adapter, or other threads have
+                requests open.
         """
-        mixes = self.merging.mixes(expert_weights, adapter_names, board_mix=True)
-        self.merging.merge_for_good(mixes, safe_merge, progressbar)
-        return self.unload()
+        with self.board.alone("merge_and_unload"):
+            mixes = self.merging.mixes(expert_weights, adapter_names, board_mix=True)
+            self.merging.merge_for_good(mixes, safe_merge, progressbar)
+            return self.unload()
 
     def unload(self) -> nn.Module:
-        """The wrapped model without routed layers: the backbone, or the mix merged into it."""
+        """The wrapped model without routed layers: the backbone, or the mix merged into it.
+
+        Raises:
+            UnsupportedError: other threads or tasks have requests open.
+        """
+        with self.board.alone("unload"):
+            return self._unloaded()
+
+    def _unloaded(self) -> nn.Module:
         self.merging.unmerge()
         for name, layer in self.routed_layers().items():
             layer.unmerge()
@@ -628,17 +641,23 @@ class MediatorModel(BaseTuner):
         Returns:
             JSON as bytes, (N,) uint8, so that any file of tensors can hold it.
         """
-        settings = {
-            adapter: {name: getattr(config, name) for name in _WRITTEN_BY_FIT}
-            for adapter, config in self.peft_config.items()
-        }
+        settings = {adapter: FitSettings.of(config)._asdict() for adapter, config in self.peft_config.items()}
         return torch.tensor(list(json.dumps(settings, sort_keys=True).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over what :meth:`get_extra_state` gave, for adapters of the same names."""
         for adapter, settings in json.loads(bytes(state.tolist())).items():
-            for name in _WRITTEN_BY_FIT if adapter in self.peft_config else ():
-                setattr(self.peft_config[adapter], name, settings.get(name))
+            if adapter in self.peft_config:
+                self.active.put_settings(adapter, FitSettings(*map(settings.get, FitSettings._fields)))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in torch; a router that is fitted or edited meanwhile is in it as it was, whole."""
+        with self.active.changes_wait():
+            return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.board.check_idle("load_state_dict")
+        super()._load_from_state_dict(*args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -22,6 +22,7 @@ from ..checkpoints.replacing import replaced_together
 from ..errors import AdapterError, UnsupportedError
 from .config import MediatorConfig
 from .model import MediatorModel
+from .saving import writing_files
 
 
 def extend_peft() -> None:
@@ -66,7 +67,8 @@ def _saving(original: Callable[..., None]) -> Callable[..., None]:
         if not is_main_process or os.path.isfile(save_directory):
             return original(self, save_directory, **options)
         folder = Path(save_directory)
-        with replaced_together(folder) as fresh:
+        # No fit nor edit comes between tensors and configuration.
+        with self.base_model.active.changes_wait(), writing_files(), replaced_together(folder) as fresh:
             original(self, str(fresh), **options)
             self.base_model.adapter_files.finish_saving(fresh, folder)
         return None

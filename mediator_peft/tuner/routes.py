@@ -248,6 +248,10 @@ class RequestBoard:
         self._lock = threading.Lock()
         # Request → its distinct rows, of all threads and tasks.
         self._open: dict[Request, Rows] = {}
+        # Those whose prompts have not been judged yet.
+        self._waiting: set[Request] = set()
+        # Who is taking the model apart, and how often it has said so.
+        self._alone: list[int] = []
         # One entry a reader: the thread that it runs in.
         self._readers: list[int] = []
         self._merge_lock = threading.RLock()
@@ -269,6 +273,8 @@ class RequestBoard:
         self._lock, self._merge_lock = threading.Lock(), threading.RLock()
         own = self._requests.get()
         self._open = {request: rows for request, rows in self._open.items() if request in own}
+        self._waiting = {request for request in self._waiting if request in own}
+        self._alone = [thread for thread in self._alone if thread == threading.get_ident()]
         self._readers = [thread for thread in self._readers if thread == threading.get_ident()]
 
     def __reduce__(self) -> tuple[type[RequestBoard], tuple[()]]:
@@ -315,6 +321,7 @@ class RequestBoard:
         request, rows = self._requests.get()[-1], _distinct_rows(expert_weights)
         request.columns, request.expert_weights = tuple(columns), expert_weights
         with self._lock:
+            self._waiting.discard(request)
             self._open[request] = rows
 
     def request_route(
@@ -340,7 +347,54 @@ class RequestBoard:
     @property
     def has_requests(self) -> bool:
         """Whether any thread or task has a request open."""
-        return bool(self._open) or self._innermost is not None
+        return bool(self._open) or bool(self._waiting) or self._innermost is not None
+
+    def _check_no_others(self, what: str) -> None:
+        own = self._requests.get()
+        others = [request for request in (*self._open, *self._waiting) if request not in own]
+        if others:
+            raise UnsupportedError(
+                f"{what} changes the weights that {len(others)} generations or use_experts blocks of other threads or "
+                "tasks compute with. Wait for their end."
+            )
+
+    def check_idle(self, what: str) -> None:
+        """Refuse to write weights of the backbone or the bank while a mix may be merged into them.
+
+        Raises:
+            UnsupportedError: a request is open, or a mix is merged until further notice.
+        """
+        if self.merged is not None:
+            raise UnsupportedError(
+                f"{what} writes the backbone's weights, and a mix is merged: unmerge_adapter() first."
+            )
+        if self.has_requests:
+            raise UnsupportedError(
+                f"{what} writes the weights that a generation or a use_experts block computes with now. Wait for its "
+                "end, or leave the block first."
+            )
+
+    @contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        """No other thread or task opens a request inside the block.
+
+        Raises:
+            UnsupportedError: one is open already, or another thread is in such a block.
+        """
+        thread = threading.get_ident()
+        with self._lock:
+            self._check_no_others(what)
+            self._refuse_if_taken_apart(thread)
+            self._alone.append(thread)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._alone.remove(thread)
+
+    def _refuse_if_taken_apart(self, thread: int) -> None:
+        if any(other != thread for other in self._alone):
+            raise UnsupportedError("another thread is unloading this model now; it takes no requests any more.")
 
     def may_merge(self, request: Request) -> bool:
         """Whether the request is open, and all open requests have the same mix for all their rows."""
@@ -353,8 +407,11 @@ class RequestBoard:
         """Hold expert weights, with the names of their columns, for the forward passes inside the block."""
         request = Request(expert_weights, columns)
         rows = _distinct_rows(expert_weights) if isinstance(expert_weights, Tensor) else None
-        if rows is not None:
-            with self._lock:
+        with self._lock:
+            self._refuse_if_taken_apart(threading.get_ident())
+            if rows is None:
+                self._waiting.add(request)
+            else:
                 self._open[request] = rows
         self._requests.set((*self._requests.get(), request))
         try:
@@ -365,6 +422,7 @@ class RequestBoard:
             request.made = None
             with self._lock:
                 self._open.pop(request, None)
+                self._waiting.discard(request)
 
     @property
     def is_read(self) -> bool:

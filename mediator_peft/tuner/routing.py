@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import onload_layer
@@ -23,11 +24,26 @@ from ..routing.routers import ROUTERS, Router
 from ..routing.unreadable import split_unreadable, to_the_base
 from ..structure import find_blocks
 from .chat_turns import padded, routing_rows, turn_markers, turn_mask
-from .config import FALLBACK_EXPERT, MediatorConfig
+from .config import FALLBACK_EXPERT, FitSettings, MediatorConfig
 from .execution import float32_inside
 from .layer import MediatorLayer, routed_layers
 from .prompt_form import FormedPrompts, PromptForm, formed, prompt_form
 from .routes import ExpertWeights, RequestBoard, expert_weight_rows
+
+
+class Reading(NamedTuple):
+    """How prompts are read and judged. Taken once a request and never changed: no request mixes two fits."""
+
+    router: Router
+    columns: list[str]
+    """Names of the columns that the router decides."""
+
+    layer: int
+    """After how many blocks the hidden state is read."""
+
+    turn_markers: list[list[int]] | None
+    prompt_form: dict[str, list[int]] | None
+    routing_turn: str
 
 
 class ActiveAdapter:
@@ -51,8 +67,9 @@ class ActiveAdapter:
         self.configs = configs
         self.routers = routers
         self._active_names = active_names
-        self._lock = threading.Lock()
-        renew_after_fork(self)
+        self._lock, self._changes = threading.Lock(), threading.RLock()
+        # Whoever changes or saves the adapter goes on to lock the board and layers.
+        renew_after_fork(self, rank=-1)
         self.awaited: set[str] = set()
         """Adapters whose layers are there and whose deltas have not been loaded yet."""
         self._maps: dict[str, tuple[Any, list[str], ColumnMap]] = {}
@@ -100,10 +117,6 @@ class ActiveAdapter:
         """Its router; a new one takes the old one's place whole."""
         return self.routers[self.name]  # type: ignore[return-value]
 
-    @router.setter
-    def router(self, router: Router) -> None:
-        self.routers[self.name] = router
-
     @property
     def layers(self) -> dict[str, MediatorLayer]:
         """Layer name → routed layer."""
@@ -124,6 +137,12 @@ class ActiveAdapter:
         columns = config.columns
         num_experts = len(columns) - (columns[-1:] == [FALLBACK_EXPERT] and config.fallback == FALLBACK_EXPERT)
         return expert_weight_rows(spec, columns, num_experts), columns
+
+    @contextmanager
+    def changes_wait(self) -> Iterator[None]:
+        """No fit and no edit of other threads takes effect inside the block; whoever routes goes on."""
+        with self._changes:
+            yield
 
     def column_map(self, adapter_name: str | None = None) -> ColumnMap | None:
         """The map from an adapter's expert weights to what its bank stores; None where that is the identity.
@@ -157,31 +176,57 @@ class ActiveAdapter:
         column_map: dict[str, dict[str, float]] | None,
     ) -> None:
         """Change the router and the experts that it decides among, in one step for whoever routes meanwhile."""
-        with self._lock:
+        with self._changes, self._lock:
             config = self.config
             config.expert_names, config.experts, config.column_map = expert_names, experts, column_map
             self.routers[self.name] = router
 
-    def router_and_columns(self) -> tuple[Router, list[str]]:
-        """The router, and the names of the columns that it decides."""
+    def put_fit(self, router: Router, names: list[str], settings: FitSettings) -> None:
+        """Put a fitted router in the place of the last one, with the settings that it was fitted by, in one step.
+
+        Args:
+            router: fitted.
+            names: of its experts.
+            settings: how its prompts were read.
+
+        Raises:
+            RoutingError: the model has other experts by now.
+        """
+        with self._changes, self._lock:
+            config = self.config
+            if list(config.expert_names or ()) != names:
+                raise RoutingError(
+                    f"experts were added or removed while the router of {names} was fitted. Fit it again."
+                )
+            settings.write_to(config)
+            self.routers[self.name] = router
+
+    def put_settings(self, adapter_name: str, settings: FitSettings) -> None:
+        """Change how an adapter's prompts are read."""
+        with self._changes, self._lock:
+            settings.write_to(self.configs[adapter_name])
+
+    def fitted(self) -> tuple[Router, list[str], FitSettings]:
+        """The router, the names of the columns that it decides, and how its prompts are read: all of one fit."""
         with self._lock:
-            return self.router, self.config.columns
+            config = self.config
+            return self.router, config.columns, FitSettings.of(config)
 
     def locks(self) -> tuple[Any, ...]:
-        """What is held at a fork."""
-        return (self._lock,)
+        """What is held at a fork, in the order in which they are taken."""
+        return (self._changes, self._lock)
 
     def renew_locks(self) -> None:
         """In a forked child."""
-        self._lock = threading.Lock()
+        self._lock, self._changes = threading.Lock(), threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_changes")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = threading.Lock()
-        renew_after_fork(self)
+        self.renew_locks()
+        renew_after_fork(self, rank=-1)
 
 
 class PromptRouter:
@@ -213,9 +258,11 @@ class PromptRouter:
     @property
     def router_layer(self) -> int:
         """After how many blocks the router reads the hidden state."""
+        return self._layer(self.active.config.fitted_router_layer)
+
+    def _layer(self, fitted: int | None) -> int:
         config = self.active.config
-        num_blocks = config.num_blocks or len(self.blocks)
-        fitted, chosen = config.fitted_router_layer, config.router_layer
+        num_blocks, chosen = config.num_blocks or len(self.blocks), config.router_layer
         if isinstance(chosen, int):
             return min(chosen, num_blocks)
         # Adapters of earlier versions say None: a tenth of the depth. So it is before the first fit has chosen.
@@ -224,7 +271,41 @@ class PromptRouter:
     @property
     def single_pass_routing(self) -> bool:
         """See :attr:`MediatorModel.single_pass_routing`."""
-        return _lies_above(self.active.model, self.blocks, self.router_layer)
+        return self.reads_in_one_pass(self.router_layer)
+
+    def reads_in_one_pass(self, layer: int) -> bool:
+        """Whether all routed layers lie above the first ``layer`` blocks."""
+        return _lies_above(self.active.model, self.blocks, layer)
+
+    def reading(self, settings: FitSettings | None = None) -> Reading:
+        """How prompts are read and judged now; or would be by other settings, as while they are being fitted."""
+        router, columns, fitted = self.active.fitted()
+        markers, form, layer = settings or fitted
+        return Reading(router, columns, self._layer(layer), markers, form, self.active.config.routing_turn)
+
+    def fitted_reading(self) -> Reading:
+        """The same.
+
+        Raises:
+            RouterNotFittedError: the router has not been fitted.
+        """
+        reading = self.reading()
+        self.check_fitted(reading)
+        return reading
+
+    @staticmethod
+    def check_fitted(reading: Reading) -> None:
+        """Refuse a router that cannot judge yet.
+
+        Raises:
+            RouterNotFittedError: it has not been fitted.
+        """
+        if not reading.router.is_fitted:
+            raise RouterNotFittedError(
+                "the router is not fitted, so prompts cannot be routed. Fit it with model.fit_router(dataset, "
+                "tokenizer) or `mediator-peft calibrate`, or say which expert to use: expert_weights='name' or "
+                "model.use_experts('name')."
+            )
 
     @property
     def gate_settings(self) -> GateSettings:
@@ -243,29 +324,31 @@ class PromptRouter:
 
     def learn_turns(self, tokenizer: Any) -> None:
         """Note how the tokenizer marks user turns and what it adds to a plain text, so that neither changes a route."""
-        self.active.config.turn_markers = turn_markers(tokenizer)
-        self.active.config.prompt_form = prompt_form(tokenizer).to_config()
+        self.active.put_settings(self.active.name, self.learned(tokenizer))
 
-    def formed_prompts(self, input_ids: Tensor, attention_mask: Tensor) -> FormedPrompts | None:
-        """Prompts in the form in which they are read for routing; None where the router was fitted without one."""
-        config = self.active.config
-        if config.prompt_form is None:
-            return None
-        form = PromptForm.from_config(config.prompt_form)
-        return formed(form, input_ids, attention_mask, config.turn_markers, config.routing_turn)
+    def learned(self, tokenizer: Any) -> FitSettings:
+        """The settings of now, with what is to be known of a tokenizer."""
+        markers, form = turn_markers(tokenizer), prompt_form(tokenizer).to_config()
+        return self.active.fitted()[2]._replace(turn_markers=markers, prompt_form=form)
 
-    def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, reading: Reading | None = None
+    ) -> Tensor:
         """Pooled hidden state of the backbone over the text that is routed on: (B, T) token ids → (B, H) float32."""
-        return self.features_at(input_ids, attention_mask, [self.router_layer])[:, 0]
+        reading = reading or self.reading()
+        return self.features_at(input_ids, attention_mask, [reading.layer], reading)[:, 0]
 
     @torch.no_grad()
-    def features_at(self, input_ids: Tensor, attention_mask: Tensor | None, layers: Sequence[int]) -> Tensor:
+    def features_at(
+        self, input_ids: Tensor, attention_mask: Tensor | None, layers: Sequence[int], reading: Reading
+    ) -> Tensor:
         """As :meth:`features`, at several depths by one pass.
 
         Args:
             input_ids: (B, T)
             attention_mask: (B, T) or None.
             layers: after how many blocks, in rising order.
+            reading: how prompts are read; its own depth does not count.
 
         Returns:
             (B, D, H) float32
@@ -274,67 +357,48 @@ class PromptRouter:
             raise UnsupportedError("prompts are read by the backbone, and a mix is merged into it: unmerge_adapter().")
         check_ids(input_ids)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        rows, mask, pooled = self._rows_to_read(input_ids, mask)
+        rows, mask, pooled = self._rows_to_read(input_ids, mask, reading)
         with self._board.no_route():
             states = hidden_states(self.active.model.base_model, self.blocks, self.block_hook, layers, rows, mask)
             return torch.stack([mean_over_tokens(hidden, pooled) for hidden in states], dim=1)
 
-    def _rows_to_read(self, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _rows_to_read(self, input_ids: Tensor, mask: Tensor, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids, mask, and the mask of what is pooled."""
-        prompts = self.formed_prompts(input_ids, mask)
+        prompts = _formed_prompts(input_ids, mask, reading)
         if prompts is not None:
             return prompts.input_ids, prompts.attention_mask, prompts.pooled
-        config = self.active.config
-        if self.single_pass_routing:
-            return input_ids, mask, turn_mask(input_ids, mask, config.turn_markers, config.routing_turn)
-        rows, mask = routing_rows(input_ids, mask, config.turn_markers, config.routing_turn)
+        if self.reads_in_one_pass(reading.layer):
+            return input_ids, mask, turn_mask(input_ids, mask, reading.turn_markers, reading.routing_turn)
+        rows, mask = routing_rows(input_ids, mask, reading.turn_markers, reading.routing_turn)
         return rows, mask, mask
 
-    def tokens_in_place(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
+    def tokens_in_place(self, input_ids: Tensor, attention_mask: Tensor, reading: Reading) -> Tensor | None:
         """(B, T), 1 for each token that is routed on, where they can be read in the prompt's own pass; None elsewhere.
 
         A template, a system prompt or earlier turns would change what is read; such prompts take a second pass.
         """
-        prompts = self.formed_prompts(input_ids, attention_mask)
+        prompts = _formed_prompts(input_ids, attention_mask, reading)
         if prompts is not None:
             return prompts.places if prompts.in_place else None
-        config = self.active.config
-        return turn_mask(input_ids, attention_mask, config.turn_markers, config.routing_turn)
-
-    def fitted_router(self) -> Router:
-        """The active router.
-
-        Raises:
-            RouterNotFittedError: it has not been fitted.
-        """
-        router = self.active.router
-        if not router.is_fitted:
-            raise RouterNotFittedError(
-                "the router is not fitted, so prompts cannot be routed. Fit it with model.fit_router(dataset, "
-                "tokenizer) or `mediator-peft calibrate`, or say which expert to use: expert_weights='name' or "
-                "model.use_experts('name')."
-            )
-        return router
+        return turn_mask(input_ids, attention_mask, reading.turn_markers, reading.routing_turn)
 
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> RouteOutput:
         """See :meth:`MediatorModel.route`."""
-        self.fitted_router()
-        return self.judge(self.features(input_ids, attention_mask))
+        reading = self.fitted_reading()
+        return self._judged(reading.router, self.features(input_ids, attention_mask, reading))
 
     def routed_table(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, list[str]]:
         """Expert weights (B, C) of prompts, and the names of their columns."""
-        self.fitted_router()
-        return self.judged_table(self.features(input_ids, attention_mask))
+        reading = self.fitted_reading()
+        return self.judged_table(self.features(input_ids, attention_mask, reading), reading)
 
-    def judged_table(self, features: Tensor) -> tuple[Tensor, list[str]]:
-        """(B, H) → expert weights (B, C), and the names of their columns."""
-        self.fitted_router()
-        router, columns = self.active.router_and_columns()
-        return self._judged(router, features).expert_weights, columns
+    def judged_table(self, features: Tensor, reading: Reading) -> tuple[Tensor, list[str]]:
+        """(B, H) that were read so → expert weights (B, C), and the names of their columns."""
+        return self._judged(reading.router, features).expert_weights, reading.columns
 
     def judge(self, features: Tensor) -> RouteOutput:
         """(B, H) → what the gate decides."""
-        return self._judged(self.fitted_router(), features)
+        return self._judged(self.fitted_reading().router, features)
 
     def _judged(self, router: Router, features: Tensor) -> RouteOutput:
         features = features.to(router.known_novelty.device)
@@ -349,22 +413,31 @@ class PromptRouter:
     @torch.no_grad()
     def explain(self, prompts: Any, tokenizer: Any, use_template: bool, max_length: int) -> list[Explanation]:
         """See :meth:`MediatorModel.explain`."""
-        router = self.fitted_router()
+        reading = self.fitted_reading()
+        router = reading.router
         if isinstance(prompts, Mapping) and "input_ids" in prompts:
             ids = torch.as_tensor(prompts["input_ids"])
             mask = torch.as_tensor(prompts.get("attention_mask", torch.ones_like(ids)))
         else:
             ids, mask = _tokenised(prompts, tokenizer, use_template, max_length)
         device = self.active.device
-        features = self.features(ids.to(device), mask.to(device)).to(router.known_novelty.device)
+        features = self.features(ids.to(device), mask.to(device), reading).to(router.known_novelty.device)
         features, unreadable = split_unreadable(features)
         with float32_inside(features.device), onload_layer(self.active.routers):
             scores, ood_score = router.calibrated(features), router.ood_score(features)
             distance = router.distance(features)
-        settings, columns = self.gate_settings, self.active.config.columns
+        settings, columns = self.gate_settings, reading.columns
         return explain_rows(
             scores, ood_score, distance, router.known, settings, columns, unreadable, router.times_usual
         )
+
+
+def _formed_prompts(input_ids: Tensor, attention_mask: Tensor, reading: Reading) -> FormedPrompts | None:
+    """Prompts in the form in which they are read for routing; None where the router was fitted without one."""
+    if reading.prompt_form is None:
+        return None
+    form = PromptForm.from_config(reading.prompt_form)
+    return formed(form, input_ids, attention_mask, reading.turn_markers, reading.routing_turn)
 
 
 def check_ids(input_ids: Any) -> None:

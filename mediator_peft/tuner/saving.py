@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +37,30 @@ from ..checkpoints.fingerprint import (
 )
 from ..checkpoints.output_folder import copy_side_files, write_model_config
 from ..checkpoints.replacing import final_place, replaced_together
-from ..checkpoints.tensor_inventory import tied_names
+from ..checkpoints.tensor_inventory import outline_like, tied_names
 from ..errors import AdapterError, UnsupportedError
 from ..merge.model_card import model_card
 from ..merge.tensor_work import deltas_stored
 from ..methods.encoding.bitmaps import count_bits
 from ..routing.routers import Router
-from .config import MediatorConfig
+from .config import FitSettings, MediatorConfig
 from .layer import MediatorLayer, reading_weights, routed_layers
 from .quantized import device_of, is_plain, lay_out_plainly
 
 BACKBONE_FOLDER = "backbone"
+_SETTINGS_KEY = f"{ROUTER_PREFIX}fit_settings"
+_WRITES_FILES: ContextVar[bool] = ContextVar("writes_files", default=False)
 _LISTED = 5
+
+
+@contextmanager
+def writing_files() -> Iterator[None]:
+    """Tensors of adapters that are taken inside the block are for files, with the configuration beside them."""
+    token = _WRITES_FILES.set(True)
+    try:
+        yield
+    finally:
+        _WRITES_FILES.reset(token)
 
 
 class AdapterFiles:
@@ -72,8 +86,14 @@ class AdapterFiles:
         self._hook.remove()
 
     @staticmethod
-    def saved_tensors(state_dict: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
-        """One adapter's tensors of a model's state dict, in the form of an adapter file."""
+    def saved_tensors(state_dict: dict[str, Tensor], adapter_name: str, settings: FitSettings) -> dict[str, Tensor]:
+        """One adapter's tensors of a model's state dict, in the form of an adapter file.
+
+        Args:
+            state_dict: of the model.
+            adapter_name: PEFT's name of the adapter.
+            settings: of its router. They go along as a tensor, but not into files: these have the configuration beside.
+        """
         wanted = (f".{BANK_ATTRIBUTE}.{adapter_name}.", f"{ROUTER_ATTRIBUTE}.{adapter_name}.")
         found = {}
         for key, tensor in state_dict.items():
@@ -81,7 +101,24 @@ class AdapterFiles:
                 found[key] = to_disk(key, tensor)
             elif wanted[1] in key:
                 found[key] = tensor.detach().flatten()
+        if not _WRITES_FILES.get():
+            found[_SETTINGS_KEY] = torch.tensor(list(json.dumps(settings._asdict()).encode()), dtype=torch.uint8)
         return found or {f"empty.{adapter_name}": torch.zeros(0)}
+
+    @staticmethod
+    def fit_settings(state_dict: dict[str, Tensor]) -> FitSettings | None:
+        """What :meth:`saved_tensors` added for the router, taken out of the tensors; None for those of a file.
+
+        Raises:
+            AdapterError: it is damaged.
+        """
+        stored = state_dict.pop(_SETTINGS_KEY, None)
+        if stored is None:
+            return None
+        try:
+            return FitSettings(**json.loads(bytes(stored.tolist())))
+        except (ValueError, TypeError) as fault:
+            raise AdapterError(f"tensor {_SETTINGS_KEY!r} holds no settings of a router: {fault}") from fault
 
     def load(
         self, config: PeftConfig, router: Router, adapter_name: str, state_dict: dict[str, Tensor]
@@ -197,7 +234,7 @@ class AdapterFiles:
         coded = _coded_weights(self._model)
         state = {name: tensor for name, tensor in backbone_state(self._model).items() if name not in coded}
         if Path(known).is_dir():
-            return difference_from_files(state, Path(known))
+            return difference_from_files(state, Path(known), outline_like(self._model))
         expected = {name: kept for name, kept in (config.backbone_fingerprint or {}).items() if name not in coded}
         return difference_from_sample(state, expected)
 
@@ -229,7 +266,7 @@ class AdapterFiles:
         save_backbone(self._model, folder, config)
         state = {name: tensor.to(storage_dtype(config)) for name, tensor in backbone_state(self._model).items()}
         if difference_from_sample(state, config.backbone_fingerprint or {}) is not None:
-            config.backbone_fingerprint = fingerprint_of(state)
+            config.backbone_fingerprint = fingerprint_of({name: state[name] for name in _own_parameters(self._model)})
 
 
 def _before_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
@@ -247,10 +284,25 @@ def portable_reference(backbone: Path, folder: Path) -> str:
 def backbone_state(model: nn.Module) -> dict[str, Tensor]:
     """Tensors of the backbone under their own names, whatever wraps its layers.
 
-    They are the model's own: read them inside ``reading_weights``.
+    Parameters and the buffers that a checkpoint keeps. They are the model's own: read them inside ``reading_weights``.
     """
-    state = {name: parameter.data for name, parameter in model.named_parameters(remove_duplicate=False)}
-    return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
+    return _own_parameters(model) | _kept_buffers(model)
+
+
+def _own_parameters(model: nn.Module) -> dict[str, Tensor]:
+    named = model.named_parameters(remove_duplicate=False)
+    return {name.replace(".base_layer.", "."): parameter.data for name, parameter in named}
+
+
+def _kept_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Persistent buffers of the backbone: no deltas, and no codes of quantised layers."""
+    return {
+        f"{name}.{key}": tensor
+        for name, module in model.named_modules()
+        if BANK_ATTRIBUTE not in name.split(".") and not hasattr(module, "out_features")
+        for key, tensor in module._buffers.items()
+        if tensor is not None and key not in module._non_persistent_buffers_set
+    }
 
 
 def _coded_weights(model: Any) -> set[str]:

@@ -14,6 +14,7 @@ from mediator_peft.evaluation.report import (
     loss_table,
     routing_table,
     share,
+    write_evaluation,
     write_json,
 )
 from mediator_peft.evaluation.runner import AnsweredItem, EvalTask, RoutingScore, SystemScore, TaskScore
@@ -119,3 +120,23 @@ def test_a_figure_without_routing_is_drawn(report, tmp_path):
 @pytest.mark.parametrize(("value", "text"), [(0.25, ".250"), (1.0, "1.00"), (0.9999, "1.00"), (0.0, ".000")])
 def test_shares_are_short(value, text):
     assert share(value) == text
+
+
+def test_a_report_that_is_cut_short_leaves_the_whole_old_one(report, tmp_path, monkeypatch):
+    """All files take their places together, or none does."""
+    write_evaluation(report, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before.keys() == {"answers.json", "results.json", "results.png"}
+    report.systems[0] = SystemScore("base", {"math": score(3)})
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(EvaluationReport, "to_dict", fail)
+        write_evaluation(report, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    write_evaluation(report, tmp_path)
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert after.keys() == before.keys()
+    assert all(after[name] != before[name] for name in ("answers.json", "results.json"))

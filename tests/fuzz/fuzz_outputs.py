@@ -18,6 +18,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -236,7 +237,12 @@ def outcome(out: Path, expected: tuple[object, ...], verify_files: bool, renders
 
 
 def run(
-    count: int, seed: int, folder: Path, verify_files: bool = True, forget: bool = False
+    count: int,
+    seed: int,
+    folder: Path,
+    verify_files: bool = True,
+    forget: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Counter[str], list[str]]:
     """Mutate ``count`` copies of one output, each by its own seed.
 
@@ -246,6 +252,7 @@ def run(
         folder: to work in.
         verify_files: as ``load_mediator`` takes it.
         forget: without checksums, as a former version wrote outputs.
+        say: gets a line for every foreign exception and every other result, and one for every thousand mutations.
 
     Returns:
         Class of outcome → count, and a line for every outcome that must not be.
@@ -264,8 +271,13 @@ def run(
         kind = mutate(damaged, random.Random(number))
         found, why = outcome(damaged, expected, verify_files, renders)
         counts[found] += 1
+        line = f"seed {number}, {kind}: {found} {why}"
+        if found in (OTHER, DIFFERENT):
+            say(line)
         if found == OTHER or (found == DIFFERENT and verify_files and not forget):
-            faults.append(f"seed {number}, {kind}: {found} {why}")
+            faults.append(line)
+        if (number - seed) % 1000 == 999:
+            say(f"after {number - seed + 1}: {dict(counts)}")
     return counts, faults
 
 
@@ -284,9 +296,9 @@ def main() -> None:
     logging.set_verbosity_error()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        counts, faults = run(given.count, given.seed, Path(folder), not given.no_verify, given.forget)
-    for fault in faults[:20]:
-        print(fault)
+        checked = not given.no_verify
+        say = partial(print, flush=True)
+        counts, faults = run(given.count, given.seed, Path(folder), checked, given.forget, say)
     print(
         {name: counts[name] for name in (OUR_ERROR, SAME, OTHER, DIFFERENT)}, f"{time.perf_counter() - started:.0f} s"
     )

@@ -106,7 +106,7 @@ def test_features_are_computed_once(build, topics, tokenizer, tmp_path, monkeypa
     monkeypatch.setattr(
         model.prompt_router,
         "features_at",
-        lambda ids, mask, layers: seen.append(len(ids)) or read(ids, mask, layers),
+        lambda ids, *rest: seen.append(len(ids)) or read(ids, *rest),
     )
     texts = {name: topics[name] for name in ("math", "code")}
     one = model.fit_router(texts, tokenizer, cache_folder=tmp_path / "cache", augmented=False)

@@ -28,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from character_tokenizer import CHAT_TEMPLATE, character_tokenizer
 from tiny import write_tiny_checkpoints
 
+from mediator_peft.checkpoints.replacing import finish_replacing
+
 PIPELINE = """
 build:
   base: base
@@ -116,7 +118,7 @@ class Expected:
         shutil.copytree(folder / "out", folder / "built")
         finish(start(["run", "all.yaml"]))
         self.fitted = digests(folder / "out")
-        self.results = scores(folder / "results" / "results.json")
+        self.results = report_in(folder / "results")
 
 
 def scores(path: Path) -> object:
@@ -144,15 +146,20 @@ def state_of_output(folder: Path, expected: Expected) -> str:
 
 
 def state_of_report(folder: Path, whole: list[object]) -> str:
-    """``absent``, ``partial`` (of a first run), ``whole``; anything else names what is wrong."""
-    results, answers = folder / "results.json", folder / "answers.json"
-    if not results.exists():
-        return "partial" if answers.exists() else "absent"
+    """``absent`` or ``whole``, all files of one run; anything else names what is wrong."""
+    finish_replacing(folder)  # what the next command does first
+    if not (folder / "results.json").exists():
+        return "WRONG: answers without results" if (folder / "answers.json").exists() else "absent"
     try:
-        found = scores(results), len(json.loads(answers.read_text()))
+        found = report_in(folder)
     except (OSError, ValueError) as fault:
         return f"WRONG: {fault}"
-    return "whole" if found[0] in whole else "WRONG: results that no run has"
+    return "whole" if found in whole else "WRONG: results and answers that no run has"
+
+
+def report_in(folder: Path) -> object:
+    """What the files of a report say together, seconds aside."""
+    return scores(folder / "results.json"), json.loads((folder / "answers.json").read_text())
 
 
 def kill_run(folder: Path, expected: Expected, kills: int, moments: random.Random, duration: float) -> Counter[str]:
@@ -199,7 +206,7 @@ def kill_eval(folder: Path, kills: int, moments: random.Random) -> Counter[str]:
     began = time.perf_counter()
     for command in commands:
         finish(start(command))
-        whole.append(scores(folder / "results" / "results.json"))
+        whole.append(report_in(folder / "results"))
     duration = (time.perf_counter() - began) / 2
     states: Counter[str] = Counter()
     for number in range(kills):
@@ -212,7 +219,7 @@ def kill_eval(folder: Path, kills: int, moments: random.Random) -> Counter[str]:
         if number % 10 == 9:
             print(f"eval, after {number + 1} kills: {dict(states)}", flush=True)
     finish(start(commands[0]))
-    states["eval again: whole" if scores(folder / "results" / "results.json") == whole[0] else "WRONG: at the end"] += 1
+    states["eval again: whole" if report_in(folder / "results") == whole[0] else "WRONG: at the end"] += 1
     left = [path.name for path in (folder / "results").iterdir() if path.name.startswith(".")]
     states["eval again: nothing left behind" if not left else f"WRONG: left behind {left}"] += 1
     return states

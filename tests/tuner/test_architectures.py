@@ -13,7 +13,8 @@ from mediator_peft import MediatorConfig, build_mediator, load_mediator
 from mediator_peft.errors import UnsupportedError
 from tests.architectures import CAUSAL, DOCUMENT, PROMPT, round_trip, table_rows, tiny_architecture, tiny_config
 
-# One of each kind: fused projections, other names on disk, hybrids, state spaces, mixtures of experts, towers.
+# One of each kind: fused projections, other names on disk, hybrids, state spaces, mixtures of experts, buffers
+# that checkpoints keep, towers.
 REPRESENTATIVE = (
     "phi3",
     "gpt_neox",
@@ -24,6 +25,7 @@ REPRESENTATIVE = (
     "gemma4_text",
     "apertus",
     "gpt_oss",
+    "deepseek_v3",
     "git",
 )
 

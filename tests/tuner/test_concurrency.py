@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import copy
+import json
 import os
 import pickle
 import signal
@@ -13,13 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny import fine_tuned, random_prompts, tiny_model, write_tiny_checkpoints
 from tokenizer import topic_texts
 from transformers import AutoModelForCausalLM, TextIteratorStreamer
 
-from mediator_peft import MediatorConfig, get_mediator_model
+from mediator_peft import MediatorConfig, get_mediator_model, load_mediator
 from mediator_peft.errors import RouterNotFittedError, RoutingError, UnsupportedError
+from mediator_peft.tuner.config import FitSettings
 
 from .conftest import build_and_fit
 
@@ -478,7 +481,7 @@ def test_a_returned_cache_carries_its_route(model, tokenizer):
     settings = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
     routes = []
     judge = model.prompt_router.judged_table
-    model.prompt_router.judged_table = lambda features: routes.append(1) or judge(features)
+    model.prompt_router.judged_table = lambda *args: routes.append(1) or judge(*args)
     first = model.generate(row, max_new_tokens=3, return_dict_in_generate=True, **settings)
     assert len(routes) == 1
     second = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=1, **settings)
@@ -525,3 +528,133 @@ def test_the_short_form_of_the_stress_script_finds_nothing_wrong(tmp_path):
     counts = run(100, tmp_path)
     assert counts["right"] > 50
     assert not [outcome for outcome in counts if outcome.startswith(("wrong", "other"))], counts
+
+
+OTHER_FIT = dict(
+    fitted_router_layer=3, turn_markers=[[7], [9]], prompt_form={"prefix": [], "special": [8], "blank": []}
+)
+
+
+def test_a_request_that_was_read_before_a_fit_is_judged_by_the_router_it_was_read_for(model, topics, tokenizer):
+    """Depth, template and router change while a prompt is read: its route is the old fit's, in all of its parts."""
+    prompts, reader, names = random_prompts(), model.prompt_router, model.expert_names[:2]
+    expected, logits = model.route(prompts), model(input_ids=prompts).logits
+    other = copy.deepcopy(model)
+    other.fit_router({"math": topics["code"], "code": topics["math"]}, tokenizer)
+    read, start = reader.features_at, reader.block_hook.start
+
+    def and_fit(work):
+        def work_and_fit(*arguments):
+            found = work(*arguments)
+            reader.active.put_fit(other.router, names, FitSettings(**OTHER_FIT))
+            return found
+
+        return work_and_fit
+
+    old = (model.router, FitSettings.of(model.active.config))
+    reader.features_at = and_fit(read)
+    for was, found in zip(expected, model.route(prompts), strict=True):
+        assert torch.equal(was, found)
+    reader.active.put_fit(old[0], names, old[1])
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=prompts).logits, logits)
+    reader.active.put_fit(old[0], names, old[1])
+    reader.block_hook.start = and_fit(start)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=prompts).logits, logits)
+    del reader.features_at, reader.block_hook.start
+    assert not torch.equal(model.route(prompts).scores, expected.scores), "the other fit would give the same"
+
+
+def test_a_fit_that_ends_while_an_expert_is_added_is_not_mixed_with_it(tmp_path, model, topics, tokenizer):
+    other = copy.deepcopy(model.router)
+    extra = write_tiny_checkpoints(tmp_path / "more", ("base", "law"))["law"]
+    read = model.prompt_router.features_at
+
+    def read_while_fitted(*arguments):
+        names, settings = model.expert_names[:2], FitSettings.of(model.active.config)
+        model.active.put_fit(other, names, settings)
+        return read(*arguments)
+
+    model.prompt_router.features_at = read_while_fitted
+    with pytest.raises(RoutingError, match="fitted or edited while"):
+        model.add_expert("law", str(extra), topic_texts(5, 90, 20, seed=4), tokenizer)
+    assert model.active.config.expert_names == ["math", "code"]
+    assert model.router is other
+    assert all("law" not in layer.bank("default").names for layer in model.routed_layers().values())
+
+
+def test_weights_are_not_loaded_nor_the_model_taken_apart_beside_requests(model):
+    prompts, state = random_prompts(1), {name: value.clone() for name, value in model.state_dict().items()}
+    asks = {
+        "load_state_dict": lambda: model.load_state_dict(state),
+        "unload": model.unload,
+        "merge_and_unload": lambda: model.merge_and_unload(expert_weights="math"),
+    }
+    with Answering(model, num_threads=1):
+        for name, ask in asks.items():
+            with pytest.raises(UnsupportedError, match=name):
+                ask()
+    with model.use_experts("math"), torch.no_grad():
+        model(input_ids=prompts)
+        with pytest.raises(UnsupportedError, match="load_state_dict"):
+            model.load_state_dict(state)
+    model.merge_adapter(expert_weights="math")
+    with pytest.raises(UnsupportedError, match="unmerge_adapter"):
+        model.load_state_dict(state)
+    model.unmerge_adapter()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        expected = model(input_ids=prompts, expert_weights="math").logits
+        model.cache_merged_experts(["math"])
+        is_doubled = [name for name in state if name.endswith("up_proj.base_layer.weight")]
+        model.load_state_dict({**state, **{name: state[name] * 2 for name in is_doubled}})
+        assert not torch.equal(model(input_ids=prompts, expert_weights="math").logits, expected)
+        with model.use_experts("math"):
+            merged = model.merge_and_unload()
+    assert merged(input_ids=prompts).logits.shape == expected.shape
+
+
+def test_nobody_asks_a_model_that_is_being_unloaded(model):
+    def ask():
+        return model.generate(random_prompts(1), expert_weights=["math"], **SETTINGS)
+
+    with ThreadPoolExecutor() as pool, model.board.alone("unload"), pytest.raises(UnsupportedError, match="unloading"):
+        pool.submit(ask).result()
+    assert ask().shape[1] == 12
+
+
+def test_adapter_tensors_in_memory_carry_how_their_router_reads(tmp_path, model, tokenizer, topics):
+    """``set_peft_model_state_dict`` into a fresh model gives the same routes; files hold no more than before."""
+    fresh, _ = load_mediator(tmp_path / "out", dtype=torch.float32)
+    reader, prompts = model.prompt_router, random_prompts()
+    reader.active.put_settings("default", FitSettings(**{**OTHER_FIT, "fitted_router_layer": 2}))
+    set_peft_model_state_dict(fresh, get_peft_model_state_dict(model))
+    assert fresh.router_layer == model.router_layer == 2
+    for ours, theirs in zip(model.route(prompts), fresh.route(prompts), strict=True):
+        assert torch.equal(ours, theirs)
+    model.save_pretrained(tmp_path / "saved")
+    assert not any("fit_settings" in key for key in load_file(tmp_path / "saved" / "adapter_model.safetensors"))
+
+
+def test_a_save_beside_a_fit_has_settings_and_router_of_one_fit(tmp_path, model, monkeypatch):
+    """A fit that ends between the tensors and the configuration of a save waits for the end of it."""
+    router, settings = copy.deepcopy(model.router), FitSettings(**OTHER_FIT)
+    write, ended = MediatorConfig.save_pretrained, threading.Event()
+
+    def fit():
+        model.active.put_fit(router, model.expert_names[:2], settings)
+        ended.set()
+
+    def write_late(*arguments, **options):
+        thread = threading.Thread(target=fit)
+        thread.start()
+        assert not ended.wait(0.05)
+        write(*arguments, **options)
+
+    monkeypatch.setattr(MediatorConfig, "save_pretrained", write_late)
+    layer = model.active.config.fitted_router_layer
+    model.save_pretrained(tmp_path / "saved")
+    assert ended.wait(30)
+    assert model.active.config.fitted_router_layer == 3
+    assert json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["fitted_router_layer"] == layer

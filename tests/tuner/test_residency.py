@@ -1,6 +1,8 @@
 """Many experts, few of them in memory."""
 
+import gc
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -127,6 +129,20 @@ def test_files_go_with_the_store(tmp_path):
     del store
     assert list(tmp_path.iterdir()) == []
     assert kept.tolist() == [0, 1, 2, 3, 4], "a tensor does not outlive its store"
+
+
+def test_a_forked_child_leaves_its_parents_files(tmp_path):
+    store = ExpertStore(1, tmp_path)
+    store.make_room({"math": 64})
+    child = os.fork()
+    if child == 0:
+        try:
+            del store
+            gc.collect()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert [path.name for path in tmp_path.rglob("*.bin")] == ["0.bin"]
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1.5, True, "two"])

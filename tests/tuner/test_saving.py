@@ -10,8 +10,8 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import random_prompts, tiny_model, write_tiny_checkpoints
-from transformers import AutoModelForCausalLM
+from tiny import fine_tuned, random_prompts, tiny_model, write_tiny_checkpoints
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from mediator_peft import MediatorConfig, build_mediator, get_mediator_model, load_mediator
 from mediator_peft.checkpoints.adapter_files import give_usual_mode
@@ -55,6 +55,39 @@ def test_an_in_memory_model_is_saved_with_its_backbone(tmp_path, checkpoints, to
     moved, _ = load_mediator(tmp_path / "moved", dtype=torch.float32)
     assert same_state(model, moved)
     assert not (tmp_path / "second" / "backbone").exists()
+
+
+def multimodal_checkpoints(folder):
+    """Base and experts of a model whose names on disk are not those in memory; name → folder."""
+    text = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    config = Gemma3Config(
+        text_config={**text, "num_key_value_heads": 2, "head_dim": 8}, mm_tokens_per_image=4,
+        vision_config={**vision, "patch_size": 14}, boi_token_index=90, eoi_token_index=91, image_token_index=92,
+    )  # fmt: skip
+    base = Gemma3ForConditionalGeneration(config).eval()
+    tuned = {name: fine_tuned(base, seed, only=["gate_proj"]) for seed, name in enumerate(("math", "code"))}
+    models = {"base": base, **tuned}
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+    assert not load_file(folder / "base" / "model.safetensors").keys() & dict(base.named_parameters()).keys()
+    return {name: str(folder / name) for name in models}, models
+
+
+def test_a_changed_backbone_is_saved_where_its_files_have_other_names(tmp_path):
+    paths, models = multimodal_checkpoints(tmp_path)
+    experts = {name: paths[name] for name in ("math", "code")}
+    config = MediatorConfig(experts=experts, density=1.0, encoding="float", routed_layers="all")
+    base = Gemma3ForConditionalGeneration.from_pretrained(paths["base"])
+    get_mediator_model(base, config).save_pretrained(tmp_path / "adapter")
+    again, _ = load_mediator(tmp_path / "adapter")
+    prompts = random_prompts()
+    with torch.no_grad():
+        for name, model in models.items():
+            expected = model(input_ids=prompts).logits
+            torch.testing.assert_close(again(input_ids=prompts, expert_weights=name).logits, expected)
+    again.save_pretrained(tmp_path / "second")
+    assert not (tmp_path / "second" / "backbone").exists()  # unchanged, under other names
 
 
 def test_a_backbone_that_lies_somewhere_is_not_written_again(tmp_path, model):
