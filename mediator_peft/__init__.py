@@ -11,6 +11,7 @@ from .registration import register_with_peft
 if TYPE_CHECKING:
     from .config import MediatorSettings
     from .merge.offline import build_mediator
+    from .merge.plain_merge import MergeReport, merge_models
     from .merge.preflight import BuildPlan, plan_mediator
     from .merge.report import BuildReport
     from .merge.verify import Verification, verify_mediator
@@ -33,11 +34,13 @@ __all__ = [
     "MediatorLayer",
     "MediatorModel",
     "MediatorSettings",
+    "MergeReport",
     "RouteOutput",
     "Verification",
     "build_mediator",
     "get_mediator_model",
     "load_mediator",
+    "merge_models",
     "plan_mediator",
     "register_method",
     "verify_mediator",
@@ -51,11 +54,13 @@ _HOMES = {
     "MediatorLayer": "tuner.layer",
     "MediatorModel": "tuner.model",
     "MediatorSettings": "config",
+    "MergeReport": "merge.plain_merge",
     "RouteOutput": "routing.gate",
     "Verification": "merge.verify",
     "build_mediator": "merge.offline",
     "get_mediator_model": "tuner.loading",
     "load_mediator": "tuner.loading",
+    "merge_models": "merge.plain_merge",
     "plan_mediator": "merge.preflight",
     "register_method": "registry",
     "verify_mediator": "merge.verify",

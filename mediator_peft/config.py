@@ -32,6 +32,17 @@ FALLBACK_EXPERT = "base"
 CORRECTION = "_correction"
 """Name of the delta that corrects quantization error of the backbone; no expert can have it."""
 
+ALWAYS = "*"
+"""In a column map, stands for the weight that a delta has whatever the expert weights are."""
+
+ALWAYS_PREFIX = "_always "
+"""Names of deltas that every prompt gets begin so."""
+
+ALWAYS_RULES = ("alpha", "alpha-omega")
+
+FAMILY_PREFIX = "_family "
+"""Names of deltas that a family of experts shares begin so; no expert's name does."""
+
 OLD_FIELDS = {
     "values": "encoding",
     "sign_scale": "rescale",
@@ -142,6 +153,14 @@ class MediatorSettings:
     correction_density: float = 0.5
     """Share of the quantization errors that is corrected, in (0, 1]."""
 
+    always: dict[str, str] | None = None
+    """Deltas that every prompt gets, whatever its route: name → ``"PATH:WEIGHT"``, the checkpoint minus the base, or
+    ``"PATH,REFERENCE:WEIGHT"``, the checkpoint minus another. E.g. ``{"safety": "aligned,harmful:0.1"}``."""
+
+    always_rule: str | None = None
+    """How their weights are meant: ``None`` as they are; ``"alpha"`` relative to the experts' task vectors, as the beta
+    of EnchTable (arXiv 2511.09880); ``"alpha-omega"`` also less where they interfere with the experts."""
+
     router: str = "gaussian"
     """A key of ``ROUTERS``."""
 
@@ -174,6 +193,9 @@ class MediatorSettings:
     """Most experts whose deltas are held in memory, the last used; the others lie in mapped files. ``None`` holds all.
     It belongs to the machine at hand: given to ``load_mediator``, it is not saved."""
 
+    pinned_experts: list[str] | None = None
+    """Experts that never leave memory, with ``max_resident_experts``, of which they are a part. Not saved."""
+
     expert_folder: str | None = None
     """Where the mapped files go, with ``max_resident_experts``: a folder on a local disk. ``None`` takes the system's
     temporary one. Not saved."""
@@ -189,6 +211,10 @@ class MediatorSettings:
 
     num_blocks: int | None = None
     """How many repeated blocks the model has. Written by the build."""
+
+    column_map: dict[str, dict[str, float]] | None = None
+    """Which deltas are stored, and the weight of each: stored column → expert → factor, or ``"*"`` → constant weight
+    (see :mod:`mediator_peft.bank.column_map`). ``None``: one delta an expert. Written when experts share deltas."""
 
     turn_markers: list[list[int]] | None = None
     """Token ids that open and close a user turn. Written when the router is fitted."""
@@ -283,6 +309,23 @@ class MediatorSettings:
         limit = self.max_resident_experts
         if limit is not None and (not _is_count(limit) or limit < 1):
             yield f"max_resident_experts must be a whole number, 1 or more, or None for all, got {limit!r}."
+        pinned = self.pinned_experts
+        if pinned is not None and (limit is None or isinstance(pinned, str) or not _are_names(pinned)):
+            yield f"pinned_experts must be names of experts, beside max_resident_experts, got {pinned!r}."
+        elif pinned is not None and self.expert_names is not None:
+            strangers = [name for name in pinned if name not in self.columns]
+            if strangers:
+                yield f"pinned_experts {strangers} are no experts of this model; it has {self.columns}."
+        rule = self.always_rule
+        if rule is not None and rule not in ALWAYS_RULES:
+            yield unknown_name(str(rule), ALWAYS_RULES, "always_rule")
+        always = self.always
+        if always is not None and not (isinstance(always, dict) and _are_names([*always, *always.values()])):
+            yield f"always must give PATH:WEIGHT for each name, got {always!r}."
+        elif always:
+            yield from expert_name_faults(dict.fromkeys(always))
+            if self.sparsifier == "svd":
+                yield "always needs positions: use another sparsifier than 'svd'."
         yield from self._merge_faults()
         yield from self._form_faults()
         yield from self._routed_layers_faults()
@@ -301,6 +344,9 @@ class MediatorSettings:
             yield f"merge_method {self.merge_method!r} reads no data: leave out merge_data."
         elif method is not None and path is None and method.needs_data and not self.is_built:
             yield f"merge_method {self.merge_method!r} needs merge_data: {method.data}."
+        number = None if method is None else method.num_experts
+        if number is not None and len(self.experts) not in (0, number) and not self.is_built:
+            yield f"merge_method {self.merge_method!r} merges {number} experts, got {len(self.experts)}."
         scaling = self.depth_scaling
         is_pair = isinstance(scaling, (list, tuple)) and len(scaling) == 2 and all(_is_finite(each) for each in scaling)
         if not (scaling is None or scaling == "auto" or is_pair):
@@ -365,7 +411,28 @@ class MediatorSettings:
         return [*names, FALLBACK_EXPERT] if self.fallback == FALLBACK_EXPERT else names
 
 
-_WRITTEN_BY_BUILD = frozenset({"expert_names", "routed_modules", "num_blocks", "backbone_fingerprint", "provenance"})
+OMITTED_UNSET = frozenset(
+    {
+        "pinned_experts",
+        "merge_parameters",
+        "merge_data",
+        "depth_scaling",
+        "column_map",
+        "always",
+        "always_rule",
+    }
+)
+"""Fields that a file has only where they are set, so that adapters without them have the bytes that they always had."""
+
+
+def saved_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields as they are written to a file."""
+    return {name: value for name, value in settings.items() if name not in OMITTED_UNSET or value not in (None, {})}
+
+
+_WRITTEN_BY_BUILD = frozenset(
+    {"expert_names", "routed_modules", "num_blocks", "backbone_fingerprint", "provenance", "column_map"}
+)
 SETTABLE = (
     frozenset(item.name for item in fields(MediatorSettings))
     - _WRITTEN_BY_BUILD
@@ -473,6 +540,7 @@ def _saved_faults(found: Mapping[str, Any]) -> Iterator[str]:
             yield from expert_name_faults(dict.fromkeys(value))
     if found.get("routed_modules") is not None and not found.get("expert_names"):
         yield "expert_names must name the experts of the deltas."
+    yield from _map_faults(found)
     blocks, layer = found.get("num_blocks"), found.get("router_layer")
     if blocks is not None and (not _is_count(blocks) or not 1 <= blocks <= _MOST_BLOCKS):
         yield f"num_blocks must be a whole number of blocks, got {shortened(blocks)}."
@@ -490,6 +558,24 @@ def _saved_faults(found: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} is {shortened(value)}, of the wrong type."
     if isinstance(found.get("conflict_threshold"), int) and abs(found["conflict_threshold"]) > 2**53:
         yield "conflict_threshold is too large."
+
+
+def _map_faults(found: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with a column map."""
+    rows = found.get("column_map")
+    if rows is None:
+        return
+    names = {*(found.get("expert_names") or ()), FALLBACK_EXPERT, ALWAYS}
+    is_map = isinstance(rows, dict) and all(isinstance(row, dict) and row for row in rows.values())
+    if not is_map or not all(isinstance(name, str) and name and not set(name) & set(".:/") for name in rows):
+        yield f"column_map must give a row of factors for each stored delta, got {shortened(rows)}."
+        return
+    for stored, row in rows.items():
+        strangers = [name for name in row if name not in names]
+        if strangers:
+            yield f"column_map of {shortened(stored)!r} names unknown experts {shortened(strangers)}."
+        if not all(isinstance(entry, (int, float)) and isfinite(entry) for entry in row.values()):
+            yield f"column_map of {shortened(stored)!r} must hold finite numbers."
 
 
 def _are_counts(value: object) -> bool:

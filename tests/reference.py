@@ -85,9 +85,10 @@ def mixed_model(
     model = load(paths["base"])
     model.load_state_dict(backbone)
     state = deepcopy(backbone)
+    tuned = {column: load(paths[column]).state_dict() for column in weights}
     for name, module in linear_layers(model).items():
         for column, weight in weights.items():
-            theirs = load(paths[column]).state_dict()
+            theirs = tuned[column]
             delta = theirs[f"{name}.weight"] - backbone[f"{name}.weight"]
             if isinstance(module, Conv1D):
                 delta = delta.T

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -52,7 +55,8 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
 def tiny_model(arch: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random model with weights large enough to matter, biases and norms included."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(ARCHITECTURES[arch])
+    # A copy: saving writes the dtype into a model's configuration.
+    model = AutoModelForCausalLM.from_config(deepcopy(ARCHITECTURES[arch]))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -66,8 +70,6 @@ def fine_tuned(
     base: PreTrainedModel, seed: int, scale: float = 0.05, only: Sequence[nn.Module] | None = None
 ) -> PreTrainedModel:
     """A copy of ``base`` with random changes to its matrices and biases (or to ``only`` these names' parameters)."""
-    from copy import deepcopy
-
     model = deepcopy(base)
     generator = torch.Generator().manual_seed(1000 + seed)
     with torch.no_grad():
@@ -87,15 +89,27 @@ def write_tiny_checkpoints(
     only: Sequence[str] | None = None,
     scale: float = 0.05,
 ) -> dict[str, Path]:
-    """Write a base (the first name) and experts fine-tuned from it; name → folder."""
-    base = tiny_model(arch, seed)
-    paths = {}
-    for number, name in enumerate(names):
-        model = base if number == 0 else fine_tuned(base, seed + number, scale, only)
-        paths[name] = Path(folder) / name
-        model.to(dtype).save_pretrained(paths[name])
-        base = base.float()
-    return paths
+    """Write a base (the first name) and experts fine-tuned from it; name → folder.
+
+    Those of the same arguments are made once in a process and copied after that, with the same state of torch's
+    generator behind them.
+    """
+    key = repr((list(names), arch, ARCHITECTURES[arch].to_dict(), dtype, seed, only, scale))
+    if key not in _made:
+        made = tempfile.TemporaryDirectory(prefix="tiny-checkpoints-")
+        base = tiny_model(arch, seed)
+        for number, name in enumerate(names):
+            model = base if number == 0 else fine_tuned(base, seed + number, scale, only)
+            model.to(dtype).save_pretrained(Path(made.name) / name)
+            base = base.float()
+        _made[key] = (made, torch.get_rng_state())
+    made, state = _made[key]
+    shutil.copytree(made.name, folder, copy_function=shutil.copy, dirs_exist_ok=True)
+    torch.set_rng_state(state)
+    return {name: Path(folder) / name for name in names}
+
+
+_made: dict[str, tuple[tempfile.TemporaryDirectory[str], torch.Tensor]] = {}
 
 
 def random_prompts(num_rows: int = 4, length: int = 9, seed: int = 0) -> torch.Tensor:

@@ -39,15 +39,23 @@ class ExpertStore:
         max_resident: most experts in memory; more only while one batch needs more.
         folder: where the files go, best on a local disk; they are removed with the store. None takes a temporary one,
             which must not lie in memory itself.
+        pinned: experts that stay in memory once they are there, and are brought there by :meth:`release`. They count
+            towards ``max_resident``, which must leave room for one more.
 
     Raises:
-        ConfigError: ``max_resident`` is no positive whole number.
+        ConfigError: ``max_resident`` is no positive whole number, or leaves no room beside what is pinned.
     """
 
-    def __init__(self, max_resident: int, folder: Path | str | None = None) -> None:
+    def __init__(self, max_resident: int, folder: Path | str | None = None, pinned: Iterable[str] = ()) -> None:
         if isinstance(max_resident, bool) or not isinstance(max_resident, int) or max_resident < 1:
             raise ConfigError(f"max_resident_experts must be a whole number, 1 or more, got {max_resident!r}.")
         self.max_resident = max_resident
+        self.pinned = tuple(dict.fromkeys(pinned))
+        if len(self.pinned) >= max_resident:
+            raise ConfigError(
+                f"{len(self.pinned)} pinned experts leave no room for others in max_resident_experts={max_resident}. "
+                f"Pin fewer, or hold {len(self.pinned) + 1} or more."
+            )
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
         self._folder = Path(tempfile.mkdtemp(prefix="experts-", dir=folder))
@@ -91,12 +99,13 @@ class ExpertStore:
         return target.view(tensor.dtype).reshape(tensor.shape)
 
     def release(self) -> None:
-        """Write out what was kept, and let all of it leave memory."""
+        """Write out what was kept, and let all of it leave memory but what is pinned."""
         with self._lock:
             for mapped in self._maps.values():
                 mapped.flush()
                 _advise(mapped, "MADV_DONTNEED")
             self._used.clear()
+        self.use(self.pinned)
 
     def use(self, names: Iterable[str]) -> list[str]:
         """Hold these experts in memory, and let those go that were not used for the longest time.
@@ -115,7 +124,7 @@ class ExpertStore:
             for name in list(self._used):
                 if len(self._used) <= self.max_resident:
                     break
-                if name not in wanted:
+                if name not in wanted and name not in self.pinned:
                     del self._used[name]
                     _advise(self._maps[name], "MADV_DONTNEED")
                     gone.append(name)

@@ -67,13 +67,19 @@ class LayerBank(nn.Module):
         return (_MASK, *ENCODINGS[self.coding].part_names, *((_BIAS,) if self.has_bias else ()))
 
     def get(self, name: str) -> SparseDelta | None:
-        """One expert's delta, where it is used; None where it has none (it is the backbone here)."""
-        delta = self._brought.get(name) or self._where_it_lies(name)
+        """One column's delta, where it is used; None where it has none (it is the backbone here).
+
+        The correction is one only for a weight that is quantised in its manner.
+        """
+        if name == CORRECTION and not self.is_corrected:
+            return None
+        delta = self._brought.get(name) or self.stored(name)
         if delta is not None and self.brought_to is not None and name not in self._brought:
             self._brought[name] = delta = delta.to(self.brought_to)
         return delta
 
-    def _where_it_lies(self, name: str) -> SparseDelta | None:
+    def stored(self, name: str) -> SparseDelta | None:
+        """One column's delta, where it lies; None where it has none."""
         parts = {part: self._buffers.get(f"{name}{_SEPARATOR}{part}") for part in self.part_names}
         mask = parts.pop(_MASK)
         if mask is None:
@@ -115,11 +121,6 @@ class LayerBank(nn.Module):
                 self._device_deltas[name] = kernels.DeviceDelta(self.get(name))
         return kernels.DeviceDeltas([self._device_deltas[name] for name in names])
 
-    @property
-    def correction(self) -> SparseDelta | None:
-        """What every row gets, whatever its expert weights; None unless the weight is quantised."""
-        return self.get(CORRECTION) if self.is_corrected else None
-
     def packed(self, name: str) -> PackedDelta | None:
         """One expert's delta as the CPU kernels take it, without a copy; None where it has none or lies elsewhere."""
         if name not in self._packed:
@@ -150,8 +151,6 @@ class LayerBank(nn.Module):
                 for column, name in enumerate(columns)
                 if weights[:, column].any() and (packed := self.packed(name)) is not None
             ]
-            if self.correction is not None and (packed := self.packed(CORRECTION)) is not None:
-                active.append((packed, np.arange(len(weights)), np.ones(len(weights), np.float32)))
             tokens = np.arange(num_tokens)
             product = GroupedProduct(
                 [packed for packed, _, _ in active],
@@ -291,7 +290,7 @@ def check_parts(bank: LayerBank, layer: str, sizes: Mapping[str, int]) -> None:
         AdapterError: numbers of entries and of values differ.
     """
     for name, num_kept in sizes.items():
-        delta = bank.get(name)
+        delta = bank.stored(name)
         if delta is None:
             continue
         fault = ENCODINGS[bank.coding].fault(delta.parts, bank.shape, num_kept)

@@ -46,8 +46,9 @@ class SparseDelta:
             precision: how finely the coding stores; by default, values as they are, in float32.
             bias: (O,) float32 or None.
         """
-        parts = ENCODINGS[coding].encode(delta, kept, precision)
-        return cls((delta.shape[0], delta.shape[1]), coding, pack_bits(kept), parts, bias)
+        parts, shape = ENCODINGS[coding].encode(delta, kept, precision), (delta.shape[0], delta.shape[1])
+        mask = pack_bits(kept) if ENCODINGS[coding].has_positions else full_mask(shape, delta.device)
+        return cls(shape, coding, mask, parts, bias)
 
     @classmethod
     def from_factors(cls, left: Tensor, right: Tensor, bias: Tensor | None = None) -> SparseDelta:

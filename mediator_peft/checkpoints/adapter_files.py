@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..config import MediatorSettings, check_saved, with_todays_names
+from ..config import MediatorSettings, check_saved, saved_fields, with_todays_names
 from ..errors import AdapterError, ConfigError
 
 CONFIG_FILE = "adapter_config.json"
@@ -52,7 +52,7 @@ def give_usual_mode(folder: Path) -> None:
 
 def write_config(folder: Path, config: MediatorSettings) -> None:
     """Write the configuration of an adapter that is ready for use: the bytes that PEFT's ``save_pretrained`` writes."""
-    known = {**_PEFT_FIELDS, "peft_version": version("peft"), **asdict(config), "inference_mode": True}
+    known = {**_PEFT_FIELDS, "peft_version": version("peft"), **saved_fields(asdict(config)), "inference_mode": True}
     (folder / CONFIG_FILE).write_text(json.dumps(known, indent=2, sort_keys=True), encoding="utf-8")
 
 
@@ -84,6 +84,11 @@ def find_adapter(path: Path) -> Path:
         f"no Mediator adapter in {str(path)!r}: neither {SUBFOLDER}/{CONFIG_FILE} nor {CONFIG_FILE} is there. Give "
         "the folder that build_mediator() or save_pretrained() wrote."
     )
+
+
+def has_adapter(path: Path) -> bool:
+    """Whether :func:`find_adapter` finds one."""
+    return any((folder / CONFIG_FILE).is_file() for folder in (path / SUBFOLDER, path))
 
 
 def backbone_of(folder: Path, reference: str | None) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from ..errors import AdapterError
-from .adapter_files import CONFIG_FILE, ROUTER_PREFIX, WEIGHTS_FILE, read_raw_config
+from .adapter_files import CONFIG_FILE, ROUTER_PREFIX, WEIGHTS_FILE, has_adapter, read_raw_config
 from .folders import INDEX_FILE, SINGLE_FILE
 from .headers import read_header
 from .output_folder import EXTRA_TEMPLATES, SIDE_FILES
@@ -226,6 +226,18 @@ def write_checksums(folder: Path, adapter: Path, backbone: Iterable[str]) -> Non
     put_checksums(adapter, known)
 
 
+def write_merged_checksums(folder: Path) -> None:
+    """Write ``checksums.json`` into the folder of a merged model that has no adapter."""
+    known = backbone_checksums(folder)
+    known.records = {name: file_sha256(folder / name) for name in _RECORDS if (folder / name).is_file()}
+    put_checksums(folder, known)
+
+
+def is_merged_model(folder: Path) -> bool:
+    """Whether a folder is what ``mediator-peft merge`` writes: checksums, and no adapter."""
+    return (folder / CHECKSUM_FILE).is_file() and not has_adapter(folder)
+
+
 def adapter_checksums(adapter: Path, known: Checksums | None = None) -> Checksums:
     """Checksums of an adapter's files as they are now, with what is known of its backbone."""
     known = known or Checksums()
@@ -416,7 +428,7 @@ def all_problems(adapter: Path, backbone: Path, checked: list[str]) -> list[str]
     if not known.adapter and known.bank is not None:
         jobs.append((adapter / WEIGHTS_FILE, known.bank, bank_sha256))
     problems = _added(backbone, known)
-    names = _expert_names(adapter)
+    names = None if known.expert_names is None else _expert_names(adapter)
     if known.expert_names is not None and names != known.expert_names:
         problems.append(order_problem(names, known.expert_names))
     for job in jobs:

@@ -10,12 +10,15 @@ import typer
 from .bench import bench
 from .build import build
 from .common import GuardedGroup, prepare_streams
+from .condense import condense
 from .demo import demo
 from .env import env
 from .evaluate import evaluate
 from .fit_router import fit_router
 from .generate import generate
 from .inspect import inspect
+from .merge import merge
+from .methods import methods
 from .plan import plan
 from .run import run
 from .verify import verify
@@ -34,15 +37,18 @@ app = typer.Typer(
 
 app.command()(plan)
 app.command()(build)
+app.command()(merge)
 app.command()(run)
 app.command("fit-router")(fit_router)
 app.command("calibrate", hidden=True)(fit_router)
 app.command()(generate)
 app.command("eval")(evaluate)
 app.command()(inspect)
+app.command()(condense)
 app.command()(verify)
 app.command()(bench)
 app.command()(demo)
+app.command()(methods)
 app.command()(env)
 
 

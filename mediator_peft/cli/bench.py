@@ -14,7 +14,6 @@ from .common import (
     AsJson,
     Device,
     Dtype,
-    OutputFolder,
     check_folder,
     console,
     load,
@@ -25,11 +24,22 @@ from .common import (
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..evaluation.cache_planning import CachePlan
     from ..evaluation.speed import SpeedReport
 
 
 def bench(
-    out: OutputFolder,
+    out: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="Output folder of `build`.", show_default=False)
+    ] = None,
+    routes: Annotated[
+        Path | None,
+        typer.Option(
+            help="Time nothing; read the experts of past requests from this JSONL file (expert_weights, experts or "
+            "expert a line) and print hit rates of every max_resident_experts. OUT adds their bytes.",
+            show_default=False,
+        ),
+    ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens of a prompt.")] = 512,
     context: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens in the cache of a decode step.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, max=MOST_ROWS, help="Rows in a batched decode step.")] = 8,
@@ -60,7 +70,14 @@ def bench(
 
     Example:
       mediator-peft bench out --threads 2 --plot speed.png
+
+      mediator-peft bench out --routes routes.jsonl
     """
+    if routes is not None:
+        _plan_cache(routes, out, as_json)
+        return
+    if out is None:
+        raise typer.BadParameter("give the output folder of a build, or --routes.", param_hint="OUT")
     import torch
 
     from ..evaluation.speed import SpeedSettings, measure_speed, num_rounds
@@ -84,6 +101,42 @@ def bench(
         print_json(report.to_dict())
     else:
         print_speed(report, console())
+
+
+def _plan_cache(routes: Path, out: Path | None, as_json: bool) -> None:
+    """Hit rates of every cache size, by a log of routes."""
+    from ..evaluation.cache_planning import plan_cache, read_routes, stored_requests
+    from ..evaluation.sizes import read_adapter_info
+
+    requests, info = read_routes(routes), None if out is None else read_adapter_info(out)
+    if info is not None:
+        requests = stored_requests(requests, info.config.get("column_map"))
+    plan = plan_cache(requests, None if info is None else info.memory_bytes)
+    if as_json:
+        print_json(plan.to_dict())
+    else:
+        print_cache_plan(plan, console())
+
+
+def print_cache_plan(plan: CachePlan, target: Console) -> None:
+    """The hit rates as a table."""
+    from rich.table import Table
+
+    from ..evaluation.sizes import format_bytes
+
+    used = ", ".join(f"{name} {number}" for name, number in plan.experts.items())
+    target.print(f"{plan.num_requests} requests; experts by requests: {used}")
+    table = Table(pad_edge=False)
+    for heading in ("experts", "last used", "16 known ahead", "optimal", "loads a request", "memory"):
+        table.add_column(heading, justify="right")
+    for size in plan.sizes:
+        rates = (f"{rate:.1%}" for rate in (size.lru, size.lookahead, size.optimal))
+        table.add_row(str(size.experts), *rates, f"{size.loads_a_request:.3f}", format_bytes(size.memory_bytes))
+    target.print(table)
+    if plan.persistence:
+        said = ", ".join(f"{value:.2f} over {window}" for window, value in plan.persistence.items())
+        target.print(f"routing persistence (SRP) {said} requests; 1 means that neighbours use the same experts")
+    target.print(f"recommended: max_resident_experts={plan.recommended}")
 
 
 def print_speed(report: SpeedReport, target: Console) -> None:

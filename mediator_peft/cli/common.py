@@ -214,8 +214,13 @@ def print_json(content: Any) -> None:
     print(text)
 
 
-def parse_pairs(values: Sequence[str], option: str) -> dict[str, str]:
+def parse_pairs(values: Sequence[str], option: str, form: str = "NAME=PATH") -> dict[str, str]:
     """``["math=a.jsonl", …]`` as a dict.
+
+    Args:
+        values: what was typed.
+        option: for messages.
+        form: what a value is like, for messages.
 
     Raises:
         typer.BadParameter: no ``=``, nothing on one side of it, or a name that comes twice.
@@ -224,7 +229,7 @@ def parse_pairs(values: Sequence[str], option: str) -> dict[str, str]:
     for value in values:
         name, equals, path = value.partition("=")
         if not (equals and name and path):
-            raise typer.BadParameter(f"{value!r} is not NAME=PATH.", param_hint=option)
+            raise typer.BadParameter(f"{value!r} is not {form}.", param_hint=option)
         if name in pairs:
             raise typer.BadParameter(f"the name {name!r} comes twice.", param_hint=option)
         pairs[name] = path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..config import CORRECTION
+from ..config import ALWAYS, CORRECTION, FAMILY_PREFIX
 from .common import AsJson, OutputFolder, check_output, console, print_json, reading_output
 
 if TYPE_CHECKING:
@@ -50,13 +50,25 @@ def print_info(info: AdapterInfo, target: Console) -> None:
         sizes.add_column(heading, justify="left" if heading == "part" else "right")
     for name, column in info.column_bytes.items():
         cells = [format_bytes(column.get(part, 0)) for part in parts]
-        label = "correction of the quantised backbone" if name == CORRECTION else f"delta of {name}"
+        label = _label(name, info.config.get("column_map") or {})
         sizes.add_row(Text(label), *cells, format_bytes(sum(column.values())))
     blank = [""] * len(parts)
     sizes.add_row("router", *blank, format_bytes(info.router_bytes) if info.has_router else "not fitted")
     sizes.add_row("adapter file", *blank, format_bytes(info.adapter_bytes))
     sizes.add_row("backbone", *blank, format_bytes(info.backbone_bytes))
     target.print(sizes)
+
+
+def _label(name: str, rows: dict[str, dict[str, float]]) -> str:
+    """What a stored delta is."""
+    if name == CORRECTION:
+        return "correction of the quantised backbone"
+    users = [other for other in rows.get(name, {name: 1.0}) if other != ALWAYS]
+    if name.startswith(FAMILY_PREFIX):
+        return f"shared by {', '.join(users)}"
+    is_in_family = any(set(users) & set(row) for other, row in rows.items() if other.startswith(FAMILY_PREFIX))
+    what = "residual of" if is_in_family else "delta of"
+    return f"{what} {', '.join(users)}" if users else f"always on: {name}"
 
 
 def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:

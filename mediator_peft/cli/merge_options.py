@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import wraps
 from inspect import Parameter, Signature, signature
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..config import MediatorSettings
+from ..data_files import MalformedJsonError, parse_json
 from .common import MOST_WORKERS, parse_pairs
 
 HOW_TO_MERGE = "How to merge"
@@ -19,7 +20,7 @@ HOW_TO_MERGE = "How to merge"
 
 DEFAULTS = MediatorSettings()
 
-_FIELD_OF = {"target_module": "target_modules"}
+_FIELD_OF = {"target_module": "target_modules", "merge_parameter": "merge_parameters"}
 _FIELDS = frozenset(item.name for item in fields(MediatorSettings))
 
 
@@ -31,13 +32,30 @@ Base = Annotated[str, typer.Option(help="Base model: a folder or a hub id, org/m
 Expert = Annotated[
     list[str], typer.Option(metavar="NAME=PATH", help="A fine-tuned expert; repeatable.", show_default=False)
 ]
-MergeMethod = Annotated[str, _setting("How experts are merged into the backbone, e.g. average, base, ties.")]
+MergeMethod = Annotated[
+    str,
+    _setting("How experts are merged into the backbone, e.g. average or base; `mediator-peft methods` lists all."),
+]
+MergeParameter = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE",
+        help="A parameter of the merge method, e.g. density=0.1; repeatable.",
+        rich_help_panel=HOW_TO_MERGE,
+    ),
+]
+MergeData = Annotated[
+    str | None, _setting("File or folder of data that the merge method reads, e.g. coefficients.json.")
+]
+DepthScaling = Annotated[
+    str | None, _setting("Scale by depth (LiNeS): auto, or alpha,beta such as 0.5,0.5. Default: not scaled.")
+]
 Density = Annotated[float, _setting("Share of entries kept in a delta, in (0, 1].")]
 DensityScope = Annotated[str, _setting("Scope of density: matrix, or model (one threshold for all matrices).")]
 Budget = Annotated[
     str | None, _setting("Choose density by size of backbone and adapter: 1.5x (of the backbone) or 400MB.")
 ]
-Encoding = Annotated[str, _setting("Encoding of kept entries: sign, float, int8 or nf4.")]
+Encoding = Annotated[str, _setting("Encoding of kept entries: sign, float, int8, nf4 or factors_sign.")]
 Rescale = Annotated[str, _setting("How kept entries are rescaled: projection, norm or mean.")]
 Sparsifier = Annotated[str, _setting("Which entries are kept: magnitude, dare or svd.")]
 Rank = Annotated[
@@ -51,6 +69,18 @@ TargetModule = Annotated[
 ConflictScore = Annotated[str, _setting("Conflict score that ranks blocks: sign, sign_any or energy.")]
 ConflictDensity = Annotated[float, _setting("Share of largest entries used in the conflict score, in (0, 1].")]
 ConflictThreshold = Annotated[float, _setting("With routed-layers auto: blocks with at least this score are routed.")]
+Always = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=PATH:WEIGHT",
+        help="A delta that every prompt gets: a checkpoint minus the base (PATH,REFERENCE:WEIGHT: minus another); "
+        "repeatable.",
+        rich_help_panel=HOW_TO_MERGE,
+    ),
+]
+AlwaysRule = Annotated[
+    str | None, _setting("Weights of always: as given, alpha (relative to the experts' task vectors) or alpha-omega.")
+]
 Router = Annotated[str, _setting("Router: gaussian, mlp or prototype.")]
 RouterLayer = Annotated[
     str, _setting("The router uses the hidden state after this many blocks; auto lets fit-router choose.")
@@ -84,6 +114,9 @@ MERGE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "base": (Base, Parameter.empty),
     "expert": (Expert, Parameter.empty),
     "merge_method": (MergeMethod, DEFAULTS.merge_method),
+    "merge_parameter": (MergeParameter, None),
+    "merge_data": (MergeData, None),
+    "depth_scaling": (DepthScaling, None),
     "density": (Density, DEFAULTS.density),
     "density_scope": (DensityScope, DEFAULTS.density_scope),
     "budget": (Budget, None),
@@ -96,6 +129,8 @@ MERGE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "conflict_score": (ConflictScore, DEFAULTS.conflict_score),
     "conflict_density": (ConflictDensity, DEFAULTS.conflict_density),
     "conflict_threshold": (ConflictThreshold, DEFAULTS.conflict_threshold),
+    "always": (Always, None),
+    "always_rule": (AlwaysRule, None),
     "router": (Router, DEFAULTS.router),
     "router_layer": (RouterLayer, DEFAULTS.router_layer),
     "ood_alpha": (OodAlpha, DEFAULTS.ood_alpha),
@@ -150,10 +185,16 @@ def merge_settings(ctx: typer.Context) -> MediatorSettings:
         for name, value in ctx.params.items()
         if _FIELD_OF.get(name, name) in _FIELDS and _is_typed(ctx, name)
     }
+    if "always" in settings:
+        settings["always"] = parse_pairs(settings["always"], "--always")
     if "routed_layers" in settings:
         settings["routed_layers"] = parse_routed_layers(settings["routed_layers"])
     if "router_layer" in settings:
         settings["router_layer"] = parse_router_layer(settings["router_layer"])
+    if "merge_parameters" in settings:
+        settings["merge_parameters"] = parse_parameters(settings["merge_parameters"])
+    if "depth_scaling" in settings:
+        settings["depth_scaling"] = parse_depth_scaling(settings["depth_scaling"])
     return MediatorSettings(**{**_planned(ctx.params["plan_file"]), **settings})
 
 
@@ -176,6 +217,25 @@ def merge_inputs(ctx: typer.Context) -> dict[str, Any]:
         "dequantize": given["dequantize"],
         "allow_distant": given["allow_distant"],
     }
+
+
+def parse_parameters(pairs: Sequence[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` pairs; numbers and truth values as JSON writes them, all else as text."""
+    found: dict[str, Any] = {}
+    for name, text in parse_pairs(pairs, "--merge-parameter", "KEY=VALUE").items():
+        try:
+            found[name] = parse_json(text)
+        except MalformedJsonError:
+            found[name] = text
+    return found
+
+
+def parse_depth_scaling(text: str) -> str | list[float]:
+    """``auto``, or two numbers; anything else is left for the config to refuse."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        return text
 
 
 def parse_routed_layers(text: str) -> str | float | list[int]:

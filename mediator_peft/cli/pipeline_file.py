@@ -22,7 +22,7 @@ _SECTIONS = ("build", "calibrate", "eval")
 _MOST = {"batch_size": MOST_ROWS, "max_new_tokens": MOST_TOKENS, "workers": MOST_WORKERS}
 """Key → the most that it may be; the least is 1."""
 
-_PATHS = ("build.output", "build.plan", "calibrate.answered", "eval.report")
+_PATHS = ("build.output", "build.plan", "build.config.merge_data", "calibrate.answered", "eval.report")
 
 
 @dataclass
@@ -134,6 +134,8 @@ def read_pipeline(path: str | os.PathLike[str], overrides: Mapping[str, Any] | N
     build.base = _local(build.base, folder)
     build.experts = {name: _local(source, folder) or "" for name, source in build.experts.items()}
     build.output = str(folder / Path(build.output).expanduser())
+    if build.config and build.config.get("merge_data"):
+        build.config["merge_data"] = str(folder / Path(build.config["merge_data"]).expanduser())
     build.plan = None if build.plan is None else str(folder / Path(build.plan).expanduser())
     pipeline = Pipeline(build)
     if content.get("calibrate") is not None:

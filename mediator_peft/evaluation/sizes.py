@@ -99,12 +99,26 @@ class AdapterInfo:
 
     @property
     def bytes_per_parameter(self) -> float | None:
-        """Bytes in the file for one routed parameter and one expert, the fallback's delta and a correction left out."""
+        """Bytes in the file for one routed parameter and one expert; the fallback's delta and a correction left out.
+
+        What a family shares is counted once, and experts that are stored once count each.
+        """
         shared = (FALLBACK_EXPERT, CORRECTION)
-        experts = [sum(parts.values()) for name, parts in self.column_bytes.items() if name not in shared]
-        if not experts or not self.routed_parameters:
+        sizes = [sum(parts.values()) for name, parts in self.column_bytes.items() if name not in shared]
+        number = sum(name != FALLBACK_EXPERT for name in self.columns)
+        if not sizes or not self.routed_parameters or not number:
             return None
-        return sum(experts) / (self.routed_parameters * len(experts))
+        return sum(sizes) / (self.routed_parameters * number)
+
+    @property
+    def memory_bytes(self) -> dict[str, int]:
+        """Column → bytes of its deltas in memory, where bitmaps are not compressed; without those of unknown size."""
+        known = {}
+        for name, parts in self.column_bytes.items():
+            if name != CORRECTION and (self.routed_parameters or not parts.get("mask")):
+                bitmap = (self.routed_parameters or 0) // 8 if parts.get("mask") else 0
+                known[name] = bitmap + sum(size for part, size in parts.items() if part != "mask")
+        return known
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -156,6 +170,8 @@ def read_adapter_info(path: str | Path) -> AdapterInfo:
             router_bytes += header.num_bytes
     experts = list(_strings(config.get("expert_names") or config.get("experts") or ()))
     columns = [*experts, FALLBACK_EXPERT] if config.get("fallback") == FALLBACK_EXPERT else experts
+    mapped = config.get("column_map")
+    stored = list(mapped) if isinstance(mapped, dict) else columns
     reference = config.get("base_model_name_or_path")
     backbone = backbone_of(folder, str(reference) if reference else None)
     report = _read_report(folder)
@@ -164,7 +180,7 @@ def read_adapter_info(path: str | Path) -> AdapterInfo:
         folder=folder,
         config=config,
         columns=columns,
-        column_bytes={name: column_bytes[name] for name in [*columns, CORRECTION] if name in column_bytes},
+        column_bytes={name: column_bytes[name] for name in [*stored, CORRECTION] if name in column_bytes},
         router_bytes=router_bytes,
         adapter_bytes=(folder / WEIGHTS_FILE).stat().st_size,
         backbone=backbone,

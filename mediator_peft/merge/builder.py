@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from ..methods.conflict import CONFLICT_SCORES
 from ..methods.merging import MERGE_METHODS
 from ..progress import Progress, no_progress
 from ..structure import OUTSIDE, gates_named, select_layers, targets_in_blocks
+from .always_on import always_deltas, always_rows
 from .block_plan import BlockPlan, check_block_numbers, choose_blocks
 from .budget import shared_out
 from .compatibility import Job
@@ -115,18 +116,19 @@ def merge_in_memory(
     started = time.perf_counter()
     with single_thread():
         merge = shared_out(plan_merge(job, config))
-        method = merge.method.prepared(job)
+        merge = replace(merge, method=merge.method.prepared(job))
     backbone = {name: torch.empty(job.base.tensors[name].shape, dtype=job.dtype) for name in job.names}
 
     def write(name: str, start: int, rows: Tensor) -> None:
         target = backbone[name].reshape(-1, *rows.shape[1:])
         target[start : start + len(rows)] = rows
 
-    work = TensorWork(job.base, job.experts, config, job.dtype, write, method)
+    work = TensorWork(job.base, job.experts, config, job.dtype, write, merge.method)
     bank, done = Bank(), []
     with single_thread(), progress("merging", len(merge.tasks)) as advance:
         for task in merge.tasks:
             result = work(task)
+            result.deltas |= always_deltas(job, config, task)
             if result.deltas:
                 bank.deltas[task.name.removesuffix(".weight")] = result.deltas
             names = [name for name in (task.name, task.bias) if name in merge.sampled]
@@ -179,7 +181,8 @@ def conclude(merge: Merge, done: Sequence[Finished]) -> tuple[MediatorSettings, 
         routed_modules=[layer.name for layer in (*job.structure.layers, *job.structure.outer) if layer.name in carried],
         num_blocks=num_blocks,
         backbone_fingerprint={name: samples[name] for name in sorted(samples)},
-        provenance=_provenance(job),
+        provenance=sources(job),
+        column_map=always_rows(job, config),
     )
     if merge.density is not None:
         settings["density"] = merge.density
@@ -212,7 +215,8 @@ def _conflict(merge: Merge, done: Sequence[Finished]) -> dict[str, list[float]]:
     }
 
 
-def _provenance(job: Job) -> dict[str, object]:
+def sources(job: Job) -> dict[str, object]:
+    """Where base and experts came from, for a configuration."""
     return {
         "base": job.base.source,
         "experts": {name: checkpoint.source for name, checkpoint in job.experts.items()},
@@ -224,14 +228,7 @@ def _report(
     merge: Merge, conflict: dict[str, list[float]], routed: list[int], in_bank: Sequence[Finished]
 ) -> BuildReport:
     job, config = merge.job, merge.config
-    storage = str(job.dtype).removeprefix("torch.")
-    dtypes = {info.dtype for info in job.base.tensors.values() if info.dtype}
-    rounded = any(torch.finfo(dtype).eps < torch.finfo(job.dtype).eps for dtype in dtypes)
-    notes = [*job.notes, *_structure_notes(merge)]
-    if rounded:
-        notes.append(f"the base was rounded to {storage}, the experts' dtype, before differences were taken")
-    if isinstance(job.base, MeanCheckpoint):
-        notes.append("no base was given: differences were taken to the mean of the experts")
+    notes = input_notes(merge)
     if not routed:
         notes.append("no block is routed: the experts agree everywhere, and every prompt gets the backbone")
     elif len(routed) < job.structure.num_blocks:
@@ -247,8 +244,8 @@ def _report(
     return BuildReport(
         output=None,
         experts=list(config.experts),
-        storage_dtype=storage,
-        base_was_rounded=rounded,
+        storage_dtype=str(job.dtype).removeprefix("torch."),
+        base_was_rounded=base_was_rounded(job),
         conflict=conflict,
         conflict_score=config.conflict_score,
         routed_blocks=routed,
@@ -259,6 +256,29 @@ def _report(
         peak_memory_bytes=peak_memory(),
         notes=notes,
     )
+
+
+def base_was_rounded(job: Job) -> bool:
+    """Whether the base came in a finer dtype than that in which the backbone is stored."""
+    dtypes = {info.dtype for info in job.base.tensors.values() if info.dtype}
+    return any(torch.finfo(dtype).eps < torch.finfo(job.dtype).eps for dtype in dtypes)
+
+
+def input_notes(merge: Merge) -> list[str]:
+    """What was done to make base and experts fit, and what is merged how."""
+    job, notes = merge.job, [*merge.job.notes, *_structure_notes(merge)]
+    if base_was_rounded(job):
+        storage = str(job.dtype).removeprefix("torch.")
+        notes.append(f"the base was rounded to {storage}, the experts' dtype, before differences were taken")
+    if isinstance(job.base, MeanCheckpoint):
+        notes.append("no base was given: differences were taken to the mean of the experts")
+    if merge.config.depth_scaling is not None:
+        method = merge.method
+        notes.append(
+            f"depth_scaling: block l of L is scaled by {method.alpha:.6g} + {method.beta:.6g} * l / (L - 1), all else "
+            f"by {method.alpha:.6g}"
+        )
+    return notes
 
 
 def _structure_notes(merge: Merge) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,6 +39,9 @@ class Job(NamedTuple):
 
     parameters: frozenset[str] = frozenset()
     """Those of the names that are parameters of the model: no buffers, and nothing that it does not know."""
+
+    always: Mapping[str, Any] = {}
+    """Name → always-on delta (``AlwaysOn``) that every prompt gets."""
 
 
 def check_job(base: Checkpoint, experts: Mapping[str, Checkpoint], may_untie: bool = False) -> Job:

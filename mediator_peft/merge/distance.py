@@ -83,6 +83,12 @@ def sampled_differences(job: Job) -> dict[str, list[torch.Tensor]]:
     }
 
 
+def sampled_norms(job: Job, reference: Checkpoint, checkpoint: Checkpoint) -> float:
+    """Norm of the difference of two checkpoints over the rows that :func:`distances` looks at."""
+    ours = _samples(job, reference)
+    return sqrt(sum(float((_sample(checkpoint, name) - rows).square().sum()) for name, rows in ours.items()))
+
+
 def check_distances(job: Job, allow_distant: bool = False) -> list[str]:
     """Warn of experts that lie far from the base, and refuse those that have nothing of it.
 

@@ -82,6 +82,31 @@ def output_card(config: MediatorSettings, licence: str | None = None) -> str:
     return "\n".join(lines)
 
 
+def merged_card(config: MediatorSettings, licence: str | None = None) -> str:
+    """The card of a merged model without an adapter.
+
+    Args:
+        config: with the provenance of base and experts.
+        licence: what the header says of it, e.g. ``apache-2.0``.
+    """
+    provenance = config.provenance or {}
+    settings = "".join(f", `{name}={value}`" for name, value in sorted(config.merge_parameters.items()))
+    lines = [
+        *_header(config, "transformers", licence),
+        "# Merged model",
+        "",
+        f"{len(config.experts)} fine-tuned models of one base, merged by `{config.merge_method}`{settings} with "
+        "`mediator-peft merge`. Inputs and settings are in `provenance.json`.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| base | `{provenance.get('base', 'unknown')}` |",
+        *(f"| expert `{name}` | `{source}` |" for name, source in (provenance.get("experts") or {}).items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
 def _header(config: MediatorSettings, library: str, licence: str | None) -> list[str]:
     """Metadata as the hub reads it; only hub ids are named there, for it knows no folders."""
     provenance = config.provenance or {}

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import fields, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from ..checkpoints.adapter_files import SUBFOLDER, WEIGHTS_FILE, write_config
 from ..checkpoints.backbone_files import BackboneFiles
@@ -33,6 +34,7 @@ from ..config import FALLBACK_EXPERT, FORMAT_VERSION, MediatorSettings
 from ..errors import ConfigError
 from ..progress import bar_progress, no_progress
 from ..ranks import Ranks
+from .always_on import always_deltas, with_always
 from .block_plan import read_plan
 from .budget import shared_out
 from .builder import (
@@ -50,7 +52,7 @@ from .locks import check_locks
 from .memory import parse_bytes, workers_within
 from .merge_job import Merge
 from .model_card import model_card, output_card
-from .provenance import InputDigests, inputs, write_provenance
+from .provenance import InputDigests, data_files, inputs, write_provenance
 from .report import BuildReport, write_report
 from .size_prediction import predicted_bytes
 from .tensor_work import TensorWork
@@ -122,17 +124,7 @@ def build_mediator(
     with single_thread():
         merge = shared_out(plan_merge(job, config, decided))
         merge = replace(merge, method=merge.method.prepared(job))
-    workers = workers_within(merge, workers, limit)
-    check_space(target, predicted_bytes(merge))
-    ranks = Ranks()
-    with ExitStack() as stack:
-        folder = ranks.first(lambda: stack.enter_context(resumable_folder(target, job_key(merge))))
-        build = _Build(merge, folder, hash_inputs)
-        todo = ranks.first(build.prepare)
-        ranks.all(lambda: build.run(todo[ranks.number :: ranks.count], workers, show_progress and not ranks.number))
-        report = ranks.first(lambda: build.finish(str(target), started))
-        # The folder gets its name before any rank goes on.
-        ranks.first(stack.close)
+    report: BuildReport = carry_out(Build, merge, target, (workers, limit), hash_inputs, show_progress, started)
     return report
 
 
@@ -153,6 +145,7 @@ def open_job(
     experts = checkpoints_by_name(opened, config.experts)
     job = check_job(opened["base"] if base is not None else mean_base(experts, config), experts, may_untie=True)
     check_locks(job)
+    job = with_always(job, config, allow_pickle, dequantize)
     return job._replace(notes=(*job.notes, *check_distances(job, allow_distant)))
 
 
@@ -169,7 +162,44 @@ def mean_base(experts: Mapping[str, Checkpoint], config: MediatorSettings) -> Ch
     return MeanCheckpoint([experts[name] for name in sorted(experts)])
 
 
-class _Build:
+def carry_out(
+    kind: type[Build],
+    merge: Merge,
+    target: Path,
+    limits: tuple[int, int | None],
+    hash_inputs: bool,
+    show_progress: bool,
+    started: float,
+) -> Any:
+    """Do the work in a folder that gets its name when all is done.
+
+    Args:
+        kind: what is made.
+        merge: the work.
+        target: folder of the output.
+        limits: most workers, and most bytes of memory.
+        hash_inputs: whether input files are read for their checksums.
+        show_progress: a bar on the error stream.
+        started: time of the performance counter.
+
+    Returns:
+        The report of ``kind.finish``.
+    """
+    workers = workers_within(merge, *limits)
+    check_space(target, predicted_bytes(merge))
+    ranks = Ranks()
+    with ExitStack() as stack:
+        folder = ranks.first(lambda: stack.enter_context(resumable_folder(target, job_key(merge, kind.__name__))))
+        build = kind(merge, folder, hash_inputs)
+        todo = ranks.first(build.prepare)
+        ranks.all(lambda: build.run(todo[ranks.number :: ranks.count], workers, show_progress and not ranks.number))
+        report = ranks.first(lambda: build.finish(str(target), started))
+        # The folder gets its name before any rank goes on.
+        ranks.first(stack.close)
+    return report
+
+
+class Build:
     """One build in its temporary folder."""
 
     def __init__(self, merge: Merge, folder: Path, hash_inputs: bool) -> None:
@@ -217,15 +247,27 @@ class _Build:
     def _merge_one(self, number: int) -> None:
         task = self.merge.tasks[number]
         result = self.work(task)
+        result.deltas |= always_deltas(self.merge.job, self.merge.config, task)
         names = [name for name in (task.name, task.bias) if name is not None]
         samples = {name: sample(self.backbone.read(name)) for name in names if name in self.merge.sampled}
         info = finished(result, samples)
         self.pieces.put(number, task.name.removesuffix(".weight"), result, info)
 
-    def finish(self, target: str, started: float) -> BuildReport:
-        """Decide what is routed, and write everything but the backbone."""
-        folder, tasks, base = self.folder, self.merge.tasks, self.merge.job.base
+    def write_side_files(self) -> str | None:
+        """Close the backbone and write what a checkpoint has beside its weights; gives back the base's licence."""
         self.backbone.close()
+        base = self.merge.job.base
+        copy_model_config(self.folder, base, self.merge.job.dtype)
+        source = base.members[0] if isinstance(base, MeanCheckpoint) else base
+        if source.folder is None:
+            return None
+        copy_side_files(source.folder, self.folder)
+        return licence(source.folder)
+
+    def finish(self, target: str, started: float) -> Any:
+        """Decide what is routed, and write everything but the backbone."""
+        folder, tasks = self.folder, self.merge.tasks
+        terms = self.write_side_files()
         done = [self._info(number) for number in range(len(tasks))]
         built, report = conclude(self.merge, done)
         adapter = folder / SUBFOLDER
@@ -235,16 +277,11 @@ class _Build:
         numbers = {f"{task.name}": number for number, task in enumerate(tasks)}
         routed = [numbers[f"{name}.weight"] for name in built.routed_modules or []]
         self.pieces.join(routed, adapter / WEIGHTS_FILE)
-        copy_model_config(folder, base, self.merge.job.dtype)
-        source = base.members[0] if isinstance(base, MeanCheckpoint) else base
-        if source.folder is not None:
-            copy_side_files(source.folder, folder)
         built.base_model_name_or_path = ".."
         write_config(adapter, built)
         write_provenance(adapter, self.merge, self.digests)
         report.output = target
         report.seconds = time.perf_counter() - started
-        terms = None if source.folder is None else licence(source.folder)
         (adapter / CARD).write_text(model_card(built, report, terms), encoding="utf-8")
         (folder / CARD).write_text(output_card(built, terms), encoding="utf-8")
         report.files = {
@@ -262,20 +299,24 @@ class _Build:
         return info
 
 
-def job_key(merge: Merge) -> str:
+def job_key(merge: Merge, kind: str = "Build") -> str:
     """Says of two builds whether they are the same work: settings, tensors, and the input files by size and time."""
     config, job = merge.config, merge.job
-    checkpoints = {"base": job.base, **job.experts}
+    files = {label: checkpoint.files for label, checkpoint in {"base": job.base, **job.experts}.items()}
+    files["merge_data"] = data_files(config)
+    for name, always in job.always.items():
+        files |= {f"always-on {name}": always.checkpoint.files, f"reference of {name}": always.reference.files}
     known = {
         "version": FORMAT_VERSION,
         # After a restart of the machine, what was written last may be lost.
         "machine": _boot_id(),
         "config": {item.name: repr(getattr(config, item.name)) for item in fields(MediatorSettings)},
         "tasks": [list(task) for task in merge.tasks],
+        "kind": kind,
         "dtype": str(job.dtype),
         "files": {
-            label: [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in checkpoint.files]
-            for label, checkpoint in checkpoints.items()
+            label: [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+            for label, paths in files.items()
         },
     }
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()

@@ -16,6 +16,7 @@ from ..checkpoints.side_files import compare_side_files
 from ..config import MediatorSettings
 from ..errors import ConfigError, MediatorError, OutputError
 from ..structure import OUTSIDE
+from .always_on import with_always
 from .block_plan import PLAN_VERSION, choose_blocks, read_plan, settings_to_keep
 from .budget import block_densities, estimated_scores, sampled, shared_out
 from .builder import plan_merge, require_experts, single_thread
@@ -178,6 +179,11 @@ def _open(base: str | None, config: MediatorSettings, how: tuple[bool, bool], fo
         found.problems.append(str(fault))
         return None
     found.problems += faults
+    if not faults:
+        try:
+            job = with_always(job, config, *how)
+        except MediatorError as fault:
+            found.problems.append(str(fault))
     folders = {
         checkpoint.label: checkpoint.folder
         for checkpoint in (reference, *experts.values())

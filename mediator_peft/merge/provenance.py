@@ -61,6 +61,14 @@ def inputs(merge: Merge) -> dict[str, Checkpoint]:
     return {**({} if isinstance(job.base, MeanCheckpoint) else {"base": job.base}), **job.experts}
 
 
+def data_files(config: MediatorSettings) -> list[Path]:
+    """The files that the merge method reads beside the checkpoints."""
+    if config.merge_data is None:
+        return []
+    path = Path(config.merge_data).expanduser()
+    return sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else [path]
+
+
 def _named_sha256(path: Path) -> str | None:
     """The hub's cache names large files by their checksum."""
     name = path.resolve().name if path.is_symlink() else ""
@@ -75,7 +83,17 @@ def write_provenance(adapter: Path, merge: Merge, digests: InputDigests) -> None
         merge: the work.
         digests: of the input files.
     """
-    known = {
+    known = origins(merge, digests)
+    (adapter / PROVENANCE_FILE).write_text(json.dumps(known, indent=2), encoding="utf-8")
+    if merge.plan is not None:
+        plan = {"plan_version": PLAN_VERSION, "blocks": [block._asdict() for block in merge.plan]}
+        (adapter / PLAN_FILE).write_text(json.dumps(plan, indent=2), encoding="utf-8")
+    write_pipeline(adapter, {"build": build_section(merge)})
+
+
+def origins(merge: Merge, digests: InputDigests) -> dict[str, Any]:
+    """All inputs, and the packages that made the output, as plain data."""
+    found: dict[str, Any] = {
         "inputs": {
             label: {"source": checkpoint.source, "files": dict(_files(checkpoint, digests))}
             for label, checkpoint in inputs(merge).items()
@@ -83,11 +101,11 @@ def write_provenance(adapter: Path, merge: Merge, digests: InputDigests) -> None
         "packages": {name: _version(name) for name in _PACKAGES},
         "python": platform.python_version(),
     }
-    (adapter / PROVENANCE_FILE).write_text(json.dumps(known, indent=2), encoding="utf-8")
-    if merge.plan is not None:
-        plan = {"plan_version": PLAN_VERSION, "blocks": [block._asdict() for block in merge.plan]}
-        (adapter / PLAN_FILE).write_text(json.dumps(plan, indent=2), encoding="utf-8")
-    write_pipeline(adapter, {"build": build_section(merge)})
+    data = merge.config.merge_data
+    if data is not None:
+        files = {path.name: dict(_sizes(path, digests)) for path in data_files(merge.config)}
+        found["inputs"]["merge_data"] = {"source": data, "files": files}
+    return found
 
 
 def write_pipeline(adapter: Path, sections: dict[str, Any]) -> None:
@@ -119,8 +137,10 @@ def build_section(merge: Merge) -> dict[str, Any]:
 
 def _settings(config: MediatorSettings) -> Iterator[tuple[str, Any]]:
     for item in fields(MediatorSettings):
-        default = None if item.default is MISSING else item.default
+        default = item.default_factory() if item.default_factory is not MISSING else item.default
         value = getattr(config, item.name)
+        if item.name == "merge_data" and value is not None:
+            value = str(Path(value).expanduser().absolute())
         if item.name != "experts" and value != default:
             yield item.name, value
 
@@ -135,11 +155,14 @@ def _files(checkpoint: Checkpoint, digests: InputDigests) -> Iterator[tuple[str,
     folder: Path | None = getattr(checkpoint, "folder", None)
     beside = [folder / name for name in _SETTINGS_FILES] if folder is not None else []
     for path in [*checkpoint.files, *(path for path in beside if path.is_file())]:
-        entry: dict[str, Any] = {"bytes": path.stat().st_size}
-        sha256 = digests.sha256(path)
-        if sha256 is not None:
-            entry["sha256"] = sha256
-        yield path.name, entry
+        yield path.name, dict(_sizes(path, digests))
+
+
+def _sizes(path: Path, digests: InputDigests) -> Iterator[tuple[str, Any]]:
+    yield "bytes", path.stat().st_size
+    sha256 = digests.sha256(path)
+    if sha256 is not None:
+        yield "sha256", sha256
 
 
 def _version(package: str) -> str | None:

@@ -122,6 +122,9 @@ def delta_bytes(
         number_size: bytes of a number that is kept as it is.
         position_bits: bits an entry that positions take; None for random ones.
     """
+    whole = ENCODINGS[encoding].total_bytes(entries, density * entries)
+    if whole is not None:
+        return whole
     positions = entries * (_coded_bits(density) if position_bits is None else position_bits) / 8
     if 0 < density < _THIN:
         positions += _TABLE_BYTES

@@ -299,7 +299,8 @@ def is_one_pass(config: MediatorSettings) -> bool:
 
 def deltas_stored(config: MediatorSettings) -> list[str]:
     """Names of all deltas in the files: the columns', and the correction's."""
-    return [*deltas_needed(config), *([CORRECTION] if config.for_quantization is not None else [])]
+    columns = deltas_needed(config) if config.column_map is None else config.column_map
+    return [*columns, *([CORRECTION] if config.for_quantization is not None else [])]
 
 
 def deltas_needed(config: MediatorSettings) -> Sequence[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..bank.layer_bank import LayerBank, from_disk
 from ..checkpoints.adapter_files import WEIGHTS_FILE, backbone_of, bank_key, find_adapter, read_settings
-from ..checkpoints.checksums import accept_files, all_problems
+from ..checkpoints.checksums import accept_files, all_problems, is_merged_model, write_merged_checksums
 from ..checkpoints.fingerprint import check_fingerprint
 from ..checkpoints.lora import LoraCheckpoint
 from ..checkpoints.name_mapping import named_as_in_model
@@ -56,7 +56,7 @@ def verify_mediator(
     """Check an output: its files by checksum, the backbone by fingerprint, and its weights against the experts.
 
     Args:
-        path: what ``build_mediator`` wrote.
+        path: what ``build_mediator`` wrote, or ``merge_models``: then its files are compared with their checksums.
         against: expert name (or ``"base"``) → checkpoint: backbone plus the whole delta is compared with it, tensor by
             tensor. With density 1, ``encoding="float"``, all blocks routed and experts that differ from the base in
             targeted layers only, the difference is 0.
@@ -70,8 +70,13 @@ def verify_mediator(
         AdapterError: there is no adapter at all, or it has no expert of a name in ``against``.
         CheckpointError: something in ``against`` cannot be read.
     """
-    adapter = find_adapter(Path(path).expanduser())
-    found = Verification()
+    merged, found = Path(path).expanduser(), Verification()
+    if is_merged_model(merged):
+        if against:
+            raise AdapterError(f"{str(path)!r} is a merged model without experts; there is nothing to compare.")
+        _check_files(merged, merged, found)
+        return found
+    adapter = find_adapter(merged)
     try:
         config = read_settings(adapter)
     except AdapterError as fault:
@@ -124,6 +129,9 @@ def accept_output(path: str | os.PathLike[str]) -> Verification:
         AdapterError: there is no adapter, its configuration cannot be read, or it names the experts in another order
             than that of the router's tensors.
     """
+    if is_merged_model(Path(path).expanduser()):
+        write_merged_checksums(Path(path).expanduser())
+        return verify_mediator(path)
     adapter = find_adapter(Path(path).expanduser())
     folder = Path(backbone_of(adapter, read_settings(adapter).base_model_name_or_path))
     accept_files(adapter, folder if folder.is_dir() else None)
@@ -176,7 +184,11 @@ def _compare(
 ) -> dict[str, Any]:
     """Backbone plus the whole delta, against the expert rounded to the backbone's dtype."""
     layers = set(config.routed_modules or ())
-    has_delta = column in deltas_needed(config)
+    if config.column_map is None:
+        terms = [(column, 1.0)] if column in deltas_needed(config) else []
+    else:
+        # An always-on delta is a part of what every expert answers with, and no part of the expert.
+        terms = [(stored, row[column]) for stored, row in config.column_map.items() if column in row]
     largest, where, norm, distance = 0.0, "", 0.0, 0.0
     with safe_open(adapter / WEIGHTS_FILE, framework="pt") as file:
         for name in backbone.tensors:
@@ -185,8 +197,8 @@ def _compare(
                 raise AdapterError(f"it has no tensor {name!r} of shape {list(ours.shape)}")
             theirs = expert.read(name).to(dtype).float()
             layer, _, part = name.rpartition(".")
-            if layer in layers and has_delta:
-                ours = ours + _delta(file, layer, part, column, config, ours, layer in transposed)
+            for stored, factor in terms if layer in layers else ():
+                ours = ours + factor * _delta(file, layer, part, stored, config, ours, layer in transposed)
             difference = (ours - theirs).abs()
             top = float(difference.max()) if difference.numel() else 0.0
             if top > largest:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ..checkpoints.adapter_files import BANK_ATTRIBUTE
 from ..checkpoints.opening import Checkpoint, ModelCheckpoint, open_checkpoint, open_checkpoints
 from ..errors import CheckpointError, UnsupportedError
+from ..merge.always_on import with_always
 from ..merge.builder import Bank, checkpoints_by_name, label_checkpoints, merge_in_memory, require_experts
 from ..merge.compatibility import check_job
 from ..merge.locks import check_locks
@@ -53,6 +54,7 @@ def build_in_memory(model: Any, config: MediatorConfig, check: Callable[[Sequenc
     base = _base_on_disk(model) if quantized else ModelCheckpoint(plain)
     job = check_job(base, checkpoints_by_name(experts, config.experts))
     check_locks(job)
+    job = with_always(job, config)
     bank, backbone, built, _ = merge_in_memory(job, config)
     check(built.routed_modules or ())
     for name, tensor in backbone.items():

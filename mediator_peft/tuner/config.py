@@ -12,7 +12,7 @@ from peft import PeftConfig
 from ..checkpoints.adapter_files import CONFIG_FILE, read_raw_config
 from ..checkpoints.checksums import FileCheck
 from ..checkpoints.replacing import finish_replacing
-from ..config import FALLBACK_EXPERT, FORMAT_VERSION, MediatorSettings, check_saved, expert_name_faults
+from ..config import FALLBACK_EXPERT, FORMAT_VERSION, MediatorSettings, check_saved, expert_name_faults, saved_fields
 from ..errors import AdapterError, ConfigError
 from ..registration import peft_type
 
@@ -58,16 +58,20 @@ class MediatorConfig(MediatorSettings, PeftConfig):
         # A copy of the configuration is not a copy of the model behind it.
         return {key: value for key, value in self.__dict__.items() if key != "_on_save"}
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in PEFT; fields of newer versions are left out where they are not set."""
+        return saved_fields(super().to_dict())
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json``; for a model's own configuration, also its card and, if need be, backbone."""
         reference = self.base_model_name_or_path
         on_save = getattr(self, "_on_save", None)
         if on_save is not None:
             on_save(Path(save_directory), self)
-        here = (self.max_resident_experts, self.expert_folder)
-        self.max_resident_experts = self.expert_folder = None
+        here = (self.max_resident_experts, self.pinned_experts, self.expert_folder)
+        self.max_resident_experts = self.pinned_experts = self.expert_folder = None
         super().save_pretrained(save_directory, **kwargs)
-        self.max_resident_experts, self.expert_folder = here
+        self.max_resident_experts, self.pinned_experts, self.expert_folder = here
         self.base_model_name_or_path = reference
 
     @classmethod

@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from ..bank.layer_bank import LayerBank
+from ..bank.column_map import families, without_input
 from ..bank.sparse_delta import SparseDelta
 from ..checkpoints.opening import Checkpoint, ModelCheckpoint, open_checkpoints
-from ..config import CORRECTION
 from ..errors import CheckpointError, ConfigError, RoutingError, UnsupportedError
 from ..merge.compatibility import check_job, coarsest
 from ..merge.delta_packing import own_factors, pack_delta
 from ..merge.locks import check_locks
+from ..methods.encoding import ENCODINGS
 from ..methods.encoding.bitmaps import count_bits
 from ..routing.calibration_data import Columns, hash_folds
 from ..routing.decision_rule import Negatives
 from ..routing.routers import Router
+from .condensing import RESIDUAL_DENSITY, find_equal, nearest_family, residual
 from .config import FALLBACK_EXPERT, MediatorConfig, expert_name_faults
 from .fitting import augmented_rows, hard_negative_rows, negative_rows, read_texts, row_features, settle, token_rows
 from .layer import MediatorLayer, reading_weights
@@ -74,7 +75,7 @@ def add_expert(
     config = active.config
     _check_name(name, config)
     with reading_weights(active.model):
-        deltas = _deltas(active, name, checkpoint)
+        deltas, rows = _deltas(active, name, checkpoint)
     router = _extended(
         prompts,
         name,
@@ -92,7 +93,7 @@ def add_expert(
     if config.provenance is not None:
         known = dict(config.provenance.get("experts", {}))
         config.provenance = {**config.provenance, "experts": {**known, name: str(checkpoint)}}
-    active.put_router(router, [*(config.expert_names or ()), name], {**config.experts, name: str(checkpoint)})
+    active.put_router(router, [*(config.expert_names or ()), name], {**config.experts, name: str(checkpoint)}, rows)
 
 
 def remove_expert(active: ActiveAdapter, name: str) -> None:
@@ -125,9 +126,12 @@ def remove_expert(active: ActiveAdapter, name: str) -> None:
         smaller = type(router)(router.num_experts - 1, router.num_features, router.seed)
     paths = {other: path for other, path in config.experts.items() if other != name}
     # First nobody asks for it any more: a pass that finds its deltas gone then sees that it was removed.
-    active.put_router(smaller, [other for other in names if other != name], paths)
-    for layer in active.layers.values():
-        layer.remove_delta(active.name, name)
+    before = config.column_map
+    rows = None if before is None else without_input(before, name)
+    active.put_router(smaller, [other for other in names if other != name], paths, rows)
+    for stored in [name] if before is None or rows is None else set(before) - set(rows):
+        for layer in active.layers.values():
+            layer.remove_delta(active.name, stored)
     if config.provenance is not None:
         experts = {other: path for other, path in config.provenance.get("experts", {}).items() if other != name}
         config.provenance = {**config.provenance, "experts": experts}
@@ -141,8 +145,14 @@ def _check_name(name: str, config: MediatorConfig) -> None:
         raise ConfigError("\n".join(faults))
 
 
-def _deltas(active: ActiveAdapter, name: str, path: str) -> dict[str, SparseDelta]:
-    """The new expert's delta of every routed layer."""
+def _deltas(
+    active: ActiveAdapter, name: str, path: str
+) -> tuple[dict[str, SparseDelta], dict[str, dict[str, float]] | None]:
+    """The new expert's delta of every routed layer, and the column map with the expert.
+
+    Where the bank has families, the expert joins the nearest one, if it is near enough: what is stored of it is what it
+    has beside the shared delta. Where it equals an expert of a bank with a column map, nothing more is stored.
+    """
     config = active.config
     label = f"expert {name!r}"
     checkpoint = open_checkpoints({label: str(path)})[label]
@@ -156,42 +166,88 @@ def _deltas(active: ActiveAdapter, name: str, path: str) -> dict[str, SparseDelt
     check_locks(job)
     stored = getattr(torch, (config.provenance or {}).get("storage_dtype", "float32"))
     dtype = coarsest([stored, job.dtype])
-    return {layer: _delta(module, layer, checkpoint, name, config, dtype) for layer, module in layers.items()}
+    nearest = nearest_family(active, lambda layer: _difference(layers[layer], layer, checkpoint, dtype))
+    family = None if nearest is None else nearest[0]
+    deltas = {layer: _delta(module, layer, checkpoint, name, active, dtype, family) for layer, module in layers.items()}
+    if config.column_map is None:
+        return deltas, None
+    rows: dict[str, dict[str, float]] = {stored: dict(row) for stored, row in config.column_map.items()}
+    joined = set() if family is None else set(rows[family])
+    alike = [
+        stored for stored in rows if set(rows[stored]) & joined or (family is None and not _is_shared(stored, rows))
+    ]
+    twin = find_equal(active, deltas, [stored for stored in alike if not stored.startswith("_")])
+    if family is not None:
+        rows[family][name] = 1.0
+    if twin is None:
+        rows[name] = {name: 1.0}
+    else:
+        rows[twin][name] = 1.0
+    return ({} if twin is not None else deltas), rows
+
+
+def _is_shared(stored: str, rows: Mapping[str, Mapping[str, float]]) -> bool:
+    """Whether the experts of a stored column have parts of their deltas elsewhere, or it is the fallback's."""
+    names = set(rows[stored])
+    return stored == FALLBACK_EXPERT or any(names & set(row) for other, row in rows.items() if other != stored)
+
+
+def _difference(layer: MediatorLayer, layer_name: str, checkpoint: Checkpoint, dtype: torch.dtype) -> Tensor:
+    """An expert's weight minus the backbone's: (O, I) float32."""
+    weight = _read(checkpoint, f"{layer_name}.weight", dtype)
+    if isinstance(layer.base_layer, Conv1D):
+        weight = weight.T
+    return (weight - plain_weight(layer.base_layer).float().cpu()).contiguous()
 
 
 def _delta(
-    layer: MediatorLayer, layer_name: str, checkpoint: Checkpoint, name: str, config: MediatorConfig, dtype: torch.dtype
+    layer: MediatorLayer,
+    layer_name: str,
+    checkpoint: Checkpoint,
+    name: str,
+    active: ActiveAdapter,
+    dtype: torch.dtype,
+    family: str | None,
 ) -> SparseDelta:
-    base = layer.base_layer
-    weight = _read(checkpoint, f"{layer_name}.weight", dtype)
-    if isinstance(base, Conv1D):
-        weight = weight.T
-    delta = (weight - plain_weight(base).float().cpu()).contiguous()
+    base, config = layer.base_layer, active.config
+    delta = _difference(layer, layer_name, checkpoint, dtype)
     bias = None
     if base.bias is not None:
         bias = _read(checkpoint, f"{layer_name}.bias", dtype) - base.bias.data.float().cpu()
     tensor = f"{layer_name}.weight"
     factors = own_factors(config, checkpoint, tensor, isinstance(base, Conv1D))
-    if factors is not None:
+    density = _density(layer, active, family)
+    shared = None if family is None else layer.bank(active.name).stored(family)
+    if shared is not None:
+        packed = residual(config, f"{tensor}/{name}", delta, bias, shared, density, dtype)
+    elif factors is not None:
         packed = SparseDelta.from_factors(*factors, bias)
     else:
-        packed = pack_delta(config, f"{tensor}/{name}", delta, _density(layer, config), dtype, bias)
+        packed = pack_delta(config, f"{tensor}/{name}", delta, density, dtype, bias)
     return packed.to(base.weight.device)
 
 
-def _density(layer: MediatorLayer, config: MediatorConfig) -> float:
-    """The density that the layer's other experts have: a plan may give each block its own.
+def _density(layer: MediatorLayer, active: ActiveAdapter, family: str | None) -> float:
+    """The density of the layer's other experts, or of a family's other residuals: a plan may give each block its own.
 
     Where entries are drawn or singular values are kept, it cannot be counted, and the configuration's is taken.
     """
-    if config.sparsifier != "magnitude":
-        return config.density
-    bank: LayerBank = next(iter(layer.mediator_bank.values()))  # type: ignore[assignment]
+    config = active.config
+    usual = config.density if family is None or config.density == 1.0 else RESIDUAL_DENSITY
+    if config.sparsifier != "magnitude" or not ENCODINGS[config.encoding].has_positions:
+        return usual
+    rows = config.column_map or {}
+    bank = layer.bank(active.name)
     for other in bank.names:
-        delta = bank.get(other)
-        if other not in (FALLBACK_EXPERT, CORRECTION) and delta is not None:
+        is_residual = other in rows and _is_shared(other, rows) and not other.startswith("_")
+        if family is None:
+            is_alike = other in families(rows) if other.startswith("_") else not is_residual
+        else:
+            is_alike = is_residual and bool(set(rows[other]) & set(rows[family]))
+        delta = bank.stored(other) if is_alike and other != FALLBACK_EXPERT else None
+        if delta is not None:
             return count_bits(delta.mask) / (layer.shape[0] * layer.shape[1])
-    return config.density
+    return usual
 
 
 def _read(checkpoint: Checkpoint, tensor: str, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..bank.layer_bank import LayerBank
 from ..bank.sparse_delta import SparseDelta
-from ..config import CORRECTION, warn_of_old_name
+from ..config import warn_of_old_name
 from ..errors import ConfigError, UnsupportedError
 from .differentiable import mixed_output
 from .merged_weight import MergedWeight, MergedWeightCache, mixed_bias, mixed_biases, mixed_delta, mixed_weight
@@ -58,7 +58,7 @@ def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear, bank: LayerBank,
     uniform, kind = len(route.groups) == 1, quantization_of(base_layer)
     # Whole weights are more to read than packed deltas: on a CPU they pay off for one expert, or for many tokens.
     reads_whole = uniform or x.device.type != "cpu" or num_rows >= DENSE_TOKENS * len(route.groups)
-    if kept.names and reads_whole and route.execution is None and all(kept.has(group.mix) for group in route.groups):
+    if kept.mixes and reads_whole and route.execution is None and all(kept.has(group.mix) for group in route.groups):
         return "dense"
     # Codes cannot take a delta: rounding the sum again would lose it.
     if uniform and kind is None and route.may_merge and route.execution in (None, "merged"):
@@ -126,7 +126,7 @@ def apply(
         merged_weight.route = route
         return base_layer(x)
     merged_weight.switch(None, ())
-    has_delta = bank.correction is not None or any(group.mix for group in route.groups)
+    has_delta = any(group.mix for group in route.groups)
     if not route.is_differentiable and not has_delta:
         return base_layer(x)
     by_row = _split_rows(x, len(route.expert_weights))
@@ -160,7 +160,9 @@ def _split_rows(x: Tensor, batch_size: int) -> Tensor:
 
 def _dense(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, kept: MergedWeightCache) -> Tensor:
     """Each group's weight in a scratch matrix, and one dense product."""
-    weight, bias = _corrected_weight(base_layer, bank), base_layer.bias
+    weight, bias = readable_weight(base_layer), base_layer.bias
+    # A correction is added before anything is rounded.
+    weight = weight.float() if bank.is_corrected else weight
     result: Tensor | None = None
     # Under autocast a product has another dtype than its inputs.
     is_autocast = torch.is_autocast_enabled(x.device.type)
@@ -188,11 +190,6 @@ def _dense(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute,
     return result
 
 
-def _corrected_weight(base_layer: nn.Linear, bank: LayerBank) -> Tensor:
-    weight = readable_weight(base_layer)
-    return weight if bank.correction is None else mixed_weight(weight.float(), bank, ((CORRECTION, 1.0),))
-
-
 def _as_slice(rows: Tensor, device: torch.device) -> slice | Tensor:
     """Row numbers as a slice, where they follow each other."""
     first, count = int(rows[0]), len(rows)
@@ -202,9 +199,6 @@ def _as_slice(rows: Tensor, device: torch.device) -> slice | Tensor:
 def _sparse(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute) -> Tensor:
     """One dense product for the whole batch, plus each active expert's delta on its rows."""
     result = base_layer(x)
-    correction = bank.correction
-    if correction is not None:
-        result = result + _product(x.float(), bank, CORRECTION, correction).to(result.dtype)
     if route.is_differentiable:
         with float32_inside(x.device):
             change = mixed_output(x, bank, route)
@@ -313,8 +307,6 @@ class DeviceRows:
         self._num_outputs, self._num_inputs = bank.shape
         num_tokens = x.numel() // self._num_inputs // len(route.key)
         rows = {name: row for name, row in zip(route.columns, zip(*route.key, strict=True), strict=True) if any(row)}
-        if bank.correction is not None:
-            rows[CORRECTION] = (1.0,) * len(route.key)
         names = [name for name in rows if bank.get(name) is not None]
         table = torch.tensor([rows[name] for name in names]).reshape(len(names), len(route.key))
         self._coefficients = table.repeat_interleave(num_tokens, dim=1).to(x.device)

@@ -153,7 +153,7 @@ class RoutedForward:
         """Put the route of this forward pass up for the layers."""
         self._board.route = route
         if route is not None and self.expert_store is not None:
-            self._let_go(self.expert_store.use({name for group in route.groups for name, _ in group.mix}))
+            self._let_go(self.expert_store.use(sorted({name for group in route.groups for name, _ in group.mix})))
         self._board.keep_for_backward(self._board.route if torch.is_grad_enabled() else None)
         if route is not None and route.gradient is not None and not self._is_anchored:
             self._is_anchored = True
@@ -198,7 +198,9 @@ class RoutedForward:
 
     def _made_route(self, table: Tensor, columns: Sequence[str], batch_size: int) -> LayerRoute:
         now = self._active.config.columns
-        return make_route(expand_rows(by_name(table, columns, now), batch_size), now, False, self.execution)
+        return make_route(
+            expand_rows(by_name(table, columns, now), batch_size), now, False, self.execution, self._active.column_map()
+        )
 
     def _of_request(self, batch_size: int) -> LayerRoute:
         """The route of the request at hand, whose expert weights are known."""
@@ -206,7 +208,8 @@ class RoutedForward:
         if request is None:
             raise RuntimeError("no request is open")
         may_merge = not torch.is_grad_enabled() and self._board.may_merge(request) and not self._is_sharded
-        return self._board.request_route(request, batch_size, (self._active.config.columns, may_merge, self.execution))
+        making = (self._active.config.columns, may_merge, self.execution, self._active.column_map())
+        return self._board.request_route(request, batch_size, making)
 
     @property
     def _is_sharded(self) -> bool:
@@ -266,8 +269,9 @@ class RoutedForward:
     def _check_still_there(self, route: LayerRoute) -> None:
         """Refuse the output of a pass during which one of its experts was removed: some layers ran without it."""
         now = self._active.config.columns if self._active.exists else []
-        if list(route.columns) != now:
-            by_name(route.expert_weights.detach(), route.columns, now)
+        weights, columns = route.asked
+        if list(columns) != now:
+            by_name(weights.detach(), columns, now)
 
     def _cache_weights(self, cache: Any) -> Tensor | None:
         """Expert weights that a carried-over cache was filled under, in the columns of now."""
@@ -364,7 +368,8 @@ def _readable_mask(kwargs: dict[str, Any], input_ids: Tensor | None) -> Tensor |
 
 def _tag_cache(cache: Any, route: LayerRoute) -> None:
     """Note under which expert weights a cache was filled."""
-    setattr(cache, _CACHE_TAG, (route.expert_weights.detach(), route.columns))
+    weights, columns = route.asked
+    setattr(cache, _CACHE_TAG, (weights.detach(), columns))
 
 
 def _cache_tag(cache: Any) -> tuple[Tensor, tuple[str, ...]] | None:

@@ -224,8 +224,8 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
             self._merged_weight.switch(None, ())
             yield
 
-    def cache_merged_experts(self, experts: Sequence[str]) -> None:
-        """Hold the whole weights of these experts beside the backbone's, and of no others.
+    def cache_merged_experts(self, mixes: Sequence[Mix]) -> None:
+        """Hold the whole weights of these experts' mixes beside the backbone's, and of no others.
 
         Raises:
             UnsupportedError: the weight is quantised or offloaded.
@@ -233,7 +233,7 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         bank = self._active_bank()
         with self._lock:
             self.unmerge()
-            if not experts or bank is None:
+            if not mixes or bank is None:
                 self._kept.drop()
                 return
             if not is_plain(self.base_layer):
@@ -241,7 +241,7 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
                     "weights of experts cannot be kept beside a quantised or offloaded backbone: they would be as "
                     "large as the unquantised one's. Load the backbone unquantised and whole."
                 )
-            self._kept.keep(experts, self.base_layer, bank)
+            self._kept.keep(mixes, self.base_layer, bank)
 
     @property
     def cached_bytes(self) -> int:
@@ -345,7 +345,7 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
                 state[prefix + name] = state[prefix + name].clone()
 
     def _apply(self, fn: Any, recurse: bool = True) -> MediatorLayer:
-        kept = self._kept.names
+        kept = self._kept.mixes
         self.cache_merged_experts(())
         with self.plain():
             super()._apply(fn, recurse)

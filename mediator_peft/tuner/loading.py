@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ def load_mediator(
     *,
     verify_files: bool = True,
     max_resident_experts: int | None = None,
+    pinned_experts: Sequence[str] | None = None,
     expert_folder: str | os.PathLike[str] | None = None,
     **kwargs: Any,
 ) -> tuple[PeftModel, Any]:
@@ -61,6 +62,7 @@ def load_mediator(
             A file that was edited on purpose is accepted with ``mediator-peft verify PATH --accept``.
         max_resident_experts: hold at most so many experts' deltas in memory, the last used (``"base"`` counts as one);
             the others lie in mapped files. None holds all.
+        pinned_experts: names of those that never leave memory; they count towards ``max_resident_experts``.
         expert_folder: where these files go; None takes the system's temporary folder.
         **kwargs: for ``AutoModelForCausalLM.from_pretrained``, e.g. ``dtype``, ``device_map``,
             ``quantization_config``.
@@ -75,6 +77,7 @@ def load_mediator(
     """
     folder = find_adapter(_local(path))
     options: dict[str, Any] = {"max_resident_experts": max_resident_experts, "expert_folder": expert_folder}
+    options["pinned_experts"] = None if pinned_experts is None else list(pinned_experts)
     while True:
         finish_replacing(folder)
         before = saved_at(folder)
@@ -127,6 +130,7 @@ def _read(
     config.inference_mode = not is_trainable
     where = options["expert_folder"]
     config.max_resident_experts = options["max_resident_experts"]
+    config.pinned_experts = options["pinned_experts"]
     config.expert_folder = None if where is None else os.fspath(where)
     config.check()
     # An offloaded backbone is in its places already; PEFT would try to find new ones.

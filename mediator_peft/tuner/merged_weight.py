@@ -117,23 +117,24 @@ class MergedWeight:
             self._write(bank, mix)
 
     def _write(self, bank: LayerBank, mix: Mix) -> None:
-        deltas = [delta for name, _ in mix if (delta := bank.get(name)) is not None]
-        if not deltas:
+        present = [(name, weight, delta) for name, weight in mix if (delta := bank.get(name)) is not None]
+        if not present:
             return
+        deltas = [delta for _, _, delta in present]
         weight = plain_weight(self._base_layer)
         bias_delta = mixed_bias(bank, mix)
         # The way back is kept before the first write: an exception in the middle still restores everything.
         self.mix = mix
         if bias_delta is not None:
             self._bias = self._base_layer.bias.data.clone()
-        packed = bank.packed(mix[0][0]) if len(mix) == 1 and has_loops_for(weight) else None
+        packed = bank.packed(present[0][0]) if len(present) == 1 and has_loops_for(weight) else None
         if packed is None:
             self._saved = KeptEntries(weight, reduce(torch.bitwise_or, [delta.mask for delta in deltas]))
             if _mixed_on_device(weight, bank, mix, out=weight) is None:
                 weight.copy_(_only_where_changed(weight, mixed_delta(bank, mix)))
-        elif not self._write_computed(weight, packed, mix[0][1]):
+        elif not self._write_computed(weight, packed, present[0][1]):
             self._saved = KeptEntries(weight, deltas[0].mask, packed.offsets)
-            kernels.add_to(kernels.as_array(weight), packed, mix[0][1])
+            kernels.add_to(kernels.as_array(weight), packed, present[0][1])
         if self._bias is not None and bias_delta is not None:
             self._base_layer.bias.data.copy_((self._bias.float() + bias_delta).to(self._bias.dtype))
 
@@ -164,28 +165,28 @@ class MergedWeightCache:
     """``D + S_k`` of some experts of one layer, each a dense copy in the dtype of the backbone's weight."""
 
     def __init__(self) -> None:
-        self.names: tuple[str, ...] = ()
-        self._weights: dict[str, Tensor] = {}
+        self.mixes: tuple[Mix, ...] = ()
+        self._weights: dict[Mix, Tensor] = {}
 
-    def keep(self, names: Sequence[str], base_layer: nn.Linear, bank: LayerBank) -> None:
-        """Make the weights of these experts, and drop all others. The backbone's weight must not be folded now."""
-        kept = {name: self._weights[name] for name in names if name in self._weights}
-        self.names, self._weights = tuple(names), kept
-        for name in names:
-            if name not in kept and bank.get(name) is not None:
-                kept[name] = mixed_weight(plain_weight(base_layer), bank, ((name, 1.0),))
+    def keep(self, mixes: Sequence[Mix], base_layer: nn.Linear, bank: LayerBank) -> None:
+        """Make the weights of these mixes, and drop all others. The backbone's weight must not be folded now."""
+        kept = {mix: self._weights[mix] for mix in mixes if mix in self._weights}
+        self.mixes, self._weights = tuple(mixes), kept
+        for mix in mixes:
+            if mix not in kept and any(bank.get(name) is not None for name, _ in mix):
+                kept[mix] = mixed_weight(plain_weight(base_layer), bank, mix)
 
     def drop(self) -> None:
         """Keep nothing."""
-        self.names, self._weights = (), {}
+        self.mixes, self._weights = (), {}
 
     def has(self, mix: Mix) -> bool:
-        """Whether nothing is left to add for a mix: one kept expert in full, or the backbone alone."""
-        return not mix or (len(mix) == 1 and mix[0][1] == 1.0 and mix[0][0] in self.names)
+        """Whether nothing is left to add for a mix: it is kept, or it is the backbone alone."""
+        return not mix or mix in self.mixes
 
     def weight(self, mix: Mix) -> Tensor | None:
-        """The weight (O, I) of a mix, if kept; None where the expert has no delta here or is not kept."""
-        return self._weights.get(mix[0][0]) if mix and self.has(mix) else None
+        """The weight (O, I) of a mix, if kept; None where it has no delta here or is not kept."""
+        return self._weights.get(mix)
 
     @property
     def num_bytes(self) -> int:

@@ -67,7 +67,8 @@ class AdapterMerging:
         table = expert_weight_rows(spec, config.columns, len(config.expert_names or ()))
         if len(table.unique(dim=0)) > 1:
             raise RoutingError("a merged model has one mix; the rows of expert_weights differ.")
-        return make_route(table[:1].detach(), config.columns, False, None).groups[0].mix
+        column_map = self._active.column_map(adapter_name)
+        return make_route(table[:1].detach(), config.columns, False, None, column_map).groups[0].mix
 
     def merge(self, spec: ExpertWeights, adapter_names: Sequence[str] | None, safe_merge: bool) -> None:
         """See :meth:`MediatorModel.merge_adapter`."""

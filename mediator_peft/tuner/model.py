@@ -31,6 +31,7 @@ from ..routing.gate import RouteOutput
 from ..routing.routers import Router
 from ..structure import reads_weight_of
 from .build_in_memory import build_in_memory
+from .condensing import CondenseReport, condense
 from .config import MediatorConfig
 from .editing import add_expert, remove_expert
 from .execution import check_execution
@@ -306,10 +307,10 @@ class MediatorModel(BaseTuner):
             RoutingError: a name is unknown.
             UnsupportedError: the backbone is quantised or offloaded.
         """
-        for name in experts:
-            self.active.table(name)
+        adapter = self.active.name
+        mixes = tuple(self.merging.mixes(name, [adapter], board_mix=False)[adapter] for name in experts)
         for layer in self.routed_layers().values():
-            layer.cache_merged_experts(tuple(experts))
+            layer.cache_merged_experts(mixes)
 
     def keep_folded(self, experts: Sequence[str]) -> None:
         """Former name of :meth:`cache_merged_experts`."""
@@ -475,6 +476,11 @@ class MediatorModel(BaseTuner):
     def remove_expert(self, name: str) -> None:
         """Take one expert out of the built model; see :func:`mediator_peft.tuner.editing.remove_expert`."""
         remove_expert(self.active, name)
+
+    def condense(self, **options: Any) -> CondenseReport:
+        """Store equal experts once, and families as a shared delta and residuals; see
+        :func:`mediator_peft.tuner.condensing.condense`."""
+        return condense(self.active, **options)
 
     # --- saving and loading --------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from ..bank.column_map import ColumnMap
 from ..errors import RoutingError, UnsupportedError
 from ..forking import renew_after_fork
 from ..tables import unknown_name
@@ -70,6 +71,14 @@ class LayerRoute(NamedTuple):
 
     gradient: WeightGradient | None = None
     """Where layers add their gradient by the expert weights, if these have one."""
+
+    chosen: tuple[Tensor, tuple[str, ...]] | None = None
+    """Expert weights and columns as the router or the caller gave them, where a column map made others of them."""
+
+    @property
+    def asked(self) -> tuple[Tensor, tuple[str, ...]]:
+        """Expert weights and columns before any column map."""
+        return (self.expert_weights, self.columns) if self.chosen is None else self.chosen
 
     @property
     def is_differentiable(self) -> bool:
@@ -162,7 +171,9 @@ def by_name(table: Tensor, columns: Sequence[str], now: Sequence[str]) -> Tensor
     return torch.stack([table[:, places[name]] if name in places else nothing for name in now], dim=1)
 
 
-def make_route(table: Tensor, columns: Sequence[str], may_merge: bool, execution: str | None) -> LayerRoute:
+def make_route(
+    table: Tensor, columns: Sequence[str], may_merge: bool, execution: str | None, column_map: ColumnMap | None = None
+) -> LayerRoute:
     """Group the rows of a batch by their mix.
 
     Args:
@@ -170,7 +181,12 @@ def make_route(table: Tensor, columns: Sequence[str], may_merge: bool, execution
         columns: names of the columns.
         may_merge: whether the mix may be written into the weights.
         execution: forced way of applying it, or None.
+        column_map: from these columns to the stored ones; None where each is stored under its own name.
     """
+    chosen = None
+    if column_map is not None:
+        chosen = (table, tuple(columns))
+        table, columns = column_map.apply(table), column_map.columns
     values = table.detach().cpu().tolist()
     rows_of: dict[tuple[float, ...], list[int]] = {}
     for row, weights in enumerate(values):
@@ -184,7 +200,8 @@ def make_route(table: Tensor, columns: Sequence[str], may_merge: bool, execution
     )
     has_gradient = torch.is_grad_enabled() and table.requires_grad
     gradient = WeightGradient(table) if has_gradient else None
-    return LayerRoute(table, tuple(columns), groups, may_merge, execution, tuple(map(tuple, values)), gradient)
+    key = tuple(map(tuple, values))
+    return LayerRoute(table, tuple(columns), groups, may_merge, execution, key, gradient, chosen)
 
 
 Rows: TypeAlias = tuple[tuple[float, ...], ...]
@@ -301,14 +318,15 @@ class RequestBoard:
             self._open[request] = rows
 
     def request_route(
-        self, request: Request, batch_size: int, making: tuple[list[str], bool, str | None]
+        self, request: Request, batch_size: int, making: tuple[list[str], bool, str | None, ColumnMap | None]
     ) -> LayerRoute:
         """The route of a request for a batch: one object, as long as nothing of it changes.
 
         Args:
             request: whose expert weights are known.
             batch_size: rows of the batch.
-            making: what ``make_route`` gets besides: columns, whether the mix may be folded, forced execution.
+            making: what ``make_route`` gets besides: columns, whether the mix may be folded, forced execution,
+                column map.
 
         Raises:
             RoutingError: the request wants an expert that was removed since.

@@ -10,6 +10,8 @@ import torch
 from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 
+from ..bank.column_map import ColumnMap, identity_rows
+from ..config import ALWAYS, CORRECTION
 from ..errors import RouterNotFittedError, RoutingError, UnsupportedError
 from ..forking import renew_after_fork
 from ..routing.block_hook import BlockHook
@@ -53,6 +55,7 @@ class ActiveAdapter:
         renew_after_fork(self)
         self.awaited: set[str] = set()
         """Adapters whose layers are there and whose deltas have not been loaded yet."""
+        self._maps: dict[str, tuple[Any, list[str], ColumnMap]] = {}
 
     @property
     def exists(self) -> bool:
@@ -122,11 +125,41 @@ class ActiveAdapter:
         num_experts = len(columns) - (columns[-1:] == [FALLBACK_EXPERT] and config.fallback == FALLBACK_EXPERT)
         return expert_weight_rows(spec, columns, num_experts), columns
 
-    def put_router(self, router: Router, expert_names: list[str], experts: dict[str, str]) -> None:
+    def column_map(self, adapter_name: str | None = None) -> ColumnMap | None:
+        """The map from an adapter's expert weights to what its bank stores; None where that is the identity.
+
+        Args:
+            adapter_name: None takes the active one.
+        """
+        name = self.name if adapter_name is None else adapter_name
+        config = self.configs[name]
+        if config.column_map is None and config.for_quantization is None:
+            return None
+        known = self._maps.get(name)
+        if known is None or known[0] is not config.column_map or known[1] != config.columns:
+            rows = identity_rows(config.columns) if config.column_map is None else dict(config.column_map)
+            # Where no layer is quantised for it, there is nothing to correct.
+            if config.for_quantization is not None and self._has_corrected_layers(name):
+                rows[CORRECTION] = {ALWAYS: 1.0}
+            known = self._maps[name] = (config.column_map, config.columns, ColumnMap.of(rows, config.columns))
+        made = known[2]
+        return None if made.columns == made.inputs else made
+
+    def _has_corrected_layers(self, name: str) -> bool:
+        banks = [layer.bank(name) for layer in self.layers.values() if name in layer.mediator_bank]
+        return any(bank.is_corrected for bank in banks)
+
+    def put_router(
+        self,
+        router: Router,
+        expert_names: list[str],
+        experts: dict[str, str],
+        column_map: dict[str, dict[str, float]] | None,
+    ) -> None:
         """Change the router and the experts that it decides among, in one step for whoever routes meanwhile."""
         with self._lock:
             config = self.config
-            config.expert_names, config.experts = expert_names, experts
+            config.expert_names, config.experts, config.column_map = expert_names, experts, column_map
             self.routers[self.name] = router
 
     def router_and_columns(self) -> tuple[Router, list[str]]:

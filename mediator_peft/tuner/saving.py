@@ -372,9 +372,17 @@ def _store(
                 stored = state_dict[f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}.{key}"]
                 sizes[column] += padded_size(num_bytes_in_memory(key, stored, layer.shape))
     folder = None if config.expert_folder is None else Path(config.expert_folder)
-    store = ExpertStore(config.max_resident_experts, folder)
+    store = ExpertStore(config.max_resident_experts, folder, _pinned(config))
     store.make_room(sizes)
     return store
+
+
+def _pinned(config: MediatorConfig) -> list[str]:
+    """Stored columns of the experts that stay in memory."""
+    names = list(config.pinned_experts or ())
+    if config.column_map is None:
+        return names
+    return [stored for stored, row in config.column_map.items() if any(name in row for name in names)]
 
 
 def _load_layer(
@@ -400,7 +408,7 @@ def _load_layer(
                 tensor = tensor.to(device)
             bank.put_part(key, tensor)
             loaded[f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}.{adapter_name}.{key}"] = tensor
-    deltas = {column: bank.get(column) for column in columns}
+    deltas = {column: bank.stored(column) for column in columns}
     if store is not None:
         bank.stays, bank.brought_to = True, None if device.type in ("cpu", "meta") else device
     check_parts(bank, name, {column: count_bits(delta.mask) for column, delta in deltas.items() if delta is not None})

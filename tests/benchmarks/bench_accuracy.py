@@ -159,6 +159,41 @@ def blockwise(values: Tensor, bits: int) -> Tensor:
     return functional.dequantize_blockwise(*functional.quantize_blockwise(values, blocksize=64))
 
 
+LEVELS = torch.tensor([-2.1520, -1.3439, -0.7560, -0.2451, 0.2451, 0.7560, 1.3439, 2.1520])
+"""Lloyd and Max's 8 levels for a standard Gaussian."""
+
+
+def rank_of(bits: float, shape: torch.Size, number_bits: float) -> int:
+    """Rank of factors that take so many bits an entry; 48 bits a component for its size and the vectors' scales."""
+    return max(1, int(bits * shape.numel() / (number_bits * sum(shape) + 48)))
+
+
+def singular_vectors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    left, sizes, right = torch.svd_lowrank(delta, q=min(rank + 6, min(delta.shape)), niter=3)
+    return left[:, :rank], sizes[:rank], right[:, :rank]
+
+
+def rounded_to_levels(vectors: Tensor) -> Tensor:
+    """Each column to 3 bits, scaled to unit variance."""
+    scaled = vectors / vectors.square().mean(dim=0).sqrt()
+    return LEVELS[(scaled[..., None] - LEVELS).abs().argmin(dim=-1)]
+
+
+def few_bit_factors(delta: Tensor, rank: int) -> Tensor:
+    """Low rank with singular vectors of 3 bits, the size of each component fitted to the delta."""
+    left, _, right = singular_vectors(delta, rank)
+    left, right = rounded_to_levels(left), rounded_to_levels(right)
+    sizes = ((left.T @ delta) * right.T).sum(dim=1) / left.square().sum(dim=0) / right.square().sum(dim=0)
+    return (left * sizes) @ right.T
+
+
+def matrix_signs(delta: Tensor, density: float) -> Tensor:
+    """Signs with one scale a matrix, by projection."""
+    kept = torch.where(largest(delta.abs(), density), delta.sign(), 0.0)
+    return kept * (delta.square().sum() / (kept * delta).sum())
+
+
 class Forms:
     """The forms of a delta, each as bits a routed parameter on disk (entropy-coded) and a way to rebuild the weight."""
 
@@ -202,6 +237,31 @@ class Forms:
             return self.models.mean[key] + (left * sizes) @ right.T
 
         return bits, rebuilt
+
+    def factors_and_signs(self, first: float, second: float) -> tuple[float, Rebuilt]:
+        """Factors of 3 bits with the bytes of signs of density ``first``, then signs of the rest at ``second``."""
+
+        def rebuilt(key: str, name: str) -> Tensor:
+            delta = self.models.delta(key, name)
+            product = few_bit_factors(delta, rank_of(entropy(first) + first, delta.shape, 3))
+            return self.models.mean[key] + product + (matrix_signs(delta - product, second) if second else 0.0)
+
+        return entropy(first) + first + entropy(second) + second, rebuilt
+
+    def signs_and_factors(self, first: float, second: float, bits: int) -> tuple[float, Rebuilt]:
+        """Signs of density ``first``, then factors of the rest with the bytes of signs of density ``second``."""
+
+        def rebuilt(key: str, name: str) -> Tensor:
+            delta = self.models.delta(key, name)
+            kept = matrix_signs(delta, first)
+            rest = delta - kept
+            rank = rank_of(entropy(second) + second, delta.shape, bits)
+            if bits == 3:
+                return self.models.mean[key] + kept + few_bit_factors(rest, rank)
+            left, sizes, right = singular_vectors(rest, rank)
+            return self.models.mean[key] + kept + (left * sizes) @ right.T
+
+        return entropy(first) + first + entropy(second) + second, rebuilt
 
     def two_bits(self) -> tuple[float, Rebuilt]:
         """Four levels for every weight, two magnitudes a row."""
@@ -269,6 +329,14 @@ def all_forms(forms: Forms) -> dict[str, tuple[float, Rebuilt]]:
         "nf4 0.1": forms.float(0.1, bits=4),
         "random 0.2, rescaled (DARE)": forms.float(0.2, rescaled=True, random=True),
         **{f"low rank, {bits} bits": forms.low_rank(bits) for bits in (0.9, 2.4)},
+        **{
+            f"factors {first} and signs {second}, 3 bits": forms.factors_and_signs(first, second)
+            for first, second in ((0.01, 0.01), (0.02, 0.02), (0.05, 0.02), (0.05, 0.05), (0.1, 0.05))
+        },
+        "factors 0.05, 3 bits": forms.factors_and_signs(0.05, 0.0),
+        "signs 0.05 and factors 0.02, 3 bits": forms.signs_and_factors(0.05, 0.02, 3),
+        "signs 0.05 and factors 0.02, 16 bits": forms.signs_and_factors(0.05, 0.02, 16),
+        **{f"sign {density}, as few bytes": forms.sign(density) for density in (0.023, 0.047, 0.073)},
         "mask over one task vector (TALL)": forms.shared_task_vector(),
         "expert in nf4": forms.rounded("nf4", 0, None),
         "nf4 backbone": forms.rounded("nf4", 0),

@@ -23,6 +23,9 @@ ONLY_OF_BUILD = {"output", "hash_inputs", "dry_run"}
 # Option → what is typed → field of the configuration, and its value. Every merge option is here.
 TYPED = {
     "merge_method": ("ties", "merge_method", "ties"),
+    "merge_parameter": ("density=0.5", "merge_parameters", {"density": 0.5}),
+    "merge_data": ("c.json", "merge_data", "c.json"),
+    "depth_scaling": ("0.5,0.25", "depth_scaling", [0.5, 0.25]),
     "density": ("0.3", "density", 0.3),
     "density_scope": ("model", "density_scope", "model"),
     "budget": ("400MB", "budget", "400MB"),
@@ -45,7 +48,19 @@ TYPED = {
     "correction_density": ("0.25", "correction_density", 0.25),
     "seed": ("7", "seed", 7),
 }
-NEEDED = {"rank": ["--sparsifier", "svd"]}
+NEEDED = {
+    "rank": ["--sparsifier", "svd"],
+    "merge_parameter": ["--merge-method", "ties"],
+    "merge_data": ["--merge-method", "weighted"],
+}
+
+# Option → fields that change with it.
+FOLLOWS = {
+    "rank": {"sparsifier", "encoding"},
+    "sparsifier": {"sparsifier", "encoding"},
+    "merge_parameter": {"merge_method"},
+    "merge_data": {"merge_method"},
+}
 
 
 def run(*arguments):
@@ -97,7 +112,7 @@ def test_an_option_reaches_the_configuration(command, name, monkeypatch):
     assert getattr(config, field) == value
     untouched = MediatorSettings()
     changed = {item.name for item in fields(config) if getattr(config, item.name) != getattr(untouched, item.name)}
-    follows = {"sparsifier", "encoding"} if name in ("rank", "sparsifier") else set()
+    follows = FOLLOWS.get(name, set())
     assert changed - follows == {field} - follows
 
 

@@ -136,7 +136,7 @@ def test_a_killed_build_goes_on_with_the_same_densities(paths, tmp_path, monkeyp
 
     settings = {**MODEL, "budget": "1.48x"}
     build(paths, tmp_path / "whole", settings)
-    plain, calls = offline._Build._merge_one, []
+    plain, calls = offline.Build._merge_one, []
 
     def stop_in_the_middle(self, number):
         calls.append(number)
@@ -144,10 +144,10 @@ def test_a_killed_build_goes_on_with_the_same_densities(paths, tmp_path, monkeyp
             raise KeyboardInterrupt
         plain(self, number)
 
-    monkeypatch.setattr(offline._Build, "_merge_one", stop_in_the_middle)
+    monkeypatch.setattr(offline.Build, "_merge_one", stop_in_the_middle)
     with pytest.raises(KeyboardInterrupt):
         build(paths, tmp_path / "out", settings)
-    monkeypatch.setattr(offline._Build, "_merge_one", plain)
+    monkeypatch.setattr(offline.Build, "_merge_one", plain)
     build(paths, tmp_path / "out", settings)
     assert digests(tmp_path / "out")[BANK] == digests(tmp_path / "whole")[BANK]
 

@@ -231,19 +231,19 @@ def test_an_error_in_a_worker_is_the_same_error(workers, paths, tmp_path):
 
 
 def test_a_file_that_shrinks_while_it_is_read(paths, tmp_path, monkeypatch):
-    original = offline._Build.prepare
+    original = offline.Build.prepare
 
     def shrink(build):
         os.truncate(paths["math"] / WEIGHTS, 20_000)
         return original(build)
 
-    monkeypatch.setattr(offline._Build, "prepare", shrink)
+    monkeypatch.setattr(offline.Build, "prepare", shrink)
     with pytest.raises(CheckpointError, match="cut short"):
         build_mediator(paths["base"], {"math": paths["math"]}, tmp_path / "out")
 
 
 def test_a_killed_worker_is_reported(paths, tmp_path, monkeypatch):
-    monkeypatch.setattr(offline._Build, "_merge_one", lambda *_: os._exit(9))
+    monkeypatch.setattr(offline.Build, "_merge_one", lambda *_: os._exit(9))
     with pytest.raises(OutOfMemoryError, match="worker"):
         build_mediator(paths["base"], {"math": paths["math"]}, tmp_path / "out", workers=2)
 

@@ -200,7 +200,7 @@ def test_a_build_killed_at_random_places_goes_on(paths, expected, tmp_path, monk
 
 
 def test_finished_tensors_are_not_done_again(paths, tmp_path, monkeypatch):
-    monkeypatch.setattr(offline._Build, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(offline.Build, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         build(paths, tmp_path / "out")
     monkeypatch.undo()
@@ -209,7 +209,7 @@ def test_finished_tensors_are_not_done_again(paths, tmp_path, monkeypatch):
 
 
 def test_other_work_does_not_use_the_leftovers(paths, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(offline._Build, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(offline.Build, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         build(paths, tmp_path / "out", {"density": 0.5})
     monkeypatch.undo()
@@ -218,14 +218,14 @@ def test_other_work_does_not_use_the_leftovers(paths, expected, tmp_path, monkey
 
 
 def test_two_builds_of_one_output_do_not_meet(paths, tmp_path, monkeypatch):
-    finish = offline._Build.finish
+    finish = offline.Build.finish
 
     def meanwhile(*arguments):
         with pytest.raises(OutputExistsError, match="another process"):
             build(paths, tmp_path / "out")
         return finish(*arguments)
 
-    monkeypatch.setattr(offline._Build, "finish", meanwhile)
+    monkeypatch.setattr(offline.Build, "finish", meanwhile)
     build(paths, tmp_path / "out")
 
 

@@ -24,12 +24,13 @@ from mediator_peft.evaluation.fit_and_save import save_router
 from mediator_peft.merge.model_card import model_card
 from mediator_peft.merge.verify import accept_output
 
-from .conftest import build_and_fit
+from .conftest import build_and_fit, two_topics
 
 
-@pytest.fixture
-def out(tmp_path, topics, tokenizer):
-    """A whole output: tokenizer, template and a fitted router in it."""
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A whole output and its checkpoints, to be copied: tokenizer, template and a fitted router in it."""
+    tmp_path = tmp_path_factory.mktemp("whole")
     paths = write_tiny_checkpoints(tmp_path / "checkpoints")
     saved = tiny_tokenizer()
     saved.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
@@ -37,8 +38,15 @@ def out(tmp_path, topics, tokenizer):
     experts = {name: path for name, path in paths.items() if name != "base"}
     build_mediator(paths["base"], experts, tmp_path / "out", MediatorConfig(density=0.3))
     model, tokenizer = load_mediator(tmp_path / "out")
-    model.fit_router(topics, tokenizer)
+    model.fit_router(two_topics(), tokenizer)
     model.save_pretrained(tmp_path / "out" / "mediator")
+    return tmp_path
+
+
+@pytest.fixture
+def out(whole, tmp_path):
+    """A copy of the whole output."""
+    shutil.copytree(whole, tmp_path, copy_function=shutil.copy, dirs_exist_ok=True)
     return tmp_path / "out"
 
 

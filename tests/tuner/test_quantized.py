@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import pytest
 import torch
 from reference import load, thin_out
@@ -30,12 +32,15 @@ DENSITY = 0.3
 MIXES = [{"math": 1.0}, {"math": 0.3, "code": 0.6}, {"code": 0.5, "base": 0.5}, {}]
 
 
-@pytest.fixture
-def folders(tmp_path, monkeypatch):
-    # bitsandbytes' CPU kernels take shapes of whole blocks only.
-    for name, size in (("hidden_size", 64), ("intermediate_size", 128), ("head_dim", 16), ("num_key_value_heads", 4)):
-        monkeypatch.setattr(ARCHITECTURES["llama"], name, size)
-    paths = write_tiny_checkpoints(tmp_path / "checkpoints")
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("quantized")
+    sizes = dict(hidden_size=64, intermediate_size=128, head_dim=16, num_key_value_heads=4)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        # bitsandbytes' CPU kernels take shapes of whole blocks only.
+        for name, size in sizes.items():
+            monkeypatch.setattr(ARCHITECTURES["llama"], name, size)
+        paths = write_tiny_checkpoints(tmp_path / "checkpoints")
     experts = {name: path for name, path in paths.items() if name != "base"}
     build_mediator(paths["base"], experts, tmp_path / "out", MediatorConfig(density=DENSITY))
     return {**paths, "out": tmp_path / "out"}
@@ -68,6 +73,21 @@ def numbers_of(weight, kind):
     return functional.dequantize_4bit(codes, state).float()
 
 
+@pytest.fixture(scope="module")
+def expected_logits(folders):
+    """kind → logits of each row by a model of its own."""
+
+    @lru_cache
+    @torch.no_grad()
+    def of_kind(kind):
+        prompts = random_prompts(len(MIXES))
+        return [
+            dense_model(folders, kind, mix)(input_ids=prompts[row : row + 1]).logits[0] for row, mix in enumerate(MIXES)
+        ]
+
+    return of_kind
+
+
 def dense_model(folders, kind, mix):
     """A plain model with ``Q(D) + sum_k w_k S_k`` in its weights."""
     model = load(folders["out"])
@@ -87,7 +107,7 @@ def dense_model(folders, kind, mix):
 @pytest.mark.parametrize("execution", [None, "sparse", "dense"])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_each_row_is_the_codes_numbers_plus_its_deltas(folders, kind, execution, device, in_bfloat16):
+def test_each_row_is_the_codes_numbers_plus_its_deltas(folders, expected_logits, kind, execution, device, in_bfloat16):
     model = quantized(folders["out"], kind, device, in_bfloat16)
     model.set_execution(execution)
     prompts = random_prompts(len(MIXES)).to(device)
@@ -96,7 +116,7 @@ def test_each_row_is_the_codes_numbers_plus_its_deltas(folders, kind, execution,
         backbone = model(input_ids=prompts).logits
     assert (logits[:-1] - backbone[:-1]).abs().amax(dim=(1, 2)).min() > 1e-2, "the adapter changes nothing"
     for row, mix in enumerate(MIXES):
-        expected = dense_model(folders, kind, mix)(input_ids=prompts[row : row + 1].cpu()).logits[0]
+        expected = expected_logits(kind)[row]
         # 8-bit layers round their inputs, too; on a GPU, in half precision.
         tolerance = 0.15 if kind == "int8" or in_bfloat16 else 2e-3
         if kind == "int8" and device == "cuda":
@@ -246,13 +266,14 @@ def test_a_correction_corrects_quantization_error(folders, tmp_path, monkeypatch
     logits = model(input_ids=prompts, expert_weights=MIXES).logits
     plain = load(folders["out"])
     backbone = plain.state_dict()
+    tuned = {name: load(folders[name]).state_dict() for name in ("base", "math", "code")}
     for row, mix in enumerate(MIXES):
         state = plain.state_dict()
         for name in [name for name in backbone if name.endswith("proj.weight")]:
             rounded = numbers_of(backbone[name], kind)
             total = rounded + thin_out(backbone[name] - rounded, 0.4, encoding, "mean")
             for expert, weight in mix.items():
-                theirs = load(folders[expert]).state_dict()[name]
+                theirs = tuned[expert][name]
                 total = total + weight * thin_out(theirs - backbone[name], DENSITY, encoding)
             state[name] = total
         by_hand = load(folders["out"])

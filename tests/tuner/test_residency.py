@@ -133,3 +133,17 @@ def test_files_go_with_the_store(tmp_path):
 def test_a_limit_that_is_no_number_of_experts_is_refused(folder, limit):
     with pytest.raises(ConfigError, match="max_resident_experts"):
         load_mediator(folder, max_resident_experts=limit)
+
+
+def test_a_pinned_expert_stays_in_memory(folder, tmp_path):
+    pinned = {"max_resident_experts": 2, "expert_folder": tmp_path}
+    model, _ = load_mediator(folder, pinned_experts=["expert 7"], **pinned)
+    for name in ("expert 1", "expert 2", "expert 3"):
+        model(random_prompts(1), expert_weights=name)
+        assert set(model.base_model.expert_store.resident) == {"expert 7", name}
+    model.save_pretrained(tmp_path / "again")
+    assert "pinned_experts" not in json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    with pytest.raises(ConfigError, match="stranger"):
+        load_mediator(folder, pinned_experts=["stranger"], **pinned)
+    with pytest.raises(ConfigError, match="leave no room"):
+        load_mediator(folder, pinned_experts=["expert 1", "expert 2"], **pinned)

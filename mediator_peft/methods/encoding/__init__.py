@@ -5,6 +5,7 @@ from __future__ import annotations
 from .base import Encoding
 from .blockwise import Int8Encoding, Nf4Encoding
 from .factors import FactorsEncoding
+from .factors_sign import FactorsSignEncoding
 from .floats import FloatEncoding
 from .sign import SignEncoding
 
@@ -14,6 +15,7 @@ ENCODINGS: dict[str, Encoding] = {
     "int8": Int8Encoding(),
     "nf4": Nf4Encoding(),
     "factors": FactorsEncoding(),
+    "factors_sign": FactorsSignEncoding(),
 }
 
 __all__ = ["ENCODINGS", "Encoding"]

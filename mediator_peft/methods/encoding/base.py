@@ -77,6 +77,10 @@ class Encoding(ABC):
             number_size: bytes of a number that is stored as it is.
         """
 
+    def total_bytes(self, num_entries: int, num_kept: float) -> float | None:
+        """Bytes on disk of a whole delta, where they do not follow from ``value_bytes`` and positions; else None."""
+        return None
+
     def part_sizes(self, num_kept: int) -> dict[str, int]:
         """Lengths of the parts that follow from the number of kept entries; checked when an adapter is loaded."""
         return {}

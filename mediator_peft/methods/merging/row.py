@@ -157,6 +157,9 @@ class MergeMethod:
     needs_base: bool = False
     """Whether it needs a real base: against the mean of the experts, task vectors add up to zero."""
 
+    num_experts: int | None = None
+    """How many experts it merges; None for any number."""
+
     scale_of_sum: Callable[..., float] | None = None
     """Where the result is the sum of the task vectors times one number: (K, **parameters) → that number."""
 

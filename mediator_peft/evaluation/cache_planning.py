@@ -1,0 +1,304 @@
+"""How many experts to hold in memory, from a log of routes: hit rates of every cache size by one pass over the log."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..data_files import DataFileError, json_lines
+
+WINDOWS = (4, 16, 64)
+"""Requests in a window of :func:`routing_persistence`, and of the look-ahead."""
+
+ENOUGH = 0.95
+"""The recommended size has this share of the hits that LRU reaches at any size."""
+
+_LISTED = 5
+
+Request = tuple[str, ...]
+"""Columns that one request uses."""
+
+
+def read_routes(path: str | os.PathLike[str]) -> list[Request]:
+    """The experts of each request, in the order in which they came.
+
+    Args:
+        path: a JSONL file. A line is a name, a list of names, or an object with ``expert_weights`` (name → weight;
+            those above 0 count, as ``generate --json`` prints them), ``experts`` (names) or ``expert`` (a name).
+
+    Raises:
+        DataFileError: it cannot be read, holds no requests, or a line names no experts.
+    """
+    faults: list[str] = []
+    found = []
+    for number, value in json_lines(path, faults):
+        names = _names(value)
+        if names is None:
+            faults.append(f"line {number}: names no experts (expert_weights, experts or expert)")
+        else:
+            found.append(tuple(sorted(set(names))))
+    if faults:
+        more = f"\nand {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
+        raise DataFileError(f"{os.fspath(path)}:\n" + "\n".join(faults[:_LISTED]) + more)
+    if not any(found):
+        raise DataFileError(f"{os.fspath(path)} holds no requests. Write one a line.")
+    return found
+
+
+def _names(value: Any) -> list[str] | None:
+    if isinstance(value, Mapping):
+        weights = value.get("expert_weights")
+        if isinstance(weights, Mapping):
+            is_number = all(isinstance(weight, (int, float)) for weight in weights.values())
+            return [str(name) for name, weight in weights.items() if weight > 0] if is_number else None
+        return _names(value.get("experts", value.get("expert")))
+    if isinstance(value, str):
+        return [value]
+    return value if isinstance(value, list) and all(isinstance(name, str) for name in value) else None
+
+
+def stored_requests(requests: Sequence[Request], rows: Mapping[str, Mapping[str, float]] | None) -> list[Request]:
+    """What requests read of a bank with a column map; None for a bank without.
+
+    Experts that are equal are one, and members of a family also read what it shares. What every request reads is left
+    out.
+
+    Raises:
+        DataFileError: a request names an expert that the bank has not.
+    """
+    if rows is None:
+        return list(requests)
+    known = {name for row in rows.values() for name in row}
+    strangers = sorted({name for request in requests for name in request} - known)
+    if strangers:
+        raise DataFileError(f"the log names {strangers}, which the bank has no deltas of; it has {sorted(known)}.")
+    return [
+        tuple(sorted(stored for stored, row in rows.items() if any(name in row for name in request)))
+        for request in requests
+    ]
+
+
+def accesses(requests: Sequence[Request]) -> list[str]:
+    """One access after the other: a request takes first what was used last, as a cache that holds all of it does."""
+    last: dict[str, int] = {}
+    stream: list[str] = []
+    for request in requests:
+        stream += sorted(request, key=lambda name: (-last.get(name, -1), name))
+        last.update((name, len(stream) - place) for place, name in enumerate(reversed(stream[-len(request) :])))
+    return stream
+
+
+def lru_distances(stream: Sequence[str]) -> list[int | None]:
+    """Stack distance of each access: it is a hit in a cache of the last used at every size from there on.
+
+    One plus the number of other experts since the last access to the same; None for the first one. Mattson et al.
+    (1970).
+    """
+    stack: list[str] = []
+    found: list[int | None] = []
+    for name in stream:
+        place = stack.index(name) if name in stack else None
+        found.append(None if place is None else place + 1)
+        if place is not None:
+            stack.pop(place)
+        stack.insert(0, name)
+    return found
+
+
+def optimal_distances(stream: Sequence[str]) -> list[int | None]:
+    """As :func:`lru_distances`, for a cache that knows the future and drops what is used last of all (Belady's).
+
+    The priority stack of Mattson et al. (1970): what is wanted sooner stays above.
+    """
+    places: dict[str, deque[int]] = {}
+    for time, name in enumerate(stream):
+        places.setdefault(name, deque()).append(time)
+
+    def priority(name: str, time: int) -> tuple[float, ...]:
+        return (-places[name][0] if places[name] else float("-inf"),)
+
+    return _stack_distances(stream, priority, places)
+
+
+def lookahead_distances(stream: Sequence[str], ahead: int) -> list[int | None]:
+    """As :func:`lru_distances`, for a cache that knows the next accesses and drops what is least used in them.
+
+    The last used stays where these are equal: SCH of arXiv 2505.16056, with requests in place of tokens.
+
+    Args:
+        stream: of accesses.
+        ahead: how many accesses it knows beyond the present one.
+    """
+    counts: Counter[str] = Counter(stream[:ahead])
+    last: dict[str, int] = {}
+
+    def priority(name: str, time: int) -> tuple[float, ...]:
+        return (counts[name], last.get(name, -1))
+
+    return _stack_distances(stream, priority, {}, counts, last, ahead)
+
+
+def _stack_distances(
+    stream: Sequence[str],
+    priority: Any,
+    places: dict[str, deque[int]],
+    counts: Counter[str] | None = None,
+    last: dict[str, int] | None = None,
+    ahead: int = 0,
+) -> list[int | None]:
+    """Stack distances of a cache that drops what has the least priority at that time."""
+    stack: list[str] = []
+    found: list[int | None] = []
+    for time, name in enumerate(stream):
+        if name in places:
+            places[name].popleft()
+        if counts is not None and last is not None:
+            # The window is what comes after this access.
+            counts[name] -= 1
+            if time + ahead < len(stream):
+                counts[stream[time + ahead]] += 1
+        depth = stack.index(name) if name in stack else None
+        found.append(None if depth is None else depth + 1)
+        end = len(stack) if depth is None else depth
+        carried, above = (stack[0] if stack else None), [name]
+        for place in range(1, end):
+            other = stack[place]
+            if priority(other, time) < priority(carried, time):
+                carried, other = other, carried
+            above.append(other)
+        rest = stack[end + 1 :] if depth is not None else []
+        if carried is not None and end > 0:
+            above.append(carried)
+        stack = above + rest
+        if last is not None:
+            last[name] = time
+    return found
+
+
+def hits_by_size(distances: Sequence[int | None], largest: int) -> list[int]:
+    """Hits of a cache of 1, 2, ..., ``largest`` experts."""
+    counts = Counter(distance for distance in distances if distance is not None)
+    hits, total = [], 0
+    for size in range(1, largest + 1):
+        total += counts[size]
+        hits.append(total)
+    return hits
+
+
+def routing_persistence(requests: Sequence[Request], window: int) -> float | None:
+    """SRP: how well one choice of experts serves the requests of a window (segment routing best performance).
+
+    Over all windows of ``window`` requests, experts used at least j times are chosen, with the j that is best for all:
+    the largest F1 of (request, expert) pairs chosen and used. arXiv 2505.16056, Section 3, with requests in place of
+    tokens. 1 means that neighbouring requests use the same experts.
+
+    Returns:
+        In [0, 1]; None for a log shorter than a window.
+    """
+    if len(requests) < window:
+        return None
+    used: Counter[int] = Counter()
+    for counts in _windows(requests, window):
+        used.update(counts)
+    num_used = sum(times * number for times, number in used.items())
+    best = 0.0
+    for least in range(1, window + 1):
+        chosen = [(times, number) for times, number in used.items() if times >= least]
+        matches = sum(times * number for times, number in chosen)
+        predicted = window * sum(number for _, number in chosen)
+        best = max(best, 2 * matches / (predicted + num_used) if matches else 0.0)
+    return best
+
+
+def _windows(requests: Sequence[Request], window: int) -> Iterator[list[int]]:
+    """How often each expert is used, for every window of neighbouring requests."""
+    counts: Counter[str] = Counter()
+    for number, request in enumerate(requests):
+        counts.update(request)
+        if number >= window:
+            counts.subtract(requests[number - window])
+        if number >= window - 1:
+            yield [count for count in counts.values() if count > 0]
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """One line of the table."""
+
+    experts: int
+    """``max_resident_experts``."""
+
+    lru: float
+    """Share of accesses that find their expert in memory, where the last used stay."""
+
+    lookahead: float
+    """The same where the next 16 accesses are known."""
+
+    optimal: float
+    """The same where all are known: no cache of this size has more."""
+
+    loads_a_request: float
+    """Experts read from disk for a request, with LRU."""
+
+    memory_bytes: int | None
+    """Of that many experts' deltas; None where the bank is not at hand."""
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What a log of routes says about ``max_resident_experts``."""
+
+    num_requests: int
+    experts: dict[str, int]
+    """Expert → number of requests that use it, the most used first."""
+
+    sizes: tuple[CacheSize, ...]
+    recommended: int
+    """The smallest size that has 95 % of the hits of the best one."""
+
+    persistence: dict[int, float]
+    """Requests in a window → SRP."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+
+def plan_cache(requests: Sequence[Request], expert_bytes: Mapping[str, int] | None = None) -> CachePlan:
+    """Hit rates of every cache size, and how many experts to hold.
+
+    Args:
+        requests: experts of each request, in order.
+        expert_bytes: bytes of each expert's deltas in memory; the largest counts for all.
+    """
+    used = Counter(name for request in requests for name in request)
+    stream, largest = accesses(requests), len(used)
+    lru, optimal, ahead = (
+        hits_by_size(distances, largest)
+        for distances in (lru_distances(stream), optimal_distances(stream), lookahead_distances(stream, 16))
+    )
+    each = max((size for name, size in (expert_bytes or {}).items() if name in used), default=None)
+    total = len(stream)
+    sizes = tuple(
+        CacheSize(
+            size,
+            lru[size - 1] / total,
+            ahead[size - 1] / total,
+            optimal[size - 1] / total,
+            (total - lru[size - 1]) / len(requests),
+            None if each is None else each * size,
+        )
+        for size in range(1, largest + 1)
+    )
+    recommended = next(size.experts for size in sizes if size.lru >= ENOUGH * sizes[-1].lru)
+    known = {window: routing_persistence(requests, window) for window in WINDOWS}
+    return CachePlan(
+        len(requests),
+        dict(sorted(used.items(), key=lambda item: (-item[1], item[0]))),
+        sizes,
+        recommended,
+        {window: value for window, value in known.items() if value is not None},
+    )
