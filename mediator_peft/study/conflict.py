@@ -111,7 +111,7 @@ def pairwise_cosines(base: State, experts: Mapping[str, State]) -> dict[str, flo
     return {f"{names[i]} | {names[j]}": float(cosines[i, j]) for i, j in combinations(range(len(names)), 2)}
 
 
-def rankings(table: Sequence[Mapping[str, object]], num_random: int = 3, seed: int = 0) -> dict[str, list[int]]:
+def rankings(table: Sequence[Mapping[str, object]], num_random: int = 2, seed: int = 0) -> dict[str, list[int]]:
     """Ranking → block numbers, those to be routed first in front; of equal blocks the earlier one goes first."""
     rows = {int(str(row["block"])): row for row in table if row["kind"] == "all"}
     blocks = sorted(rows)
