@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tuner.config import MediatorConfig
 from .conflict import rankings
 from .lab import Lab, block_of, read_state
 from .scores import Scores, Sizes
-from .systems import Bench
+from .systems import Bench, model_key
 
-SHARES = (0.25, 0.5, 0.75)
+SHARES = (0.25, 0.5)
 """Shares of blocks that are routed, beside none and all."""
 
 
@@ -51,7 +52,7 @@ def score_block_sets(bench: Bench, lab: Lab, folder: Path, table: Sequence[Mappi
     Args:
         bench: what is measured.
         lab: the model; its other weights come from the folder.
-        folder: of a Mediator model whose blocks are all routed.
+        folder: of a Mediator model with the library's defaults, whose blocks are all routed.
         table: conflict per block, of the same experts.
 
     Returns:
@@ -59,9 +60,11 @@ def score_block_sets(bench: Bench, lab: Lab, folder: Path, table: Sequence[Mappi
     """
     backbone, experts = named_weights(folder)
     rest = read_state(folder)
-    depends = (folder / "study.json").read_text(encoding="utf-8")
+    depends = model_key(bench, MediatorConfig())
     num_blocks = 1 + max(block for name in backbone if (block := block_of(name)) is not None)
     sets = block_sets(table, num_blocks)
+
+    num_losses = {task: 3 if task == "maths" else 10 for task in bench.sample.known}
 
     def losses(blocks: Sequence[int]) -> dict[str, Scores]:
         found = {}
@@ -75,7 +78,7 @@ def score_block_sets(bench: Bench, lab: Lab, folder: Path, table: Sequence[Mappi
                 with lab.holding({**rest, **chosen}) as model:
                     return {"model": model, "tokenizer": lab.tokenizer}
 
-            sizes = Sizes(0, 6 if task == "maths" else 16)
+            sizes = Sizes(0, num_losses[task])
             system = "blocks " + ",".join(map(str, blocks)) if len(blocks) < num_blocks else "all blocks"
             found[task] = bench.scored(system[:60], task, sizes, [depends, list(blocks)], ready)
         return found
@@ -85,7 +88,7 @@ def score_block_sets(bench: Bench, lab: Lab, folder: Path, table: Sequence[Mappi
         ranking: {str(count): _mean(losses(blocks)) for count, blocks in chosen.items()}
         for ranking, chosen in sets.items()
     }
-    return {"num_blocks": num_blocks, "none": none, "all": whole, "curves": curves}
+    return {"num_losses": num_losses, "num_blocks": num_blocks, "none": none, "all": whole, "curves": curves}
 
 
 def _mean(scores: Mapping[str, Scores]) -> dict[str, Any]:

@@ -99,6 +99,15 @@ def systems(folder: Root, only: Only = None, threads: Threads = 1) -> None:
 
 
 @app.command()
+def merges(folder: Root, only: Only = None, threads: Threads = 1) -> None:
+    """Score single-model merges alone; `systems` then takes their scores from FOLDER."""
+    from .systems import score_merges
+
+    bench = _bench(folder, threads, only)
+    score_merges(bench, _lab(bench))
+
+
+@app.command()
 def conflict(folder: Root, only: Only = None, threads: Threads = 1) -> None:
     """Measure conflict per block and matrix kind, for each choice of seeds, and write the table."""
     from .tables import conflict_result

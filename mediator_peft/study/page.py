@@ -93,7 +93,11 @@ def systems_table(results: Results) -> str:
     header = ["system", *answered, "mean", "mean kept", "worst kept", "bytes, models"]
     rows = []
     for name, row in found["systems"].items():
-        kept = row["kept"]
+        num_models = f"{row['bytes'] / found['bytes_of_one_model']:.2f}"
+        kept = row.get("kept")
+        if kept is None:
+            rows.append([name, *["–"] * (len(header) - 2), num_models])
+            continue
         rows.append(
             [
                 name,
@@ -101,7 +105,7 @@ def systems_table(results: Results) -> str:
                 share(row["mean_accuracy"]),
                 with_interval(Estimate(**kept["mean"])),
                 f"{with_interval(Estimate(**kept['worst']))} {kept['worst_task']}",
-                f"{row['bytes'] / found['bytes_of_one_model']:.2f}",
+                num_models,
             ]
         )
     return markdown_table(header, rows)

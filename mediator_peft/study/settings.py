@@ -48,6 +48,9 @@ class StudySettings:
     num_answers: int
     """Test items of each task that are answered greedily: the first ones."""
 
+    answered_merges: tuple[str, ...]
+    """Single-model merges whose answers are generated; of the others the losses are measured."""
+
     num_losses: int
     """Test items of each task whose answer loss is measured; half of them for long and unknown tasks."""
 
@@ -75,6 +78,7 @@ FULL_STUDY = StudySettings(
     main=("maths", "cron", "spelling", "numbers", "wordnet", "inflection"),
     num_test=200,
     num_answers=24,
+    answered_merges=("average", "task_arithmetic", "ties"),
     num_losses=20,
     num_calibration=100,
     num_validation=40,

@@ -30,6 +30,9 @@ BASE, NAMED, ROUTED_SYSTEM = "base", "Mediator, expert named", "Mediator, routed
 COEFFICIENTS = (0.3, 0.5, 0.8)
 """Of task arithmetic, tried on validation items."""
 
+NUM_ROUTED = 100
+"""Test prompts of each task whose routes are counted."""
+
 NUM_VALIDATION = 4
 """Validation items a task."""
 
@@ -192,18 +195,24 @@ def score_merges(bench: Bench, lab: Lab) -> Table:
                 return {"model": model, "tokenizer": lab.tokenizer}
 
         depends = [bench.hashes, {**row.defaults(), **parameters}]
+        answers = name in bench.settings.answered_merges
         table[name] = {
-            task: bench.scored(name, task, bench.sample.sizes[task], depends, merged) for task in bench.sample.tasks
+            task: bench.scored(name, task, sizes if answers else Sizes(0, sizes.losses), depends, merged)
+            for task, sizes in bench.sample.sizes.items()
         }
     return table
+
+
+def model_key(bench: Bench, config: MediatorConfig) -> str:
+    """What a built model depends on."""
+    return json.dumps([bench.hashes, config.to_dict()], default=str, sort_keys=True)
 
 
 def built_model(bench: Bench, name: str, config: MediatorConfig) -> Path:
     """The Mediator model of all experts with these settings, built and fitted once."""
     folder = bench.folder.models / name
     marker = folder / "study.json"
-    key = [bench.hashes, config.to_dict()]
-    text = json.dumps(key, default=str, sort_keys=True)
+    text = model_key(bench, config)
     if marker.exists() and json.loads(marker.read_text(encoding="utf-8"))["key"] == text:
         return folder
     started = time.perf_counter()
@@ -269,7 +278,7 @@ def routing_shares(bench: Bench, folder: Path) -> dict[str, dict[str, float]]:
     model, tokenizer = _load(folder)
     shares = {}
     for task, content in bench.sample.tasks.items():
-        prompts = [item.prompt for item in content.test[:100]]
+        prompts = [item.prompt for item in content.test[:NUM_ROUTED]]
         routes = route_prompts(model, tokenizer, prompts)
         columns = {column: sum(r.expert == column for r in routes) / len(routes) for column in model.expert_names}
         shares[task] = {**columns, "flagged": sum(route.is_ood for route in routes) / len(routes)}

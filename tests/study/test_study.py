@@ -115,6 +115,16 @@ def lab(bench):
     return Lab(bench.folder.base, {name: expert.path for name, expert in bench.experts.items()})
 
 
+FEW = {name: MERGE_METHODS[name] for name in ("average", "task_arithmetic")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_rows():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mediator_peft.study.systems.single_model_rows", lambda: FEW)
+        yield
+
+
 @pytest.fixture(scope="module")
 def table(bench, lab):
     found = score_alone(bench, lab)
@@ -130,7 +140,7 @@ def test_a_second_run_scores_nothing_anew(bench, lab, table, monkeypatch):
 
 def test_every_system_is_in_the_table_and_its_file(bench, table, tmp_path):
     found = systems_result(bench, table, build_default(bench))
-    assert {"experts", "base", NAMED, ROUTED_SYSTEM, *single_model_rows()} == set(found["systems"])
+    assert {"experts", "base", NAMED, ROUTED_SYSTEM, *FEW} == set(found["systems"])
     assert found["systems"]["experts"]["mean_loss"] == pytest.approx(
         np.mean([table[f"expert {task}"][task].loss for task in ("first", "second")])
     )
@@ -146,6 +156,14 @@ def test_merged_states_are_the_methods_on_each_tensor(lab):
     torch.testing.assert_close(merged[name].float(), expected, atol=4e-3, rtol=1e-2)
     nothing = merge_states(lab.base, lab.experts, MERGE_METHODS["task_arithmetic"], scale=1e-9)
     assert all(torch.equal(nothing[name], tensor) for name, tensor in lab.base.items())
+
+
+@pytest.mark.parametrize("name", single_model_rows())
+def test_every_row_without_data_merges_a_model(lab, name):
+    block = {key: tensor for key, tensor in lab.base.items() if ".layers.1." in key}
+    merged = merge_states(block, lab.experts, MERGE_METHODS[name])
+    assert all(tensor.isfinite().all() and tensor.dtype == torch.bfloat16 for tensor in merged.values())
+    assert any(not torch.equal(merged[key], tensor) for key, tensor in block.items())
 
 
 def test_all_blocks_give_the_named_model_and_none_the_backbone(bench, lab):
