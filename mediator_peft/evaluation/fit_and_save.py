@@ -15,7 +15,7 @@ from ..checkpoints.checksums import CARD, adapter_checksums, put_checksums, read
 from ..checkpoints.replacing import replaced_together
 from ..progress import bar_progress
 from ..ranks import Ranks
-from ..routing.background import user_families
+from ..routing.background import families_by_hash, user_families
 from .outcomes import judge_outcomes
 from .prompts import TaskItem, render
 from .routing_report import write_routing_report
@@ -67,7 +67,7 @@ def fit_and_save(
             shared: dict[str, Any] = {"use_template": use_template, "batch_size": batch_size, "ranks": Ranks()}
             outcomes = judge_outcomes(model, tokenizer, answered, advance=advance, **shared)
         more = {name: [*texts, *outcomes.experts[name]] for name, texts in prompts.items()}
-        report = fit(more, {**own, "answered by the base alone": outcomes.ordinary})
+        report = fit(more, {**own, **families_by_hash(outcomes.ordinary, "answered by the base alone")})
 
     def save() -> dict[str, Any]:
         return save_router(model, adapter, lambda to: write_routing_report(to, report, model.router.evidence, outcomes))

@@ -21,8 +21,9 @@ Training does not do this: the gradient of any loss is orthogonal to directions 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -214,8 +215,6 @@ def _up(job: Job, layer: LinearLayer) -> _Part:
 
 
 def _attention(job: Job, parent: str, leaves: Mapping[str, LinearLayer]) -> _Attention | None:
-    text = job.base.config.get_text_config()
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     output = next((leaves[leaf] for leaf in _OUTPUTS if leaf in leaves), None)
     fused = next((leaves[leaf] for leaf in _FUSED if leaf in leaves), None)
     if fused is not None and output is None:
@@ -233,13 +232,29 @@ def _attention(job: Job, parent: str, leaves: Mapping[str, LinearLayer]) -> _Att
         parts |= {role: whole._replace(start=a, stop=b) for role, (a, b) in zip("qkv", pairwise(edges), strict=True)}
     else:
         return None
+    norms = {role: f"{parent}.{role}_norm.weight" for role in "qk" if f"{parent}.{role}_norm.weight" in job.names}
+    size = _head_size(job, norms.values())
+    if size is None:
+        return None
     sizes = {role: part.stop - part.start for role, part in parts.items() if role != "o"}
     sizes["o"] = parts["o"].num_inputs(job.base)
     is_known = sizes["q"] == sizes["o"] and sizes["k"] == sizes["v"] and sizes["v"]
     if not is_known or any(number % size for number in sizes.values()) or sizes["q"] % sizes["v"]:
         return None
-    norms = {role: f"{parent}.{role}_norm.weight" for role in "qk" if f"{parent}.{role}_norm.weight" in job.names}
     return _Attention(parent, parts, size, norms)
+
+
+def _head_size(job: Job, norms: Iterable[str]) -> int | None:
+    """Width of a head, from its norms where it has some; None where the configuration does not say it."""
+    for name in norms:
+        return prod(job.base.tensors[name].shape)
+    text = job.base.config.get_text_config()
+    try:
+        size = getattr(text, "head_dim", None)
+    except RuntimeError:  # it differs from layer to layer
+        return None
+    heads = getattr(text, "num_attention_heads", None)
+    return size or (text.hidden_size // heads if heads else None)
 
 
 def _norms(job: Job) -> list[_Norm]:

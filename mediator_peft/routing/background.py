@@ -149,10 +149,15 @@ def user_families(background: Background | str | Path) -> dict[str, list[str]]:
         background = _read(Path(background))
     if isinstance(background, Mapping):
         return {str(name): list(prompts) for name, prompts in background.items() if prompts}
+    return families_by_hash(background, "yours")
+
+
+def families_by_hash(prompts: Sequence[str], name: str) -> dict[str, list[str]]:
+    """Prompts of one kind as several families, so that others of the kind are in the fit when some are left out."""
     families: dict[str, list[str]] = {}
-    for prompt in background:
+    for prompt in prompts:
         group = int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % _USER_GROUPS
-        families.setdefault(f"yours, part {group + 1}", []).append(prompt)
+        families.setdefault(f"{name}, part {group + 1}", []).append(prompt)
     return families
 
 

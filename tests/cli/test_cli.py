@@ -124,7 +124,8 @@ def test_prompts_with_answers_go_to_whoever_answers_them_right(folder):
     plain = json.loads(calibrate(folder, "answered-out", "--json").stdout)
     assert "outcomes" not in plain
     model, tokenizer = load_mediator(folder / "answered-out")
-    prompts = [f"{number} times what is {number} then" for number in range(30)]
+    # Near to the task: about half of their weight goes to an expert before.
+    prompts = [f"{number} times {number} is what" for number in range(30)]
     nearest = [route.nearest for route in route_prompts(model, tokenizer, prompts)]
     by_base = answer_prompts(model, tokenizer, prompts, expert_weights="base")
     answers = {name: answer_prompts(model, tokenizer, prompts, expert_weights=name) for name in ("math", "code")}

@@ -184,4 +184,5 @@ def test_a_report_that_cannot_be_moved_into_place_leaves_the_old_one(folder, mon
     data = [f"--data={name}={folder / name}.jsonl" for name in ("math", "code")]
     failed = run("eval", folder / "out", *data, "--report", results, "--max-new-tokens", "3")
     assert failed.exit_code == 4, failed.stderr
-    assert {path.name: path.read_bytes() for path in results.iterdir()} == before
+    # What was scored is kept beside the report, for the next call to go on with.
+    assert {path.name: path.read_bytes() for path in results.iterdir() if path.is_file()} == before

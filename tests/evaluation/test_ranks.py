@@ -55,7 +55,7 @@ def data(folder, *names):
 
 def without_times(report):
     if isinstance(report, dict):
-        return {key: without_times(value) for key, value in report.items() if key != "seconds"}
+        return {key: without_times(value) for key, value in report.items() if key not in ("seconds", "runtime")}
     return [without_times(item) for item in report] if isinstance(report, list) else report
 
 
