@@ -183,7 +183,7 @@ def reported(out):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs to fork")
-@pytest.mark.parametrize("stride", [13, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [13, pytest.param(1, marks=pytest.mark.release)])
 def test_a_build_killed_before_any_change_ends_with_the_same_bytes(stride, paths, tmp_path):
     build(paths, tmp_path / "whole")
     expected = digests(tmp_path / "whole"), reported(tmp_path / "whole")

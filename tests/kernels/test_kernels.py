@@ -420,7 +420,7 @@ def supported(isa):
 
 
 @needs_native
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "neon"])
 def test_every_instruction_set_gives_the_same(isa):
     """All tests of kernels, builds' loops and merged weights again, under each that this processor has."""
@@ -431,7 +431,18 @@ def test_every_instruction_set_gives_the_same(isa):
         native_kernels.instruction_set()
     tests = [__file__, str(Path(__file__).with_name("test_build_loops.py"))]
     tests.append(str(Path(__file__).parents[1] / "bank" / "test_restoring.py"))
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow and not release",
+        *tests,
+    ]
     environment = {**os.environ, "MEDIATOR_PEFT_ISA": isa, "MEDIATOR_PEFT_KERNELS": "native"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
     assert done.returncode == 0, done.stdout[-3000:]

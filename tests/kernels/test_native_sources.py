@@ -8,8 +8,13 @@ import pytest
 SKIPPED = 77
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script", ["sanitize.sh", "aarch64.sh"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param("sanitize.sh", marks=pytest.mark.release),
+        pytest.param("aarch64.sh", marks=pytest.mark.slow),
+    ],
+)
 def test_the_self_test_passes(script):
     command = ["bash", str(Path(__file__).with_name(script)), "10"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
