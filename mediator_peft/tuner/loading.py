@@ -20,7 +20,7 @@ from ..checkpoints.headers import read_json
 from ..checkpoints.replacing import finish_replacing
 from ..checkpoints.tensor_inventory import auto_class, is_known
 from ..config import shortened
-from ..errors import AdapterError, MediatorError
+from ..errors import AdapterError, MediatorError, UnsupportedError
 from .config import MediatorConfig
 
 
@@ -166,7 +166,9 @@ def load_backbone(path: str, config: MediatorConfig, kwargs: dict[str, Any]) -> 
         loaded: Any = _backbone_class(path).from_pretrained(path, **wanted)
     except (OSError, SafetensorError) as fault:
         raise AdapterError(f"the backbone {path!r} cannot be loaded: {_reason(fault)}") from fault
-    except RuntimeError as fault:
+    except (NotImplementedError, RuntimeError) as fault:
+        if isinstance(fault, NotImplementedError) and kwargs.get("quantization_config") is not None:
+            raise UnsupportedError(_not_quantized(kwargs["quantization_config"], fault)) from fault
         if "mismatch" not in str(fault):
             raise
         raise AdapterError(
@@ -247,6 +249,16 @@ def _check_depth(folder: Path, config: MediatorConfig) -> None:
                     f"{folder / 'config.json'} says {name} = {shortened(depth)}, the adapter was built for "
                     f"{config.num_blocks} blocks. Copy or build it again."
                 )
+
+
+def _not_quantized(settings: Any, fault: Exception) -> str:
+    """What to say where transformers cannot quantise in a way."""
+    return (
+        f"this version of transformers cannot load a backbone with {type(settings).__name__}: {_reason(fault)} Load it "
+        "with another quantization_config (BitsAndBytesConfig, TorchAoConfig or QuantoConfig), or quantise a loaded "
+        "model by the library itself and put the adapter around it: PeftModel.from_pretrained(model, "
+        "'OUTPUT/mediator')."
+    )
 
 
 def _reason(fault: BaseException) -> str:
