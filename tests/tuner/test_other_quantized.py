@@ -120,15 +120,17 @@ def test_layers_of_another_library_need_no_word_in_the_configuration(folders, tm
     assert torch.equal(again(prompts, expert_weights="math").logits, expected)
 
 
-def test_a_quantization_that_transformers_cannot_load_is_refused_by_name(folders, monkeypatch):
+@pytest.mark.parametrize("kind", [NotImplementedError, ImportError, ValueError, RuntimeError])
+def test_a_quantization_that_transformers_cannot_load_is_refused_by_name(folders, monkeypatch, kind):
+    fault = kind("not available yet.")
     from transformers import LlamaForCausalLM
 
     class HqqConfig:
         pass
 
     def fail(*arguments, **options):
-        raise NotImplementedError("HQQ is not available yet.")
+        raise fault
 
     monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", fail)
-    with pytest.raises(UnsupportedError, match=r"HqqConfig: HQQ is not available yet\. Load it with another"):
+    with pytest.raises(UnsupportedError, match=r"with HqqConfig here: not available yet\. Install"):
         load_mediator(folders["out"], quantization_config=HqqConfig())
