@@ -309,7 +309,7 @@ def _extended(
     data = read_texts({name: texts}, [name], tokenizer, Columns(text_column), None, config.seed, "train")
     rows = token_rows(tokenizer, data.texts, max_length)
     size = len(rows)
-    varied = augmented_rows(config, tokenizer, rows, max_length)
+    varied = augmented_rows(config, tokenizer, rows, max_length, data.labels)
     against = None
     if router.rule is not None:
         against = negative_rows(config, tokenizer, data, rows, background, True, max_length)
