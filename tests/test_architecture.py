@@ -17,7 +17,19 @@ PACKAGE = Path(__file__).parents[1] / "mediator_peft"
 ORDER = (
     *("errors", "tables", "data_files", "time_limit", "progress", "optional", "ranks", "structure", "registration"),
     "forking",
-    *("reference", "methods", "kernels", "routing", "registry", "config", "checkpoints", "bank", "merge", "tuner"),
+    *(
+        "reference",
+        "methods",
+        "kernels",
+        "routing",
+        "registry",
+        "config",
+        "presets",
+        "checkpoints",
+        "bank",
+        "merge",
+        "tuner",
+    ),
     *("evaluation", "demo", "study", "cli"),
 )
 # What starts the package: they import any part, and none imports them.

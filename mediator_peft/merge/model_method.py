@@ -51,7 +51,7 @@ class ModelMethod:
 
     def prepared(self, job: Job) -> ModelMethod:
         """The same after whatever passes over the whole model it needs."""
-        views = _Views(self, job)
+        views = ModelViews(self, job)
         found = self
         if self.row.prepass is not None:
             settings = {**self.row.defaults(), **self.config.merge_parameters}
@@ -60,9 +60,9 @@ class ModelMethod:
             found = replace(self, contexts=contexts)
         if self.config.depth_scaling is None:
             return found
-        return found._scaled_by_depth(_Views(found, job))
+        return found._scaled_by_depth(ModelViews(found, job))
 
-    def _scaled_by_depth(self, views: _Views) -> ModelMethod:
+    def _scaled_by_depth(self, views: ModelViews) -> ModelMethod:
         r"""LiNeS: alpha and beta of the factors :math:`\alpha + \beta\, l / (L - 1)`.
 
         *LiNeS*, https://arxiv.org/abs/2410.17146:
@@ -138,8 +138,13 @@ def _kinds(structure: Structure) -> dict[str, str]:
     return kinds | {f"{layer.name}.weight": kind for layer, kind in outer}
 
 
-class _Views:
-    """The tensors of a model, one after the other."""
+class ModelViews:
+    """The tensors of a model, one after the other.
+
+    Args:
+        method: what they are seen for.
+        job: the checkpoints.
+    """
 
     def __init__(self, method: ModelMethod, job: Job) -> None:
         self._method = method
@@ -147,8 +152,8 @@ class _Views:
         self._dtype = job.dtype
         self._space = Workspace()
 
-    def __iter__(self) -> Iterator[_View]:
-        return (_View(tiles, self._checkpoints) for tiles in self.all_tiles())
+    def __iter__(self) -> Iterator[ModelView]:
+        return (ModelView(tiles, self._checkpoints) for tiles in self.all_tiles())
 
     def all_tiles(self) -> Iterator[TensorTiles]:
         """Of every tensor."""
@@ -157,7 +162,7 @@ class _Views:
             yield TensorTiles(name, self._checkpoints, self._dtype, method, self._space, context.is_transposed)
 
 
-class _View:
+class ModelView:
     """A ``TensorView`` of tiles."""
 
     def __init__(self, tiles: TensorTiles, checkpoints: Sequence[Checkpoint]) -> None:
