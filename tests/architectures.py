@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from mediator_peft import MediatorConfig, build_mediator, get_mediator_model, load_mediator
 from mediator_peft.errors import UnsupportedError
-from mediator_peft.structure import Structure, find_structure
+from mediator_peft.structure import LinearLayer, Structure, find_structure
 
 CAUSAL = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
@@ -189,6 +189,9 @@ def round_trip(model_type: str, folder: Path) -> Outcome:
                 difference = (model(PROMPT, expert_weights=name).logits - expert(PROMPT).logits).abs().max()
                 if not difference < 1e-3:
                     return Outcome("failing", f"{way}, {name}: logits differ by {difference:.1e}")
+            fault = _fault_of_mixed_batch(built, experts)
+            if fault is not None:
+                return Outcome("failing", fault)
             if all(torch.allclose(expert(PROMPT).logits, plain, atol=1e-2) for expert in experts.values()):
                 return Outcome("failing", "the experts give the base's logits: nothing was tried")
     except UnsupportedError as fault:
@@ -196,7 +199,7 @@ def round_trip(model_type: str, folder: Path) -> Outcome:
     except Exception as fault:
         return Outcome("failing", f"{type(fault).__name__}: {_first_line(fault)}")
     blocks = base.get_submodule(structure.blocks)
-    routed = sum(base.get_submodule(layer.name).weight.numel() for layer in structure.layers)
+    routed = sum(_tensors(base, layer)[0].numel() for layer in structure.layers)
     notes = tuple(note for note in report.notes if "mixture" in note or "outside of the language" in note)
     return Outcome("works", routed=routed / sum(value.numel() for value in blocks.parameters()), notes=notes)
 
@@ -206,11 +209,31 @@ def _tuned(base: PreTrainedModel, structure: Structure, seed: int) -> PreTrained
     model, generator = deepcopy(base), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in structure.layers:
-            module = model.get_submodule(layer.name)
-            for value in (module.weight, module.bias):
-                if value is not None:
-                    value += torch.randn(value.shape, generator=generator) * 0.1
+            for value in _tensors(model, layer):
+                value += torch.randn(value.shape, generator=generator) * 0.1
     return model
+
+
+def _tensors(model: PreTrainedModel, layer: LinearLayer) -> list[torch.Tensor]:
+    """Weight of a layer, and its bias if it has one."""
+    if layer.part is not None:
+        names = [name for name in (layer.part.tensor, layer.part.bias) if name is not None]
+        return [model.get_parameter(name)[layer.part.number] for name in names]
+    module = model.get_submodule(layer.name)
+    return [value for value in (module.weight, module.bias) if value is not None]
+
+
+def _fault_of_mixed_batch(model: Any, experts: Mapping[str, PreTrainedModel]) -> str | None:
+    """What is wrong with a batch whose rows have different experts; None where nothing is, or where it is refused."""
+    try:
+        logits = model(PROMPT, expert_weights=["math", "code"]).logits
+    except UnsupportedError:
+        return None
+    for row, name in enumerate(("math", "code")):
+        difference = (logits[row] - experts[name](PROMPT).logits[row]).abs().max()
+        if not difference < 1e-3:
+            return f"two experts in a batch, {name}: logits differ by {difference:.1e}"
+    return None
 
 
 def _first_line(fault: Exception) -> str:
@@ -304,7 +327,7 @@ def write_document(outcomes: Mapping[str, Outcome]) -> None:
 
 def _remark(note: str) -> str:
     if "fused" in note:
-        return "fused experts averaged"
+        return "fused experts averaged" if "averaged" in note else "fused experts: deltas"
     return "gates from the base" if "gates" in note else "towers carried over"
 
 

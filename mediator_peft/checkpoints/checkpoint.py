@@ -42,6 +42,11 @@ class Checkpoint(ABC):
     """Where its configuration and tokenizer lie; None for a model in memory."""
 
     @property
+    def whole(self) -> Checkpoint:
+        """The checkpoint with the tensors that the model has, where this one shows parts of them; else itself."""
+        return self
+
+    @property
     def raw_config(self) -> Mapping[str, Any]:
         """What its ``config.json`` says, word for word; empty for a model in memory."""
         return {}
