@@ -27,13 +27,13 @@ from .scores import ScoreBook, Scores, Sizes, score_items
 from .settings import StudySettings
 
 BASE, NAMED, ROUTED_SYSTEM = "base", "Mediator, expert named", "Mediator, routed"
-COEFFICIENTS = (0.3, 0.5, 0.8)
+COEFFICIENTS = (0.2, 0.3, 0.5, 0.8)
 """Of task arithmetic, tried on validation items."""
 
 NUM_ROUTED = 100
 """Test prompts of each task whose routes are counted."""
 
-NUM_VALIDATION = 4
+NUM_VALIDATION = 10
 """Validation items a task."""
 
 Say = Callable[[str], None]

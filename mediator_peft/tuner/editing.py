@@ -83,7 +83,7 @@ def add_expert(
     active = prompts.active
     config = active.config
     _check_name(name, config)
-    reading = prompts.reading()
+    reading, rows_before = prompts.reading(), config.column_map
     with reading_weights(active.model):
         deltas, rows = _deltas(active, name, checkpoint)
     router = _extended(
@@ -102,6 +102,8 @@ def add_expert(
     with active.changes_wait():
         if active.router is not reading.router:
             raise RoutingError(f"the router was fitted or edited while {name!r} was being added. Add it again.")
+        if config.column_map is not rows_before:
+            raise RoutingError(f"the experts were condensed while {name!r} was being added. Add it again.")
         for layer, delta in deltas.items():
             layers[layer].put_delta(active.name, name, delta)
         if config.provenance is not None:

@@ -13,7 +13,15 @@ from ..bank.sparse_delta import SparseDelta
 from ..config import warn_of_old_name
 from ..errors import ConfigError, UnsupportedError
 from .differentiable import mixed_output
-from .merged_weight import MergedWeight, MergedWeightCache, mixed_bias, mixed_biases, mixed_delta, mixed_weight
+from .merged_weight import (
+    MergedWeight,
+    MergedWeightCache,
+    block_merging,
+    mixed_bias,
+    mixed_biases,
+    mixed_delta,
+    mixed_weight,
+)
 from .quantized import quantization_of, readable_weight
 from .routes import LayerRoute
 
@@ -160,33 +168,39 @@ def _split_rows(x: Tensor, batch_size: int) -> Tensor:
 
 def _dense(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, kept: MergedWeightCache) -> Tensor:
     """Each group's weight in a scratch matrix, and one dense product."""
+    if not route.groups:
+        raise RuntimeError("a route without rows")
     weight, bias = readable_weight(base_layer), base_layer.bias
     # A correction is added before anything is rounded.
     weight = weight.float() if bank.is_corrected else weight
-    result: Tensor | None = None
     # Under autocast a product has another dtype than its inputs.
     is_autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if is_autocast else x.dtype
+    is_plain = not (torch.is_grad_enabled() or is_autocast)
+    result = x.new_empty(x.shape[0], x.shape[1], weight.shape[0], dtype=dtype)
     for rows, mix in route.groups:
         # Rows side by side are seen as they lie; others are gathered and scattered.
         place = slice(None) if rows is None else _as_slice(rows, x.device)
         shift = mixed_bias(bank, mix)
         group_bias = bias if shift is None else (bias.float() + shift).to(bias.dtype)
         group_weight = kept.weight(mix)
+        if group_weight is None and is_plain and (merging := block_merging(weight, bank, mix, dtype)) is not None:
+            inputs = x[place].flatten(0, 1)
+            out = result[place].flatten(0, 1) if isinstance(place, slice) else x.new_empty(len(inputs), len(weight))
+            merging.product(inputs, group_bias, out)
+            if not isinstance(place, slice):
+                result[place] = out.view(-1, *result.shape[1:])
+            continue
         if group_weight is None:
             # Rounded once, after all is added.
             with float32_inside(x.device):
                 group_weight = mixed_weight(weight, bank, mix).to(dtype)
         if rows is None:
             return F.linear(x, group_weight, group_bias)
-        if result is None:
-            result = x.new_empty(x.shape[0], x.shape[1], weight.shape[0], dtype=dtype)
-        if isinstance(place, slice) and group_bias is None and not (torch.is_grad_enabled() or is_autocast):
+        if isinstance(place, slice) and group_bias is None and is_plain:
             torch.mm(x[place].flatten(0, 1), group_weight.T, out=result[place].flatten(0, 1))
         else:
             result[place] = F.linear(x[place], group_weight, group_bias)
-    if result is None:
-        raise RuntimeError("a route without rows")
     return result
 
 

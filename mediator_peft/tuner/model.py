@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -52,6 +53,17 @@ from .quantized import quantization_of
 from .routes import ExpertWeights, RequestBoard
 from .routing import ActiveAdapter, PromptRouter
 from .saving import AdapterFiles
+
+
+class _State(dict[str, Any]):
+    """The state of a model. A fit or an edit of another thread is in a deep copy of it whole or not at all."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        with self["active"].changes_wait(), self["prompt_router"].block_hook.none_added():
+            return copy.deepcopy(dict(self), memo)
+
+    def __reduce__(self) -> Any:
+        return (dict, (dict(self),))
 
 
 class MediatorModel(BaseTuner):
@@ -479,7 +491,8 @@ class MediatorModel(BaseTuner):
     def condense(self, **options: Any) -> CondenseReport:
         """Store equal experts once, and families as a shared delta and residuals; see
         :func:`mediator_peft.tuner.condensing.condense`."""
-        return condense(self.active, **options)
+        with nullcontext() if options.get("dry_run") else self.board.alone("condense"):
+            return condense(self.active, **options)
 
     # --- saving and loading --------------------------------------------------------------------------------------
 
@@ -662,6 +675,11 @@ class MediatorModel(BaseTuner):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.board.check_idle("load_state_dict")
         super()._load_from_state_dict(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # No __deepcopy__: PeftModel would find it by its __getattr__, and be copied as what it wraps.
+        made: Any = super().__reduce_ex__(protocol)
+        return (*made[:2], _State(made[2]), *made[3:])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

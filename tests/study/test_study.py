@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from character_tokenizer import CHAT_TEMPLATE, character_tokenizer
+from peft import PeftModel
 from tiny import write_tiny_checkpoints
+from transformers import AutoModelForCausalLM
 
-from mediator_peft import load_mediator, reference
+from mediator_peft import MediatorConfig, build_mediator, load_mediator, reference
 from mediator_peft.demo.settings import FULL
 from mediator_peft.demo.tasks import Item, Task
+from mediator_peft.demo.training import train_experts
 from mediator_peft.methods.merging import MERGE_METHODS
 from mediator_peft.study import tasks as study_tasks
 from mediator_peft.study.ablation import named_weights, score_block_sets
@@ -28,7 +31,7 @@ from mediator_peft.study.conflict import (
 from mediator_peft.study.experts import StudyFolder
 from mediator_peft.study.lab import Lab, merge_states, read_state, single_model_rows
 from mediator_peft.study.scores import ScoreBook, Scores, Sizes
-from mediator_peft.study.settings import FULL_STUDY
+from mediator_peft.study.settings import FULL_STUDY, StudyRecipe
 from mediator_peft.study.systems import (
     NAMED,
     ROUTED_SYSTEM,
@@ -80,6 +83,22 @@ def test_the_demo_experts_keep_the_recipes_of_the_demo():
     for name, recipe in FULL.recipes.items():
         assert FULL_STUDY.experts[name].recipe is recipe
     assert set(FULL_STUDY.main) <= set(FULL_STUDY.experts)
+
+
+@pytest.mark.slow
+def test_a_lora_expert_is_saved_as_an_adapter_that_a_build_takes(bench, tmp_path):
+    items = {"low": [Item(f"low {number}", str(number)) for number in range(4)]}
+    recipes = {"low": StudyRecipe(2, batch_size=2, learning_rate=1e-2, lora_rank=2)}
+    path = train_experts(bench.folder.base, items, recipes, tmp_path / "experts", seed=0)["low"].path
+    assert (path / "adapter_model.safetensors").exists()
+    assert not (path / "model.safetensors").exists()
+    experts = {"low": path, "unchanged": bench.folder.base}
+    build_mediator(bench.folder.base, experts, tmp_path / "out", MediatorConfig(density=1.0, encoding="float"))
+    model, _ = load_mediator(tmp_path / "out", dtype=torch.float32)
+    ids = torch.tensor([[5, 6, 7]])
+    lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bench.folder.base, dtype=torch.float32), path)
+    with torch.no_grad(), model.use_experts("low"):
+        assert (model(ids).logits - lora(ids).logits).abs().max() < 0.05
 
 
 def test_kept_scores_come_back_for_the_same_question_alone(tmp_path):
