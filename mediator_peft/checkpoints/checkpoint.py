@@ -81,6 +81,13 @@ class Checkpoint(ABC):
         """Rows of one tensor from several places, (start, stop) each, one below the other. Not to be kept."""
         return torch.cat([self.read_rows(name, start, stop).clone() for start, stop in groups])
 
+    def read_part(self, name: str, number: int, groups: Sequence[tuple[int, int]]) -> Tensor | None:
+        """Groups of rows of one matrix of a tensor (E, O, I), without reading more: (rows, I). Not to be kept.
+
+        None where it cannot be read so.
+        """
+        return None
+
     def read(self, name: str) -> Tensor:
         """One whole tensor, on the CPU, in its own dtype."""
         shape = self.tensors[name].shape

@@ -95,11 +95,15 @@ class SplitCheckpoint(Checkpoint):
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         if name not in self._parts:
             return self._whole.read_rows(name, start, stop)
-        return self._matrix(name)[start:stop]
+        return self.read_groups(name, [(start, stop)])
 
     def read_groups(self, name: str, groups: Sequence[tuple[int, int]]) -> Tensor:
         if name not in self._parts:
             return self._whole.read_groups(name, groups)
+        if len(self.tensors[name].shape) == 2:
+            rows = self._whole.read_part(*self._parts[name], groups)
+            if rows is not None:
+                return rows
         return torch.cat([self._matrix(name)[start:stop] for start, stop in groups])
 
     def _matrix(self, name: str) -> Tensor:

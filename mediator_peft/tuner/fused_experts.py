@@ -29,7 +29,7 @@ from .layer import MediatorLayer, check_routable
 from .merged_weight import mixed_bias, mixed_weight, plain_weight
 from .routes import LayerRoute, Mix, RequestBoard
 
-_NOT_COPIED = ("_lock", "_route", "_mix", "_kept")
+_NOT_COPIED = ("_lock", "_route", "_mix", "_kept", "matrices")
 
 
 class ExpertMatrix(nn.Module):
@@ -152,6 +152,8 @@ class RoutedExperts(nn.Module):
         """The route that the mix in the weights was settled for."""
         self._mix: Mix = ()
         self._kept: dict[Mix, dict[str, Tensor]] = {}
+        self.matrices: tuple[RoutedMatrix, ...] = ()
+        """All that may have deltas; they are parts of this module under the names of their tensors."""
         renew_after_fork(self)
 
     def locks(self) -> tuple[Any, ...]:
@@ -164,6 +166,10 @@ class RoutedExperts(nn.Module):
         self._bind()
 
     def _bind(self) -> None:
+        """Gather the matrices, which then share the module's tensors and its lock."""
+        containers = [module for module in self._modules.values() if isinstance(module, nn.ModuleDict)]
+        found = [matrix for container in containers for matrix in container.values()]
+        self.matrices = tuple(matrix for matrix in found if isinstance(matrix, RoutedMatrix))
         for matrix in self.matrices:
             matrix.join(self, self._lock)
 
@@ -177,17 +183,6 @@ class RoutedExperts(nn.Module):
                 raise
             return getattr(modules["base_layer"], name)
 
-    @property
-    def matrices(self) -> list[RoutedMatrix]:
-        """All that may have deltas."""
-        return [
-            matrix
-            for container in self._modules.values()
-            if isinstance(container, nn.ModuleDict)
-            for matrix in container.values()
-            if isinstance(matrix, RoutedMatrix)
-        ]
-
     def add_matrix(self, key: str, number: int) -> None:
         """Have one more matrix routed; nothing where it is already."""
         if key not in self._modules:
@@ -195,12 +190,13 @@ class RoutedExperts(nn.Module):
             self._modules[key] = nn.ModuleDict()
         container: Any = self._modules[key]
         if str(number) not in container:
-            container[str(number)] = RoutedMatrix(ExpertMatrix(self.base_layer, key, number), self.board)
-            container[str(number)].join(self, self._lock)
+            container[str(number)] = matrix = RoutedMatrix(ExpertMatrix(self.base_layer, key, number), self.board)
+            matrix.join(self, self._lock)
+            self.matrices += (matrix,)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's own: tokens (N, H), ids of their experts (N, k), weights of these (N, k) → (N, H)."""
-        if any(matrix.merged_adapters for matrix in self.matrices[:1]):
+        if self.matrices and self.matrices[0].merged_adapters:
             return self.base_layer(*args, **kwargs)
         # As in linear layers.
         if torch.compiler.is_compiling():
@@ -213,11 +209,11 @@ class RoutedExperts(nn.Module):
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         with self._lock:
-            matrices = self.matrices
-            route = None if not matrices or matrices[0].disable_adapters else self.board.route
+            is_off = not self.matrices or self.matrices[0].disable_adapters
+            route = None if is_off else self.board.route
             if route is not None and self._route is route:
                 return self.base_layer(*args, **kwargs)
-            if route is None or all(matrix.active_bank is None for matrix in matrices):
+            if route is None or all(matrix.active_bank is None for matrix in self.matrices):
                 self._switch(())
                 return self.base_layer(*args, **kwargs)
             self._check_readable()
