@@ -324,6 +324,9 @@ def _fused_notes(merge: Merge) -> Iterator[str]:
             f"{len(with_deltas)} fused tensors of the mixture of experts ({min(with_deltas)}, ...) are merged as "
             f"{number} linear layers, each with deltas where its block is routed"
         )
+    if all(task.density is None for task in merge.tasks) and split:
+        yield f"{len(split)} fused tensors of the mixture of experts ({min(split)}, ...) are merged matrix by matrix"
+        split, fused = set(), fused - split
     reasons = {
         "they are not named in target_modules, or their blocks are not to be routed": split - with_deltas,
         "their module has another interface than transformers' use_experts_implementation": set(structure.unsplit),
