@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from ..bank.layer_bank import LayerBank
 from ..bank.sparse_delta import SparseDelta
@@ -89,6 +90,17 @@ def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear, bank: LayerBank,
     compiled = x.device.type == "cpu" and bank.has_loops
     pays_off_from = DENSE_TOKENS if kind is None else DENSE_CODE_TOKENS
     return "sparse" if compiled and tokens_a_group < pays_off_from else "dense"
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether anything watches or replaces the forward passes of a module."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or "forward" in module.__dict__  # as Accelerate does it
+    )
 
 
 def few_rows(
@@ -293,7 +305,7 @@ class FewRows:
             and not bank.has_bias
             and (bias is None or bias.dtype == torch.float32)
             and not torch.is_grad_enabled()
-            and not (base_layer._forward_hooks or base_layer._forward_pre_hooks or hasattr(base_layer, "_hf_hook"))
+            and not is_hooked(base_layer)
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled("cpu")
         )
@@ -301,7 +313,8 @@ class FewRows:
     def is_for(self, x: Tensor) -> bool:
         """Whether an input is like the one this was made for."""
         is_same = x.shape == self._shape and x.dtype == self._dtype
-        return is_same and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        is_other = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or is_hooked(self._base_layer)
+        return is_same and not is_other
 
     def __call__(self, x: Tensor) -> Tensor:
         """Output of the layer, (..., O) in the dtype of ``x``; summed in float32 and rounded once."""

@@ -273,3 +273,30 @@ def test_rows_of_an_expert_may_lie_apart_in_the_batch(model):
     for row, name in enumerate(rows):
         alone = model(input_ids=prompts[row : row + 1], expert_weights=[name]).logits[0]
         torch.testing.assert_close(mixed[row], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["layer", "base_layer", "everywhere", "replaced"])
+@pytest.mark.parametrize("rows", ["math", ["math", "code", None, "code"]], ids=["merged", "sparse"])
+@torch.no_grad()
+def test_hooks_see_every_step(model, where, rows):
+    """Also those that are set in the middle of a request, whose steps take a short way."""
+    one, seen = random_prompts(4, 1, seed=2), []
+    layer = next(iter(model.base_model.routed_layers().values()))
+    with model.use_experts(rows):
+        for _ in range(3):
+            expected = model(input_ids=one).logits
+        if where == "everywhere":
+            hook = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+        elif where == "replaced":  # as Accelerate does it
+            plain = layer.forward
+            layer.forward = lambda *args: seen.append(layer) or plain(*args)
+        else:
+            module = layer if where == "layer" else layer.base_layer
+            hook = module.register_forward_hook(lambda module, *_: seen.append(module))
+        for _ in range(2):
+            assert torch.equal(model(input_ids=one).logits, expected) or where in ("base_layer", "everywhere")
+        if where == "replaced":
+            del layer.forward
+        else:
+            hook.remove()
+        assert seen.count(layer.base_layer if where == "base_layer" else layer) == 2
