@@ -30,7 +30,8 @@ def compare(
     Args:
         report: all systems scored.
         baselines: names of plain checkpoints among them. One with the name of a task is that task's reference; for
-            other tasks the system "experts" is, or else "expert named". One named ``base`` is what forgetting is measured by.
+            other tasks the system "experts" is, or else "expert named". One named ``base`` is what forgetting is
+            measured by.
         runtime: label → seconds or bytes.
 
     Returns:
