@@ -7,6 +7,7 @@ in ``docs/routing.md``.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from random import Random
 
@@ -75,6 +76,75 @@ def say_more(text: str, rng: Random) -> str:
 def put_differently(text: str, rng: Random) -> str:
     """As a polite request, a task with input and output, or with a word of another language before it."""
     return rng.choice(_FORMS).format(text, lower=text[:1].lower() + text[1:]) if text.strip() else text
+
+
+_SHARED_BY_AT_LEAST = 0.5
+_EDGES = ".,:;!?\"'()"
+_RECOMBINED = (
+    "{shared} {own}",
+    "{own} {shared}",
+    "{own}: {shared}?",
+    "What is the {shared} of {own}?",
+    "How do I {shared} {own}?",
+    "I need {shared} for {own}.",
+    "{own} - {shared}",
+    "Can you {shared} {own}?",
+    "{shared}? {own}",
+    "{shared}: {own}",
+    "My {shared} is {own}, please help.",
+    "{own}, {shared} please",
+    "Give me {shared}, {own}",
+    "Which {shared} has {own}?",
+    "Someone wrote {own}. {shared}?",
+    "I am looking for {shared}. {own}",
+)
+
+
+def _bare(word: str) -> str:
+    return word.strip(_EDGES).lower()
+
+
+def shared_words(texts: Sequence[str], labels: Sequence[int]) -> dict[int, frozenset[str]]:
+    """Words that at least half of an expert's texts have in common: how its task is asked for, not what about.
+
+    Args:
+        texts: as users wrote them.
+        labels: number of each text's expert.
+
+    Returns:
+        Expert → words without punctuation, in lower case.
+    """
+    sizes = Counter(labels)
+    pairs = [(label, word) for text, label in zip(texts, labels, strict=True) for word in set(map(_bare, text.split()))]
+    often = [(label, word) for (label, word), n in Counter(pairs).items() if n >= _SHARED_BY_AT_LEAST * sizes[label]]
+    return {label: frozenset(word for owner, word in often if owner == label and word) for label in sizes}
+
+
+def recombine(text: str, shared: frozenset[str], rng: Random) -> str:
+    """One to three of the words by which a task is asked for, put in another way around what the text is about.
+
+    It shows that "spelling" makes a request one about spelling, in whatever sentence it stands. A text that has no
+    words of its own, or none that it shares, stays as it is.
+
+    Args:
+        text: as a user wrote it.
+        shared: words of :func:`shared_words`.
+        rng: draws words and sentence.
+    """
+    words = text.split()
+    own = " ".join(word for word in words if _bare(word) not in shared)
+    task = sorted({word.strip(_EDGES) for word in words if _bare(word) in shared and len(_bare(word)) > 2})
+    if not own or not task:
+        return text
+    count = rng.choice((1, 1, 2, 2, 3))
+    chosen = rng.sample(task, min(count, len(task)))
+    longest = max(task, key=len)
+    if count < 3 and longest not in chosen and rng.random() < 0.5:
+        chosen[0] = longest
+    form = rng.choice(_RECOMBINED)
+    about = own if form.endswith("{own}") else own.rstrip(".:")
+    changed = form.format(shared=" ".join(chosen).lower(), own=about)
+    return changed[:1].upper() + changed[1:] if rng.random() < 0.7 else changed
 
 
 AUGMENTATIONS: tuple[Callable[[str, Random], str], ...] = (

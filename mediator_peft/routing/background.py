@@ -16,6 +16,7 @@ from random import Random
 
 from ..errors import RoutingError
 from . import background_texts as texts
+from .background_kinds import KIND_OF_FAMILY, KINDS, LANGUAGES
 
 Background = Mapping[str, Sequence[str]] | Sequence[str]
 """Family → prompts; or prompts of one kind."""
@@ -108,7 +109,7 @@ BACKGROUND_PROMPTS: tuple[str, ...] = (
 """None of them is from a benchmark, nor from the demo's tasks and test sets."""
 
 
-def background_families(seed: int, per_family: int = 24) -> dict[str, list[str]]:
+def background_families(seed: int, per_family: int = 16) -> dict[str, list[str]]:
     """The library's background prompts: family → prompts.
 
     Args:
@@ -127,12 +128,23 @@ def background_families(seed: int, per_family: int = 24) -> dict[str, list[str]]
         "small talk": texts.SMALL_TALK,
         "very short": texts.VERY_SHORT,
         "reviews and mail": texts.REVIEWS_AND_MAIL,
+        **KINDS,
     }
     families.update({name: some(name, prompts, per_family) for name, prompts in fixed.items()})
     for name, draw in _GENERATED.items():
         rng = Random(f"{seed} {name}")
         families[name] = list(dict.fromkeys(draw(rng) for _ in range(per_family)))
     return families
+
+
+def kind_numbers(families: Sequence[str]) -> list[int]:
+    """(M,) number of each prompt's kind: families of a kind are left out of a fit together.
+
+    How a rule decides on a kind of prompts that it was not fitted on shows only if no family like it stays in.
+    """
+    kinds = [KIND_OF_FAMILY.get(name, name) for name in families]
+    order = {name: number for number, name in enumerate(sorted(set(kinds)))}
+    return [order[name] for name in kinds]
 
 
 def user_families(background: Background | str | Path) -> dict[str, list[str]]:
@@ -311,4 +323,5 @@ _GENERATED: dict[str, Callable[[Random], str]] = {
     "news": _document,
     "narrative": _several(texts.NARRATIVE),
     "encyclopedic": _several(texts.ENCYCLOPEDIC),
+    **{name: _about(*parts) for name, parts in LANGUAGES.items()},
 }

@@ -269,7 +269,7 @@ def _calibrate_with_rule(
         left_out.negative_scores[unknown],
         combined_ood_score(judged, combination),
         -judged[:, 1],
-        present[background.families % len(present)],
+        present[background.left_out_together % len(present)],
     )
     known = Known(
         held_out.ood_score,

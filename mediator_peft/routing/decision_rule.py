@@ -7,10 +7,11 @@ combines both (stacked generalisation, Wolpert 1992). It is trained on values of
 the first level, so it weighs the two by how well they do on families that nothing was fitted on.
 
 .. math::
-    s(x) = a_1\,(w_k^\top z + b_k) - a_2\, d_k(z) + c, \qquad k = \text{the best-scored expert}
+    s(x) = a_1\,(w_k^\top z + b_k) - a_2\, d_k(z) + a_3\, c_k(z) + c, \qquad k = \text{the best-scored expert}
 
-:math:`z` is the pooled hidden state, :math:`d_k` the router's distance. The OOD score is :math:`-s`. The combination is
-our choice; ``docs/routing.md`` compares it with the alternatives.
+:math:`z` is the pooled hidden state, :math:`d_k` the router's distance, :math:`c_k` the closeness to the expert's texts
+(:mod:`~mediator_peft.routing.neighbours`; only where there is a basis of wordings). The OOD score is :math:`-s`.
+The combination is our choice; ``docs/routing.md`` compares it with the alternatives.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .neighbours import Neighbours
 
 _RIDGE = 0.03
 _RIDGE_IN_BASIS = 0.1
@@ -43,9 +46,18 @@ class Negatives(NamedTuple):
     basis: Tensor | None = None
     """(H, H) of :func:`~mediator_peft.routing.wording.wording_basis`, or None where there are no reference prompts."""
 
+    kinds: Tensor | None = None
+    """(M,) number of each family's kind; families of a kind are left out together. None where each is its own."""
+
+    @property
+    def left_out_together(self) -> Tensor:
+        """(M,) number of the group that is left out as a whole."""
+        return self.families if self.kinds is None else self.kinds
+
     def subset(self, rows: Tensor) -> Negatives:
         """The chosen rows, (M,) bool."""
-        return Negatives(self.features[rows], self.families[rows], self.is_background[rows], self.basis)
+        kinds = None if self.kinds is None else self.kinds[rows]
+        return Negatives(self.features[rows], self.families[rows], self.is_background[rows], self.basis, kinds)
 
     def in_basis(self, features: Tensor) -> Tensor:
         """(…, H) features in the basis; as they are without one."""
@@ -64,7 +76,10 @@ class DecisionRule(NamedTuple):
     """(K,)"""
 
     combination: Tensor
-    r"""(3,) :math:`a_1, a_2, c`."""
+    r"""(4,) :math:`a_1, a_2, a_3, c`; (3,) without neighbours."""
+
+    neighbours: Neighbours | None = None
+    """Texts and background prompts for :math:`c_k`; None where there is no basis of wordings."""
 
     def with_expert(self, features: Tensor, negatives: Negatives) -> DecisionRule:
         """The rule with one more expert, the last; the other experts' detectors and the combination stay as they are.
@@ -79,22 +94,32 @@ class DecisionRule(NamedTuple):
         return self._replace(
             detector_weight=torch.cat([self.detector_weight, weight.to(device)]),
             detector_bias=torch.cat([self.detector_bias, bias.to(device)]),
+            neighbours=self.neighbours and self.neighbours.with_expert(features, len(self.detector_bias)),
         )
 
     def without_expert(self, number: int) -> DecisionRule:
         """The rule without one expert."""
         stay = [row for row in range(len(self.detector_bias)) if row != number]
-        return self._replace(detector_weight=self.detector_weight[stay], detector_bias=self.detector_bias[stay])
+        return self._replace(
+            detector_weight=self.detector_weight[stay],
+            detector_bias=self.detector_bias[stay],
+            neighbours=self.neighbours and self.neighbours.without_expert(number),
+        )
 
     def statistics(self, features: Tensor, nearest: Tensor, distance: Tensor) -> Tensor:
-        """(B, 2): the nearest expert's detector, and minus the distance; larger is more like a known prompt.
+        """(B, S): the nearest expert's detector, minus the distance, and with neighbours the closeness.
+
+        Larger is more like a known prompt.
 
         Args:
             features: (B, H)
             nearest: (B,) number of the best-scored expert.
             distance: (B,)
         """
-        return detector_statistics(self.detector_weight, self.detector_bias, features, nearest, distance)
+        found = detector_statistics(self.detector_weight, self.detector_bias, features, nearest, distance)
+        if self.neighbours is None:
+            return found
+        return torch.cat([found, self.neighbours.closeness(features, nearest).unsqueeze(1)], dim=1)
 
     def ood_score(self, features: Tensor, nearest: Tensor, distance: Tensor) -> Tensor:
         """(B,) log-odds that a prompt belongs to no expert; larger is less like any known prompt."""
@@ -102,14 +127,14 @@ class DecisionRule(NamedTuple):
 
 
 def detector_statistics(weight: Tensor, bias: Tensor, features: Tensor, nearest: Tensor, distance: Tensor) -> Tensor:
-    """See :meth:`DecisionRule.statistics`."""
+    """(B, 2): the nearest expert's detector, and minus the distance."""
     logits = (features.float() * weight[nearest]).sum(dim=1) + bias[nearest]
     return torch.stack([logits, -distance.float()], dim=1)
 
 
 def combined_ood_score(statistics: Tensor, combination: Tensor) -> Tensor:
-    """(B, 2) statistics and (3,) combination → (B,) OOD scores."""
-    return -(statistics @ combination[:2] + combination[2])
+    """(B, S) statistics and (S + 1,) combination → (B,) OOD scores."""
+    return -(statistics @ combination[:-1] + combination[-1])
 
 
 def fit_detectors(features: Tensor, labels: Tensor, negatives: Negatives, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -157,12 +182,12 @@ def fit_detectors_inside(
 
 
 def fit_combination(known: Tensor, labels: Tensor, unknown: Tensor, families: Tensor) -> Tensor:
-    """The second level: (3,) weights of detector and distance, and the constant.
+    """The second level: (S + 1,) weights of the statistics, and the constant.
 
     Args:
-        known: (N, 2) statistics of known prompts by rules that were not fitted on them.
+        known: (N, S) statistics of known prompts by rules that were not fitted on them.
         labels: (N,) their experts; every expert weighs the same.
-        unknown: (M, 2) statistics of negatives by rules that were not fitted on their family.
+        unknown: (M, S) statistics of negatives by rules that were not fitted on their family.
         families: (M,) every family weighs the same.
     """
     rows = torch.cat([known, unknown])

@@ -18,6 +18,7 @@ from .decision_rule import (
     fit_detectors,
     fit_detectors_inside,
 )
+from .neighbours import Neighbours, fit_neighbours
 from .routers import Router
 
 
@@ -31,16 +32,16 @@ class LeftOut(NamedTuple):
     """(N,) of the texts."""
 
     statistics: Tensor
-    """(N, 2) of the texts: detector and minus distance."""
+    """(N, S) of the texts: detector, minus distance, and where there is a basis closeness."""
 
     altered: Tensor
-    """(V, N, 2) statistics of their altered copies."""
+    """(V, N, S) statistics of their altered copies."""
 
     negative_scores: Tensor
     """(M, K)"""
 
     negative_statistics: Tensor
-    """(M, 2)"""
+    """(M, S)"""
 
 
 def leave_out(
@@ -53,7 +54,7 @@ def leave_out(
 ) -> LeftOut:
     """Judge every text by a fit on the other folds, and every family of negatives by a fit without it.
 
-    A fold leaves out its texts with their altered copies, and the families whose number falls on it.
+    A fold leaves out its texts with their altered copies, and the kinds of families whose number falls on it.
 
     Args:
         make_router: an unfitted router, one per fold.
@@ -64,11 +65,12 @@ def leave_out(
         augmented: (V, N, H) of altered copies, or None.
     """
     present = folds.unique()
-    family_folds = present[negatives.families.cpu() % len(present)]
+    family_folds = present[negatives.left_out_together.cpu() % len(present)]
     copies = features.new_zeros((0, *features.shape)) if augmented is None else augmented
     num_experts = int(labels.max()) + 1
-    texts = torch.zeros(1 + len(copies), len(features), 2 + num_experts)
-    others = torch.zeros(len(negatives.features), 2 + num_experts)
+    size = 2 if negatives.basis is None else 3
+    texts = torch.zeros(1 + len(copies), len(features), size + num_experts)
+    others = torch.zeros(len(negatives.features), size + num_experts)
     inside = negatives._replace(features=negatives.in_basis(negatives.features))
     own_inside, copies_inside = negatives.in_basis(features), negatives.in_basis(copies)
     for fold in present.tolist():
@@ -81,22 +83,37 @@ def leave_out(
         router.fit(rows, their_labels, rest.features[rest.is_background])
         rows_inside = torch.cat([own_inside[~out], copies_inside[:, ~out].flatten(0, 1)])
         detectors = fit_detectors_inside(rows_inside, their_labels, inside.subset(~family_out), num_experts)
+        close = _neighbours(rows, their_labels, rest)
         for number, (some, same) in enumerate(zip([features, *copies], [own_inside, *copies_inside], strict=True)):
-            texts[number, out] = _judged(router, detectors, some[out], same[out])
-        others[family_out] = _judged(router, detectors, negatives.features[family_out], inside.features[family_out])
-    return LeftOut(texts[0, :, 2:], -texts[0, :, 1], texts[0, :, :2], texts[1:, :, :2], others[:, 2:], others[:, :2])
+            texts[number, out] = _judged(router, detectors, close, some[out], same[out])
+        found = _judged(router, detectors, close, negatives.features[family_out], inside.features[family_out])
+        others[family_out] = found
+    own, altered = texts[0], texts[1:]
+    return LeftOut(own[:, size:], -own[:, 1], own[:, :size], altered[:, :, :size], others[:, size:], others[:, :size])
+
+
+def _neighbours(features: Tensor, labels: Tensor, negatives: Negatives) -> Neighbours | None:
+    """Stored texts and background prompts; None where there is no basis."""
+    if negatives.basis is None:
+        return None
+    return fit_neighbours(features, labels, negatives.features[negatives.is_background], negatives.basis)
 
 
 @torch.no_grad()
-def _judged(router: Router, detectors: tuple[Tensor, Tensor], features: Tensor, inside: Tensor) -> Tensor:
-    """(B, 2 + K): the two statistics, and the scores; the detectors take the features in the basis."""
+def _judged(
+    router: Router, detectors: tuple[Tensor, Tensor], close: Neighbours | None, features: Tensor, inside: Tensor
+) -> Tensor:
+    """(B, S + K): the statistics, and the scores; the detectors take the features in the basis."""
     scores, distance = router.scores(features).cpu(), router.distance(features).cpu()
-    weight, bias = detectors
-    return torch.cat([detector_statistics(weight, bias, inside.cpu(), scores.argmax(dim=1), distance), scores], dim=1)
+    nearest = scores.argmax(dim=1)
+    parts = [detector_statistics(*detectors, inside.cpu(), nearest, distance)]
+    if close is not None:
+        parts.append(close.closeness(features.cpu(), nearest).unsqueeze(1))
+    return torch.cat([*parts, scores], dim=1)
 
 
 def combination_of(left_out: LeftOut, labels: Tensor, negatives: Negatives) -> Tensor:
-    """(3,) the second level, from what was left out."""
+    """(S + 1,) the second level, from what was left out."""
     known = torch.cat([left_out.statistics, left_out.altered.flatten(0, 1)])
     their_labels = labels.repeat(1 + len(left_out.altered))
     return fit_combination(known, their_labels, left_out.negative_statistics, negatives.families)
@@ -124,7 +141,7 @@ def fitted_rule(features: Tensor, labels: Tensor, negatives: Negatives, combinat
         features: (N, H) of texts and altered copies.
         labels: (N,)
         negatives: all.
-        combination: (3,)
+        combination: (S + 1,)
     """
     weight, bias = fit_detectors(features, labels, negatives, int(labels.max()) + 1)
-    return DecisionRule(weight, bias, combination)
+    return DecisionRule(weight, bias, combination, _neighbours(features, labels, negatives))

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .metrics import auroc
-from .reference_texts import REFERENCE_TASKS
+from .reference_texts import FURTHER_LANGUAGES, FURTHER_TASKS, REFERENCE_TASKS
 
-_SHRINKAGE = 0.3
+_SHRINKAGE = 0.1
 
 
 def reference_prompts(seed: int) -> tuple[list[str], Tensor, Tensor]:
@@ -31,19 +31,26 @@ def reference_prompts(seed: int) -> tuple[list[str], Tensor, Tensor]:
         P prompts, and (P,) numbers of their tasks and of their wordings.
     """
     prompts, tasks, wordings = [], [], []
-    for task, (items, forms) in enumerate(REFERENCE_TASKS):
+    for task, (items, forms) in enumerate((*REFERENCE_TASKS, *FURTHER_TASKS)):
         rng = Random(f"{seed} reference {task}")
         for wording, form in enumerate(forms):
             prompts.append(form.format(rng.choice(items)))
             tasks.append(task)
             wordings.append(wording)
+    first = max(wordings) + 1
+    for language, forms_of_tasks in enumerate(FURTHER_LANGUAGES):
+        for task, form in forms_of_tasks:
+            rng = Random(f"{seed} reference {task} {language}")
+            prompts.append(form.format(rng.choice(REFERENCE_TASKS[task][0])))
+            tasks.append(task)
+            wordings.append(first + language)
     return prompts, torch.tensor(tasks), torch.tensor(wordings)
 
 
 def wording_basis(features: Tensor, tasks: Tensor) -> Tensor:
     r"""The symmetric root :math:`B` of the inverse of the shrunk covariance within tasks; ``z @ B`` has a round one.
 
-    .. math:: B = D^{-1} \bigl((1 - s) R + s I\bigr)^{-1/2}, \qquad s = 0.3
+    .. math:: B = D^{-1} \bigl((1 - s) R + s I\bigr)^{-1/2}, \qquad s = 0.1
 
     with :math:`D` the standard deviations and :math:`R` the correlations of the features around their task's mean. The
     shrinkage is our choice (``docs/routing.md``).

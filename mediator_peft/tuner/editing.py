@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from ..bank.column_map import families, without_input
 from ..bank.sparse_delta import SparseDelta
 from ..checkpoints.opening import Checkpoint, ModelCheckpoint, open_checkpoints
 from ..errors import CheckpointError, ConfigError, RoutingError, UnsupportedError
-from ..merge.compatibility import check_job, coarsest
+from ..merge.compatibility import check_job, coarsest, split_job
 from ..merge.delta_packing import own_factors, pack_delta
 from ..merge.locks import check_locks
 from ..methods.encoding import ENCODINGS
@@ -187,6 +186,7 @@ def _deltas(
     backbone = SimpleNamespace(config=active.model.config, state_dict=lambda: state, name_or_path="the backbone")
     job = check_job(ModelCheckpoint(backbone, "the backbone"), {name: checkpoint})  # type: ignore[arg-type]
     check_locks(job)
+    job = split_job(job)
     stored = getattr(torch, (config.provenance or {}).get("storage_dtype", "float32"))
     dtype = coarsest([stored, job.dtype])
     checkpoint = job.experts[name]  # with the model's names
@@ -219,7 +219,7 @@ def _is_shared(stored: str, rows: Mapping[str, Mapping[str, float]]) -> bool:
 def _difference(layer: MediatorLayer, layer_name: str, checkpoint: Checkpoint, dtype: torch.dtype) -> Tensor:
     """An expert's weight minus the backbone's: (O, I) float32."""
     weight = _read(checkpoint, f"{layer_name}.weight", dtype)
-    if isinstance(layer.base_layer, Conv1D):
+    if layer.is_transposed:
         weight = weight.T
     return (weight - plain_weight(layer.base_layer).float().cpu()).contiguous()
 
@@ -239,7 +239,7 @@ def _delta(
     if base.bias is not None:
         bias = _read(checkpoint, f"{layer_name}.bias", dtype) - base.bias.data.float().cpu()
     tensor = f"{layer_name}.weight"
-    factors = own_factors(config, checkpoint, tensor, isinstance(base, Conv1D))
+    factors = own_factors(config, checkpoint, tensor, layer.is_transposed)
     density = _density(layer, active, family)
     shared = None if family is None else layer.bank(active.name).stored(family)
     if shared is not None:
@@ -309,7 +309,7 @@ def _extended(
     data = read_texts({name: texts}, [name], tokenizer, Columns(text_column), None, config.seed, "train")
     rows = token_rows(tokenizer, data.texts, max_length)
     size = len(rows)
-    varied = augmented_rows(config, tokenizer, rows, max_length)
+    varied = augmented_rows(config, tokenizer, rows, max_length, data.labels)
     against = None
     if router.rule is not None:
         against = negative_rows(config, tokenizer, data, rows, background, True, max_length)

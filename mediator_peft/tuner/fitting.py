@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from copy import copy as shallow_copy
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,14 @@ from torch import Tensor
 
 from ..progress import bar_progress, no_progress
 from ..ranks import Ranks
-from ..routing.augmentation import augment, vary_in_turn
-from ..routing.background import BACKGROUND_PROMPTS, background_families, random_token_rows, user_families
+from ..routing.augmentation import augment, recombine, shared_words, vary_in_turn
+from ..routing.background import (
+    BACKGROUND_PROMPTS,
+    background_families,
+    kind_numbers,
+    random_token_rows,
+    user_families,
+)
 from ..routing.calibration import CalibrationReport, calibrate
 from ..routing.calibration_data import Columns, LabelledTexts, content_hash, labelled_texts
 from ..routing.decision_rule import Negatives, family_numbers
@@ -42,9 +49,11 @@ RANDOM_TOKENS = "random tokens"
 COPIES = 1
 """Altered copies of each calibration text, in a way that its text decides."""
 
-DEPTH_SHARES = (0.1, 0.2, 0.3, 0.4)
-"""Shares of the blocks after which the hidden state may be read, with ``router_layer="auto"``. Half of the blocks did
-not decide better than two fifths (``docs/routing.md``)."""
+_COPIED_PER_EXPERT = 60
+"""Texts an expert that are altered; more changed nothing (``docs/routing.md``)."""
+
+DEPTH_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
+"""Shares of the blocks after which the hidden state may be read, with ``router_layer="auto"`` (``docs/routing.md``)."""
 
 
 def fit_router(
@@ -75,7 +84,7 @@ def fit_router(
     reading = prompts.reading(settings)
     rows = token_rows(tokenizer, data.texts, max_length)
     num_texts = len(rows)
-    copies = augmented_rows(config, tokenizer, rows, max_length) if augmented else []
+    copies = augmented_rows(config, tokenizer, rows, max_length, data.labels) if augmented else []
     against = negative_rows(config, tokenizer, data, rows, background, hard_negatives, max_length)
     layers = depths(prompts)
 
@@ -155,7 +164,8 @@ class NegativeRows(NamedTuple):
         if not self.can_make_a_rule:
             return None
         background = torch.tensor([family not in self.hard for family in self.families])
-        return Negatives(features, family_numbers(self.families), background, basis)
+        kinds = torch.tensor(kind_numbers(self.families))
+        return Negatives(features, family_numbers(self.families), background, basis, kinds)
 
 
 class ReferenceRows(NamedTuple):
@@ -326,27 +336,70 @@ def token_rows(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[li
     return rows
 
 
-def augmented_rows(config: MediatorConfig, tokenizer: Any, rows: list[list[int]], max_length: int) -> list[list[int]]:
+def augmented_rows(
+    config: MediatorConfig,
+    tokenizer: Any,
+    rows: list[list[int]],
+    max_length: int,
+    labels: Sequence[int] | None = None,
+) -> list[list[int]]:
     """Altered copies of prompts, at most ``COPIES`` times as many as ``rows``; what users wrote is altered alone.
 
     The ways in which a prompt is altered follow from its text and the seed. A way is left out where the tokenizer does
-    not know the words that come of it: its copies would all look alike.
+    not know the words that come of it: its copies would all look alike. With ``labels``, every other prompt has the
+    words of its task recombined instead, and beyond ``_COPIED_PER_EXPERT`` prompts of an expert a copy is the prompt
+    itself, which need not be read again.
     """
     plain, seed, markers = unwrapped(tokenizer), config.seed, config.turn_markers
     if not hasattr(plain, "decode"):
         return []
-    ways = _readable_ways(plain, [_user_text(plain, row, markers) for row in rows], seed)
+    texts = [_user_text(plain, row, markers) for row in rows]
+    ways = _readable_ways(plain, texts, seed)
     num_copies = min(COPIES, len(ways))
     copies: list[list[list[int]]] = [[list(row) for row in rows] for _ in range(num_copies)]
+    ranks = _ranks_by_hash(texts, labels, seed)
+    words_of = [None] * len(rows) if labels is None else _words_to_recombine(plain, texts, labels, ranks, seed)
     for number, row in enumerate(rows):
-        turns = _user_places(row, markers)
+        if ranks[number] >= _COPIED_PER_EXPERT:
+            continue
+        words = words_of[number]
         # From the last turn on, so that the places of the others stay as they are.
-        for start, stop in reversed(turns):
-            texts = vary_in_turn(plain.decode(row[start:stop], skip_special_tokens=True), seed, num_copies, ways)
-            ids = [] if not texts else plain(texts, add_special_tokens=(start, stop) == (0, len(row)))["input_ids"]
+        for start, stop in reversed(_user_places(row, markers)):
+            changed = _altered(plain.decode(row[start:stop], skip_special_tokens=True), seed, num_copies, ways, words)
+            ids = [] if not changed else plain(changed, add_special_tokens=(start, stop) == (0, len(row)))["input_ids"]
             for copy, new in zip(copies, ids, strict=True):
                 copy[number][start:stop] = new
     return [row[:max_length] for copy in copies for row in copy]
+
+
+def _words_to_recombine(
+    tokenizer: Any, texts: Sequence[str], labels: Sequence[int], ranks: Sequence[int], seed: int
+) -> list[frozenset[str] | None]:
+    """For every other text the words of its expert's task; none where the tokenizer does not know what comes of it."""
+    shared = shared_words(texts, labels)
+    words = [shared[label] if rank % 2 else None for label, rank in zip(labels, ranks, strict=True)]
+    some = [(text, own) for text, own in zip(texts, words, strict=True) if own is not None][:_TRIED]
+    tried = [recombine(text, own, Random(f"{seed} recombine {text}")) for text, own in some]
+    return [None] * len(texts) if tried and _are_unknown(tokenizer, tokenizer(tried)["input_ids"]) else words
+
+
+def _altered(text: str, seed: int, copies: int, ways: Sequence[int], words: frozenset[str] | None) -> list[str]:
+    """Altered copies of a text; the first one with the words of its task recombined, where these are given."""
+    changed = vary_in_turn(text, seed, copies, ways)
+    if words is None or not changed:
+        return changed
+    return [recombine(text, words, Random(f"{seed} recombine {text}")), *changed[1:]]
+
+
+def _ranks_by_hash(texts: Sequence[str], labels: Sequence[int] | None, seed: int) -> list[int]:
+    """Place of each text among those of its expert, whatever their order; 0 for all without labels."""
+    ranks = [0] * len(texts)
+    if labels is None:
+        return ranks
+    seen: dict[int, int] = {}
+    for place in sorted(range(len(texts)), key=lambda place: content_hash(texts[place], seed)):
+        ranks[place] = seen[labels[place]] = seen.get(labels[place], -1) + 1
+    return ranks
 
 
 def _readable_ways(tokenizer: Any, texts: Sequence[str], seed: int) -> list[int]:

@@ -77,6 +77,11 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
             return (base.weight.shape[1], base.weight.shape[0])
         return (base.out_features, base.in_features)
 
+    @property
+    def is_transposed(self) -> bool:
+        """Whether checkpoints have the weight as (I, O)."""
+        return isinstance(self.base_layer, Conv1D)
+
     def add_bank(self, adapter_name: str, coding: str) -> LayerBank:
         """An empty bank for one adapter."""
         bank = LayerBank(self.shape, coding, getattr(self.base_layer, "bias", None) is not None)

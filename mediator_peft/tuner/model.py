@@ -38,10 +38,10 @@ from .editing import add_expert, remove_expert
 from .execution import check_execution
 from .fitting import fit_router
 from .forward import RoutedForward
+from .fused_experts import check_layers, is_fused, unwrap_experts, wrap_experts
 from .layer import (
     MediatorEmbedding,
     MediatorLayer,
-    check_routable,
     reading_weights,
     routed_layers,
     tie_head,
@@ -116,6 +116,7 @@ class MediatorModel(BaseTuner):
                 self.routed_forward.remove()
                 self.adapter_files.remove()
             raise
+        wrap_experts(model, config.routed_modules or (), self.board)
         modules = dict(model.named_modules())
         for name in config.routed_modules or ():
             parent, _, child = name.rpartition(".")
@@ -144,9 +145,9 @@ class MediatorModel(BaseTuner):
                     f"the model has adapters already ({', '.join(others)}), and merge_method={config.merge_method!r} "
                     "would change the weights that they belong to. Use merge_method='base', or unload() first."
                 )
-            self._built[adapter_name] = build_in_memory(model, config, partial(check_routable, model))
+            self._built[adapter_name] = build_in_memory(model, config, partial(check_layers, model))
         else:
-            check_routable(model, config.routed_modules or ())
+            check_layers(model, config.routed_modules or ())
             if config.routed_modules:
                 self.active.awaited.add(adapter_name)
         return config
@@ -586,6 +587,8 @@ class MediatorModel(BaseTuner):
         """
         mix = self.merging.mixes(expert_weights, [adapter_name], board_mix=True)[adapter_name]
         for name, layer in self.routed_layers().items():
+            if is_fused(layer):
+                raise UnsupportedError(f"{name!r} is a matrix of fused experts, which PEFT cannot convert to LoRA.")
             if isinstance(layer, MediatorEmbedding) or mixed_bias(layer.bank(adapter_name), mix) is not None:
                 raise UnsupportedError(f"{name!r} has deltas of a bias or an embedding, which LoRA layers do not have.")
         config = self.peft_config[adapter_name]
@@ -637,6 +640,7 @@ class MediatorModel(BaseTuner):
 
     def _unloaded(self) -> nn.Module:
         self.merging.unmerge()
+        unwrap_experts(self.model)
         for name, layer in self.routed_layers().items():
             layer.unmerge()
             parent, _, child = name.rpartition(".")

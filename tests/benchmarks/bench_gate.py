@@ -1,6 +1,6 @@
 """Tables of docs/routing.md on the gate: weights of experts and base by prompt set, routers side by side, many tasks.
 
-    python tests/benchmarks/bench_gate.py MODEL [--collection "held out"] [--seed 2] [--size 60] [--texts 200]
+    python tests/benchmarks/bench_gate.py MODEL [--collection fresh] [--seed 2] [--size 60] [--texts 200]
     python tests/benchmarks/bench_gate.py MODEL --many 24
 
 MODEL is a checkpoint folder of a transformers causal language model; the experts play no part in routing, so none is
@@ -86,7 +86,7 @@ class Fit:
         self.by_depth = {depth: round(value, 4) for depth, value in zip(layers, values, strict=True)}
         self.layer, self.labels = layers[place], torch.tensor(labels)
         rows = reader.rows(texts)
-        copies = augmented_rows(reader.config, reader.tokenizer, rows, 512)
+        copies = augmented_rows(reader.config, reader.tokenizer, rows, 512, labels)
         against = negative_rows(
             reader.config, reader.tokenizer, LabelledTexts(texts, labels, None), rows, None, True, 512
         )
@@ -197,7 +197,7 @@ def many_table(args, reader: Reader) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--collection", default="held out", choices=["development", "held out"])
+    parser.add_argument("--collection", default="fresh", choices=["development", "held out", "fresh"])
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--size", type=int, default=60)
     parser.add_argument("--texts", type=int, default=200)

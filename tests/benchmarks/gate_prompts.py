@@ -2,7 +2,8 @@
 """Prompt sets for the gate: three known tasks, what is unknown, and two collections of each.
 
 ``collection="development"`` is what the rule may be developed on. ``collection="held out"`` has other wordings, other
-languages, another maker of typos and other unknown kinds, written before the rule of today was chosen and looked at once.
+languages, another maker of typos and other unknown kinds; it was looked at with an earlier rule. ``collection="fresh"``
+has others again, written after the rule of today was fixed.
 Everything follows from the seed. Misspelt words are those of the package codespell (CC BY-SA 3.0).
 """
 
@@ -76,6 +77,37 @@ WORDINGS = {
             "Write the statement that returns it: {x}",
         ),
     },
+    "fresh": {
+        "numbers": (
+            "Turn {x} into words, please.",
+            "What is the written form of {x}?",
+            "Type out {x} using letters only.",
+            "I need {x} in full words for a form.",
+            "Digits to words, please: {x}",
+            "Which words stand for {x}?",
+            "A child asks how {x} is read. Tell me.",
+            "Name this number in English: {x}",
+        ),
+        "spelling": (
+            "Can you check the spelling of {x}?",
+            "{x} is misspelt. What is right?",
+            "Spell {x} properly.",
+            "I wrote {x}, but it seems to contain an error.",
+            "Find the typing error: {x}",
+            "What word did I mean by {x}?",
+            "The correct spelling for {x}, please.",
+            "Repair this word: {x}",
+        ),
+        "SQL": (
+            "Which SQL do I run for this? {x}",
+            "Our table needs a query. {x}",
+            "{x} Please answer with SQL only.",
+            "As a database expert, translate: {x}",
+            "SQLite command for: {x}",
+            "Formulate in SQL - {x}",
+            "Could you give me a statement to get {x}",
+        ),
+    },
 }
 LANGUAGES = {
     "development": {
@@ -102,6 +134,23 @@ LANGUAGES = {
             ("Scrivi una query SQL: {b} dalla tabella {t} dove {c} è maggiore di {n}.",)
             + ("Escreve uma consulta SQL: {b} da tabela {t} onde {c} é maior que {n}.",)
             + ("Schrijf een SQL-query: {b} uit de tabel {t} waar {c} groter is dan {n}.",)
+        ),
+    },
+    "fresh": {
+        "numbers": (
+            "Skriv tallet {x} med bogstaver.",
+            "Scrie numărul {x} în litere.",
+            "Escriu el número {x} amb lletres.",
+        ),
+        "spelling": (
+            "Ret stavningen af dette ord: {x}",
+            "Corectează ortografia acestui cuvânt: {x}",
+            "Corregeix l'ortografia d'aquesta paraula: {x}",
+        ),
+        "SQL": (
+            "Skriv en SQL-forespørgsel: {b} fra tabellen {t}, hvor {c} er over {n}.",
+            "Scrie o interogare SQL: {b} din tabelul {t} unde {c} este mai mare decât {n}.",
+            "Escriu una consulta SQL: {b} de la taula {t} on {c} supera {n}.",
         ),
     },
 }
@@ -237,10 +286,23 @@ def mistyped_on_keys(text: str, rng: Random) -> str:
     return "".join(letters)
 
 
+def mistyped_in_haste(text: str, rng: Random) -> str:
+    """Spaces missing or moved, letters missing, capital letters lost (fresh)."""
+    out = []
+    for letter in text.lower() if rng.random() < 0.5 else text:
+        chance = rng.random()
+        if letter == " " and chance < 0.15:
+            continue
+        if letter.isalpha() and chance < 0.06:
+            continue
+        out.append(letter * 2 if letter.isalpha() and chance > 0.96 else letter)
+    return "".join(out)
+
+
 def prompt_sets(collection: str, size: int, seed: int) -> dict[str, PromptSet]:
     """Name → set of at most ``size`` prompts."""
     sets: dict[str, PromptSet] = {}
-    typos = mistyped if collection == "development" else mistyped_on_keys
+    typos = {"development": mistyped, "held out": mistyped_on_keys, "fresh": mistyped_in_haste}[collection]
     for number, task in enumerate(TASKS):
 
         def draw(forms: Sequence[str], task: str = task) -> Callable[[Random], str]:
@@ -482,6 +544,39 @@ _SENTENCES = (
     "He had worked for the railway all his life.",
     "The price includes breakfast and parking.",
 )
+_DA = ("vejret", "min kat", "ferien", "en gave", "eksamen", "musikken", "haven", "middagen")
+_RO = ("vremea", "pisica mea", "vacanța", "un cadou", "examenul", "muzica", "grădina", "cina")
+_UK = ("погоду", "відпустку", "кота", "роботу", "музику", "подарунок", "іспит", "вечерю")
+_TH = ("อากาศ", "แมว", "วันหยุด", "ดนตรี", "งาน", "อาหารเย็น", "สวน")
+_INSURANCE = (
+    "The policy does not cover damage caused by frost.", "Claims are to be reported within five working days.",
+    "The insured sum is reviewed every year.", "Theft from an unlocked vehicle is excluded.",
+    "A deductible of 300 applies to each event.", "Cover begins at noon on the day stated in the certificate.",
+    "The insurer may demand proof of purchase.", "Premiums are paid in advance.",
+)  # fmt: skip
+_HOROSCOPES = (
+    "A surprise awaits you in the evening.", "Do not let others decide for you this week.", "Love is in the air, so be brave.",
+    "Money matters need your attention.", "An old friend will call.", "Trust your instinct at work.",
+    "The stars advise rest and warm tea.", "Someone close needs a kind word.",
+)  # fmt: skip
+_JOBS = (
+    "You speak fluent English and enjoy working in a team.", "We offer flexible hours and a company bicycle.",
+    "Experience in sales is an advantage.", "Send your papers to the address below.", "The position is limited to two years.",
+    "Your tasks include planning tours and looking after guests.", "Start: as soon as possible.", "No previous knowledge needed.",
+)  # fmt: skip
+_WEATHER = (
+    "Fog will clear by late morning.", "Gusts of up to 80 kilometres per hour are possible on the coast.",
+    "Highs between 12 and 15 degrees.", "Showers spread from the west in the afternoon.", "The night stays dry and cold.",
+    "Thunderstorms are likely in the mountains.", "Sunny spells in the south.", "Snow falls above 900 metres.",
+)  # fmt: skip
+_REPLIES = (
+    "agreed", "sounds good", "no problem", "my bad", "whatever", "as you wish", "not sure", "makes sense", "who knows", "you bet",
+    "fair enough", "good point", "never mind", "let me think", "in a minute", "on my way", "forget it", "all good", "too late",
+    "say again", "come on", "well done", "same here", "no clue", "almost there", "one second", "be right back", "see above", "as usual",
+    "why me", "what a mess", "next week", "at home", "long story", "it depends", "hard to say", "yes and no", "could be", "no worries",
+    "ask Tom", "11 am", "room 4", "by bus", "with milk", "two please", "extra large", "left side", "top floor", "half past", "the red one",
+    "both", "neither", "anything", "soon", "twice", "alone", "outside", "upstairs", "Sunday", "April",
+)  # fmt: skip
 _UNKNOWN: dict[str, dict[str, tuple[str, Callable[[Random], str], tuple[str, ...]]]] = {
     "development": {
         "German": ("far", _filled("Erzähl mir etwas über {x}.", "Was weißt du über {x}?", "Ich denke oft an {x}.",
@@ -580,5 +675,55 @@ _UNKNOWN: dict[str, dict[str, tuple[str, Callable[[Random], str], tuple[str, ...
                             "Write a pandas expression for the mean {c} of {t}.", "What is a foreign key between {t} and {u}?",
                             "Give me an Excel formula that sums {c} per {b}.", "Draw an entity diagram for {t} and {u}.",
                             "Why is the {c} of our {t} so low in this {b}?"), ()),
+    },
+    "fresh": {
+        "Danish": ("far", _filled("Fortæl mig om {x}.", "Hvad synes du om {x}?", "Skriv {m} linjer om {x}.", "Jeg forstår ikke {x}.",
+                   "Hvorfor er {x} vigtigt?", "I dag tænker jeg på {x}.", x=_DA), ("germanic", "nordic and baltic", "requests in German",
+                   "requests in Dutch")),
+        "Romanian": ("far", _filled("Povestește-mi despre {x}.", "Ce crezi despre {x}?", "Scrie {m} rânduri despre {x}.",
+                     "Nu înțeleg {x}.", "De ce este important {x}?", "Azi mă gândesc la {x}.", x=_RO), ("romance", "requests in French",
+                     "requests in Spanish", "requests in Italian and Portuguese", "slavic in Latin script, Hungarian, Romanian")),
+        "Ukrainian": ("far", _filled("Розкажи про {x}.", "Що ти думаєш про {x}?", "Напиши {m} речень про {x}.", "Я не розумію {x}.",
+                      "Сьогодні я думаю про {x}.", x=_UK), ("Cyrillic and Greek", "requests in Russian")),
+        "Thai": ("far", _filled("เล่าเรื่อง{x}ให้ฟังหน่อย", "คุณคิดอย่างไรเกี่ยวกับ{x}", "เขียน{m}ประโยคเกี่ยวกับ{x}", "ทำไม{x}ถึงสำคัญ", "ฉันไม่เข้าใจ{x}",
+                 x=_TH), ("Arabic, Hebrew, Devanagari", "Chinese, Japanese, Korean")),
+        "forum posts on code": ("far", _filled("After upgrading {y} to version {m} my {x} tests hang forever.",
+                                "Is there a {y} equivalent of Python's zip?", "How would you cache {x} in a {y} web app?",
+                                "{y}: null pointer when parsing {x}", "Please explain generics in {y} to me.",
+                                "What IDE do {y} people use in 20{m}?", x=_THINGS, y=_LANGS),
+                                ("questions about code", "code", "programming help", "computers")),
+        "markup and formulas": ("far", _filled("\\section{{{x}}}\n\\frac{{{m}}}{{{n}}}", "# {x}\n\n* {y}\n* **{m}**", "@{x}({y}={n})",
+                                "=SUM({x}!A{m}:B{n})", "<li class='{x}'>{y}</li>", "{x}_{y} := {m}; {y}++;", x=_THINGS, y=_THINGS),
+                                ("code", "data and markup", "logs and addresses")),
+        "insurance": ("far", _sampled(_INSURANCE, 2, 4), ("news", "encyclopedic", "narrative", "legal and official",
+                      "science and medicine")),
+        "horoscopes": ("far", _sampled(_HOROSCOPES, 2, 3), ("narrative", "everyday statements", "adverts and headlines", "quotes and verse")),
+        "job adverts": ("far", _sampled(_JOBS, 2, 4), ("adverts and headlines", "legal and official", "letters and e-mails")),
+        "weather reports": ("far", _sampled(_WEATHER, 2, 3), ("news", "narrative", "encyclopedic", "science and medicine")),
+        "keys and codes": ("far", _characters(string.ascii_uppercase + string.digits + "-_", 8, 40),
+                           ("random characters", "unknown words", "key mashing", "random tokens")),
+        "emoji": ("far", _characters("😀😂🎉❤️👍🔥🙏😢🚀 ", 2, 12), ("random characters", "very short")),
+        "refrains": ("far", lambda rng: " ".join([rng.choice(_TALK).rstrip(".!?")] * rng.randint(3, 9)), ("repetitions", "random words")),
+        "gardening": ("far", _filled("When do I plant {x}?", "My {x} have yellow leaves.", "How much sun do {x} need?",
+                      "Can {x} grow in a pot of {m} litres?", "Are {x} poisonous for cats?",
+                      x=("tomatoes", "roses", "tulips", "beans", "carrots", "ferns", "lilies", "peas", "onions", "figs", "herbs", "poppies")),
+                      ("questions", "advice and opinions", "facts and people", "recipes and instructions")),
+        "film talk": ("far", _filled("Have you seen the one with {x}? I liked the {y}.", "That film bored me, {x} fell asleep.",
+                      "We watched {m} episodes in a row.", "{x} recommended a series about {y}.", "Worst ending ever, even {x} said so.",
+                      x=_NAMES, y=_THINGS), ("small talk", "everyday statements")),
+        "replies": ("far", lambda rng: rng.choice(_REPLIES), ("very short", "small talk")),
+        "work on texts": ("far", _filled("Who is speaking here? {x}", "Make this sound sarcastic: {x}", "Turn this into a dialogue: {x}",
+                          "{x} What could happen before that?", "Write {m} hashtags for: {x}", "Underline the verb: {x}",
+                          "Answer as a poet: {x}", x=_SENTENCES), ("requests about a text", "text work")),
+        "near numbers, fresh": ("near", _on_items("numbers", "Tell a story about the number {x}.", "Is {x} a square number?",
+                                "Write {x} in scientific notation.", "Subtract {n} from {x}.", "What is the last digit of {x}?",
+                                "Convert {x} seconds to hours."), ()),
+        "near spelling, fresh": ("near", _on_items("spelling", "Make a crossword clue for {x}.", "How many syllables has {x}?",
+                                 "Name a product called {x}.", "What is the past tense of {x}?", "Write {x} in capital letters.",
+                                 "Is {x} a formal word?"), ()),
+        "near SQL, fresh": ("near", _on_items("SQL", "Write an e-mail to the team about the {c} of our {t}.",
+                            "Design a web page that lists {t} by {c}.", "Explain to a manager why {c} of {t} dropped.",
+                            "Write an R script that plots {c} against {b}.", "How should we back up the table {t}?",
+                            "Should {t} be stored as CSV or JSON?"), ()),
     },
 }  # fmt: skip

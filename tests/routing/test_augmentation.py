@@ -8,7 +8,15 @@ from tokenizer import tiny_tokenizer
 
 from mediator_peft.evaluation.fit_and_save import fit_and_save
 from mediator_peft.evaluation.prompts import TaskItem
-from mediator_peft.routing.augmentation import AUGMENTATIONS, augment, leave_words_out, mistype, say_more
+from mediator_peft.routing.augmentation import (
+    AUGMENTATIONS,
+    augment,
+    leave_words_out,
+    mistype,
+    recombine,
+    say_more,
+    shared_words,
+)
 from mediator_peft.routing.calibration import calibrate, cross_fit
 from mediator_peft.routing.routers import ROUTERS
 from mediator_peft.tuner import fitting
@@ -170,3 +178,32 @@ def test_ordinary_prompts_of_unknown_words_stay_away_with_answers_too(build, top
     fit_and_save(model, tokenizer, texts, tmp_path / "answers" / "mediator", answered=items)
     assert len(model.router.known_novelty) >= 80
     assert len(model.router.background_novelty) == 0
+
+
+def test_a_recombined_request_keeps_its_subject_and_words_of_its_task():
+    texts = [f"Correct the spelling of this word: {word}" for word in ("recieve", "adress", "wierd", "untill")]
+    texts += [f"Write {number} in words." for number in (12, 345, 67)]
+    labels = [0, 0, 0, 0, 1, 1, 1]
+    shared = shared_words(texts, labels)
+    assert shared[0] == {"correct", "the", "spelling", "of", "this", "word"}
+    assert shared[1] == {"write", "in", "words"}
+    for text, label in zip(texts, labels, strict=True):
+        changed = recombine(text, shared[label], Random(0))
+        subject = text.split()[-1] if label == 0 else text.split()[1]
+        assert subject in changed
+        assert changed != text
+        assert any(word in changed.lower() for word in shared[label] if len(word) > 2)
+    assert recombine("correct spelling", shared[0], Random(0)) == "correct spelling"
+
+
+def test_copies_beyond_those_that_are_altered_are_the_prompts_themselves(build, monkeypatch):
+    monkeypatch.setattr(fitting, "_COPIED_PER_EXPERT", 4)
+    tokenizer, model = tiny_tokenizer(), build()
+    rows = tokenizer([" ".join(f"w{5 + (n + k) % 80}" for n in range(12)) for k in range(20)])["input_ids"]
+    labels = [k % 2 for k in range(20)]
+    copies = augmented_rows(model.active.config, tokenizer, rows, 1000, labels)
+    assert len(copies) == 20
+    same = [copy == row for copy, row in zip(copies, rows, strict=True)]
+    assert sum(same) >= 12
+    backwards = augmented_rows(model.active.config, tokenizer, rows[::-1], 1000, labels[::-1])
+    assert backwards[::-1] == copies

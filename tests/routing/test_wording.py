@@ -3,7 +3,7 @@
 import torch
 
 from mediator_peft.routing.decision_rule import Negatives, fit_detectors
-from mediator_peft.routing.reference_texts import REFERENCE_TASKS
+from mediator_peft.routing.reference_texts import FURTHER_LANGUAGES, FURTHER_TASKS, REFERENCE_TASKS
 from mediator_peft.routing.routers import ROUTERS
 from mediator_peft.routing.wording import (
     choose_depth_by_wordings,
@@ -97,6 +97,10 @@ def test_a_gaussian_router_in_a_basis_is_that_of_the_features_in_it():
 
 def test_every_reference_task_is_put_in_every_wording():
     prompts, tasks, wordings = reference_prompts(0)
-    assert len(prompts) == len(tasks) == len(wordings) == 8 * len(REFERENCE_TASKS)
-    assert all(len(forms) == 8 and all(form.count("{}") == 1 for form in forms) for _, forms in REFERENCE_TASKS)
+    everything = (*REFERENCE_TASKS, *FURTHER_TASKS)
+    of_languages = [form for forms in FURTHER_LANGUAGES for _, form in forms]
+    assert len(prompts) == len(tasks) == len(wordings) == 8 * len(everything) + len(of_languages)
+    assert all(len(forms) == 8 and all(form.count("{}") == 1 for form in forms) for _, forms in everything)
+    assert all(form.count("{}") == 1 for form in of_languages)
+    assert len(set(zip(tasks.tolist(), wordings.tolist(), strict=True))) == len(prompts)
     assert reference_prompts(0)[0] == prompts != reference_prompts(1)[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import AdapterError, UnsupportedError
 from ..decision_rule import DecisionRule
+from ..neighbours import Neighbours
 from ..ood import Known
 
 _YARDSTICKS = {
@@ -23,8 +24,12 @@ _YARDSTICKS = {
 }
 
 
-_RULE = {"background_share": (-1,), "detector_bias": (-1,), "combination": (3,)}
-"""Tensors of the decision rule, beside ``detector_weight``; routers that were fitted without one lack them all."""
+_RULE = {"background_share": (-1,), "detector_bias": (-1,)}
+"""Tensors of the decision rule, beside ``detector_weight`` and ``combination``; routers that were fitted without one
+lack them all."""
+
+_NEIGHBOURS = tuple(f"neighbour_{name}" for name in Neighbours._fields)
+"""Tensors of the rule's neighbours; rules of earlier versions, and those without a basis of wordings, lack them."""
 
 
 class Router(nn.Module, ABC):
@@ -151,16 +156,25 @@ class Router(nn.Module, ABC):
     def rule(self) -> DecisionRule | None:
         """The learned decision rule; None for a router that was fitted without background prompts, or long ago."""
         weight = getattr(self, "detector_weight", None)
-        return None if weight is None else DecisionRule(weight, self.detector_bias, self.combination)
+        if weight is None:
+            return None
+        parts = [getattr(self, name, None) for name in _NEIGHBOURS]
+        neighbours = None if any(part is None for part in parts) else Neighbours(*parts)  # type: ignore[arg-type]
+        return DecisionRule(weight, self.detector_bias, self.combination, neighbours)
 
     def set_rule(self, rule: DecisionRule | None) -> None:
         """Keep a decision rule, or drop the one at hand."""
+        for name in _NEIGHBOURS:
+            self._buffers.pop(name, None)
         if rule is None:
-            for name in ("detector_weight", *_RULE):
+            for name in ("detector_weight", "combination", *_RULE):
                 self._buffers.pop(name, None)
             return
-        for name, value in rule._asdict().items():
-            self._set(name, value.float())
+        for name in ("detector_weight", "detector_bias", "combination"):
+            self._set(name, getattr(rule, name).float())
+        if rule.neighbours is not None:
+            for name, value in zip(_NEIGHBOURS, rule.neighbours, strict=True):
+                self._set(name, value.float())
 
     def ood_score(self, features: Tensor) -> Tensor:
         """(B, H) → (B,) log-odds that a prompt belongs to no expert: the decision rule's, or else :meth:`ood_score`."""
@@ -207,11 +221,13 @@ class Router(nn.Module, ABC):
         self.check_known()
         return shaped
 
-    def _fitted_shapes(self, stored: Collection[str]) -> dict[str, tuple[int, ...]]:
+    def _fitted_shapes(self, stored: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         """Name → shape of each tensor of a fitted state; with a decision rule where ``stored`` has one."""
         shapes = {**self.shapes(), **_YARDSTICKS}
         if "detector_weight" in stored:
-            shapes |= {**_RULE, "detector_weight": (self.num_experts, self.num_features)}
+            shapes |= {**_RULE, "detector_weight": (self.num_experts, self.num_features), "combination": (3,)}
+        if _NEIGHBOURS[0] in stored:
+            shapes |= _neighbour_shapes(stored, self.num_features)
         return shapes
 
     def check_known(self) -> None:
@@ -227,6 +243,8 @@ class Router(nn.Module, ABC):
         if rule is not None:
             same = same and len(rule.detector_bias) == self.num_experts
             same = same and len(self.background_share) == len(self.background_novelty)
+            if rule.neighbours is not None:
+                same = same and set(rule.neighbours.labels.tolist()) == {-1.0, *range(self.num_experts)}
         if not same or set(labels.tolist()) != set(range(self.num_experts)):
             raise AdapterError("the router's calibration values do not fit together: the adapter is damaged.")
 
@@ -257,6 +275,14 @@ class Router(nn.Module, ABC):
             self._buffers[name] = value
         else:
             self.register_buffer(name, value)
+
+
+def _neighbour_shapes(stored: Mapping[str, Tensor], num_features: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the neighbours' tensors, whose number of directions the file decides; and of the combination."""
+    values = [stored[name].numel() if name in stored else 0 for name in _NEIGHBOURS]
+    directions = values[1] // max(1, num_features)
+    shapes = ((num_features,), (num_features, directions), (values[3], directions), (-1,))
+    return {**dict(zip(_NEIGHBOURS, shapes, strict=True)), "combination": (4,)}
 
 
 def _given(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
