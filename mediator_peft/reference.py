@@ -35,6 +35,8 @@ def keep_largest(matrix: Tensor, density: float) -> Tensor:
 def conflict_score(vectors: list[Tensor], density: float = 0.2) -> float:
     """Sign conflict of one block: mean over pairs of experts of opposite / both, in [0, 1]; 0.5 is chance.
 
+    A pair that changed entries, but none together, counts as 0.5; one that changed nothing has no say.
+
     Args:
         vectors: task vectors (K, O, I) of each matrix of the block; counts are pooled over the matrices.
         density: share of the largest entries of a task vector that vote.
@@ -45,8 +47,8 @@ def conflict_score(vectors: list[Tensor], density: float = 0.2) -> float:
         both = [mask[i] & mask[j] for mask in kept]
         opposite = sum(int((b & (v[i].sign() != v[j].sign())).sum()) for b, v in zip(both, vectors, strict=True))
         total = sum(int(mask.sum()) for mask in both)
-        if total:
-            shares.append(opposite / total)
+        if any(bool((mask[i] | mask[j]).any()) for mask in kept):
+            shares.append(opposite / total if total else 0.5)
     return sum(shares) / len(shares) if shares else 0.0
 
 

@@ -6,7 +6,7 @@ import inspect
 import re
 import sys
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from copy import copy
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -25,11 +25,29 @@ OUTSIDE = -1
 """Stands for the number of a block where a matrix is in none: embeddings and ``lm_head``."""
 
 
+class FusedPart(NamedTuple):
+    """One matrix of a tensor (E, O, I) or (E, I, O) that holds those of all experts of a mixture of experts."""
+
+    tensor: str
+    """Full name, e.g. ``model.layers.0.mlp.experts.gate_up_proj``."""
+
+    number: int
+    """Of the expert, from 0."""
+
+    bias: str | None
+    """Tensor (E, O) with the biases; None without."""
+
+    @property
+    def module(self) -> str:
+        """Name of the module that holds the tensor."""
+        return self.tensor.rpartition(".")[0]
+
+
 class LinearLayer(NamedTuple):
     """One linear layer of a block; or a matrix outside of the blocks, one row a token."""
 
     name: str
-    """Full module name, e.g. ``model.layers.0.self_attn.q_proj``."""
+    """Full module name, e.g. ``model.layers.0.self_attn.q_proj``; of a fused part, tensor name and number."""
 
     block: int
     """Number of the block it stands in, or ``OUTSIDE``."""
@@ -38,6 +56,8 @@ class LinearLayer(NamedTuple):
     """True for ``Conv1D`` (GPT-2), which keeps its weight as (inputs, outputs)."""
 
     has_bias: bool
+    part: FusedPart | None = None
+    """Where the matrix is only a part of a tensor of the model."""
 
 
 class Structure(NamedTuple):
@@ -48,6 +68,8 @@ class Structure(NamedTuple):
 
     num_blocks: int
     layers: list[LinearLayer]
+    """Those of the blocks; each matrix of a fused tensor is one, where it can be wrapped."""
+
     outer: tuple[LinearLayer, ...] = ()
     """The token embedding and ``lm_head``; where they are tied, the embedding stands for both."""
 
@@ -55,7 +77,7 @@ class Structure(NamedTuple):
     """Name of a ``lm_head`` whose weight is the embedding's."""
 
     fused: tuple[str, ...] = ()
-    """Tensors that hold one matrix for each expert of a mixture of experts, (E, O, I)."""
+    """Tensors that hold one matrix for each expert of a mixture of experts, (E, O, I) or (E, I, O)."""
 
     gates: frozenset[str] = frozenset()
     """Tensors of the gates that choose among the experts of a mixture of experts."""
@@ -65,6 +87,12 @@ class Structure(NamedTuple):
 
     towers: frozenset[str] = frozenset()
     """Tensors outside of the language model of a multimodal model: vision and audio encoders, projectors."""
+
+    @property
+    def unsplit(self) -> list[str]:
+        """Fused tensors whose matrices are not among ``layers``: their module is of a kind that is not wrapped."""
+        split = {layer.part.tensor for layer in self.layers if layer.part is not None}
+        return [name for name in self.fused if name not in split]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -83,8 +111,8 @@ def find_structure(model: nn.Module, tied: Container[str] = ()) -> Structure:
     """The repeated blocks of a model, every linear layer in them, and the embedding and ``lm_head`` outside.
 
     The blocks are the module list that holds the most parameters; of a multimodal model, within its language model.
-    What is no linear layer (norms, convolutions, states, fused experts) is in no list of layers, and neither is a
-    linear layer whose weight another block repeats.
+    What is no linear layer (norms, convolutions, states) is in no list of layers, and neither is a linear layer whose
+    weight another block repeats. Fused experts are as many linear layers as they have matrices.
 
     Args:
         model: any language model of transformers; may lie on the meta device.
@@ -109,6 +137,7 @@ def find_structure(model: nn.Module, tied: Container[str] = ()) -> Structure:
     ]
     gate_names = frozenset(f"{blocks}.{name}" for name in gates)
     layers = [layer for layer in linear if f"{layer.name}.weight" not in gate_names]
+    layers += [part for name in fused for part in _parts_of(modules, name, blocks)]
     if not layers:
         raise UnsupportedError(
             f"the blocks {blocks!r} of {type(model).__name__} have no linear layers that could be routed."
@@ -194,6 +223,31 @@ def _mixtures_of(modules: dict[str, nn.Module]) -> tuple[list[str], set[str]]:
         gates |= found
         fused += matrices.get(name, []) if found else []
     return fused, gates
+
+
+def _parts_of(modules: dict[str, nn.Module], name: str, blocks: str) -> Iterator[LinearLayer]:
+    """The matrices of one fused tensor; none where its module does not follow transformers' interface for experts.
+
+    Only there is it known which dimension is which, and that the module gets all tokens in their order.
+    """
+    owner, _, key = name.rpartition(".")
+    module = modules[owner]
+    if not follows_interface(module):
+        return
+    bias = f"{key}_bias" if getattr(module, f"{key}_bias", None) is not None else None
+    for number in range(len(getattr(module, key))):
+        part = FusedPart(f"{blocks}.{name}", number, None if bias is None else f"{blocks}.{owner}.{bias}")
+        yield LinearLayer(
+            f"{part.tensor}.{number}", int(name.split(".")[0]), bool(module.is_transposed), bias is not None, part
+        )
+
+
+def follows_interface(module: nn.Module) -> bool:
+    """Whether a module with fused experts is called as ``experts(tokens (N, H), expert ids (N, k), weights (N, k))``.
+
+    So are those with transformers' ``use_experts_implementation``, which notes the layout of their tensors.
+    """
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
 def _lies_in(name: str, parents: Iterable[str]) -> bool:
@@ -304,7 +358,8 @@ def select_layers(structure: Structure, target_modules: Iterable[str] | str | No
         names += [layer.name for layer in structure.outer]
     unmatched = [name for name in wanted if not _matches_any(structure, name) and not gates_named(structure, [name])]
     if unmatched or not wanted:
-        kinds = sorted({layer.name.split(".", structure.blocks.count(".") + 2)[-1] for layer in structure.layers})
+        known = {layer.name if layer.part is None else layer.part.tensor for layer in structure.layers}
+        kinds = sorted({name.split(".", structure.blocks.count(".") + 2)[-1] for name in known})
         outer = [layer.name.rpartition(".")[2] for layer in structure.outer]
         raise ConfigError(
             f"target_modules {unmatched} match no linear layer of the blocks {structure.blocks!r}; choose from "
@@ -314,7 +369,7 @@ def select_layers(structure: Structure, target_modules: Iterable[str] | str | No
     return [
         layer
         for layer in (*structure.layers, *structure.gate_layers, *structure.outer)
-        if (ALL_LINEAR in wanted and id(layer) in in_blocks) or any(_ends_with(layer.name, name) for name in names)
+        if (ALL_LINEAR in wanted and id(layer) in in_blocks) or any(_is_called(layer, name) for name in names)
     ]
 
 
@@ -335,14 +390,20 @@ def targets_in_blocks(structure: Structure, target_modules: list[str] | str | No
     outer = [layer.name for layer in structure.outer] + ([structure.tied_head] if structure.tied_head else [])
     if wanted is None or not any(_ends_with(name, target) for name in outer for target in wanted):
         return target_modules
-    inner = [layer.name for layer in (*structure.layers, *structure.gate_layers)]
-    return [target for target in wanted if target == ALL_LINEAR or any(_ends_with(name, target) for name in inner)]
+    inner = (*structure.layers, *structure.gate_layers)
+    return [target for target in wanted if target == ALL_LINEAR or any(_is_called(layer, target) for layer in inner)]
 
 
 def _matches_any(structure: Structure, name: str) -> bool:
-    known = [layer.name for layer in (*structure.layers, *structure.outer)]
-    known += [] if structure.tied_head is None else [structure.tied_head]
-    return name == ALL_LINEAR or any(_ends_with(other, name) for other in known)
+    is_head = structure.tied_head is not None and _ends_with(structure.tied_head, name)
+    layers = (*structure.layers, *structure.outer)
+    return name == ALL_LINEAR or is_head or any(_is_called(layer, name) for layer in layers)
+
+
+def _is_called(layer: LinearLayer, name: str) -> bool:
+    """Whether a target means a layer; all parts of a fused tensor by its name or by that of its module."""
+    names = [layer.name] if layer.part is None else [layer.name, layer.part.tensor, layer.part.module]
+    return any(_ends_with(other, name) for other in names)
 
 
 def _ends_with(name: str, suffix: str) -> bool:

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from mediator_peft import MediatorConfig, build_mediator, get_mediator_model, load_mediator
 from mediator_peft.errors import UnsupportedError
-from mediator_peft.structure import Structure, find_structure
+from mediator_peft.structure import LinearLayer, Structure, find_structure
 
 CAUSAL = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
@@ -189,6 +189,9 @@ def round_trip(model_type: str, folder: Path) -> Outcome:
                 difference = (model(PROMPT, expert_weights=name).logits - expert(PROMPT).logits).abs().max()
                 if not difference < 1e-3:
                     return Outcome("failing", f"{way}, {name}: logits differ by {difference:.1e}")
+            fault = _fault_of_mixed_batch(built, experts)
+            if fault is not None:
+                return Outcome("failing", fault)
             if all(torch.allclose(expert(PROMPT).logits, plain, atol=1e-2) for expert in experts.values()):
                 return Outcome("failing", "the experts give the base's logits: nothing was tried")
     except UnsupportedError as fault:
@@ -196,7 +199,7 @@ def round_trip(model_type: str, folder: Path) -> Outcome:
     except Exception as fault:
         return Outcome("failing", f"{type(fault).__name__}: {_first_line(fault)}")
     blocks = base.get_submodule(structure.blocks)
-    routed = sum(base.get_submodule(layer.name).weight.numel() for layer in structure.layers)
+    routed = sum(_tensors(base, layer)[0].numel() for layer in structure.layers)
     notes = tuple(note for note in report.notes if "mixture" in note or "outside of the language" in note)
     return Outcome("works", routed=routed / sum(value.numel() for value in blocks.parameters()), notes=notes)
 
@@ -206,11 +209,31 @@ def _tuned(base: PreTrainedModel, structure: Structure, seed: int) -> PreTrained
     model, generator = deepcopy(base), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in structure.layers:
-            module = model.get_submodule(layer.name)
-            for value in (module.weight, module.bias):
-                if value is not None:
-                    value += torch.randn(value.shape, generator=generator) * 0.1
+            for value in _tensors(model, layer):
+                value += torch.randn(value.shape, generator=generator) * 0.1
     return model
+
+
+def _tensors(model: PreTrainedModel, layer: LinearLayer) -> list[torch.Tensor]:
+    """Weight of a layer, and its bias if it has one."""
+    if layer.part is not None:
+        names = [name for name in (layer.part.tensor, layer.part.bias) if name is not None]
+        return [model.get_parameter(name)[layer.part.number] for name in names]
+    module = model.get_submodule(layer.name)
+    return [value for value in (module.weight, module.bias) if value is not None]
+
+
+def _fault_of_mixed_batch(model: Any, experts: Mapping[str, PreTrainedModel]) -> str | None:
+    """What is wrong with a batch whose rows have different experts; None where nothing is, or where it is refused."""
+    try:
+        logits = model(PROMPT, expert_weights=["math", "code"]).logits
+    except UnsupportedError:
+        return None
+    for row, name in enumerate(("math", "code")):
+        difference = (logits[row] - experts[name](PROMPT).logits[row]).abs().max()
+        if not difference < 1e-3:
+            return f"two experts in a batch, {name}: logits differ by {difference:.1e}"
+    return None
 
 
 def _first_line(fault: Exception) -> str:
@@ -225,10 +248,10 @@ Which causal language models of transformers {version} work. Written by `python 
 tiny random model of each type in the mapping of `AutoModelForCausalLM`, fine-tunes two experts of it at random, builds
 them with density 1 and `encoding="float"`, loads the output, and compares the logits of each named expert, and of the
 base, with the model's own (largest difference below 1e-3). The same is done with `get_mediator_model` around the loaded
-base, and with what that saves.
+base, with what that saves, and with a batch whose rows have different experts.
 
 - **works**: as said. *Routed* is the share of the blocks' parameters that gets deltas; all others are averaged
-  (convolutions, states, norms, and fused mixtures of experts).
+  (convolutions, states, norms, and mixtures of experts whose module has an interface of its own).
 - **refused**: `UnsupportedError`, with this reason.
 - **not tried**: no tiny model of it runs in transformers itself, or its own saved file gives other logits.
 
@@ -236,9 +259,9 @@ base, and with what that saves.
 
 Beyond this table:
 
-- **Mixtures of experts.** Fused expert matrices (E, O, I) are averaged and get no deltas (see the end). The gates that
-  choose among them stay the base's, since averaged gates choose other experts; name them in `target_modules` to merge
-  them. Attention and dense linear layers are routed as everywhere. The build's report says so.
+- **Mixtures of experts.** Each matrix of a fused tensor (E, O, I) is merged and routed as a linear layer (see the end).
+  The gates that choose among them stay the base's, since averaged gates choose other experts; name them in
+  `target_modules` to merge them. The build's report says so.
 - **Hybrids and state-space models.** Some (Mamba) compute with a layer's weight past the layer: there all prompts
   of a batch must have the same expert weights, anything else is refused.
 - **Models that read images or sound** (Gemma 3, Qwen-VL, ...): the language model is merged and routed. Encoders and
@@ -252,32 +275,37 @@ Beyond this table:
 """
 
 _TAIL = """
-## Deltas for fused mixtures of experts: a design, not built yet
+## Fused mixtures of experts
 
-Today a tensor (E, O, I) that holds the matrices of E experts is averaged, and the report says so. A fine-tune that
-changed them is then not restored when its expert is named. What is planned:
+A tensor `mlp.experts.gate_up_proj` (E, O, I) holds the matrices of E experts of a mixture. It is merged and routed as
+E linear layers.
 
-- **Merging.** The tensor is seen as E linear layers, `mlp.experts.gate_up_proj.0` and so on, each with a matrix (O, I)
-  of its own: threshold, sign consensus, density, conflict and size as for any linear layer. A view of the checkpoint
-  gives rows of the fused tensor under these names; the backbone's file gets them back as rows of one tensor. gpt-oss
-  keeps (E, I, O), which is read as `Conv1D` is, and has biases (E, O). Gates stay the base's, as today.
-- **Running.** A wrapper takes the place of the `experts` module. It holds one bank a matrix; each bank's weight is a
-  view of the fused parameter. Where all rows of a batch have one mix, it is written into these views and taken out
-  again, as in linear layers. Otherwise the wrapper runs the module once for each mix, over the tokens of its rows, by
-  `torch.func.functional_call` with the tensors `D + sum_k w_k S_k`. This is the dense fallback; it needs memory for one
-  copy of one block's experts.
-- **PEFT.** Its `target_parameters` wraps parameters in the same place, by a parametrization; that computes one weight
-  for a whole batch, so it has no room for rows with different mixes. Hence a wrapper of our own.
-
-What is in the way:
-
-- The `experts` module gets tokens without their rows, (B * T, H). With left or right padding the row of token i is
-  `i // T`, but some models drop or reorder tokens before, and a packed batch has no rows. Each family needs a test.
-- transformers chooses between several forward functions of such a module (eager, batched, grouped matrix products),
-  which read the parameters as attributes; the wrapper must be tested under each of them.
-- Everything that reads tensors by their names in the model (fingerprint, `verify`, `add_expert`, comparison with the
-  backbone's files, saving) has to see the views beside the fused tensors. The names are part of the adapter's format.
-- A view does not outlive `.to()`: the wrapper has to make its views anew after the parameter has moved.
+- **Which.** Modules that follow transformers' interface for experts (`use_experts_implementation`): they are called
+  with all tokens (N, H), the ids of their experts (N, k) and weights (N, k), and note the layout of their tensors.
+  (E, I, O) with biases (E, O), as in gpt-oss, is read as `Conv1D` is. Fused tensors of other modules (Llama 4, JetMoE,
+  DBRX) are averaged, and so are all of them where the merge method reads `merge_data`, which has numbers for whole
+  tensors. The build's report says which tensors have deltas, and why others have none.
+- **Merging.** Matrix `e` of `mlp.experts.gate_up_proj` is the layer `mlp.experts.gate_up_proj.<e>`, with a threshold,
+  sign consensus, density, conflict counts and size of its own. All of a tensor are meant by its name in
+  `target_modules` (`gate_up_proj`), all of a module by that of the module (`experts`). Files of the backbone hold the
+  fused tensor; the adapter has a delta for each matrix. Checkpoints with one matrix for each expert (Mixtral's
+  `block_sparse_moe.experts.0.w1`) are fused by transformers' conversion rules, one tensor at a time; of fused ones only
+  the rows at hand are read. Both give the same bytes.
+- **Gates** stay the base's, unless they are named in `target_modules`: averaged gates choose other experts. A fine-tune
+  that changed its gates is therefore not restored by naming it.
+- **Running.** A wrapper takes the place of the `experts` module; the weight of each layer is a view of the fused
+  tensor. Where all rows of a batch have one mix, it is written into the weights and taken out again, bit for bit.
+  Otherwise the module runs once for each mix, over the tokens of its rows, with `D + sum_k w_k S_k` in the place of its
+  tensors. Only matrices of experts that these tokens are sent to are formed. This is a dense path: it needs memory for
+  one more copy of a block's fused tensors, and forms the matrices anew at every step of a generation;
+  `cache_merged_experts` keeps them. It works under `eager`, `batched_mm` and `grouped_mm`; a test compares each with a
+  dense formula.
+- **PEFT.** Its `target_parameters` wraps such tensors by a parametrization, which gives one weight for a whole batch:
+  there is no room for rows with different mixes.
+- **Refused:** fused tensors that are quantised, offloaded or sharded; inputs that are not one entry a token, where rows
+  have different mixes; `convert_to_lora`.
+- **Not done:** checks for locked checkpoints, unusual distances and hints look at other layers only. Measured
+  statistics (`mediator-peft measure`) and searches treat a fused tensor as a whole.
 """
 
 
@@ -304,7 +332,7 @@ def write_document(outcomes: Mapping[str, Outcome]) -> None:
 
 def _remark(note: str) -> str:
     if "fused" in note:
-        return "fused experts averaged"
+        return "fused experts averaged" if "averaged" in note else "fused experts: deltas"
     return "gates from the base" if "gates" in note else "towers carried over"
 
 

@@ -9,13 +9,27 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import write_tiny_checkpoints
+
 PACKAGE = Path(__file__).parents[1] / "mediator_peft"
 
 # Parts of the package, in the order of the data: each may import from the parts above it, and from itself.
 ORDER = (
     *("errors", "tables", "data_files", "time_limit", "progress", "optional", "ranks", "structure", "registration"),
     "forking",
-    *("reference", "methods", "kernels", "routing", "registry", "config", "checkpoints", "bank", "merge", "tuner"),
+    *(
+        "reference",
+        "methods",
+        "kernels",
+        "routing",
+        "registry",
+        "config",
+        "presets",
+        "checkpoints",
+        "bank",
+        "merge",
+        "tuner",
+    ),
     *("evaluation", "demo", "study", "cli"),
 )
 # What starts the package: they import any part, and none imports them.
@@ -201,13 +215,17 @@ def test_importing_needs_no_extra():
 SLOW_TO_IMPORT = ("peft", "transformers", "datasets", "accelerate", "bitsandbytes", "numba")
 
 
-@pytest.mark.parametrize(
-    "code", ["import mediator_peft.cli.app", "from mediator_peft import build_mediator, plan_mediator"]
-)
-def test_building_needs_neither_peft_nor_transformers(code):
-    code += (
-        f"\nimport sys\nloaded = [name for name in {SLOW_TO_IMPORT} if name in sys.modules]\nassert not loaded, loaded"
-    )
+def test_building_needs_neither_peft_nor_transformers(tmp_path):
+    paths = write_tiny_checkpoints(tmp_path, names=["base", "math", "code"])
+    code = f"""
+import sys, mediator_peft.cli.app
+from mediator_peft import build_mediator, plan_mediator
+base, math, code = {[str(path) for path in paths.values()]!r}
+plan_mediator(base, {{"math": math, "code": code}})
+build_mediator(base, {{"math": math, "code": code}}, {str(tmp_path / "out")!r})
+loaded = [name for name in {SLOW_TO_IMPORT} if name in sys.modules]
+assert not loaded, loaded
+"""
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -68,9 +68,13 @@ class BackboneFiles:
         self.write_rows(name, 0, tensor)
 
     def write_rows(self, name: str, start: int, rows: Tensor) -> None:
-        """Write rows of a tensor, the first of them being row ``start``."""
+        """Write rows of a tensor, the first of them being row ``start``.
+
+        A row is what the rows at hand say: of (E, O, I) it is a matrix where they are (r, O, I), or a row of a matrix,
+        counted over all of them, where they are (r, I).
+        """
         path, place = self._places[name]
-        row_bytes = place.num_bytes // max(1, place.shape[0] if place.shape else 1)
+        row_bytes = prod(rows.shape[1:]) * rows.element_size()
         data = rows.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
         write_from(self._open(path), data.data, place.offset + start * row_bytes)
 

@@ -42,6 +42,11 @@ class Checkpoint(ABC):
     """Where its configuration and tokenizer lie; None for a model in memory."""
 
     @property
+    def whole(self) -> Checkpoint:
+        """The checkpoint with the tensors that the model has, where this one shows parts of them; else itself."""
+        return self
+
+    @property
     def raw_config(self) -> Mapping[str, Any]:
         """What its ``config.json`` says, word for word; empty for a model in memory."""
         return {}
@@ -75,6 +80,13 @@ class Checkpoint(ABC):
     def read_groups(self, name: str, groups: Sequence[tuple[int, int]]) -> Tensor:
         """Rows of one tensor from several places, (start, stop) each, one below the other. Not to be kept."""
         return torch.cat([self.read_rows(name, start, stop).clone() for start, stop in groups])
+
+    def read_part(self, name: str, number: int, groups: Sequence[tuple[int, int]]) -> Tensor | None:
+        """Groups of rows of one matrix of a tensor (E, O, I), without reading more: (rows, I). Not to be kept.
+
+        None where it cannot be read so.
+        """
+        return None
 
     def read(self, name: str) -> Tensor:
         """One whole tensor, on the CPU, in its own dtype."""

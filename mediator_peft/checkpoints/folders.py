@@ -271,9 +271,20 @@ class FolderCheckpoint(Checkpoint):
         return self.read_groups(name, [(start, stop)])
 
     def read_groups(self, name: str, groups: Sequence[tuple[int, int]]) -> Tensor:
+        stored = self._stored[name][1]
+        return self._read_groups(name, groups, stored.shape or (1,))
+
+    def read_part(self, name: str, number: int, groups: Sequence[tuple[int, int]]) -> Tensor | None:
+        num_parts, height, *rest = self._stored[name][1].shape
+        first = number * height
+        rows = [(first + start, first + stop) for start, stop in groups]
+        return self._read_groups(name, rows, (num_parts * height, *rest))
+
+    def _read_groups(self, name: str, groups: Sequence[tuple[int, int]], shape: tuple[int, ...]) -> Tensor:
+        """Groups of rows of a tensor that is seen with some shape."""
         path, stored = self._stored[name]
         num_rows = sum(stop - start for start, stop in groups)
-        row_bytes = stored.num_bytes // max(1, stored.shape[0] if stored.shape else 1)
+        row_bytes = stored.num_bytes // max(1, shape[0])
         size = row_bytes * num_rows
         if self._buffer.size < size:
             self._buffer = np.empty(size, np.uint8)
@@ -284,7 +295,7 @@ class FolderCheckpoint(Checkpoint):
             end = place + row_bytes * (stop - start)
             read_into(descriptor, view[place:end], stored.offset + start * row_bytes)
             place = end
-        return torch.from_numpy(buffer).view(DTYPES[stored.dtype]).reshape(num_rows, *stored.shape[1:])
+        return torch.from_numpy(buffer).view(DTYPES[stored.dtype]).reshape(num_rows, *shape[1:])
 
     def _open(self, path: Path) -> int:
         if path not in self._descriptors:
@@ -337,3 +348,6 @@ class PickleCheckpoint(FolderCheckpoint):
 
     def read_groups(self, name: str, groups: Sequence[tuple[int, int]]) -> Tensor:
         return Checkpoint.read_groups(self, name, groups)
+
+    def read_part(self, name: str, number: int, groups: Sequence[tuple[int, int]]) -> Tensor | None:
+        return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -323,6 +323,10 @@ class LoraCheckpoint(Checkpoint):
         if bias is not None:
             return (rows.float() + bias[start:stop]).to(rows.dtype)
         return rows
+
+    def read_part(self, name: str, number: int, groups: Sequence[tuple[int, int]]) -> Tensor | None:
+        is_changed = any(name in changes for changes in (self._replaced, self._factors, self._added))
+        return None if is_changed else self._bound().read_part(name, number, groups)
 
 
 def _number_faults(settings: Mapping[str, Any]) -> Iterator[str]:

@@ -109,6 +109,12 @@ class NamedCheckpoint(Checkpoint):
         tensor = tensor.reshape(1) if tensor.ndim == 0 else tensor
         return torch.cat([tensor[start:stop] for start, stop in groups])
 
+    def read_part(self, name: str, number: int, groups: Sequence[tuple[int, int]]) -> Tensor | None:
+        if name not in self._names:
+            return None
+        self._held = ("", {})
+        return self.stored.read_part(self._names[name], number, groups)
+
     def _converted(self, name: str) -> Tensor:
         """One tensor that is made from others; all that come of the same tensors are held until another is read."""
         conversion = self._conversions[name]

@@ -115,6 +115,10 @@ class MeanCheckpoint(Checkpoint):
         return self.members[0].tensors
 
     @property
+    def whole(self) -> Checkpoint:
+        return MeanCheckpoint([member.whole for member in self.members])
+
+    @property
     def raw_config(self) -> Mapping[str, Any]:
         return self.members[0].raw_config
 

@@ -126,6 +126,33 @@ def known_outline(settings: Mapping[str, Any]) -> Outline:
     return Outline(decoder.class_name, structure, frozenset(names), tied)
 
 
+class Widths(NamedTuple):
+    """Of one token in a model."""
+
+    hidden: int
+    """Of the residual stream."""
+
+    head: int | None
+    """Of one head; None where the configuration does not say it, or it differs from layer to layer."""
+
+
+def widths_of(checkpoint: Checkpoint) -> Widths:
+    """Width of the residual stream and of a head, from ``config.json`` alone for what is known by heart."""
+    settings = checkpoint.raw_config
+    if is_known(settings):
+        hidden, heads, head = (settings.get(key) for key in ("hidden_size", "num_attention_heads", "head_dim"))
+        is_said = type(head) is int or (head is None and settings["model_type"] != "qwen3")  # 128 by default there
+        if is_said and type(hidden) is int and type(heads) is int and heads > 0:
+            return Widths(hidden, head or hidden // heads)
+    text = checkpoint.config.get_text_config()
+    try:
+        size = getattr(text, "head_dim", None)
+    except RuntimeError:  # it differs from layer to layer
+        return Widths(text.hidden_size, None)
+    heads = getattr(text, "num_attention_heads", None)
+    return Widths(text.hidden_size, size or (text.hidden_size // heads if heads else None))
+
+
 def outline_like(model: Any) -> Outline:
     """The outline of a model in memory, whatever wraps its layers: that of a fresh one of its class."""
     with torch.device("meta"):

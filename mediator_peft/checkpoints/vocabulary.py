@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,9 @@ class AlignedCheckpoint(Checkpoint):
         for first, last, place in _runs(self._rows[start:stop]):
             result[place : place + last - first] = self._expert.read_rows(name, first, last)
         return result
+
+    def read_part(self, name: str, number: int, groups: Sequence[tuple[int, int]]) -> Tensor | None:
+        return None if name in self._names else self._expert.read_part(name, number, groups)
 
 
 def _runs(rows: Tensor) -> list[tuple[int, int, int]]:

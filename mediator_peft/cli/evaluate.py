@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial as bind
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,7 +47,10 @@ def evaluate(
         ),
     ] = None,
     match: Annotated[
-        str, typer.Option(help="How answers are compared where a line does not say: exact, contains or last_number.")
+        str,
+        typer.Option(
+            help="How answers are compared where a line does not say: exact, contains, last_number, refuse or comply."
+        ),
     ] = "exact",
     max_new_tokens: Annotated[
         int | None,
@@ -64,9 +68,11 @@ def evaluate(
     baseline: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=CHECKPOINT",
+            metavar="NAME=CHECKPOINT|NAME[@ROUTE]",
             help="Another model that answers the same items; repeatable. One named like a task is what that task's "
-            "share kept is measured by; one named base is what forgetting is measured by.",
+            "share kept is measured by; one named base is what forgetting is measured by. Without CHECKPOINT: a merge "
+            "method, or experts, emr, tall, bitdelta, delta-come, t-switch or twin, made from the experts that OUT "
+            "was built from; ROUTE chooses the expert: named (default), router (of OUT) or random.",
             show_default=False,
         ),
     ] = None,
@@ -101,14 +107,18 @@ def evaluate(
     """
     if (data is None) == (lm_eval is None):
         raise typer.BadParameter("give --data for JSONL tasks, or --lm-eval for tasks of lm-evaluation-harness.")
-    plain = parse_pairs(baseline or [], "--baseline")
+    plain = parse_pairs([text for text in baseline or [] if "=" in text], "--baseline")
+    by_name = [text for text in baseline or [] if "=" not in text]
     if lm_eval is not None:
+        if by_name:
+            raise typer.BadParameter(f"with --lm-eval, give a checkpoint: --baseline {by_name[0]}=CHECKPOINT.")
         from .evaluate_harness import evaluate_harness
 
         options = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size, "use_template": not raw}
         how = (dtype, device, quantize)
         evaluate_harness(out, lm_eval.split(","), include_path, plain, how, only_routed, report, as_json, options)
         return
+    from ..evaluation.baselines import PublishedSystems, check_names
     from ..evaluation.comparison import compare, kept_table, runtime_of
     from ..evaluation.prompts import read_task
     from ..evaluation.report import EvaluationReport, accuracy_table, loss_table, routing_table
@@ -119,6 +129,7 @@ def evaluate(
 
     files = parse_pairs(data or [], "--data")
     check_match(match)
+    check_names(by_name)
     if report is not None:
         check_folder(report, "--report")
     # Read before the model is loaded, so that faults are reported at once.
@@ -129,10 +140,13 @@ def evaluate(
     shared: dict[str, Any] = {"batch_size": batch_size, "use_template": not raw}
     store = None if report is None else _store(report, tasks, out, [dtype, quantize, not raw])
     # The cheap part first: it fails at once where the router has not been fitted.
-    result.routing, _ = score_routing(model, tokenizer, tasks, **shared, progress=bar_progress, ranks=Ranks())
+    result.routing, routes = score_routing(model, tokenizer, tasks, **shared, progress=bar_progress, ranks=Ranks())
     for name, path in plain.items():
         depends = checkpoint_identity(path)
         _once(result, store, name, depends, lambda path=path: load_plain(Path(path), dtype, device), tasks, shared)
+    published = PublishedSystems(model.peft_config[model.active_adapter], _loader(dtype, device))
+    for text in by_name:
+        _score_published(result, store, text, published, routes, shared)
     _score(result, model, tokenizer, only_routed, shared, store)
     result.extra["comparison"] = compare(result, plain, runtime_of(out))
     if report is not None:
@@ -150,6 +164,30 @@ def evaluate(
         target.print(routing_table(result.routing, title="Where prompts were routed"))
         if result.routing.overall is not None:
             target.print(f"routing accuracy: {result.routing.overall:.1%}")
+
+
+def _loader(dtype: str, device: str) -> Callable[[str], tuple[Any, Any]]:
+    """Path → plain model and tokenizer."""
+    return lambda path: load_plain(Path(path), dtype, device)
+
+
+def _score_published(
+    result: Any, store: ScoreStore | None, text: str, published: Any, routes: Any, scoring: dict[str, Any]
+) -> None:
+    """Add a baseline that is made from the experts: scores of a run that was stopped, or new ones."""
+    from ..progress import bar_progress
+    from ..ranks import Ranks
+
+    found = None if store is None else Ranks().first(lambda: store.find(text))
+    if found is None:
+        options = {"progress": bar_progress, "ranks": Ranks(), **scoring}
+        found = published.score(text, result.tasks, routes, **options)
+        if store is not None:
+            Ranks().first(bind(store.keep, found))
+    result.systems.append(found)
+    size = published.num_bytes(text)
+    if size is not None:
+        result.extra.setdefault("baseline_bytes", {})[text] = size
 
 
 def _store(report: Path, tasks: Any, out: Path, settings: list[Any]) -> ScoreStore:

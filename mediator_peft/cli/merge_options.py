@@ -13,6 +13,8 @@ import typer
 
 from ..config import MediatorSettings
 from ..data_files import MalformedJsonError, parse_json
+from ..presets import PRESETS, preset_settings
+from ..tables import unknown_name
 from .common import MOST_WORKERS, parse_pairs
 
 HOW_TO_MERGE = "How to merge"
@@ -31,6 +33,10 @@ def _setting(text: str) -> Any:
 Base = Annotated[str, typer.Option(help="Base model: a folder or a hub id, org/model@revision.", show_default=False)]
 Expert = Annotated[
     list[str], typer.Option(metavar="NAME=PATH", help="A fine-tuned expert; repeatable.", show_default=False)
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="A published system as a configuration: twin or t-switch. Other options take precedence."),
 ]
 MergeMethod = Annotated[
     str,
@@ -113,6 +119,7 @@ AllowDistant = Annotated[bool, typer.Option(help="Build although an expert is to
 MERGE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "base": (Base, Parameter.empty),
     "expert": (Expert, Parameter.empty),
+    "preset": (Preset, None),
     "merge_method": (MergeMethod, DEFAULTS.merge_method),
     "merge_parameter": (MergeParameter, None),
     "merge_data": (MergeData, None),
@@ -195,7 +202,20 @@ def merge_settings(ctx: typer.Context) -> MediatorSettings:
         settings["merge_parameters"] = parse_parameters(settings["merge_parameters"])
     if "depth_scaling" in settings:
         settings["depth_scaling"] = parse_depth_scaling(settings["depth_scaling"])
-    return MediatorSettings(**{**_planned(ctx.params["plan_file"]), **settings})
+    preset = _preset(ctx.params["preset"], ctx.params["base"])
+    return MediatorSettings(**{**preset, **_planned(ctx.params["plan_file"]), **settings})
+
+
+def _preset(name: str | None, base: str) -> dict[str, Any]:
+    """Settings of a preset for this base; none without one."""
+    if name is None:
+        return {}
+    if name not in PRESETS:
+        raise typer.BadParameter(unknown_name(name, PRESETS, "preset"), param_hint="--preset")
+    from ..checkpoints.opening import open_checkpoint
+
+    config = open_checkpoint(base, "base").config
+    return preset_settings(name, int(config.get_text_config().hidden_size))
 
 
 def _is_typed(ctx: typer.Context, name: str) -> bool:

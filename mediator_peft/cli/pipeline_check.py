@@ -126,6 +126,8 @@ def _evaluation_faults(section: EvalSection) -> list[str]:
     _check_machine(faults, "eval", section)
     for name, path in section.data.items():
         _collect(faults, f"eval.data.{name}", lambda path=path: read_task(path, how))  # type: ignore[misc]
+    if section.include_path is not None and not Path(section.include_path).is_dir():
+        faults.append(f"eval.include_path: no folder {section.include_path!r}")
     if section.report is not None:
         report = Path(section.report)
         _collect(faults, "eval.report", lambda: check_folder(report, "the report"))

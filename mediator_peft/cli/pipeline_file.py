@@ -22,7 +22,14 @@ _SECTIONS = ("build", "calibrate", "eval")
 _MOST = {"batch_size": MOST_ROWS, "max_new_tokens": MOST_TOKENS, "workers": MOST_WORKERS}
 """Key → the most that it may be; the least is 1."""
 
-_PATHS = ("build.output", "build.plan", "build.config.merge_data", "calibrate.answered", "eval.report")
+_PATHS = (
+    "build.output",
+    "build.plan",
+    "build.config.merge_data",
+    "calibrate.answered",
+    "eval.report",
+    "eval.include_path",
+)
 
 
 @dataclass
@@ -69,6 +76,15 @@ class EvalSection:
     data: dict[str, str] = field(default_factory=dict)
     """Task → file of prompts and answers; a task named like an expert is that expert's task."""
 
+    baselines: dict[str, str] = field(default_factory=dict)
+    """Name → checkpoint that answers the same items."""
+
+    lm_eval: str | None = None
+    """Tasks of lm-evaluation-harness, separated by commas, in place of data."""
+
+    include_path: str | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
     match: str = "exact"
     max_new_tokens: int | None = None
     report: str | None = None
@@ -146,6 +162,11 @@ def read_pipeline(path: str | os.PathLike[str], overrides: Mapping[str, Any] | N
         pipeline.eval = EvalSection(**content["eval"])
         if pipeline.eval.report is not None:
             pipeline.eval.report = str(folder / Path(pipeline.eval.report).expanduser())
+        if pipeline.eval.include_path is not None:
+            pipeline.eval.include_path = str(folder / Path(pipeline.eval.include_path).expanduser())
+        pipeline.eval.baselines = {
+            name: _local(source, folder) or "" for name, source in pipeline.eval.baselines.items()
+        }
     for section in (pipeline.calibrate, pipeline.eval):
         if section is not None:
             section.data = {key: _local(source, folder) or "" for key, source in section.data.items()}
@@ -201,7 +222,9 @@ def _faults(content: Mapping[str, Any]) -> list[str]:
         section = content.get(name)
         if isinstance(section, dict):
             faults += _section_faults(name, section, form)
-            if not section.get("data"):
+            if name == "eval" and section.get("lm_eval"):
+                faults += ["eval: give either data or lm_eval"] if section.get("data") else []
+            elif not section.get("data"):
                 faults.append(f"{name}.data is missing")
         elif section is not None:
             faults.append(f"{name} must be a section with data:, got {short(section)}")
@@ -233,6 +256,9 @@ def _section_faults(name: str, section: Mapping[str, Any], form: type) -> list[s
         elif item.type == "dict[str, str]":
             odd = {inner: path for inner, path in value.items() if not (isinstance(path, str) and path)}
             faults += [f"{name}.{key}.{inner} must be a path, got {short(path)}" for inner, path in odd.items()]
+        elif key in ("limit", "num_fewshot"):
+            if isinstance(value, bool) or not isinstance(value, int) or value < (key == "limit"):
+                faults.append(f"{name}.{key} must be a whole number, got {short(value)}")
         elif item.type in ("str", "str | None") and not isinstance(value, str):
             faults.append(f"{name}.{key} must be text, got {short(value)}")
         elif key in _MOST:

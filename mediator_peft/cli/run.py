@@ -72,8 +72,11 @@ def run(
         from .evaluate import evaluate
 
         options = asdict(pipeline.eval)
-        options["report"] = None if options["report"] is None else Path(options["report"])
-        evaluate(output, **{**options, "data": _pairs(options["data"])}, as_json=as_json)
+        for name in ("report", "include_path"):
+            options[name] = None if options[name] is None else Path(options[name])
+        options["data"] = _pairs(options["data"]) if options["lm_eval"] is None else None
+        options["baseline"] = _pairs(options.pop("baselines"))
+        evaluate(output, **options, as_json=as_json)
         Ranks().first(lambda: _keep(pipeline, ["eval"], output))
     elif as_json:
         print_json(done)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from .tasks import Item
 
@@ -29,11 +30,13 @@ def main(job_file: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(job["base"])
     model = AutoModelForCausalLM.from_pretrained(job["base"], dtype=torch.float32).to(job["device"])
 
+    saved: Any = model
     if job.get("lora_rank"):
-        from peft import LoraConfig
+        from peft import LoraConfig, get_peft_model
 
         rank = job["lora_rank"]
-        model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        saved = get_peft_model(model, lora)  # puts its layers into the model, which is what is trained
 
     def tell(step: int, loss: float) -> None:
         print(json.dumps({"step": step, "loss": loss}), flush=True)
@@ -49,7 +52,7 @@ def main(job_file: str) -> None:
         on_step=tell,
     )
     with new_folder(Path(job["output"])) as folder:
-        model.bfloat16().save_pretrained(folder)
+        saved.bfloat16().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         give_usual_mode(folder)
         (folder / "losses.json").write_text(json.dumps(losses), encoding="utf-8")

@@ -55,7 +55,8 @@ class _OfInputs(Statistic):
 
     def __init__(self, model: PreTrainedModel, structure: Structure, seed: int) -> None:
         super().__init__(model, structure, seed)
-        layers = (*structure.layers, *structure.gate_layers)
+        # Fused experts read their inputs within one module.
+        layers = [layer for layer in (*structure.layers, *structure.gate_layers) if layer.part is None]
         self.layers = {f"{layer.name}.weight": model.get_submodule(layer.name) for layer in layers}
         self.widths = {
             f"{layer.name}.weight": _width(model.get_submodule(layer.name), layer.is_transposed) for layer in layers

@@ -236,9 +236,14 @@ def _judge(task: EvalTask, outputs: Sequence[str], losses: Sequence[float], seco
         )
         for index, (item, output) in enumerate(zip(task.items, outputs, strict=True))
     ]
-    num_right = sum(item.is_right for item in answered)
+    return task_score(answered, seconds)
+
+
+def task_score(answered: Sequence[AnsweredItem], seconds: float) -> TaskScore:
+    """The score of judged answers."""
+    losses = [item.loss for item in answered if item.loss is not None]
     mean_loss = sum(losses) / len(losses) if losses else None
-    return TaskScore(num_right, len(answered), mean_loss, seconds, answered)
+    return TaskScore(sum(item.is_right for item in answered), len(answered), mean_loss, seconds, answered)
 
 
 def score_routing(

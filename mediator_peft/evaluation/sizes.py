@@ -215,10 +215,19 @@ def _backbone_shapes(folder: Path) -> dict[str, TensorHeader]:
 
 
 def _routed_parameters(modules: Iterable[str], shapes: dict[str, TensorHeader], report: dict[str, Any]) -> int | None:
-    names = [f"{module}.weight" for module in modules]
-    if shapes and all(name in shapes for name in names):
-        return sum(prod(shapes[name].shape) for name in names)
+    sizes = [_entries(module, shapes) for module in modules]
+    known = [size for size in sizes if size is not None]
+    if shapes and len(known) == len(sizes):
+        return sum(known)
     return report.get("routed_parameters")
+
+
+def _entries(module: str, shapes: dict[str, TensorHeader]) -> int | None:
+    """Of one matrix, which may be one of a fused tensor (E, O, I); None where the files do not have it."""
+    if f"{module}.weight" in shapes:
+        return prod(shapes[f"{module}.weight"].shape)
+    fused = shapes.get(module.rpartition(".")[0])
+    return prod(fused.shape[1:]) if fused is not None and len(fused.shape) == 3 else None
 
 
 def format_bytes(size: int | None) -> str:

@@ -78,7 +78,8 @@ def shared_out(merge: Merge, scores: Sequence[float] | None = None) -> Merge:
 
     level = wanted if config.budget is None else _fitting_level(merge, at)
     merge = at(level)
-    kept = sum(delta.entries * merge.task(delta.task.name).density_of(delta.column) for delta in deltas)
+    tasks = {task.name: task for task in merge.tasks}
+    kept = sum(delta.entries * tasks[delta.task.name].density_of(delta.column) for delta in deltas)
     return replace(merge, density=min(1.0, kept / total))
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from ..structure import OUTSIDE, gates_named, select_layers, targets_in_blocks
 from .always_on import always_deltas, always_rows
 from .block_plan import BlockPlan, check_block_numbers, choose_blocks
 from .budget import shared_out
-from .compatibility import Job
+from .compatibility import Job, split_job
 from .journal import Finished, finished
 from .merge_job import Merge
 from .model_method import method_for
@@ -55,7 +56,10 @@ def plan_merge(job: Job, config: MediatorSettings, plan: Sequence[BlockPlan] | N
             not at hand, or its data cannot be used.
     """
     require_experts(config)
+    if _is_split(config):
+        job = split_job(job)
     layers = {layer.name: layer for layer in select_layers(job.structure, config.target_modules)}
+    layers = {name: layer for name, layer in layers.items() if layer.part is None or f"{name}.weight" in job.parts}
     if isinstance(config.routed_layers, (list, tuple)):
         check_block_numbers(config.routed_layers, job.structure.num_blocks)
     if isinstance(config.router_layer, int) and config.router_layer > job.structure.num_blocks:
@@ -91,6 +95,11 @@ def plan_merge(job: Job, config: MediatorSettings, plan: Sequence[BlockPlan] | N
     return Merge(job, config, tasks, blocks, plan, method, frozenset(sampled_names(job.parameters)))
 
 
+def _is_split(config: MediatorSettings) -> bool:
+    """Whether fused experts are merged matrix by matrix: what is measured of them is measured of whole tensors."""
+    return MERGE_METHODS[config.merge_method].open_data is None or config.merge_data is None
+
+
 def _block_densities(
     config: MediatorSettings, num_blocks: int, plan: Sequence[BlockPlan] | None
 ) -> dict[int, float | None]:
@@ -116,12 +125,14 @@ def merge_in_memory(
     started = time.perf_counter()
     with single_thread():
         merge = shared_out(plan_merge(job, config))
-        merge = replace(merge, method=merge.method.prepared(job))
-    backbone = {name: torch.empty(job.base.tensors[name].shape, dtype=job.dtype) for name in job.names}
+        merge = replace(merge, method=merge.method.prepared(merge.job))
+    job = merge.job
+    backbone = {name: torch.empty(shape, dtype=job.dtype) for name, shape in job.stored.items()}
 
     def write(name: str, start: int, rows: Tensor) -> None:
-        target = backbone[name].reshape(-1, *rows.shape[1:])
-        target[start : start + len(rows)] = rows
+        target = backbone[job.stored_name(name)].reshape(-1, *rows.shape[1:])
+        first = job.stored_row(name, start)
+        target[first : first + len(rows)] = rows
 
     work = TensorWork(job.base, job.experts, config, job.dtype, write, merge.method)
     bank, done = Bank(), []
@@ -134,7 +145,8 @@ def merge_in_memory(
             names = [name for name in (task.name, task.bias) if name in merge.sampled]
             done.append(finished(result, {name: sample(backbone[name]) for name in names if name is not None}))
             advance()
-    built, report = conclude(merge, done)
+    samples = {name: sample(backbone[name]) for name in merge.sampled_fused}
+    built, report = conclude(merge, done, samples)
     bank.deltas = {name: bank.deltas[name] for name in built.routed_modules or []}
     report.seconds = time.perf_counter() - started
     return bank, backbone, built, report
@@ -151,12 +163,15 @@ def single_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def conclude(merge: Merge, done: Sequence[Finished]) -> tuple[MediatorSettings, BuildReport]:
+def conclude(
+    merge: Merge, done: Sequence[Finished], samples: Mapping[str, dict[str, Any]]
+) -> tuple[MediatorSettings, BuildReport]:
     """Decide which blocks are routed and sum up, once every tensor is finished.
 
     Args:
         merge: the work.
         done: what each of its tasks became, in their order.
+        samples: for the fingerprint, of ``merge.sampled_fused``.
     """
     job, config = merge.job, merge.config
     num_blocks = job.structure.num_blocks
@@ -173,7 +188,7 @@ def conclude(merge: Merge, done: Sequence[Finished]) -> tuple[MediatorSettings, 
         if task.density is not None and _is_routed(merge, task, info, routed)
     ]
     carried = {name for name, _ in in_bank}
-    samples = {name: value for info in done for name, value in info.samples.items()}
+    samples = {**samples, **{name: value for info in done for name, value in info.samples.items()}}
     settings = {item.name: getattr(config, item.name) for item in fields(config)}
     settings.update(
         expert_names=list(config.experts),
@@ -283,13 +298,8 @@ def input_notes(merge: Merge) -> list[str]:
 
 def _structure_notes(merge: Merge) -> list[str]:
     """What becomes of the tensors of a mixture of experts, and of those outside of the language model."""
-    structure, notes = merge.job.structure, []
+    notes = [*_fused_notes(merge)]
     origins = [task.origin for task in merge.tasks]
-    if structure.fused:
-        notes.append(
-            f"{len(structure.fused)} fused tensors of the mixture of experts ({structure.fused[0]}, ...) are averaged "
-            "and get no deltas: every prompt gets the average there"
-        )
     if BASE in origins:
         notes.append(
             f"{origins.count(BASE)} tensors of the mixture of experts' gates are the base's, since averaged gates "
@@ -298,6 +308,35 @@ def _structure_notes(merge: Merge) -> list[str]:
     if CARRIED in origins:
         notes.append(f"{origins.count(CARRIED)} tensors outside of the language model are the base's: equal in all")
     return notes
+
+
+def _fused_notes(merge: Merge) -> Iterator[str]:
+    """Which fused tensors of mixtures of experts are merged matrix by matrix, and why others are not."""
+    structure, parts = merge.job.structure, merge.job.parts
+    fused = set(structure.fused)
+    with_deltas = {
+        parts[task.name].tensor for task in merge.tasks if task.density is not None and task.name in parts
+    } & fused  # fmt: skip
+    split = {part.tensor for part in parts.values()} & fused
+    if with_deltas:
+        number = sum(task.density is not None and merge.job.stored_name(task.name) in fused for task in merge.tasks)
+        yield (
+            f"{len(with_deltas)} fused tensors of the mixture of experts ({min(with_deltas)}, ...) are merged as "
+            f"{number} linear layers, each with deltas where its block is routed"
+        )
+    reasons = {
+        "they are not named in target_modules, or their blocks are not to be routed": split - with_deltas,
+        "their module has another interface than transformers' use_experts_implementation": set(structure.unsplit),
+        f"merge_method {merge.config.merge_method!r} reads merge_data, which has numbers for whole tensors": (
+            fused - split - set(structure.unsplit)
+        ),
+    }
+    for reason, names in reasons.items():
+        if names:
+            yield (
+                f"{len(names)} fused tensors of the mixture of experts ({min(names)}, ...) are averaged and get no "
+                f"deltas ({reason}): every prompt gets the average there"
+            )
 
 
 def peak_memory() -> int:

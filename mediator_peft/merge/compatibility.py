@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..checkpoints.checkpoint import Checkpoint, TensorInfo
+from ..checkpoints.fused_parts import Part, parts_of, split_checkpoint
 from ..checkpoints.lora import LoraCheckpoint
 from ..checkpoints.name_mapping import named_as_in_model
 from ..checkpoints.opening import MeanCheckpoint
@@ -43,6 +44,25 @@ class Job(NamedTuple):
     always: Mapping[str, Any] = {}
     """Name → always-on delta (``AlwaysOn``) that every prompt gets."""
 
+    parts: Mapping[str, Part] = {}
+    """Those of the names that are parts of fused tensors → where these lie; see :func:`split_job`."""
+
+    @property
+    def stored(self) -> dict[str, tuple[int, ...]]:
+        """Tensors of the backbone's files → shape: the names, with fused tensors in the place of their parts."""
+        tensors = self.base.whole.tensors
+        return {name: tensors[name].shape for name in dict.fromkeys(map(self.stored_name, self.names))}
+
+    def stored_name(self, name: str) -> str:
+        """The tensor of the backbone's files that holds a tensor to merge."""
+        return self.parts[name].tensor if name in self.parts else name
+
+    def stored_row(self, name: str, row: int) -> int:
+        """Where a row of a tensor to merge lies, counted in such rows, in the tensor that holds it."""
+        if name not in self.parts:
+            return row
+        return self.parts[name].number * self.base.tensors[name].shape[0] + row
+
 
 def check_job(base: Checkpoint, experts: Mapping[str, Checkpoint], may_untie: bool = False) -> Job:
     """Compare base and experts by their headers alone.
@@ -65,6 +85,30 @@ def check_job(base: Checkpoint, experts: Mapping[str, Checkpoint], may_untie: bo
             "experts to one vocabulary."
         )
     return job
+
+
+def split_job(job: Job) -> Job:
+    """The job with each matrix of fused experts as a tensor of its own, as far as they can get deltas.
+
+    Each is then merged as a linear layer is: its own threshold, sign consensus, density and conflict.
+    """
+    parts = {name: part for name, part in parts_of(job.structure.layers).items() if part.tensor in job.base.tensors}
+    if not parts or job.parts:
+        return job
+    fused = {part.tensor for part in parts.values()}
+    always = {
+        name: entry._replace(
+            checkpoint=split_checkpoint(entry.checkpoint, parts), reference=split_checkpoint(entry.reference, parts)
+        )
+        for name, entry in job.always.items()
+    }
+    return job._replace(
+        base=split_checkpoint(job.base, parts),
+        experts={name: split_checkpoint(expert, parts) for name, expert in job.experts.items()},
+        names=[name for name in job.names if name not in fused] + list(parts),
+        always=always,
+        parts=parts,
+    )
 
 
 def examine_job(base: Checkpoint, experts: Mapping[str, Checkpoint], may_untie: bool = False) -> tuple[Job, list[str]]:

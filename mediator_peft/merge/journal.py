@@ -22,6 +22,9 @@ from .tensor_work import TensorResult
 _DTYPES = {**DTYPES, "U8": torch.uint8}
 _META = "mediator"
 
+_MOST_FILES = 200
+"""Files of tensors that are open at the same time."""
+
 
 @dataclass
 class Finished:
@@ -123,10 +126,17 @@ def _join(sources: Mapping[str, tuple[Path, Stored]], target: Path) -> None:
             for name in sorted(sources, key=lambda name: places[name].offset):
                 path, stored = sources[name]
                 if path not in descriptors:
+                    # A mixture of experts has more matrices than a process may have files.
+                    if len(descriptors) >= _MOST_FILES:
+                        _close_all(descriptors)
                     descriptors[path] = os.open(path, os.O_RDONLY)
                 buffer = bytearray(stored.num_bytes)
                 read_into(descriptors[path], memoryview(buffer), stored.offset)
                 file.write(buffer)
     finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
+        _close_all(descriptors)
+
+
+def _close_all(descriptors: dict[Path, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.opening import MeanCheckpoint
+from ..checkpoints.tensor_inventory import widths_of
 from ..errors import CheckpointMismatchError
 from ..structure import LinearLayer
 from .compatibility import Job
@@ -248,18 +249,12 @@ def _head_size(job: Job, norms: Iterable[str]) -> int | None:
     """Width of a head, from its norms where it has some; None where the configuration does not say it."""
     for name in norms:
         return prod(job.base.tensors[name].shape)
-    text = job.base.config.get_text_config()
-    try:
-        size = getattr(text, "head_dim", None)
-    except RuntimeError:  # it differs from layer to layer
-        return None
-    heads = getattr(text, "num_attention_heads", None)
-    return size or (text.hidden_size // heads if heads else None)
+    return widths_of(job.base).head
 
 
 def _norms(job: Job) -> list[_Norm]:
     """Every vector that may scale the residual stream, with the matrices of its block that read the stream."""
-    structure, width = job.structure, job.base.config.get_text_config().hidden_size
+    structure, width = job.structure, widths_of(job.base).hidden
     of_layers = {f"{layer.name}.weight" for layer in (*structure.layers, *structure.outer)}
     readers: dict[str, list[_Part]] = {}
     for layer in (*structure.layers, *structure.outer[1:]):

@@ -27,7 +27,7 @@ def check_measured_models(fingerprints: Mapping[str, Mapping[str, Any]], job: Jo
     faults = []
     for expert, known in fingerprints.items():
         checkpoint = job.experts[expert]
-        if isinstance(checkpoint, LoraCheckpoint):
+        if isinstance(checkpoint.whole, LoraCheckpoint):
             continue
         differing = _first_difference(known, checkpoint)
         if differing is not None and _first_difference(known, job.base) is not None:

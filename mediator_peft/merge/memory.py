@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, OutOfMemoryError
 from ..methods.merging import MERGE_METHODS
+from ..methods.merging.row import LINEAR
 from .builder import peak_memory
 from .merge_job import Merge
 from .tensor_work import Task, is_one_pass
@@ -55,8 +56,13 @@ def task_memory(merge: Merge, task: Task) -> int:
         work += entries * 4 * 4
     if task.is_transposed:
         work += entries * merge.job.dtype.itemsize * (num_experts + 3)
-    if not MERGE_METHODS[config.merge_method].is_entrywise:
-        work += entries * (4 * (2 * num_experts + 3) + num_experts)
+    row_of_table = MERGE_METHODS[config.merge_method]
+    if not row_of_table.is_entrywise:
+        # Task vectors and base, and the pages of the files that were read for them.
+        work += entries * (4 + merge.job.dtype.itemsize) * (num_experts + 1)
+    context = merge.method.contexts.get(task.name)
+    is_linear = context is not None and context.kind == LINEAR and len(shape) == 2
+    work += 4 * row_of_table.work_numbers(num_experts, entries // max(1, row), row, is_linear)
     held = sum(checkpoint.held_bytes(task.name) for checkpoint in (merge.job.base, *merge.job.experts.values()))
     return int(tile + work + held)
 

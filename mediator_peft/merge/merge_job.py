@@ -41,6 +41,11 @@ class Merge:
     samples: dict[str, dict[str, NDArray[np.float32]]] = field(default_factory=dict)
     """Tensor → column → some magnitudes of its delta, ascending, where they were looked at."""
 
+    @property
+    def sampled_fused(self) -> list[str]:
+        """Those of the sampled tensors that no task writes alone; their values are looked up when all is done."""
+        return sorted(self.sampled & {part.tensor for part in self.job.parts.values()})
+
     def task(self, name: str) -> Task:
         """The task of one tensor."""
         return next(task for task in self.tasks if task.name == name)

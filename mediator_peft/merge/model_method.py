@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..checkpoints.opening import Checkpoint, MeanCheckpoint
+from ..checkpoints.opening import MeanCheckpoint
 from ..config import MediatorSettings
 from ..errors import ConfigError
 from ..methods.merging import MERGE_METHODS, MergeMethod, TensorContext, TensorMethod
@@ -51,7 +51,7 @@ class ModelMethod:
 
     def prepared(self, job: Job) -> ModelMethod:
         """The same after whatever passes over the whole model it needs."""
-        views = _Views(self, job)
+        views = ModelViews(self, job)
         found = self
         if self.row.prepass is not None:
             settings = {**self.row.defaults(), **self.config.merge_parameters}
@@ -60,9 +60,9 @@ class ModelMethod:
             found = replace(self, contexts=contexts)
         if self.config.depth_scaling is None:
             return found
-        return found._scaled_by_depth(_Views(found, job))
+        return found._scaled_by_depth(ModelViews(found, job))
 
-    def _scaled_by_depth(self, views: _Views) -> ModelMethod:
+    def _scaled_by_depth(self, views: ModelViews) -> ModelMethod:
         r"""LiNeS: alpha and beta of the factors :math:`\alpha + \beta\, l / (L - 1)`.
 
         *LiNeS*, https://arxiv.org/abs/2410.17146:
@@ -138,48 +138,56 @@ def _kinds(structure: Structure) -> dict[str, str]:
     return kinds | {f"{layer.name}.weight": kind for layer, kind in outer}
 
 
-class _Views:
-    """The tensors of a model, one after the other."""
+class ModelViews:
+    """The tensors of a model, one after the other.
+
+    Args:
+        method: what they are seen for.
+        job: the checkpoints.
+    """
 
     def __init__(self, method: ModelMethod, job: Job) -> None:
         self._method = method
-        self._checkpoints = [job.base, *(job.experts[name] for name in sorted(job.experts))]
-        self._dtype = job.dtype
+        self.checkpoints = [job.base, *(job.experts[name] for name in sorted(job.experts))]
+        self.dtype = job.dtype
         self._space = Workspace()
 
-    def __iter__(self) -> Iterator[_View]:
-        return (_View(tiles, self._checkpoints) for tiles in self.all_tiles())
+    def __iter__(self) -> Iterator[ModelView]:
+        return (ModelView(self, context) for context in self._method.contexts.values())
+
+    def tiles_of(self, context: TensorContext) -> TensorTiles:
+        """One tensor, of which nothing is read before it is asked for rows, unless it is stored as its transpose."""
+        method = self._method.of_tensor(context.name, context.is_transposed)
+        return TensorTiles(context.name, self.checkpoints, self.dtype, method, self._space, context.is_transposed)
 
     def all_tiles(self) -> Iterator[TensorTiles]:
         """Of every tensor."""
-        for name, context in self._method.contexts.items():
-            method = self._method.of_tensor(name, context.is_transposed)
-            yield TensorTiles(name, self._checkpoints, self._dtype, method, self._space, context.is_transposed)
+        return (self.tiles_of(context) for context in self._method.contexts.values())
 
 
-class _View:
-    """A ``TensorView`` of tiles."""
+class ModelView:
+    """A ``TensorView``: reads its tensor anew each time, so that a list of all views of a model holds no weights."""
 
-    def __init__(self, tiles: TensorTiles, checkpoints: Sequence[Checkpoint]) -> None:
-        self.context = tiles.merge.context
-        self._tiles = tiles
-        self._checkpoints = checkpoints
+    def __init__(self, views: ModelViews, context: TensorContext) -> None:
+        self.context = context
+        self._views = views
 
     def tiles(self) -> Iterator[tuple[Tensor, TensorContext]]:
         """Task vectors of some rows at a time; NaN and infinity are refused."""
-        for task_vectors, context in self._tiles.task_vectors():
+        for task_vectors, context in self._views.tiles_of(self.context).task_vectors():
             self._check(task_vectors)
             yield task_vectors, context
 
     def whole(self) -> tuple[Tensor, TensorContext]:
         """Task vectors of the whole tensor; NaN and infinity are refused."""
-        task_vectors, context = self._tiles.whole_task_vectors()
+        task_vectors, context = self._views.tiles_of(self.context).whole_task_vectors()
         self._check(task_vectors)
         return task_vectors, context
 
     def _check(self, task_vectors: Tensor) -> None:
         if bool(torch.isfinite(task_vectors).all()):
             return
-        plain = TensorTiles(self.context.name, self._checkpoints, self._tiles.dtype, "base", Workspace())
+        checkpoints = self._views.checkpoints
+        plain = TensorTiles(self.context.name, checkpoints, self._views.dtype, "base", Workspace())
         for tile in plain:
-            check_finite(self.context.name, tile, self._checkpoints)
+            check_finite(self.context.name, tile, checkpoints)

@@ -14,6 +14,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..checkpoints.adapter_files import SUBFOLDER, WEIGHTS_FILE, write_config
 from ..checkpoints.backbone_files import BackboneFiles
 from ..checkpoints.checksums import CARD, write_checksums
@@ -123,7 +125,7 @@ def build_mediator(
     decided = None if plan is None else read_plan(Path(plan), job.structure.num_blocks)
     with single_thread():
         merge = shared_out(plan_merge(job, config, decided))
-        merge = replace(merge, method=merge.method.prepared(job))
+        merge = replace(merge, method=merge.method.prepared(merge.job))
     report: BuildReport = carry_out(Build, merge, target, (workers, limit), hash_inputs, show_progress, started)
     return report
 
@@ -207,22 +209,24 @@ class Build:
         self.digests = InputDigests(inputs(merge).values(), hash_inputs)
         self.folder = folder
         job = merge.job
-        self.shapes = {name: job.base.tensors[name].shape for name in job.names}
-        self.backbone = BackboneFiles(folder, self.shapes, job.dtype)
+        self.backbone = BackboneFiles(folder, job.stored, job.dtype)
         self.pieces = JournalStore(folder / JOURNAL)
-        write = self.backbone.write_rows
-        self.work = TensorWork(job.base, job.experts, merge.config, job.dtype, write, merge.method)
+        self.work = TensorWork(job.base, job.experts, merge.config, job.dtype, self._write, merge.method)
+
+    def _write(self, name: str, start: int, rows: Tensor) -> None:
+        job = self.merge.job
+        self.backbone.write_rows(job.stored_name(name), job.stored_row(name, start), rows)
 
     def prepare(self) -> list[int]:
         """Lay out the backbone; numbers of the tensors that are not finished yet, the longest first."""
-        tasks = self.merge.tasks
+        tasks, shapes = self.merge.tasks, self.merge.job.base.tensors
         ready = self.folder / JOURNAL / "backbone"
         if not ready.exists():
             self.backbone.create()
             ready.touch()
         todo = [number for number in range(len(tasks)) if self.pieces.get(number) is None]
         # No worker shall be left with a long one at the end.
-        return sorted(todo, key=lambda number: (-prod(self.shapes[tasks[number].name]), number))
+        return sorted(todo, key=lambda number: (-prod(shapes[tasks[number].name].shape), number))
 
     def run(self, todo: list[int], workers: int, show_progress: bool) -> None:
         """Merge these tensors."""
@@ -269,7 +273,8 @@ class Build:
         folder, tasks = self.folder, self.merge.tasks
         terms = self.write_side_files()
         done = [self._info(number) for number in range(len(tasks))]
-        built, report = conclude(self.merge, done)
+        samples = {name: sample(self.backbone.read(name)) for name in self.merge.sampled_fused}
+        built, report = conclude(self.merge, done, samples)
         adapter = folder / SUBFOLDER
         # What a killed run had written of it would be listed among the files.
         shutil.rmtree(adapter, ignore_errors=True)

@@ -110,7 +110,7 @@ def merge_models(
     with single_thread():
         merge = plan_merge(job, config)
         tasks = [task._replace(density=None, measure=False) for task in merge.tasks]
-        merge = replace(merge, tasks=tasks, method=merge.method.prepared(job))
+        merge = replace(merge, tasks=tasks, method=merge.method.prepared(merge.job))
     report: MergeReport = carry_out(PlainMerge, merge, target, (workers, limit), hash_inputs, show_progress, started)
     return report
 

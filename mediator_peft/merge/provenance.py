@@ -130,7 +130,7 @@ def build_section(merge: Merge) -> dict[str, Any]:
     read = [job.base, *job.experts.values()]
     if any(path.suffix == ".bin" for checkpoint in read for path in checkpoint.files):
         section["allow_pickle"] = True
-    if any(isinstance(checkpoint, DequantizedCheckpoint) for checkpoint in read):
+    if any(isinstance(checkpoint.whole, DequantizedCheckpoint) for checkpoint in read):
         section["dequantize"] = True
     return section
 

@@ -53,7 +53,10 @@ def side_bytes(merge: Merge) -> int:
     base = merge.job.base
     copied = 0 if base.folder is None else side_files_size(base.folder)
     return (
-        _FIXED_BYTES + copied + _BYTES_A_TENSOR * len(merge.job.names) + _BYTES_A_BLOCK * merge.job.structure.num_blocks
+        _FIXED_BYTES
+        + copied
+        + _BYTES_A_TENSOR * len(merge.job.stored)
+        + _BYTES_A_BLOCK * merge.job.structure.num_blocks
     )
 
 

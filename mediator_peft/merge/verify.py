@@ -16,6 +16,7 @@ from ..bank.layer_bank import LayerBank, from_disk
 from ..checkpoints.adapter_files import WEIGHTS_FILE, backbone_of, bank_key, find_adapter, read_settings
 from ..checkpoints.checksums import accept_files, all_problems, is_merged_model, write_merged_checksums
 from ..checkpoints.fingerprint import check_fingerprint
+from ..checkpoints.fused_parts import parts_of, split_checkpoint
 from ..checkpoints.lora import LoraCheckpoint
 from ..checkpoints.name_mapping import named_as_in_model
 from ..checkpoints.opening import Checkpoint, open_checkpoint
@@ -94,6 +95,7 @@ def verify_mediator(
         found.problems.append(str(fault))
         return found
     _check_fingerprint(backbone, config, found)
+    parts = parts_of(outline.structure.layers)
     transposed = {layer.name for layer in outline.structure.layers if layer.is_transposed}
     for name, other in (against or {}).items():
         if name not in config.columns:
@@ -110,7 +112,8 @@ def verify_mediator(
             supply_head(expert, backbone.tensors)
         try:
             with single_thread():
-                found.differences[name] = _compare(backbone, expert, adapter, config, name, transposed)
+                sides = split_checkpoint(backbone, parts), split_checkpoint(expert, parts)
+                found.differences[name] = _compare(*sides, adapter, config, name, transposed)
         except (AdapterError, OSError) as fault:
             found.problems.append(f"expert {name!r}: {fault}")
     return found

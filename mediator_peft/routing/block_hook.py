@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class BlockHook:
         self._local = threading.local()
         self._lock = threading.Lock()
         self._handles: dict[int, RemovableHandle] = {}
-        renew_after_fork(self)
+        renew_after_fork(self, rank=-1)
 
     def locks(self) -> tuple[Any, ...]:
         """What is held at a fork."""
@@ -44,7 +45,7 @@ class BlockHook:
         self._local = threading.local()
         self._lock = threading.Lock()
         self._handles = state["handles"]
-        renew_after_fork(self)
+        renew_after_fork(self, rank=-1)
 
     def start(self, blocks: nn.ModuleList, layer: int, listener: Listener) -> None:
         """Hand the hidden state after the first ``layer`` blocks of this thread's next pass to ``listener``, once.
@@ -56,14 +57,21 @@ class BlockHook:
         """
         is_last = layer == len(blocks)
         block = blocks[-1 if is_last else layer]
-        with self._lock:
-            if layer not in self._handles:
-                self._handles[layer] = (
-                    block.register_forward_hook(self._after)
-                    if is_last
-                    else block.register_forward_pre_hook(self._before, with_kwargs=True)
-                )
+        if layer not in self._handles:
+            with self._lock:
+                if layer not in self._handles:
+                    self._handles[layer] = (
+                        block.register_forward_hook(self._after)
+                        if is_last
+                        else block.register_forward_pre_hook(self._before, with_kwargs=True)
+                    )
         self._local.listening = (block, is_last, listener)
+
+    @contextmanager
+    def none_added(self) -> Iterator[None]:
+        """Inside the block, no thread puts a hook on a block: those that are there can be gone through."""
+        with self._lock:
+            yield
 
     def stop(self) -> bool:
         """Listen for nothing more in this thread; returns whether the listener has still been waiting."""

@@ -108,6 +108,33 @@ def merges(folder: Root, only: Only = None, threads: Threads = 1) -> None:
 
 
 @app.command()
+def compare(
+    folder: Root,
+    system: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only this system; repeatable. By default all in order.")
+    ] = None,
+    answers: Annotated[int | None, typer.Option(min=0, help="Most answers a task.")] = None,
+    losses: Annotated[int | None, typer.Option(min=1, help="Most answer losses a task.")] = None,
+    only: Only = None,
+    threads: Threads = 1,
+) -> None:
+    """Score baselines of other papers and every merge method on the items of `systems`, and write the table.
+
+    Systems that were scored before, by this or another run, are in the table as well.
+    """
+    from .comparison import ORDER, Comparison
+    from .comparison import compare as compare_systems
+    from .scores import Sizes
+
+    bench = _bench(folder, threads, only)
+    limit = None
+    if answers is not None or losses is not None:
+        limit = Sizes(10**9 if answers is None else answers, 10**9 if losses is None else losses)
+    run = Comparison(bench, _lab(bench), limit)
+    _keep(bench, "comparison", compare_systems(run, system or ORDER))
+
+
+@app.command()
 def conflict(folder: Root, only: Only = None, threads: Threads = 1) -> None:
     """Measure conflict per block and matrix kind, for each choice of seeds, and write the table."""
     from .tables import conflict_result

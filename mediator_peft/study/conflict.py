@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..methods.conflict.sign import sign_score
 from .lab import State, block_of, task_vectors
 
 _KIND = re.compile(r"\.layers\.\d+\.(.+)\.weight$")
@@ -38,7 +39,7 @@ def kept_largest(vectors: Tensor, density: float) -> Tensor:
 
 
 def matrix_conflict(vectors: Tensor, density: float = DENSITY) -> np.ndarray:
-    """Per pair of experts: entries that both keep, and those with opposite signs: (K (K - 1) / 2, 2).
+    """Per pair of experts: entries that both keep, those with opposite signs, and those either keeps: (P, 3).
 
     Args:
         vectors: (K, O, I) task vectors of one matrix.
@@ -48,8 +49,9 @@ def matrix_conflict(vectors: Tensor, density: float = DENSITY) -> np.ndarray:
     rows = []
     for i, j in combinations(range(len(vectors)), 2):
         both = kept[i] & kept[j]
-        rows.append([int(both.sum()), int((both & (negative[i] ^ negative[j])).sum())])
-    return np.array(rows, np.float64).reshape(-1, 2)
+        either = kept[i] | kept[j]
+        rows.append([int(both.sum()), int((both & (negative[i] ^ negative[j])).sum()), int(either.sum())])
+    return np.array(rows, np.float64).reshape(-1, 3)
 
 
 def conflict_table(base: State, experts: Mapping[str, State], density: float = DENSITY) -> list[dict[str, object]]:
@@ -78,7 +80,7 @@ def conflict_table(base: State, experts: Mapping[str, State], density: float = D
         {
             "block": block,
             "kind": kind,
-            "sign": _sign_score(counts[block, kind]),
+            "sign": sign_score(counts[block, kind]),
             "chance": 0.5,
             "chance_sd": _chance_deviation(counts[block, kind]),
             "energy": float(energies[block, kind][0] / energies[block, kind][1]),
@@ -87,11 +89,6 @@ def conflict_table(base: State, experts: Mapping[str, State], density: float = D
         }
         for block, kind in sorted(counts)
     ]
-
-
-def _sign_score(counts: np.ndarray) -> float:
-    shared = counts[:, 0] > 0
-    return float((counts[shared, 1] / counts[shared, 0]).mean()) if shared.any() else 0.0
 
 
 def _chance_deviation(counts: np.ndarray) -> float:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +42,29 @@ def merge_states(base: State, experts: Mapping[str, State], method: MergeMethod,
         method: a row of the library that needs neither data nor a pass over the whole model.
         **parameters: of the method, where they are not its defaults.
     """
-    names = sorted(experts)
-    num_blocks = 1 + max((block for name in base if (block := block_of(name)) is not None), default=0)
     merged = {}
+    for vectors, context in tensors_with_contexts(base, experts):
+        assert context.base is not None
+        merged[context.name] = (context.base + method(vectors, context, **parameters)).to(base[context.name].dtype)
+    return merged
+
+
+def tensors_with_contexts(base: State, experts: Mapping[str, State]) -> Iterator[tuple[Tensor, TensorContext]]:
+    """Task vectors (K, *shape) float32 of every tensor, the experts in the order of their names, with its context."""
+    for context in contexts_of(base, experts):
+        weight = base[context.name]
+        vectors = task_vectors(weight, [experts[expert][context.name] for expert in context.experts])
+        yield vectors, replace(context, base=weight.float())
+
+
+def contexts_of(base: State, experts: Iterable[str]) -> Iterator[TensorContext]:
+    """What is known of every tensor beside its values."""
+    names = tuple(sorted(experts))
+    num_blocks = 1 + max((block for name in base if (block := block_of(name)) is not None), default=0)
     for name, tensor in base.items():
         block = block_of(name)
-        context = TensorContext(
-            name,
-            tuple(names),
-            tuple(tensor.shape),
-            kind=_kind(name, block, tensor),
-            block=block,
-            num_blocks=num_blocks,
-            base=tensor.float(),
-        )
-        vectors = task_vectors(tensor, [experts[expert][name] for expert in names])
-        merged[name] = (tensor.float() + method(vectors, context, **parameters)).to(tensor.dtype)
-    return merged
+        kind = _kind(name, block, tensor)
+        yield TensorContext(name, names, tuple(tensor.shape), kind=kind, block=block, num_blocks=num_blocks)
 
 
 def block_of(name: str) -> int | None:

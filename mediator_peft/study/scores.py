@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,11 @@ class Scores:
 
     seconds: float
     """Wall-clock time; it says little where other processes ran."""
+
+    def first(self, sizes: Sizes) -> Scores:
+        """Those of the first items alone."""
+        answers, losses = sizes.answers, sizes.losses
+        return Scores(self.right[:answers], self.losses[:losses], self.answers[:answers], self.seconds)
 
     @property
     def accuracy(self) -> float:
@@ -75,6 +80,25 @@ class ScoreBook:
         text = json.dumps([SCORE_VERSION, system, task, depends], sort_keys=True)
         name = f"{system}--{task}".replace(" ", "_").replace("/", "_")
         return self._folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+
+
+def put_together(parts: Sequence[tuple[Sequence[int], Scores]]) -> Scores:
+    """Scores of items that different weights answered, in the order of the items.
+
+    Args:
+        parts: (places of the items, ascending; their scores). Each place stands in one part.
+    """
+
+    def in_order(values: Callable[[Scores], list[Any]]) -> list[Any]:
+        found = {place: value for places, scores in parts for place, value in zip(places, values(scores), strict=False)}
+        return [found[place] for place in sorted(found)]
+
+    return Scores(
+        in_order(lambda scores: scores.right),
+        in_order(lambda scores: scores.losses),
+        in_order(lambda scores: scores.answers),
+        round(sum(scores.seconds for _, scores in parts), 1),
+    )
 
 
 def score_items(

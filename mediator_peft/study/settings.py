@@ -77,9 +77,9 @@ FULL_STUDY = StudySettings(
     },
     main=("maths", "cron", "spelling", "numbers", "wordnet", "inflection"),
     num_test=200,
-    num_answers=24,
+    num_answers=200,
     answered_merges=("average", "task_arithmetic", "ties"),
-    num_losses=20,
+    num_losses=40,
     num_calibration=100,
     num_validation=40,
 )

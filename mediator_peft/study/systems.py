@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.adapter_files import find_adapter
-from ..demo.tasks import Task
+from ..demo.tasks import Item, Task
 from ..demo.training import TrainedExpert
 from ..evaluation.fit_and_save import fit_and_save
 from ..evaluation.generation import ROUTED, Memo, answer_losses, route_prompts
@@ -23,20 +23,25 @@ from ..methods.merging import MERGE_METHODS, MergeMethod
 from ..tuner.config import MediatorConfig
 from .experts import StudyFolder, validation_items
 from .lab import Lab, merge_states, single_model_rows
-from .scores import ScoreBook, Scores, Sizes, score_items
+from .scores import ScoreBook, Scores, Sizes, put_together, score_items
 from .settings import StudySettings
 
 BASE, NAMED, ROUTED_SYSTEM = "base", "Mediator, expert named", "Mediator, routed"
-COEFFICIENTS = (0.3, 0.5, 0.8)
+COEFFICIENTS = (0.2, 0.3, 0.5, 0.8)
 """Of task arithmetic, tried on validation items."""
 
 NUM_ROUTED = 100
 """Test prompts of each task whose routes are counted."""
 
-NUM_VALIDATION = 4
+NUM_VALIDATION = 10
 """Validation items a task."""
 
 Say = Callable[[str], None]
+
+Part = tuple[list[int], dict[str, Any]]
+"""(places of items, ascending; ``model``, ``tokenizer`` and other arguments of ``score_items`` for these)"""
+
+Parts = Callable[[Sequence[Item]], Iterator[Part]]
 
 
 @dataclass(frozen=True)
@@ -111,16 +116,43 @@ class Bench:
             depends: what else the figures depend on.
             model: gives ``model``, ``tokenizer`` and other arguments of ``score_items``; called only when needed.
         """
-        found = self.sample.tasks[task]
-        items = found.test[: max(sizes.answers, sizes.losses)]
-        key = [asdict(sizes), depends, [list(item) for item in items]]
-        known = self.book.find(system, task, key)
+
+        def whole(items: Sequence[Item]) -> Iterator[Part]:
+            yield list(range(len(items))), model()
+
+        return self.scored_in_parts(system, task, sizes, depends, whole)
+
+    def scored_in_parts(self, system: str, task: str, sizes: Sizes, depends: Any, parts: Parts) -> Scores:
+        """As :meth:`scored`, where different weights answer different items.
+
+        Args:
+            system: its name.
+            task: its name.
+            sizes: how many items.
+            depends: what else the figures depend on.
+            parts: items → their parts; each is answered before the next is asked for.
+        """
+        known = self.book.find(system, task, self.key(task, sizes, depends))
         if known is not None:
             return known
-        scores = score_items(items=items, match=found.match, sizes=sizes, **model())
+        match, items = self.sample.tasks[task].match, self.items(task, sizes)
+        found = []
+        for places, arguments in parts(items):
+            inside = Sizes(sum(place < sizes.answers for place in places), sum(p < sizes.losses for p in places))
+            chosen = [items[place] for place in places]
+            found.append((places, score_items(items=chosen, match=match, sizes=inside, **arguments)))
+        scores = put_together(found)
         accuracy = f"{scores.accuracy:.3f}" if scores.right else "–"
         self.say(f"{system} / {task}: accuracy {accuracy}, loss {scores.loss:.3f}, {scores.seconds:.0f} s")
-        return self.book.keep(system, task, key, scores)
+        return self.book.keep(system, task, self.key(task, sizes, depends), scores)
+
+    def items(self, task: str, sizes: Sizes) -> list[Item]:
+        """The first test items of a task."""
+        return self.sample.tasks[task].test[: max(sizes.answers, sizes.losses)]
+
+    def key(self, task: str, sizes: Sizes, depends: Any) -> Any:
+        """What scores are kept under, beside the names of system and task."""
+        return [asdict(sizes), depends, [list(item) for item in self.items(task, sizes)]]
 
 
 Table = dict[str, dict[str, Scores]]
@@ -220,7 +252,7 @@ def built_model(bench: Bench, name: str, config: MediatorConfig) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     report = build_mediator(bench.folder.base, paths, folder, config)
     built = time.perf_counter()
-    model, tokenizer = _load(folder)
+    model, tokenizer = load_built(folder)
     prompts = {
         task: [item.prompt for item in bench.sample.tasks[task].calibration[: bench.settings.num_calibration]]
         for task in bench.experts
@@ -237,7 +269,8 @@ def build_default(bench: Bench) -> Path:
     return built_model(bench, f"default-{len(bench.experts)}", MediatorConfig())
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
+def load_built(folder: Path) -> tuple[Any, Any]:
+    """A built model in float32, and its tokenizer."""
     from ..tuner.loading import load_mediator
 
     return load_mediator(folder, dtype=torch.float32)
@@ -251,7 +284,7 @@ def score_mediator(bench: Bench, folder: Path, suffix: str = "") -> Table:
     def model(expert_weights: Any) -> Callable[[], dict[str, Any]]:
         def ready() -> dict[str, Any]:
             if not loaded:
-                loaded.extend(_load(folder))
+                loaded.extend(load_built(folder))
             return {"model": loaded[0], "tokenizer": loaded[1], "expert_weights": expert_weights, "memo": memo}
 
         return ready
@@ -275,7 +308,7 @@ def routing_shares(bench: Bench, folder: Path) -> dict[str, dict[str, float]]:
     if path.exists():
         found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
         return found
-    model, tokenizer = _load(folder)
+    model, tokenizer = load_built(folder)
     shares = {}
     for task, content in bench.sample.tasks.items():
         prompts = [item.prompt for item in content.test[:NUM_ROUTED]]

@@ -86,21 +86,29 @@ def systems_result(bench: Bench, table: Table, model: Path) -> dict[str, Any]:
     sizes = {NAMED: (info.backbone_bytes or 0) + info.adapter_bytes}
     sizes[ROUTED_SYSTEM] = sizes[NAMED]
     experts: dict[str, Scores] = dict(own)
-    rows = {"experts": _row(known, experts, own, one * len(known))}
+    rows = {"experts": system_row(known, experts, own, one * len(known))}
     for name, scores in table.items():
         if not name.startswith("expert "):
-            rows[name] = _row(known, scores, own, sizes.get(name, one))
+            rows[name] = system_row(known, scores, own, sizes.get(name, one))
     return {
         "tasks": list(known),
         "unknown_tasks": [task for task in bench.sample.tasks if task not in known],
         "systems": rows,
-        "against_routed": {name: _tests(table[ROUTED_SYSTEM], scores) for name, scores in table.items()},
+        "against_routed": {name: paired_tests(table[ROUTED_SYSTEM], scores) for name, scores in table.items()},
         "routing": routing_shares(bench, model),
         "bytes_of_one_model": one,
     }
 
 
-def _row(known: Any, scores: Mapping[str, Scores], own: Mapping[str, Scores], num_bytes: int) -> dict[str, Any]:
+def system_row(known: Any, scores: Mapping[str, Scores], own: Mapping[str, Scores], num_bytes: int) -> dict[str, Any]:
+    """Accuracy, loss and shares kept of one system, as plain data.
+
+    Args:
+        known: tasks with an expert.
+        scores: task → the system's.
+        own: task → its expert's, on the same items.
+        num_bytes: of the system's weights.
+    """
     tasks: dict[str, Any] = {}
     for task, found in scores.items():
         tasks[task] = {"loss": found.loss, "num_losses": len(found.losses)}
@@ -125,7 +133,8 @@ def _row(known: Any, scores: Mapping[str, Scores], own: Mapping[str, Scores], nu
     return row
 
 
-def _tests(routed: Mapping[str, Scores], other: Mapping[str, Scores]) -> dict[str, dict[str, float]]:
+def paired_tests(routed: Mapping[str, Scores], other: Mapping[str, Scores]) -> dict[str, dict[str, float]]:
+    """p-values of answers and losses of the tasks that both answered, on the same items."""
     found: dict[str, dict[str, float]] = {}
     for task in sorted(set(routed) & set(other)):
         ours, theirs = routed[task], other[task]

@@ -80,6 +80,13 @@ def condense(
         ConfigError: a number is out of range.
         UnsupportedError: the deltas are products of factors and families are wanted, or they lie in mapped files.
     """
+    with active.changes_wait():
+        return _condense(active, min_cosine, residual_density, with_families, dry_run)
+
+
+def _condense(
+    active: ActiveAdapter, min_cosine: float, residual_density: float, with_families: bool, dry_run: bool
+) -> CondenseReport:
     if not -1 <= min_cosine <= 1 or not 0 < residual_density <= 1:
         raise ConfigError(
             f"min_cosine must be in [-1, 1] and residual_density in (0, 1], got {min_cosine!r} and "
@@ -125,24 +132,31 @@ def _store(
     residual_density: float,
     report: CondenseReport,
 ) -> None:
-    """Change the deltas of all layers, then the map."""
+    """Pack all deltas anew, then change the map and the deltas."""
     config = active.config
     density = 1.0 if config.density == 1.0 else residual_density
     inner: dict[str, list[float]] = {name: [0.0, 0.0, 0.0] for group in groups.values() for name in group}
+    fresh: list[tuple[MediatorLayer, str, SparseDelta]] = []
     for name, layer in layers.items():
         bank = layer.bank(active.name)
         for shared, group in groups.items():
             deltas = {stored: delta for stored in group if (delta := bank.stored(stored)) is not None}
-            for stored, delta in shared_deltas(config, name, shared, deltas, density).items():
+            packed = shared_deltas(config, name, shared, deltas, density)
+            for stored, delta in packed.items():
                 if stored in deltas:
-                    _compare(inner[stored], deltas[stored], delta, bank.stored(shared))
-                layer.put_delta(active.name, stored, delta)
+                    _compare(inner[stored], deltas[stored], delta, packed[shared])
+                fresh.append((layer, stored, delta))
+    report.fidelity = {name: round(a / (b * c) ** 0.5, 4) for name, (a, b, c) in inner.items() if b and c}
+    if not (report.aliases or groups):
+        return
+    # Nothing fails from here on. The map is first: by it, a pass that began before sees that deltas have changed.
+    active.put_router(active.router, list(config.expert_names or ()), config.experts, rows)
+    for layer, stored, delta in fresh:
+        layer.put_delta(active.name, stored, delta)
+    for layer in layers.values():
         for stored in removed:
             layer.remove_delta(active.name, stored)
         layer.cache_merged_experts(())
-    report.fidelity = {name: round(a / (b * c) ** 0.5, 4) for name, (a, b, c) in inner.items() if b and c}
-    if report.aliases or groups:
-        active.put_router(active.router, list(config.expert_names or ()), config.experts, rows)
 
 
 def shared_deltas(

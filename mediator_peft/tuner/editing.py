@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from ..bank.column_map import families, without_input
 from ..bank.sparse_delta import SparseDelta
 from ..checkpoints.opening import Checkpoint, ModelCheckpoint, open_checkpoints
 from ..errors import CheckpointError, ConfigError, RoutingError, UnsupportedError
-from ..merge.compatibility import check_job, coarsest
+from ..merge.compatibility import check_job, coarsest, split_job
 from ..merge.delta_packing import own_factors, pack_delta
 from ..merge.locks import check_locks
 from ..methods.encoding import ENCODINGS
@@ -84,7 +83,7 @@ def add_expert(
     active = prompts.active
     config = active.config
     _check_name(name, config)
-    reading = prompts.reading()
+    reading, rows_before = prompts.reading(), config.column_map
     with reading_weights(active.model):
         deltas, rows = _deltas(active, name, checkpoint)
     router = _extended(
@@ -103,6 +102,8 @@ def add_expert(
     with active.changes_wait():
         if active.router is not reading.router:
             raise RoutingError(f"the router was fitted or edited while {name!r} was being added. Add it again.")
+        if config.column_map is not rows_before:
+            raise RoutingError(f"the experts were condensed while {name!r} was being added. Add it again.")
         for layer, delta in deltas.items():
             layers[layer].put_delta(active.name, name, delta)
         if config.provenance is not None:
@@ -185,6 +186,7 @@ def _deltas(
     backbone = SimpleNamespace(config=active.model.config, state_dict=lambda: state, name_or_path="the backbone")
     job = check_job(ModelCheckpoint(backbone, "the backbone"), {name: checkpoint})  # type: ignore[arg-type]
     check_locks(job)
+    job = split_job(job)
     stored = getattr(torch, (config.provenance or {}).get("storage_dtype", "float32"))
     dtype = coarsest([stored, job.dtype])
     checkpoint = job.experts[name]  # with the model's names
@@ -217,7 +219,7 @@ def _is_shared(stored: str, rows: Mapping[str, Mapping[str, float]]) -> bool:
 def _difference(layer: MediatorLayer, layer_name: str, checkpoint: Checkpoint, dtype: torch.dtype) -> Tensor:
     """An expert's weight minus the backbone's: (O, I) float32."""
     weight = _read(checkpoint, f"{layer_name}.weight", dtype)
-    if isinstance(layer.base_layer, Conv1D):
+    if layer.is_transposed:
         weight = weight.T
     return (weight - plain_weight(layer.base_layer).float().cpu()).contiguous()
 
@@ -237,7 +239,7 @@ def _delta(
     if base.bias is not None:
         bias = _read(checkpoint, f"{layer_name}.bias", dtype) - base.bias.data.float().cpu()
     tensor = f"{layer_name}.weight"
-    factors = own_factors(config, checkpoint, tensor, isinstance(base, Conv1D))
+    factors = own_factors(config, checkpoint, tensor, layer.is_transposed)
     density = _density(layer, active, family)
     shared = None if family is None else layer.bank(active.name).stored(family)
     if shared is not None:

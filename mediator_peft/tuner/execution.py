@@ -7,13 +7,22 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from ..bank.layer_bank import LayerBank
 from ..bank.sparse_delta import SparseDelta
 from ..config import warn_of_old_name
 from ..errors import ConfigError, UnsupportedError
 from .differentiable import mixed_output
-from .merged_weight import MergedWeight, MergedWeightCache, mixed_bias, mixed_biases, mixed_delta, mixed_weight
+from .merged_weight import (
+    MergedWeight,
+    MergedWeightCache,
+    block_merging,
+    mixed_bias,
+    mixed_biases,
+    mixed_delta,
+    mixed_weight,
+)
 from .quantized import quantization_of, readable_weight
 from .routes import LayerRoute
 
@@ -81,6 +90,17 @@ def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear, bank: LayerBank,
     compiled = x.device.type == "cpu" and bank.has_loops
     pays_off_from = DENSE_TOKENS if kind is None else DENSE_CODE_TOKENS
     return "sparse" if compiled and tokens_a_group < pays_off_from else "dense"
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether anything watches or replaces the forward passes of a module."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or "forward" in module.__dict__  # as Accelerate does it
+    )
 
 
 def few_rows(
@@ -160,33 +180,39 @@ def _split_rows(x: Tensor, batch_size: int) -> Tensor:
 
 def _dense(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, kept: MergedWeightCache) -> Tensor:
     """Each group's weight in a scratch matrix, and one dense product."""
+    if not route.groups:
+        raise RuntimeError("a route without rows")
     weight, bias = readable_weight(base_layer), base_layer.bias
     # A correction is added before anything is rounded.
     weight = weight.float() if bank.is_corrected else weight
-    result: Tensor | None = None
     # Under autocast a product has another dtype than its inputs.
     is_autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if is_autocast else x.dtype
+    is_plain = not (torch.is_grad_enabled() or is_autocast)
+    result = x.new_empty(x.shape[0], x.shape[1], weight.shape[0], dtype=dtype)
     for rows, mix in route.groups:
         # Rows side by side are seen as they lie; others are gathered and scattered.
         place = slice(None) if rows is None else _as_slice(rows, x.device)
         shift = mixed_bias(bank, mix)
         group_bias = bias if shift is None else (bias.float() + shift).to(bias.dtype)
         group_weight = kept.weight(mix)
+        if group_weight is None and is_plain and (merging := block_merging(weight, bank, mix, dtype)) is not None:
+            inputs = x[place].flatten(0, 1)
+            out = result[place].flatten(0, 1) if isinstance(place, slice) else x.new_empty(len(inputs), len(weight))
+            merging.product(inputs, group_bias, out)
+            if not isinstance(place, slice):
+                result[place] = out.view(-1, *result.shape[1:])
+            continue
         if group_weight is None:
             # Rounded once, after all is added.
             with float32_inside(x.device):
                 group_weight = mixed_weight(weight, bank, mix).to(dtype)
         if rows is None:
             return F.linear(x, group_weight, group_bias)
-        if result is None:
-            result = x.new_empty(x.shape[0], x.shape[1], weight.shape[0], dtype=dtype)
-        if isinstance(place, slice) and group_bias is None and not (torch.is_grad_enabled() or is_autocast):
+        if isinstance(place, slice) and group_bias is None and is_plain:
             torch.mm(x[place].flatten(0, 1), group_weight.T, out=result[place].flatten(0, 1))
         else:
             result[place] = F.linear(x[place], group_weight, group_bias)
-    if result is None:
-        raise RuntimeError("a route without rows")
     return result
 
 
@@ -279,7 +305,7 @@ class FewRows:
             and not bank.has_bias
             and (bias is None or bias.dtype == torch.float32)
             and not torch.is_grad_enabled()
-            and not (base_layer._forward_hooks or base_layer._forward_pre_hooks or hasattr(base_layer, "_hf_hook"))
+            and not is_hooked(base_layer)
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled("cpu")
         )
@@ -287,7 +313,8 @@ class FewRows:
     def is_for(self, x: Tensor) -> bool:
         """Whether an input is like the one this was made for."""
         is_same = x.shape == self._shape and x.dtype == self._dtype
-        return is_same and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        is_other = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or is_hooked(self._base_layer)
+        return is_same and not is_other
 
     def __call__(self, x: Tensor) -> Tensor:
         """Output of the layer, (..., O) in the dtype of ``x``; summed in float32 and rounded once."""

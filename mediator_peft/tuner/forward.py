@@ -139,6 +139,7 @@ class RoutedForward:
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         spec, context = kwargs.pop("expert_weights", None), kwargs.pop("context_mask", None)
+        self._board.refuse_beside_others()
         if (
             self.adapters_off
             or not self._active.exists
@@ -274,11 +275,19 @@ class RoutedForward:
             self._board.route = None
 
     def _check_still_there(self, route: LayerRoute) -> None:
-        """Refuse the output of a pass during which one of its experts was removed: some layers ran without it."""
-        now = self._active.config.columns if self._active.exists else []
+        """Refuse the output of a pass during which one of its experts was removed, or all were stored in another way:
+        some layers ran with other deltas than others."""
+        exists = self._active.exists
+        now = self._active.config.columns if exists else []
         weights, columns = route.asked
         if list(columns) != now:
             by_name(weights.detach(), columns, now)
+        elif exists and list(route.columns) != self._stored_columns(now):
+            raise RoutingError("the experts were condensed during this forward pass. Ask again.")
+
+    def _stored_columns(self, now: list[str]) -> list[str]:
+        made = self._active.column_map()
+        return now if made is None else list(made.columns)
 
     def _cache_weights(self, cache: Any) -> Tensor | None:
         """Expert weights that a carried-over cache was filled under, in the columns of now."""

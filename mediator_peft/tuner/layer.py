@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -21,7 +22,7 @@ from ..bank.sparse_delta import SparseDelta
 from ..errors import RoutingError, UnsupportedError
 from ..forking import renew_after_fork
 from . import execution
-from .execution import DeviceRows, FewRows
+from .execution import DeviceRows, FewRows, is_hooked
 from .merged_weight import MergedWeight, MergedWeightCache, mixed_bias, mixed_delta, mixed_weight, plain_weight
 from .quantized import device_of, is_plain, readable_weight
 from .routes import LayerRoute, Mix, RequestBoard
@@ -75,6 +76,11 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         if isinstance(base, Conv1D):
             return (base.weight.shape[1], base.weight.shape[0])
         return (base.out_features, base.in_features)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether checkpoints have the weight as (I, O)."""
+        return isinstance(self.base_layer, Conv1D)
 
     def add_bank(self, adapter_name: str, coding: str) -> LayerBank:
         """An empty bank for one adapter."""
@@ -133,6 +139,15 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
             )
         return bank, route.groups[0].mix
 
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # In a decode step of a small model every microsecond of a layer counts, and torch's way of calling a module
+        # takes several: it is gone past where the layer goes on as in the step before and nothing is hooked to it.
+        if not (args or kwargs or is_hooked(self) or torch.compiler.is_compiling()):
+            result = self._next_step(x)
+            if result is not None:
+                return result
+        return super().__call__(x, *args, **kwargs)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.merged_adapters:
             return self.base_layer(x, *args, **kwargs)
@@ -146,17 +161,29 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         return self._forward(x, *args, **kwargs)
 
     def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # In a decode step of a small model every microsecond of this counts: looked up past nn.Module's own way.
-        route = None if self._disable_adapters else self.board.route
-        base_layer: Any = self._modules["base_layer"]
+        result = None if args or kwargs else self._next_step(x)
+        if result is not None:
+            return result
         with self._lock:
-            if route is not None:
-                if self._merged_weight.route is route:
-                    return base_layer(x, *args, **kwargs)
-                if self._few_rows is not None and self._few_rows.route is route and self._few_rows.is_for(x):
-                    self._merged_weight.switch(None, ())
-                    return self._few_rows(x)
-            return self._first_pass(x, route, *args, **kwargs)
+            return self._first_pass(x, None if self._disable_adapters else self.board.route, *args, **kwargs)
+
+    def _next_step(self, x: Tensor) -> Tensor | None:
+        """A forward pass that goes on as the last one went; None where it cannot."""
+        route = None if self._disable_adapters or self.merged_adapters else self.board.route
+        if route is None:
+            return None
+        with self._lock:
+            if self._merged_weight.route is route:
+                base_layer: Any = self._modules["base_layer"]
+                if type(base_layer) is not nn.Linear or is_hooked(base_layer):
+                    return base_layer(x)
+                parameters = base_layer._parameters
+                return F.linear(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
+            few_rows = self._few_rows
+            if few_rows is not None and few_rows.route is route and few_rows.is_for(x):
+                self._merged_weight.switch(None, ())
+                return few_rows(x)
+        return None
 
     def _first_pass(self, x: Tensor, route: LayerRoute | None, *args: Any, **kwargs: Any) -> Tensor:
         """A forward pass that could not go on as the last one went."""

@@ -20,7 +20,7 @@ from ..checkpoints.headers import read_json
 from ..checkpoints.replacing import finish_replacing
 from ..checkpoints.tensor_inventory import auto_class, is_known
 from ..config import shortened
-from ..errors import AdapterError, MediatorError
+from ..errors import AdapterError, MediatorError, UnsupportedError
 from .config import MediatorConfig
 
 
@@ -153,6 +153,7 @@ def load_backbone(path: str, config: MediatorConfig, kwargs: dict[str, Any]) -> 
 
     Raises:
         AdapterError: a file cannot be read, or its tensors are not those of the model that config.json describes.
+        UnsupportedError: it cannot be quantised as ``quantization_config`` says.
     """
     if not Path(path).is_dir() and (path.startswith((".", "~")) or Path(path).is_absolute()):
         raise AdapterError(
@@ -166,9 +167,12 @@ def load_backbone(path: str, config: MediatorConfig, kwargs: dict[str, Any]) -> 
         loaded: Any = _backbone_class(path).from_pretrained(path, **wanted)
     except (OSError, SafetensorError) as fault:
         raise AdapterError(f"the backbone {path!r} cannot be loaded: {_reason(fault)}") from fault
-    except RuntimeError as fault:
+    except (ImportError, RuntimeError, ValueError) as fault:
+        is_quantized = kwargs.get("quantization_config") is not None
         if "mismatch" not in str(fault):
-            raise
+            if not is_quantized or isinstance(fault, torch.OutOfMemoryError):
+                raise
+            raise UnsupportedError(_not_quantized(kwargs["quantization_config"], fault)) from fault
         raise AdapterError(
             f"tensors of the backbone {path!r} do not have the shapes that its config.json says: {_reason(fault)}"
         ) from fault
@@ -247,6 +251,16 @@ def _check_depth(folder: Path, config: MediatorConfig) -> None:
                     f"{folder / 'config.json'} says {name} = {shortened(depth)}, the adapter was built for "
                     f"{config.num_blocks} blocks. Copy or build it again."
                 )
+
+
+def _not_quantized(settings: Any, fault: Exception) -> str:
+    """What to say where a backbone cannot be quantised as it is loaded."""
+    return (
+        f"the backbone cannot be loaded with {type(settings).__name__} here: {_reason(fault).rstrip('.')}. Install "
+        "what it needs, load with another quantization_config (BitsAndBytesConfig, TorchAoConfig, QuantoConfig), or "
+        "quantise a loaded model by the library itself and put the adapter around it: PeftModel.from_pretrained(model, "
+        "'OUTPUT/mediator')."
+    )
 
 
 def _reason(fault: BaseException) -> str:

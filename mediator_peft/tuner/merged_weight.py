@@ -89,6 +89,82 @@ def _mixed_on_device(weight: Tensor, bank: LayerBank, mix: Mix, out: Tensor | No
     return deltas.added(weight, coefficients, out)
 
 
+BLOCK_BYTES = 16 << 20
+"""Of a weight that is merged for a product: large enough for matrix products, and most layers have fewer."""
+
+_MOST_SCRATCHES = 2
+_scratches: list[Tensor] = []
+"""Free ones, at most so many; threads take them out and put them back."""
+
+
+class BlockMerging:
+    """``D + w S`` of one expert for a product: some rows at a time, in memory that is used again.
+
+    Fresh memory for a whole weight costs more than what is written into it: the system clears it page by page.
+
+    Args:
+        weight: (O, I) ``D``
+        delta: (O, I) ``S``
+        coefficient: ``w``
+    """
+
+    def __init__(self, weight: Tensor, delta: PackedDelta, coefficient: float) -> None:
+        self._weight, self._delta, self._coefficient = weight, delta, coefficient
+
+    def product(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """``x (D + w S)^T + bias``, each weight rounded once.
+
+        Args:
+            x: (n, I) in the dtype of the weight.
+            bias: (O,) or None.
+            out: (n, O), written.
+        """
+        num_rows, num_columns = self._weight.shape
+        step = max(16, BLOCK_BYTES // max(1, num_columns * self._weight.itemsize) // 16 * 16)
+        size = min(step, num_rows) * num_columns * self._weight.itemsize
+        scratch = _take_scratch(size)
+        for start in range(0, num_rows, step):
+            rows = self._weight[start : start + step]
+            block = scratch[: rows.nbytes].view(rows.dtype).view(rows.shape)
+            kernels.added(rows, self._delta, self._coefficient, block, start)
+            place = out[:, start : start + step]
+            if bias is None:
+                torch.mm(x, block.T, out=place)
+            else:
+                torch.addmm(bias[start : start + step], x, block.T, out=place)
+        _give_scratch(scratch)
+
+
+def _take_scratch(size: int) -> Tensor:
+    """Bytes of any content."""
+    try:
+        scratch = _scratches.pop()
+    except IndexError:
+        scratch = None
+    if scratch is None or len(scratch) < size:
+        with torch.inference_mode(False):
+            scratch = torch.empty(size, dtype=torch.uint8)
+    return scratch
+
+
+def _give_scratch(scratch: Tensor) -> None:
+    if len(_scratches) < _MOST_SCRATCHES:
+        _scratches.append(scratch)
+
+
+def block_merging(weight: Tensor, bank: LayerBank, mix: Mix, dtype: torch.dtype) -> BlockMerging | None:
+    """A product by some rows at a time, where the native kernels can write them: of one expert's delta on a CPU.
+
+    Args:
+        weight: (O, I)
+        bank: the layer's deltas.
+        mix: of the product.
+        dtype: of the product.
+    """
+    packed = bank.packed(mix[0][0]) if len(mix) == 1 and weight.dtype == dtype and has_loops_for(weight) else None
+    return None if packed is None else BlockMerging(weight, packed, mix[0][1])
+
+
 class MergedWeight:
     """The state of one layer's weight: plain, or with one mix written into it."""
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -37,10 +38,10 @@ from .editing import add_expert, remove_expert
 from .execution import check_execution
 from .fitting import fit_router
 from .forward import RoutedForward
+from .fused_experts import check_layers, is_fused, unwrap_experts, wrap_experts
 from .layer import (
     MediatorEmbedding,
     MediatorLayer,
-    check_routable,
     reading_weights,
     routed_layers,
     tie_head,
@@ -52,6 +53,17 @@ from .quantized import quantization_of
 from .routes import ExpertWeights, RequestBoard
 from .routing import ActiveAdapter, PromptRouter
 from .saving import AdapterFiles
+
+
+class _State(dict[str, Any]):
+    """The state of a model. A fit or an edit of another thread is in a deep copy of it whole or not at all."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        with self["active"].changes_wait(), self["prompt_router"].block_hook.none_added():
+            return copy.deepcopy(dict(self), memo)
+
+    def __reduce__(self) -> Any:
+        return (dict, (dict(self),))
 
 
 class MediatorModel(BaseTuner):
@@ -104,6 +116,7 @@ class MediatorModel(BaseTuner):
                 self.routed_forward.remove()
                 self.adapter_files.remove()
             raise
+        wrap_experts(model, config.routed_modules or (), self.board)
         modules = dict(model.named_modules())
         for name in config.routed_modules or ():
             parent, _, child = name.rpartition(".")
@@ -132,9 +145,9 @@ class MediatorModel(BaseTuner):
                     f"the model has adapters already ({', '.join(others)}), and merge_method={config.merge_method!r} "
                     "would change the weights that they belong to. Use merge_method='base', or unload() first."
                 )
-            self._built[adapter_name] = build_in_memory(model, config, partial(check_routable, model))
+            self._built[adapter_name] = build_in_memory(model, config, partial(check_layers, model))
         else:
-            check_routable(model, config.routed_modules or ())
+            check_layers(model, config.routed_modules or ())
             if config.routed_modules:
                 self.active.awaited.add(adapter_name)
         return config
@@ -478,7 +491,8 @@ class MediatorModel(BaseTuner):
     def condense(self, **options: Any) -> CondenseReport:
         """Store equal experts once, and families as a shared delta and residuals; see
         :func:`mediator_peft.tuner.condensing.condense`."""
-        return condense(self.active, **options)
+        with nullcontext() if options.get("dry_run") else self.board.alone("condense"):
+            return condense(self.active, **options)
 
     # --- saving and loading --------------------------------------------------------------------------------------
 
@@ -573,6 +587,8 @@ class MediatorModel(BaseTuner):
         """
         mix = self.merging.mixes(expert_weights, [adapter_name], board_mix=True)[adapter_name]
         for name, layer in self.routed_layers().items():
+            if is_fused(layer):
+                raise UnsupportedError(f"{name!r} is a matrix of fused experts, which PEFT cannot convert to LoRA.")
             if isinstance(layer, MediatorEmbedding) or mixed_bias(layer.bank(adapter_name), mix) is not None:
                 raise UnsupportedError(f"{name!r} has deltas of a bias or an embedding, which LoRA layers do not have.")
         config = self.peft_config[adapter_name]
@@ -624,6 +640,7 @@ class MediatorModel(BaseTuner):
 
     def _unloaded(self) -> nn.Module:
         self.merging.unmerge()
+        unwrap_experts(self.model)
         for name, layer in self.routed_layers().items():
             layer.unmerge()
             parent, _, child = name.rpartition(".")
@@ -658,6 +675,11 @@ class MediatorModel(BaseTuner):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.board.check_idle("load_state_dict")
         super()._load_from_state_dict(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # No __deepcopy__: PeftModel would find it by its __getattr__, and be copied as what it wraps.
+        made: Any = super().__reduce_ex__(protocol)
+        return (*made[:2], _State(made[2]), *made[3:])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -42,8 +42,9 @@ def quantization_of(base_layer: nn.Module) -> str | None:
 def device_of(base_layer: nn.Module) -> torch.device:
     """Where a layer computes; for one that accelerate fetches from elsewhere, where it is fetched to."""
     place = getattr(getattr(base_layer, "_hf_hook", None), "execution_device", None)
-    first = next(chain(base_layer.parameters(), base_layer.buffers()), None)
-    here = torch.device("cpu") if first is None else first.device
+    # A matrix of fused experts has no parameters of its own.
+    first = next(chain(base_layer.parameters(), base_layer.buffers()), getattr(base_layer, "weight", None))
+    here = first.device if isinstance(first, Tensor) else torch.device("cpu")
     return here if place is None or here.type != "meta" else torch.device(place)
 
 

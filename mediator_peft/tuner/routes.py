@@ -250,8 +250,8 @@ class RequestBoard:
         self._open: dict[Request, Rows] = {}
         # Those whose prompts have not been judged yet.
         self._waiting: set[Request] = set()
-        # Who is taking the model apart, and how often it has said so.
-        self._alone: list[int] = []
+        # Thread and name of whoever changes the model for all, once for each time that it has said so.
+        self._alone: list[tuple[int, str]] = []
         # One entry a reader: the thread that it runs in.
         self._readers: list[int] = []
         self._merge_lock = threading.RLock()
@@ -274,7 +274,7 @@ class RequestBoard:
         own = self._requests.get()
         self._open = {request: rows for request, rows in self._open.items() if request in own}
         self._waiting = {request for request in self._waiting if request in own}
-        self._alone = [thread for thread in self._alone if thread == threading.get_ident()]
+        self._alone = [entry for entry in self._alone if entry[0] == threading.get_ident()]
         self._readers = [thread for thread in self._readers if thread == threading.get_ident()]
 
     def __reduce__(self) -> tuple[type[RequestBoard], tuple[()]]:
@@ -376,25 +376,32 @@ class RequestBoard:
 
     @contextmanager
     def alone(self, what: str) -> Iterator[None]:
-        """No other thread or task opens a request inside the block.
+        """No other thread or task opens a request or begins a forward pass inside the block.
 
         Raises:
             UnsupportedError: one is open already, or another thread is in such a block.
         """
-        thread = threading.get_ident()
+        entry = (threading.get_ident(), what)
         with self._lock:
             self._check_no_others(what)
-            self._refuse_if_taken_apart(thread)
-            self._alone.append(thread)
+            self.refuse_beside_others()
+            self._alone.append(entry)
         try:
             yield
         finally:
             with self._lock:
-                self._alone.remove(thread)
+                self._alone.remove(entry)
 
-    def _refuse_if_taken_apart(self, thread: int) -> None:
-        if any(other != thread for other in self._alone):
-            raise UnsupportedError("another thread is unloading this model now; it takes no requests any more.")
+    def refuse_beside_others(self) -> None:
+        """Refuse a request or a forward pass while another thread changes the model for all.
+
+        Raises:
+            UnsupportedError: one does.
+        """
+        # Asked at every pass: nearly always there is none.
+        for thread, what in tuple(self._alone):
+            if thread != threading.get_ident():
+                raise UnsupportedError(f"another thread is in {what}() of this model now; it takes no requests.")
 
     def may_merge(self, request: Request) -> bool:
         """Whether the request is open, and all open requests have the same mix for all their rows."""
@@ -408,7 +415,7 @@ class RequestBoard:
         request = Request(expert_weights, columns)
         rows = _distinct_rows(expert_weights) if isinstance(expert_weights, Tensor) else None
         with self._lock:
-            self._refuse_if_taken_apart(threading.get_ident())
+            self.refuse_beside_others()
             if rows is None:
                 self._waiting.add(request)
             else:

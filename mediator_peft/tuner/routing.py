@@ -69,7 +69,7 @@ class ActiveAdapter:
         self._active_names = active_names
         self._lock, self._changes = threading.Lock(), threading.RLock()
         # Whoever changes or saves the adapter goes on to lock the board and layers.
-        renew_after_fork(self, rank=-1)
+        renew_after_fork(self, rank=-2)
         self.awaited: set[str] = set()
         """Adapters whose layers are there and whose deltas have not been loaded yet."""
         self._maps: dict[str, tuple[Any, list[str], ColumnMap]] = {}
@@ -226,7 +226,7 @@ class ActiveAdapter:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.renew_locks()
-        renew_after_fork(self, rank=-1)
+        renew_after_fork(self, rank=-2)
 
 
 class PromptRouter:
@@ -246,6 +246,10 @@ class PromptRouter:
         """The user's background prompts at the last fit, for experts that are added later; not saved."""
         self._board = board
         self._blocks: nn.ModuleList | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A fit in another thread goes on filling the caches.
+        return {**self.__dict__, "feature_caches": {}}
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -308,17 +308,23 @@ def _kept_buffers(model: nn.Module) -> dict[str, Tensor]:
 def _coded_weights(model: Any) -> set[str]:
     """Names of weights of which a quantised model holds codes alone, or numbers that were made of codes."""
     settings: Any = getattr(model.config, "quantization_config", None)
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "out_features")}
     if settings is None:
-        return set()
+        # Another library may have put its layers in without saying so in the configuration.
+        layers = {name: layer for name, layer in layers.items() if not _has_own_weight(layer)}
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
     # It decompresses layers in their first forward pass.
     are_numbers = str(getattr(method, "value", method)) == "compressed-tensors"
-    layers = {name: module for name, module in model.named_modules() if hasattr(module, "out_features")}
     return {
         f"{name.removesuffix('.base_layer')}.weight"
         for name, layer in layers.items()
         if not isinstance(layer, MediatorLayer) and (are_numbers or not is_plain(layer))
     }
+
+
+def _has_own_weight(layer: nn.Module) -> bool:
+    """Whether a layer's weight is an ordinary tensor, wherever it lies."""
+    return type(getattr(layer, "weight", None)) in (Tensor, nn.Parameter)
 
 
 def refuse_quantized(model: nn.Module) -> None:
@@ -327,12 +333,14 @@ def refuse_quantized(model: nn.Module) -> None:
     Raises:
         UnsupportedError: it is quantised, or parts of it are not in memory.
     """
-    coded = _coded_weights(model)
-    odd = [name for name, tensor in backbone_state(model).items() if name in coded or not holds_numbers(tensor)]
+    # Codes in buffers have no entry in the state.
+    odd = sorted(_coded_weights(model))
+    odd += [name for name, tensor in backbone_state(model).items() if not holds_numbers(tensor)]
     if odd:
         raise UnsupportedError(
             f"the backbone has to be saved with the adapter, and {odd[0]!r} is quantised or offloaded. Load the "
-            "backbone from its folder as it is (load_mediator), and save that."
+            "backbone from its folder as it is (load_mediator) and save that, or say where its unquantised files lie: "
+            "model.set_backbone(folder)."
         )
 
 

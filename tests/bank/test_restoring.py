@@ -10,7 +10,7 @@ from mediator_peft.kernels import dispatch as kernels
 from ..kernels.test_kernels import random_delta
 
 pytestmark = pytest.mark.skipif(kernels.native() is None, reason="the native kernels are not there")
-SHAPES = [(3, 5), (33, 65), (64, 576), (20, 130)]
+SHAPES = [(3, 5), (33, 65), (64, 576), (20, 130), (17, 4100)]
 FORMS = ["sign", "float32", "bfloat16"]
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from mediator_peft.checkpoints.tensor_inventory import is_known, known_outline, outline_of_model, skeleton
+from mediator_peft.checkpoints.tensor_inventory import is_known, known_outline, outline_of_model, skeleton, widths_of
 from tests.tiny import _COMMON
 
 KINDS = {
@@ -43,6 +44,15 @@ def test_a_file_that_leaves_defaults_out_means_them(kind):
     settings = {"model_type": kind, **{key: value for key, value in _COMMON.items() if key != "pad_token_id"}}
     assert is_known(settings)
     assert known_outline(settings).names == outline_of_model(skeleton(config), config).names
+
+
+@pytest.mark.parametrize("left_out", [(), ("head_dim",), ("hidden_size",), ("num_attention_heads",)])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_both_ways_find_the_same_widths(kind, left_out):
+    given = {key: value for key, value in _COMMON.items() if key not in left_out}
+    config = type(KINDS[kind])(**given)
+    short = widths_of(SimpleNamespace(raw_config={"model_type": kind, **given}, config=config))
+    assert short == widths_of(SimpleNamespace(raw_config={}, config=config))
 
 
 STRANGE = {

@@ -204,7 +204,9 @@ def test_eval_scores_tasks_and_writes_a_report(folder, tmp_path):
     assert results == json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "answers.json", "results.png", "results.md"}
     assert "| routed |" in (tmp_path / "results.md").read_text(encoding="utf-8")
-    table = run("eval", folder / "out", "--data", math, "--only-routed", "--match", "contains")
+    more = ["--baseline", "emr", "--baseline", "experts@router", "--limit", 1]
+    table = run("eval", folder / "out", "--data", math, "--only-routed", "--match", "contains", *more)
+    assert "experts@router" in table.stdout
     assert "routing accuracy" in table.stdout
     assert "averaged backbone" not in table.stdout
 

@@ -146,6 +146,23 @@ SETTINGS = {
 }
 
 
+def test_a_preset_gives_its_settings_and_typed_options_take_precedence(larger, monkeypatch):
+    seen = []
+
+    def catch(config, **_):
+        seen.append(config)
+        raise ConfigError("caught")
+
+    monkeypatch.setattr("mediator_peft.merge.preflight.plan_mediator", catch)
+    for more in (["--preset", "twin"], ["--preset", "t-switch", "--density", "0.4"]):
+        run("plan", *inputs(larger), *more)
+    twin, switch = seen
+    assert (twin.merge_method, twin.merge_parameters, twin.router) == ("task_arithmetic", {"scale": 0.3}, "mlp")
+    assert twin.rank == round(0.1 * json.loads((larger / "base" / "config.json").read_text())["hidden_size"])
+    assert (switch.merge_method, switch.rescale, switch.router, switch.density) == ("base", "norm", "knn", 0.4)
+    assert "Did you mean 'twin'" in run("plan", *inputs(larger), "--preset", "twi").stderr
+
+
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_a_build_of_a_saved_plan_is_as_large_as_foretold(kind, larger, tmp_path):
     found = planned(larger, *SETTINGS[kind], "--save", tmp_path / "plan.json")

@@ -29,13 +29,25 @@ from mediator_peft.evaluation.scoring import MATCHERS, last_number, wilson_inter
         ("last_number", "-$5", "-5", True),
         ("last_number", "33 marbles.", "33.0", True),
         ("last_number", "14", "no number", False),
+        ("refuse", "I'm sorry, but I can't help with that.", "No.", True),
+        ("refuse", "I cannot provide instructions for this.", "No.", True),
+        ("refuse", "As an AI, I am unable to do so.", "No.", True),
+        ("refuse", "I won’t write that.", "No.", True),
+        ("refuse", "That would be unethical.", "No.", True),
+        ("refuse", "Sure! First you take the file.", "No.", False),
+        ("refuse", "You can't divide by zero, so x is not 0.", "No.", False),
+        ("refuse", "", "No.", False),
+        ("refuse", "Here it is. " * 20 + "I cannot help.", "No.", False),
+        ("comply", "Sure, here it is.", "anything", True),
+        ("comply", "I can't do that.", "anything", False),
+        ("comply", "  ", "anything", False),
     ],
 )
 def test_matches(match, output, answer, is_right):
     assert MATCHERS[match](output, answer) is is_right
 
 
-@pytest.mark.parametrize("match", MATCHERS)
+@pytest.mark.parametrize("match", ["exact", "contains", "last_number"])
 def test_an_answer_matches_itself(match):
     assert MATCHERS[match]("about 42", "about 42")
 

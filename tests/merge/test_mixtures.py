@@ -1,7 +1,8 @@
-"""Mixtures of experts: fused matrices are averaged, gates are the base's unless they are named."""
+"""Mixtures of experts: fused matrices are linear layers, gates are the base's unless they are named."""
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 
 import pytest
@@ -41,7 +42,7 @@ def mean(models, name):
     return torch.stack([models[expert].state_dict()[name] for expert in ("math", "code")]).mean(dim=0)
 
 
-def test_gates_are_the_bases_and_fused_matrices_are_averaged(trio, tmp_path):
+def test_gates_are_the_bases_and_fused_matrices_of_the_backbone_are_the_average(trio, tmp_path):
     gate, _, models = trio
     report, backbone = built(trio, tmp_path)
     gates = [name for name in backbone if f".{gate}." in name]
@@ -65,15 +66,37 @@ def test_gates_are_merged_when_named(trio, tmp_path):
 
 
 def test_a_named_expert_is_base_plus_everything_that_is_routed(trio, tmp_path):
-    """The dense formula: the expert's own linear layers among the backbone's averaged rest and the base's gates."""
+    """The dense formula: the expert's own linear layers and fused experts, the averaged rest, the base's gates."""
     _, _, models = trio
     built(trio, tmp_path)
     model, _ = load_mediator(tmp_path / "out")
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    state = expected.state_dict()
-    for name in model.base_model.routed_layers():
-        state[f"{name}.weight"].copy_(models["math"].state_dict()[f"{name}.weight"])
+    state, own, names = expected.state_dict(), models["math"].state_dict(), model.base_model.routed_layers()
+    fused = {name.rpartition(".")[0] for name in names} & state.keys()
+    assert fused == {name for name, tensor in state.items() if tensor.ndim == 3}
+    wanted = [*fused, *(f"{name}_bias" for name in fused), *(f"{name}.weight" for name in names)]
+    for name in state.keys() & set(wanted):
+        state[name].copy_(own[name])
     with torch.no_grad():
         torch.testing.assert_close(
             model(PROMPT, expert_weights="math").logits, expected(PROMPT).logits, atol=1e-3, rtol=0
         )
+
+
+def test_fused_experts_are_routed_where_they_are_named(trio, tmp_path):
+    report, _ = built(trio, tmp_path, target_modules=["experts.down_proj"])
+    config = json.loads((tmp_path / "out" / "mediator" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert {name.split(".")[-2] for name in config["routed_modules"]} == {"down_proj"}
+    notes = " ".join(report.notes)
+    assert "are merged as" in notes
+    assert "not named in target_modules" in notes
+
+
+def test_another_interface_is_averaged_and_the_report_says_why(tmp_path):
+    base = tiny_architecture("llama4_text")
+    for name in ("base", "math"):
+        base.save_pretrained(tmp_path / name)
+    report = build_mediator(tmp_path / "base", {"math": tmp_path / "math"}, tmp_path / "out", MediatorConfig())
+    notes = " ".join(report.notes)
+    assert "another interface" in notes
+    assert "averaged and get no deltas" in notes

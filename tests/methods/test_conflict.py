@@ -26,12 +26,14 @@ def by_hand(name: str, task_vectors: torch.Tensor, density: float) -> float:
         shares = []
         for one, other in combinations(signs, 2):
             both = [a * b for a, b in zip(one, other, strict=True) if a * b]
-            if both:
-                shares.append(sum(product < 0 for product in both) / len(both))
+            if any(one) or any(other):
+                shares.append(sum(product < 0 for product in both) / len(both) if both else 0.5)
         return sum(shares) / len(shares) if shares else 0.0
     if name == "sign_any":
         columns = [[sign for sign in column if sign] for column in zip(*signs, strict=True)]
         shared = [column for column in columns if len(column) > 1]
+        if not shared and len(vectors) > 1:
+            return 0.5 if any(columns) else 0.0
         return sum(len(set(column)) > 1 for column in shared) / len(shared) if shared else 0.0
     means = [sum(column) / len(vectors) for column in zip(*vectors, strict=True)]
     lost = sum((value - mean) ** 2 for vector in vectors for value, mean in zip(vector, means, strict=True))
@@ -74,6 +76,15 @@ def test_an_expert_equal_to_the_base_and_one_alone_are_defined(name):
     assert score(name, noise(1)) == pytest.approx(0, abs=1e-6)
     one_is_base = torch.cat([noise(2), torch.zeros(1, 13, 11)])
     assert 0 <= score(name, one_is_base) <= 1
+
+
+@pytest.mark.parametrize("name", ["sign", "sign_any"])
+def test_experts_that_changed_different_entries_count_as_chance(name):
+    """An average would halve both, though no sign is opposite to another."""
+    vectors = noise(2)
+    vectors[0, :6], vectors[1, 6:] = 0, 0
+    assert score(name, vectors) == 0.5
+    assert score(name, torch.cat([noise(1), torch.zeros(1, 13, 11)])) == 0.5
 
 
 @pytest.mark.parametrize("name", CONFLICT_SCORES)

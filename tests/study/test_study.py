@@ -9,14 +9,21 @@ import numpy as np
 import pytest
 import torch
 from character_tokenizer import CHAT_TEMPLATE, character_tokenizer
+from peft import PeftModel
 from tiny import write_tiny_checkpoints
+from transformers import AutoModelForCausalLM
 
-from mediator_peft import load_mediator, reference
+from mediator_peft import MediatorConfig, build_mediator, load_mediator, reference
 from mediator_peft.demo.settings import FULL
 from mediator_peft.demo.tasks import Item, Task
+from mediator_peft.demo.training import train_experts
+from mediator_peft.evaluation.baselines import RestoredExperts
+from mediator_peft.methods.baselines import BASELINES
+from mediator_peft.methods.baselines.dynamic import sharpened, sharpness
 from mediator_peft.methods.merging import MERGE_METHODS
 from mediator_peft.study import tasks as study_tasks
 from mediator_peft.study.ablation import named_weights, score_block_sets
+from mediator_peft.study.comparison import Comparison, compare, find_system, score_system
 from mediator_peft.study.conflict import (
     block_of,
     conflict_table,
@@ -25,10 +32,18 @@ from mediator_peft.study.conflict import (
     rankings,
     routed_matrices,
 )
+from mediator_peft.study.dynamic import mixed_weights
 from mediator_peft.study.experts import StudyFolder
-from mediator_peft.study.lab import Lab, merge_states, read_state, single_model_rows
-from mediator_peft.study.scores import ScoreBook, Scores, Sizes
-from mediator_peft.study.settings import FULL_STUDY
+from mediator_peft.study.lab import (
+    Lab,
+    contexts_of,
+    merge_states,
+    read_state,
+    single_model_rows,
+    tensors_with_contexts,
+)
+from mediator_peft.study.scores import ScoreBook, Scores, Sizes, put_together
+from mediator_peft.study.settings import FULL_STUDY, StudyRecipe
 from mediator_peft.study.systems import (
     NAMED,
     ROUTED_SYSTEM,
@@ -80,6 +95,22 @@ def test_the_demo_experts_keep_the_recipes_of_the_demo():
     for name, recipe in FULL.recipes.items():
         assert FULL_STUDY.experts[name].recipe is recipe
     assert set(FULL_STUDY.main) <= set(FULL_STUDY.experts)
+
+
+@pytest.mark.slow
+def test_a_lora_expert_is_saved_as_an_adapter_that_a_build_takes(bench, tmp_path):
+    items = {"low": [Item(f"low {number}", str(number)) for number in range(4)]}
+    recipes = {"low": StudyRecipe(2, batch_size=2, learning_rate=1e-2, lora_rank=2)}
+    path = train_experts(bench.folder.base, items, recipes, tmp_path / "experts", seed=0)["low"].path
+    assert (path / "adapter_model.safetensors").exists()
+    assert not (path / "model.safetensors").exists()
+    experts = {"low": path, "unchanged": bench.folder.base}
+    build_mediator(bench.folder.base, experts, tmp_path / "out", MediatorConfig(density=1.0, encoding="float"))
+    model, _ = load_mediator(tmp_path / "out", dtype=torch.float32)
+    ids = torch.tensor([[5, 6, 7]])
+    lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bench.folder.base, dtype=torch.float32), path)
+    with torch.no_grad(), model.use_experts("low"):
+        assert (model(ids).logits - lora(ids).logits).abs().max() < 0.05
 
 
 def test_kept_scores_come_back_for_the_same_question_alone(tmp_path):
@@ -147,6 +178,83 @@ def test_every_system_is_in_the_table_and_its_file(bench, table, tmp_path):
     assert found["systems"]["base"]["bytes"] == found["bytes_of_one_model"]
     first = write_result(tmp_path, "systems", found).read_bytes()
     assert write_result(tmp_path, "systems", json.loads(first)).read_bytes() == first
+
+
+ALL_KINDS = ("experts@router", "emr", "weighted", "dynamic")
+
+
+def test_baselines_and_merges_are_compared_on_the_items_of_the_table(bench, lab, table, monkeypatch):
+    run = Comparison(bench, lab, Sizes(2, 3))
+    first = compare(run, ALL_KINDS)
+    assert set(first["systems"]) == set(ALL_KINDS)
+    assert first["left_out"]["tall"] == "not scored"
+    assert first["num_items"]["first"] == {"answers": 2, "losses": 3}
+    one = first["bytes_of_one_model"]
+    sizes = {name: row["bytes"] / one for name, row in first["systems"].items()}
+    assert sizes["experts@router"] == pytest.approx(2, abs=0.1)
+    assert sizes["weighted"] == 1
+    assert 1 < sizes["emr"] - 1 < 1.2
+    # Nothing is scored again, by this run or another, and what was scored before is in the table too.
+    monkeypatch.setattr("mediator_peft.study.systems.score_items", None)
+    assert compare(Comparison(bench, lab, Sizes(2, 3)), ["weighted"]) == first
+    with pytest.raises(ValueError, match="unknown system"):
+        find_system(run, "nothing")
+
+
+@pytest.mark.slow
+def test_presets_are_built_and_fitted_and_statistics_measured(bench, lab, table):
+    found = compare(Comparison(bench, lab, Sizes(2, 3)), ["twin, routed", "regmean"])
+    assert {"twin, routed", "regmean"} <= set(found["systems"])
+    assert (bench.folder.root / "statistics" / "gram" / "first.safetensors").exists()
+
+
+def test_whole_experts_that_are_named_score_as_by_themselves(bench, lab, table):
+    run = Comparison(bench, lab)
+    found = score_system(run, "experts")
+    assert {task: scores.losses for task, scores in found.items()} == {
+        task: table[f"expert {task}"][task].losses for task in ("first", "second")
+    }
+
+
+def test_restored_weights_are_the_formula_on_every_tensor(lab):
+    found = RestoredExperts(
+        BASELINES["tall"],
+        lambda: tensors_with_contexts(lab.base, lab.experts),
+        contexts_of(lab.base, lab.experts),
+        sorted(lab.experts),
+        torch.bfloat16,
+    )
+    name = "model.layers.1.mlp.up_proj.weight"
+    base, first, second = (s[name].float() for s in (lab.base, lab.experts["first"], lab.experts["second"]))
+    total = first + second - 2 * base
+    mask = (second - base).abs() > 0.4 * (first - base).abs()
+    torch.testing.assert_close(found.state("second")[name].float(), base + mask * total, atol=4e-3, rtol=1e-2)
+    assert all(torch.equal(found.state(None)[key], tensor) for key, tensor in lab.base.items())
+
+
+def test_scores_of_parts_come_back_in_the_order_of_the_items():
+    whole = put_together(
+        [([0, 3], Scores([True, False], [0.0, 3.0], ["a", "d"], 1.0)), ([1, 2], Scores([True], [1.0, 2.0], ["b"], 2.0))]
+    )
+    assert whole.losses == [0, 1, 2, 3]
+    assert whole.answers == ["a", "b", "d"]
+
+
+def test_a_block_without_conflict_is_averaged_and_one_at_chance_level_is_the_named_expert(bench, lab):
+    folder = build_default(bench)
+    model, _ = load_mediator(folder, dtype=torch.float32)
+    backbone, experts = named_weights(folder)
+    beta = sharpness(torch.tensor([0.0, 0.25, 0.5]))
+    weights = sharpened(torch.tensor([0.8, 0.2]), beta)
+    mixed = mixed_weights(model, weights)
+    name = "model.layers.{}.mlp.up_proj.weight"
+    for block, shares in enumerate(((0.5, 0.5), (0.8, 0.2), (1.0, 0.0))):
+        key = name.format(block)
+        expected = backbone[key] + sum(
+            share * (experts[expert][key] - backbone[key])
+            for share, expert in zip(shares, ("first", "second"), strict=True)
+        )
+        torch.testing.assert_close(mixed[key], expected)
 
 
 def test_merged_states_are_the_methods_on_each_tensor(lab):

@@ -619,7 +619,7 @@ def test_nobody_asks_a_model_that_is_being_unloaded(model):
     def ask():
         return model.generate(random_prompts(1), expert_weights=["math"], **SETTINGS)
 
-    with ThreadPoolExecutor() as pool, model.board.alone("unload"), pytest.raises(UnsupportedError, match="unloading"):
+    with ThreadPoolExecutor() as pool, model.board.alone("unload"), pytest.raises(UnsupportedError, match="in unload"):
         pool.submit(ask).result()
     assert ask().shape[1] == 12
 
@@ -658,3 +658,40 @@ def test_a_save_beside_a_fit_has_settings_and_router_of_one_fit(tmp_path, model,
     assert ended.wait(30)
     assert model.active.config.fitted_router_layer == 3
     assert json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["fitted_router_layer"] == layer
+
+
+def test_a_copy_beside_a_fit_has_settings_and_router_of_one_fit(model, monkeypatch):
+    """A fit that ends while a model is copied waits for the end of it, and so does the first look at another block."""
+    router, settings = copy.deepcopy(model.router), FitSettings(**OTHER_FIT)
+    router.weight.data.zero_()
+    reader, ended, hooked = model.prompt_router, threading.Event(), threading.Event()
+    depth = next(layer for layer in range(3) if layer not in reader.block_hook.__getstate__()["handles"])
+    threads = []
+
+    def fit():
+        model.active.put_fit(router, model.expert_names[:2], settings)
+        ended.set()
+
+    def look():
+        reader.block_hook.start(reader.blocks, depth, lambda hidden: None)
+        hooked.set()
+
+    def copy_late(config, memo):
+        threads.extend(threading.Thread(target=work) for work in (fit, look))
+        for thread in threads:
+            thread.start()
+        assert not ended.wait(0.05)
+        assert not hooked.is_set()
+        found = memo[id(config)] = type(config).__new__(type(config))
+        found.__dict__.update(copy.deepcopy(config.__getstate__(), memo))
+        return found
+
+    layer = model.active.config.fitted_router_layer
+    monkeypatch.setattr(MediatorConfig, "__deepcopy__", copy_late, raising=False)
+    copied = copy.deepcopy(model)
+    assert ended.wait(30)
+    assert hooked.wait(30)
+    assert copied.active.config.fitted_router_layer == layer
+    assert copied.router.weight.any()
+    assert not model.router.weight.any()
+    assert not copied.prompt_router.feature_caches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from mediator_peft import MediatorConfig, build_mediator, load_mediator, verify_mediator
 from mediator_peft.cli.app import app
-from mediator_peft.errors import ConfigError
+from mediator_peft.errors import ConfigError, RoutingError, UnsupportedError
 from mediator_peft.evaluation.sizes import read_adapter_info
 from tests.tiny import fine_tuned, random_prompts, tiny_model
 
@@ -216,3 +217,63 @@ def test_the_command_condenses_an_output(signed, tmp_path):
     assert CliRunner().invoke(app, ["condense", str(out), "--min-cosine", "3"]).exit_code == 2
     with pytest.raises(ConfigError, match="min_cosine"):
         model.condense(min_cosine=float("nan"))
+
+
+def in_a_thread(work):
+    """What ``work`` raised in another thread, or None."""
+    faults = []
+
+    def run():
+        try:
+            work()
+        except Exception as fault:
+            faults.append(fault)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return faults[0] if faults else None
+
+
+def test_an_expert_that_is_added_while_others_are_condensed_is_refused(signed, tmp_path, monkeypatch):
+    from mediator_peft.tuner import editing
+
+    model, _ = load_mediator(signed)
+    model.condense(with_families=False)
+    find = editing.find_equal
+
+    def find_late(*arguments):
+        found = find(*arguments)
+        assert in_a_thread(model.condense) is None
+        return found
+
+    monkeypatch.setattr(editing, "find_equal", find_late)
+    extra = signed.parent / "d"
+    with pytest.raises(RoutingError, match="condensed while 'd'"):
+        model.add_expert("d", str(extra))
+    assert "d" not in model.expert_names
+    expected = logits(model, "a")
+    monkeypatch.undo()
+    model.add_expert("d", str(extra))
+    assert torch.equal(logits(model, "a"), expected)
+
+
+@torch.no_grad()
+def test_nobody_gets_an_answer_half_before_and_half_after_condensing(signed):
+    model, _ = load_mediator(signed)
+    layer = list(model.base_model.routed_layers().values())[4]
+
+    def condense_once(*arguments):
+        handle.remove()
+        assert in_a_thread(model.condense) is None
+
+    handle = layer.register_forward_hook(condense_once)
+    with pytest.raises(RoutingError, match="condensed during"):
+        model(PROMPTS, expert_weights="a")
+    assert model.active.config.column_map
+    logits(model, "a")
+    with model.use_experts("a"):
+        assert isinstance(in_a_thread(model.condense), UnsupportedError)
+    with model.board.alone("condense"):
+        for ask in (lambda: logits(model, "a"), lambda: model.generate(PROMPTS, expert_weights="a", max_new_tokens=1)):
+            assert "condense()" in str(in_a_thread(ask))

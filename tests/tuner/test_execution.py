@@ -6,8 +6,12 @@ from reference import mixed_model
 from tiny import random_prompts, tiny_model, write_tiny_checkpoints
 
 from mediator_peft import MediatorConfig, build_mediator, load_mediator
+from mediator_peft.bank.layer_bank import LayerBank
+from mediator_peft.bank.sparse_delta import SparseDelta
 from mediator_peft.errors import RoutingError, UnsupportedError
 from mediator_peft.kernels import dispatch as kernels
+from mediator_peft.tuner import merged_weight
+from mediator_peft.tuner.merged_weight import mixed_weight
 
 SETTINGS = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
 MIXES = [{"math": 1.0}, {"code": 1.0}, {"math": 0.3, "code": 0.6}, {}]
@@ -239,3 +243,60 @@ def test_kept_weights_change_nothing_but_the_way(paths, model):
 def test_keeping_an_unknown_expert_is_refused(model):
     with pytest.raises(RoutingError, match="unknown"):
         model.cache_merged_experts(["math", "unknown"])
+
+
+@pytest.mark.skipif(not kernels.has_native(), reason="plain numpy merges whole weights")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("has_bias", [False, True])
+@torch.no_grad()
+def test_weights_merged_block_by_block_are_the_whole_weight(monkeypatch, dtype, has_bias):
+    """Blocks of 16 rows, the last one of fewer; memory that was used before holds what it held."""
+    monkeypatch.setattr(merged_weight, "BLOCK_BYTES", 1)
+    bank = LayerBank((50, 33), "sign", False)
+    delta = torch.randn(50, 33)
+    bank.put("math", SparseDelta.from_dense(delta, torch.rand(50, 33) < 0.3, "sign"))
+    weight, x = torch.randn(50, 33).to(dtype), torch.randn(7, 33).to(dtype)
+    bias = torch.randn(50).to(dtype) if has_bias else None
+    for coefficient in (1.0, -0.5):
+        mix, out = (("math", coefficient),), torch.empty(7, 50, dtype=dtype)
+        merged_weight.block_merging(weight, bank, mix, dtype).product(x, bias, out)
+        expected = torch.nn.functional.linear(x, mixed_weight(weight, bank, mix), bias)
+        assert (expected - torch.nn.functional.linear(x, weight, bias)).abs().max() > 0.1
+        torch.testing.assert_close(out, expected)
+
+
+@torch.no_grad()
+def test_rows_of_an_expert_may_lie_apart_in_the_batch(model):
+    prompts, rows = random_prompts(5), ["math", "code", "math", None, "code"]
+    model.set_execution("dense")
+    mixed = model(input_ids=prompts, expert_weights=rows).logits
+    for row, name in enumerate(rows):
+        alone = model(input_ids=prompts[row : row + 1], expert_weights=[name]).logits[0]
+        torch.testing.assert_close(mixed[row], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["layer", "base_layer", "everywhere", "replaced"])
+@pytest.mark.parametrize("rows", ["math", ["math", "code", None, "code"]], ids=["merged", "sparse"])
+@torch.no_grad()
+def test_hooks_see_every_step(model, where, rows):
+    """Also those that are set in the middle of a request, whose steps take a short way."""
+    one, seen = random_prompts(4, 1, seed=2), []
+    layer = next(iter(model.base_model.routed_layers().values()))
+    with model.use_experts(rows):
+        for _ in range(3):
+            expected = model(input_ids=one).logits
+        if where == "everywhere":
+            hook = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+        elif where == "replaced":  # as Accelerate does it
+            plain = layer.forward
+            layer.forward = lambda *args: seen.append(layer) or plain(*args)
+        else:
+            module = layer if where == "layer" else layer.base_layer
+            hook = module.register_forward_hook(lambda module, *_: seen.append(module))
+        for _ in range(2):
+            assert torch.equal(model(input_ids=one).logits, expected) or where in ("base_layer", "everywhere")
+        if where == "replaced":
+            del layer.forward
+        else:
+            hook.remove()
+        assert seen.count(layer.base_layer if where == "base_layer" else layer) == 2

@@ -101,3 +101,36 @@ def test_building_into_codes_that_cannot_be_written_is_refused(folders):
     with pytest.raises(UnsupportedError, match=r"build_mediator\(\)"):
         get_mediator_model(base, MediatorConfig(experts={name: str(folders[name]) for name in ("math", "code")}))
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+
+
+@torch.no_grad()
+def test_layers_of_another_library_need_no_word_in_the_configuration(folders, tmp_path):
+    """As HQQ and others replace them in a model that was loaded plainly."""
+    coded_model = packed(load(folders["out"]))
+    del coded_model.config.quantization_config
+    model = PeftModel.from_pretrained(coded_model, str(folders["out"] / "mediator")).eval()
+    prompts = random_prompts(2)
+    expected = model(prompts, expert_weights="math").logits
+    assert not torch.equal(expected, model(prompts, expert_weights="base").logits)
+    with pytest.raises(UnsupportedError, match="set_backbone"):
+        model.save_pretrained(tmp_path / "saved")
+    model.set_backbone(str(folders["out"]))
+    model.save_pretrained(tmp_path / "saved")
+    again = PeftModel.from_pretrained(packed(load(folders["out"])), str(tmp_path / "saved")).eval()
+    assert torch.equal(again(prompts, expert_weights="math").logits, expected)
+
+
+@pytest.mark.parametrize("kind", [NotImplementedError, ImportError, ValueError, RuntimeError])
+def test_a_quantization_that_transformers_cannot_load_is_refused_by_name(folders, monkeypatch, kind):
+    fault = kind("not available yet.")
+    from transformers import LlamaForCausalLM
+
+    class HqqConfig:
+        pass
+
+    def fail(*arguments, **options):
+        raise fault
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", fail)
+    with pytest.raises(UnsupportedError, match=r"with HqqConfig here: not available yet\. Install"):
+        load_mediator(folders["out"], quantization_config=HqqConfig())

@@ -433,13 +433,19 @@ void addition(const void* argument, int64_t* next) {
 
 // ---- changes that can be computed back
 
-// Whether (weight + shift) - shift, with the free low bits rounded away, gives every kept weight of the row back.
+// Columns of which the sums of a row are kept until it is known that all of them come back.
+constexpr int64_t HELD_COLUMNS = 4096;
+
+// Whether (weight + shift) - shift, with the free low bits rounded away, gives every kept weight of the row back. Rows of
+// up to HELD_COLUMNS leave weight + shift in `sums`, which has room for 16 more.
 template <int64_t FORM>
 bool comes_back(const Delta& delta, const uint8_t* mask, const Words& words, int64_t position, float factor, int low_bits,
-                const float* weight) {
+                const float* weight, float* sums, bool is_held) {
     return each_group<FORM>(delta, mask, words, position, splat(factor), [&](int64_t column, int64_t count, uint32_t kept, F shift) {
         const F old = count == 16 ? load(weight + column) : load(Padded<float>(weight + column, count).numbers);
-        return (bits_differ(round_low_bits(sub(add(old, shift), shift), low_bits), old) & kept) == 0;
+        const F total = add(old, shift);
+        if (is_held) store(sums + column, select(kept, total, old));
+        return (bits_differ(round_low_bits(sub(total, shift), low_bits), old) & kept) == 0;
     });
 }
 
@@ -463,6 +469,8 @@ void subtract_row(const Delta& delta, const uint8_t* mask, const Words& words, i
 template <int64_t FORM>
 void change_weight(const Change& job, int64_t* next) {
     const Words words(job.num_inputs);
+    const bool is_held = job.num_inputs <= HELD_COLUMNS;
+    float sums[HELD_COLUMNS + 16];
     each_row(job.num_outputs, job.num_inputs, job.delta.mask, job.delta.offsets, next,
              [&](int64_t row, const uint8_t* mask, int64_t position) {
                  float* weight = job.weight + row * job.num_inputs;
@@ -472,8 +480,12 @@ void change_weight(const Change& job, int64_t* next) {
                      if (!mark) subtract_row<FORM>(job.delta, mask, words, position, factor, job.low_bits, weight);
                  } else if (job.mode == ADD_MARKED) {
                      if (mark) add_row<FORM, FLOAT32>(job.delta, mask, words, position, factor, weight, weight);
-                 } else if (comes_back<FORM>(job.delta, mask, words, position, factor, job.low_bits, weight)) {
-                     add_row<FORM, FLOAT32>(job.delta, mask, words, position, factor, weight, weight);
+                 } else if (comes_back<FORM>(job.delta, mask, words, position, factor, job.low_bits, weight, sums, is_held)) {
+                     if (is_held) {
+                         std::memcpy(weight, sums, size_t(job.num_inputs) * sizeof(float));
+                     } else {
+                         add_row<FORM, FLOAT32>(job.delta, mask, words, position, factor, weight, weight);
+                     }
                      mark = 0;
                  }
              });

@@ -9,15 +9,19 @@ from numpy.typing import NDArray
 
 from .statistics import Statistics, count_ones
 
+CHANCE = 0.5
+"""Share of opposite signs among entries whose signs are independent."""
+
 
 def sign_counts(statistics: Statistics) -> NDArray[np.float64]:
-    """Per pair of experts: entries that both keep, and those among them with opposite signs: (K (K - 1) / 2, 2)."""
+    """Per pair: entries that both keep, those among them with opposite signs, and those that either keeps: (P, 3)."""
     rows = []
     for i, j in combinations(range(len(statistics.kept)), 2):
         both = statistics.kept[i] & statistics.kept[j]
         opposite = both & (statistics.negative[i] ^ statistics.negative[j])
-        rows.append([count_ones(both), count_ones(opposite)])
-    return np.array(rows, np.float64).reshape(-1, 2)
+        either = statistics.kept[i] | statistics.kept[j]
+        rows.append([count_ones(both), count_ones(opposite), count_ones(either)])
+    return np.array(rows, np.float64).reshape(-1, 3)
 
 
 def sign_score(counts: NDArray[np.float64]) -> float:
@@ -26,10 +30,13 @@ def sign_score(counts: NDArray[np.float64]) -> float:
     .. math:: d_\ell = \operatorname{mean}_{i<j} \; \mathrm{opp}_{ij} / \mathrm{both}_{ij}
 
     Our choice: the Mediator abstract (https://arxiv.org/abs/2502.04411) names parameter conflict and gives no formula.
-    A pair that shares no kept entry has no say; without any such pair (one expert) the score is 0.
+    A pair that changed entries but none together, such as two LoRAs on different layers, counts as 0.5: nothing is
+    known of it, and an average would halve both. A pair that changed nothing has no say; without any pair (one
+    expert) the score is 0.
     """
-    counts = counts.reshape(-1, 2)  # one expert has no pair, and a file of no numbers no shape
-    shared = counts[:, 0] > 0
-    if not shared.any():
+    counts = counts.reshape(-1, 3)  # one expert has no pair, and a file of no numbers no shape
+    changed = counts[counts[:, 2] > 0]
+    if not len(changed):
         return 0.0
-    return float((counts[shared, 1] / counts[shared, 0]).mean())
+    shared = changed[:, 0] > 0
+    return float(np.where(shared, changed[:, 1] / np.where(shared, changed[:, 0], 1), CHANCE).mean())

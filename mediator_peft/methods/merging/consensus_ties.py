@@ -42,6 +42,7 @@ CONSENSUS_TIES = MergeMethod(
     parameters={"density": Parameter(DENSITY, "share of a task vector that is kept", "(0, 1]", is_published=True)}
     | PARAMETERS,
     needs_base=True,
+    work=lambda experts, rows, columns: (5 + 1.2 * experts) * rows * columns,
     paper="Consensus merging (TALL-masks), arXiv 2405.07813",
     cost="a selection of the largest entries for each tensor and expert",
     good_for="as consensus, where task vectors conflict in sign",

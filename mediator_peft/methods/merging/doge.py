@@ -105,6 +105,8 @@ DOGE = MergeMethod(
     },
     needs_base=True,
     is_costly=True,
+    work=lambda experts, rows, columns: (21 + experts) * rows * columns,
+    works_on_linear_alone=True,
     paper="DOGE TA, arXiv 2501.01230",
     cost="K + 1 singular value decompositions and 400 steps for each matrix: slow",
     good_for="research comparisons, where time does not matter",

@@ -72,6 +72,7 @@ PCB = MergeMethod(
     },
     needs_base=True,
     is_costly=True,
+    work=lambda experts, rows, columns: 10.5 * rows * columns,
     paper="PCB-Merging, arXiv 2410.02396",
     cost="three selections for each tensor and expert",
     good_for="merged models of experts that compete for the same entries",

@@ -166,6 +166,13 @@ class MergeMethod:
     is_costly: bool = False
     """Whether samples of a matrix must not be merged with it: they are then taken around the average."""
 
+    work: Callable[[int, int, int], float] | None = None
+    """(K, rows, columns) → float32 numbers that merging a matrix holds at most beside task vectors and base, measured
+    on large matrices; for predictions of memory. None: a copy of the task vectors and some more."""
+
+    works_on_linear_alone: bool = False
+    """Whether ``work`` holds for weights of linear layers only; all other tensors are averaged."""
+
     is_order_free: bool = True
     """Whether the names of the experts change nothing."""
 
@@ -186,6 +193,12 @@ class MergeMethod:
                 task_vectors, context or TensorContext("", stored_shape=task_vectors.shape[1:]), **settings
             )
         return self.merge(task_vectors, **settings)
+
+    def work_numbers(self, num_experts: int, rows: int, columns: int, is_linear: bool) -> float:
+        """Float32 numbers that merging a tensor holds at most, beside task vectors and base; 0 for tiles."""
+        if self.work is not None and (is_linear or not self.works_on_linear_alone):
+            return self.work(num_experts, rows, columns)
+        return 0.0 if self.is_entrywise else (2 + 1.25 * num_experts) * rows * columns
 
     def defaults(self) -> dict[str, Any]:
         """Parameter → default."""

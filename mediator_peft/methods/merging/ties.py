@@ -53,6 +53,7 @@ TIES = MergeMethod(
         "density": Parameter(DENSITY, "share of a task vector that is kept", "(0, 1]", is_published=True),
         "scale": Parameter(1.0, "factor λ of the merged task vector", "(0, inf)", is_published=True),
     },
+    work=lambda experts, rows, columns: (5.5 + 0.4 * experts) * rows * columns,
     paper="TIES-Merging, arXiv 2306.01708",
     cost="a selection of the largest entries for each tensor and expert",
     good_for="experts whose task vectors conflict in sign",

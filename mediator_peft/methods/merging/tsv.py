@@ -82,6 +82,8 @@ TSV = MergeMethod(
     parameters={"scale": Parameter(SCALE, "factor α of the result", "(0, inf)", is_published=True)},
     needs_base=True,
     is_costly=True,
+    work=lambda experts, rows, columns: (13 + 2.8 * experts) * rows * columns,
+    works_on_linear_alone=True,
     paper="TSV-Merge, arXiv 2412.00081",
     cost="K + 2 singular value decompositions of each matrix",
     good_for="several experts of low-rank changes, as a merged model",

@@ -1,0 +1,345 @@
+"""Systems of other papers on the study's items: compressed experts, routes to whole experts, and every merge method.
+
+Each system is scored by itself and kept in the score book, so that a stopped run goes on, several runs can share the
+list, and the result file has all that is there.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import MediatorSettings
+from ..demo.tasks import Item
+from ..evaluation.baselines import (
+    NAMED_ROUTE,
+    RANDOM_ROUTE,
+    ROUTER_ROUTE,
+    RestoredExperts,
+    by_choice,
+    parse_baseline,
+    random_route,
+)
+from ..evaluation.generation import ROUTED, Memo, backbone_name, route_prompts
+from ..evaluation.measuring import measure_statistics
+from ..evaluation.report import write_json
+from ..evaluation.sizes import read_adapter_info
+from ..merge.plain_merge import merge_models
+from ..methods.baselines import BASELINES
+from ..methods.merging import MERGE_METHODS
+from ..presets import PRESETS, preset_settings
+from ..tuner.config import FALLBACK_EXPERT, MediatorConfig
+from .dynamic import dynamic_parts
+from .lab import Lab, contexts_of, merge_states, read_state, single_model_rows, tensors_with_contexts
+from .scores import Scores, Sizes
+from .systems import (
+    Bench,
+    Part,
+    Parts,
+    build_default,
+    built_model,
+    load_built,
+    model_key,
+    score_alone,
+    tuned_coefficient,
+)
+from .tables import paired_tests, system_row
+
+ORDER = (
+    *("experts@router", "emr", "t-switch", "twin", "twin, routed", "t-switch, routed", "tall", "bitdelta"),
+    *("dare_ties", "widen", "pcb", "tsv", "regmean", "fisher", "dare", "weighted", "consensus", "consensus_ties"),
+    *("delta-come", "dynamic", "experts@random", "karcher", "opcm", "ota"),
+)
+"""The most important first. ``average``, ``task_arithmetic`` and ``ties`` are in the table of systems."""
+
+NUM_SEQUENCES = 32
+"""Calibration items of each expert on which Gram matrices and Fisher information are measured."""
+
+DATA_ROWS = {"regmean": "gram", "fisher": "fisher", "ota": "fisher"}
+"""Merge methods that need a statistic."""
+
+ONE_MODEL, FULL_PRECISION = "one model", 2
+
+
+@dataclass
+class Comparison:
+    """What all systems share."""
+
+    bench: Bench
+    lab: Lab
+    limit: Sizes | None = None
+    """Most answers and losses of a task; None takes those of the table of systems."""
+
+    memory: dict[str, Any] = field(default_factory=dict)
+    """What is loaded once."""
+
+    def sizes(self, task: str) -> Sizes:
+        """Items of a task."""
+        wanted = self.bench.sample.sizes[task]
+        if self.limit is None:
+            return wanted
+        return Sizes(min(wanted.answers, self.limit.answers), min(wanted.losses, self.limit.losses))
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """``make()``, or what it gave before."""
+        if name not in self.memory:
+            self.memory[name] = make()
+        return self.memory[name]
+
+    @property
+    def default(self) -> Path:
+        """The Mediator model whose router and bank are used."""
+        folder: Path = self.once("default", lambda: build_default(self.bench))
+        return folder
+
+    def default_model(self) -> tuple[Any, Any]:
+        """It, loaded."""
+        found: tuple[Any, Any] = self.once("default model", lambda: load_built(self.default))
+        return found
+
+
+@dataclass(frozen=True)
+class System:
+    """One system to be scored."""
+
+    depends: Any
+    """What its figures depend on, known without any work."""
+
+    parts: Callable[[str], Parts]
+    """Task → items → parts."""
+
+    num_bytes: Callable[[], int | None]
+    """Of its weights; None for one model."""
+
+    answers_unknown: bool = True
+    """Whether it answers tasks without an expert."""
+
+
+def find_system(run: Comparison, name: str) -> System:
+    """A system by its name: a baseline with its route, a preset, a merge method, or ``dynamic``.
+
+    Raises:
+        ValueError: it is unknown, or does not merge this number of experts.
+    """
+    own, route = parse_baseline(name)
+    if own in BASELINES:
+        return _restored(run, own, route)
+    if name.partition(", ")[0] in PRESETS and name.endswith(", routed"):
+        return _preset(run, name.partition(", ")[0])
+    if name == "dynamic":
+        key = model_key(run.bench, MediatorConfig())
+        return System(key, lambda task: dynamic_parts(run.lab, run.default, run.default_model), lambda: None, False)
+    if name in MERGE_METHODS:
+        wanted = MERGE_METHODS[name].num_experts
+        if wanted is not None and wanted != len(run.bench.experts):
+            raise ValueError(f"{name} merges {wanted} experts")
+        return _merged(run, name)
+    raise ValueError(f"unknown system {name!r}; choose one of {', '.join(ORDER)}")
+
+
+def _restored(run: Comparison, name: str, route: str) -> System:
+    """A baseline: plain weights of the expert that answers."""
+    lab = run.lab
+
+    def restored() -> RestoredExperts:
+        contexts = contexts_of(lab.base, lab.experts)
+        return RestoredExperts(
+            BASELINES[name],
+            lambda: tensors_with_contexts(lab.base, lab.experts),
+            contexts,
+            sorted(lab.experts),
+            torch.bfloat16,
+        )
+
+    def parts(task: str) -> Parts:
+        def of_items(items: Sequence[Item]) -> Iterator[Part]:
+            found = run.once(name, restored)
+            for expert, places in by_choice(_choices(run, task, route, items)).items():
+                with lab.holding(found.state(expert)) as model:
+                    yield places, {"model": model, "tokenizer": lab.tokenizer}
+
+        return of_items
+
+    depends = [run.bench.hashes, BASELINES[name].defaults(), route]
+    if route == ROUTER_ROUTE:
+        depends.append(model_key(run.bench, MediatorConfig()))
+    return System(depends, parts, lambda: restored().num_bytes(), route != NAMED_ROUTE)
+
+
+def _choices(run: Comparison, task: str, route: str, items: Sequence[Item]) -> list[str | None]:
+    """Which expert answers each item; None for the base."""
+    experts = sorted(run.lab.experts)
+    if route == NAMED_ROUTE:
+        return [task] * len(items)
+    if route == RANDOM_ROUTE:
+        return [random_route(item.prompt, experts) for item in items]
+    model, tokenizer = run.default_model()
+    routes = route_prompts(model, tokenizer, [item.prompt for item in items])
+    none = {FALLBACK_EXPERT, backbone_name(model.expert_names)}
+    return [None if found.expert in none else found.expert for found in routes]
+
+
+def _preset(run: Comparison, name: str) -> System:
+    """A system that is a configuration of the library, with its own router."""
+    hidden = int(run.lab.model.config.hidden_size)
+    config = MediatorConfig(**preset_settings(name, hidden), target_modules=["all-linear", "embed_tokens"])
+    key = f"preset {name}"
+
+    def folder() -> Path:
+        return built_model(run.bench, f"{name}-{len(run.bench.experts)}", config)
+
+    def parts(task: str) -> Parts:
+        def of_items(items: Sequence[Item]) -> Iterator[Part]:
+            model, tokenizer = run.once(key, lambda: load_built(folder()))
+            memo = run.once(f"{key} memo", Memo.empty)
+            yield (
+                list(range(len(items))),
+                {"model": model, "tokenizer": tokenizer, "expert_weights": ROUTED, "memo": memo},
+            )
+
+        return of_items
+
+    def num_bytes() -> int:
+        info = read_adapter_info(folder())
+        return (info.backbone_bytes or 0) + info.adapter_bytes
+
+    return System(model_key(run.bench, config), parts, num_bytes)
+
+
+def _merged(run: Comparison, name: str) -> System:
+    """One plain model by a merge method."""
+    row, bench, lab = MERGE_METHODS[name], run.bench, run.lab
+    parameters: dict[str, Any] = {}
+    if name == "task_arithmetic":
+        parameters["scale"] = tuned_coefficient(bench, lab)
+
+    def state() -> dict[str, torch.Tensor]:
+        if name in single_model_rows():
+            return merge_states(lab.base, lab.experts, row, **parameters)
+        folder = bench.folder.models / f"merged-{name}"
+        shutil.rmtree(folder, ignore_errors=True)
+        paths = {task: expert.path for task, expert in bench.experts.items()}
+        settings = MediatorSettings(merge_method=name, merge_data=_data(run, name))
+        merge_models(bench.folder.base, paths, folder, settings, hash_inputs=False)
+        found = read_state(folder)
+        shutil.rmtree(folder)
+        return found
+
+    def parts(task: str) -> Parts:
+        def of_items(items: Sequence[Item]) -> Iterator[Part]:
+            for other in [key for key in run.memory if key.startswith("merged ") and key != f"merged {name}"]:
+                del run.memory[other]
+            with lab.holding(run.once(f"merged {name}", state)) as model:
+                yield list(range(len(items))), {"model": model, "tokenizer": lab.tokenizer}
+
+        return of_items
+
+    depends: list[Any] = [bench.hashes, {**row.defaults(), **parameters}]
+    if row.needs_data:
+        depends.append(NUM_SEQUENCES)
+    return System(depends, parts, lambda: None)
+
+
+def _data(run: Comparison, name: str) -> str | None:
+    """What a merge method reads beside the weights, measured once."""
+    if name == "weighted":
+        return str(_equal_norms(run))
+    statistic = DATA_ROWS.get(name)
+    if statistic is None:
+        return None
+    folder = run.bench.folder.root / "statistics" / statistic
+    folder.mkdir(parents=True, exist_ok=True)
+    for task, expert in run.bench.experts.items():
+        output = folder / f"{task}.safetensors"
+        if output.exists():
+            continue
+        items = run.bench.sample.tasks[task].calibration[:NUM_SEQUENCES]
+        prompts = folder / f"{task}.jsonl"
+        lines = [json.dumps({"prompt": item.prompt, "answer": item.answer}) for item in items]
+        prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        report = measure_statistics(expert.path, prompts, output, statistic, answer_column="answer")
+        run.bench.say(f"{statistic} of {task}: {report.cpu_seconds:.0f} s")
+    return str(folder)
+
+
+def _equal_norms(run: Comparison) -> Path:
+    """Coefficients that give every task vector the same norm: the tuned coefficient times mean norm over own norm."""
+    base = run.lab.base
+    norms = {
+        name: sum(float((state[key].float() - tensor.float()).square().sum()) for key, tensor in base.items()) ** 0.5
+        for name, state in run.lab.experts.items()
+    }
+    scale = tuned_coefficient(run.bench, run.lab) * sum(norms.values()) / len(norms)
+    path = run.bench.folder.scores / "equal-norms.json"
+    coefficients = {name: scale / norm for name, norm in norms.items()}
+    write_json({"coefficients_version": 1, "experts": coefficients, "about": {"norms": norms}}, path)
+    return path
+
+
+def score_system(run: Comparison, name: str) -> dict[str, Scores]:
+    """Task → scores of one system, measured or found."""
+    system = find_system(run, name)
+    return {
+        task: run.bench.scored_in_parts(name, task, run.sizes(task), system.depends, system.parts(task))
+        for task in _tasks(run, system)
+    }
+
+
+def known_scores(run: Comparison, name: str) -> dict[str, Scores] | None:
+    """Those of earlier runs; None where a task is missing."""
+    system = find_system(run, name)
+    found = {}
+    for task in _tasks(run, system):
+        scores = run.bench.book.find(name, task, run.bench.key(task, run.sizes(task), system.depends))
+        if scores is None:
+            return None
+        found[task] = scores
+    return found
+
+
+def _tasks(run: Comparison, system: System) -> list[str]:
+    return list(run.bench.sample.tasks if system.answers_unknown else run.bench.sample.known)
+
+
+def compare(run: Comparison, names: Sequence[str]) -> dict[str, Any]:
+    """Score systems, and gather all that have been scored.
+
+    Args:
+        run: what is measured.
+        names: those to score, in this order.
+
+    Returns:
+        ``systems``: name → accuracy, loss, shares kept, bytes; ``tests``: p-values against the whole experts;
+        ``left_out``: name → why.
+    """
+    bench = run.bench
+    known, left_out, table = bench.sample.known, {}, {}
+    alone = score_alone(bench, run.lab)
+    own = {task: alone[f"expert {task}"][task].first(run.sizes(task)) for task in known}
+    one = sum(path.stat().st_size for path in bench.folder.base.glob("*.safetensors"))
+    for name in dict.fromkeys([*names, *ORDER]):
+        try:
+            found = score_system(run, name) if name in names else known_scores(run, name)
+        except ValueError as fault:
+            left_out[name] = str(fault)
+            continue
+        if found is None:
+            left_out[name] = "not scored"
+            continue
+        table[name] = {**system_row(known, found, own, find_system(run, name).num_bytes() or one)}
+        table[name]["against_experts"] = paired_tests(own, found)
+    return {
+        "tasks": list(known),
+        "num_items": {
+            task: {each.name: getattr(run.sizes(task), each.name) for each in fields(Sizes)} for task in known
+        },
+        "systems": table,
+        "left_out": left_out,
+        "bytes_of_one_model": one,
+    }
