@@ -176,7 +176,7 @@ class MediatorSettings:
     ood_alpha: float = 0.01
     """Share of known prompts that may be taken for unknown, in (0, 1)."""
 
-    ood_beta: float = 0.05
+    ood_beta: float = 0.03
     """Share of unknown prompts that may reach an expert, in (0, 1); of kinds of prompts that the fit has not seen."""
 
     routing_top_p: float = 0.5

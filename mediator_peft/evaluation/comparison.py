@@ -15,7 +15,7 @@ from .statistics import Estimate, Kept, bootstrap_kept, bootstrap_mean, permutat
 if TYPE_CHECKING:
     from rich.table import Table
 
-_NAMED, _BASE = "expert named", "base"
+_NAMED, _EXPERTS, _BASE = "expert named", "experts", "base"
 _SEED = 0
 
 
@@ -30,7 +30,8 @@ def compare(
     Args:
         report: all systems scored.
         baselines: names of plain checkpoints among them. One with the name of a task is that task's reference; for
-            other tasks "expert named" is. One named ``base`` is what forgetting is measured by.
+            other tasks the system "experts" is, or else "expert named". One named ``base`` is what forgetting is
+            measured by.
         runtime: label → seconds or bytes.
 
     Returns:
@@ -38,11 +39,10 @@ def compare(
         ``tests`` (system → task → p-values against the last system) and ``runtime``.
     """
     names = [system.name for system in report.systems]
-    reference = {
-        task: task if task in set(baselines) else _NAMED
-        for task in report.known_tasks
-        if task in set(baselines) or _NAMED in names
-    }
+    # A checkpoint may have that name as well.
+    whole = next((name for name in (_EXPERTS, _NAMED) if name in names and name not in set(baselines)), None)
+    chosen = {task: task if task in set(baselines) else whole for task in report.known_tasks}
+    reference = {task: name for task, name in chosen.items() if name is not None}
     return {
         "reference": reference,
         "kept": {system.name: _kept(report, system, reference) for system in report.systems},

@@ -62,7 +62,8 @@ def task_memory(merge: Merge, task: Task) -> int:
         work += entries * (4 + merge.job.dtype.itemsize) * (num_experts + 1)
     context = merge.method.contexts.get(task.name)
     is_linear = context is not None and context.kind == LINEAR and len(shape) == 2
-    work += 4 * row_of_table.work_numbers(num_experts, entries // max(1, row), row, is_linear)
+    sides = (row, entries // max(1, row)) if task.is_transposed else (entries // max(1, row), row)
+    work += 4 * row_of_table.work_numbers(num_experts, *sides, is_linear)
     held = sum(checkpoint.held_bytes(task.name) for checkpoint in (merge.job.base, *merge.job.experts.values()))
     return int(tile + work + held)
 

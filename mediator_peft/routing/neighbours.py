@@ -74,12 +74,18 @@ def fit_neighbours(features: Tensor, labels: Tensor, background: Tensor, basis: 
     centre = background.double().cpu().mean(dim=0)
     wide = basis.double().cpu()
     inside = (background.double().cpu() - centre) @ wide
-    # By the Gram matrix, whose size is the number of prompts whatever the width of the model.
-    values, vectors = torch.linalg.eigh(inside @ inside.T)
-    values, vectors = values.flip(0)[:MOST_DIRECTIONS], vectors.flip(1)[:, :MOST_DIRECTIONS]
-    useful = values > 1e-10 * values[0].clamp(min=1e-12)
-    directions = inside.T @ (vectors[:, useful] * values[useful].clamp(min=1e-12).rsqrt())
+    directions = _principal_directions(inside)
     empty = Neighbours(centre.float(), (wide @ directions).float(), torch.zeros(0), torch.zeros(0))
     rows = torch.cat([features.float().cpu(), background.float().cpu()])
     marks = torch.cat([labels.cpu().float(), torch.full((len(background),), float(BACKGROUND))])
     return empty._replace(rows=empty.inside(rows), labels=marks)
+
+
+def _principal_directions(rows: Tensor) -> Tensor:
+    """(H, R) orthonormal; by the smaller one of covariance (H, H) and Gram matrix (M, M) of the (M, H) rows."""
+    by_gram = rows.shape[0] < rows.shape[1]
+    values, vectors = torch.linalg.eigh(rows @ rows.T if by_gram else rows.T @ rows)
+    values, vectors = values.flip(0)[:MOST_DIRECTIONS], vectors.flip(1)[:, :MOST_DIRECTIONS]
+    useful = values > 1e-10 * values[0].clamp(min=1e-12)
+    vectors, values = vectors[:, useful], values[useful]
+    return rows.T @ (vectors * values.clamp(min=1e-12).rsqrt()) if by_gram else vectors

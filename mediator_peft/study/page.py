@@ -124,6 +124,25 @@ def losses_table(results: Results) -> str:
     return markdown_table(header, rows)
 
 
+def comparison_table(results: Results) -> str:
+    """Baselines of other papers and merge methods: accuracy of each task, what is kept, loss, bytes."""
+    found = results["comparison"]
+    answered: list[str] = next(
+        (row["answered_tasks"] for row in found["systems"].values() if "answered_tasks" in row), []
+    )
+    header = ["system", *answered, "mean kept", "worst kept", "mean loss", "bytes, models"]
+    rows = []
+    for name, row in found["systems"].items():
+        kept = row.get("kept")
+        cells = ["–"] * (len(answered) + 2)
+        if kept is not None:
+            worst = f"{with_interval(Estimate(**kept['worst']))} {kept['worst_task']}"
+            accuracies = [share(row["tasks"][task]["accuracy"]) for task in answered]
+            cells = [*accuracies, with_interval(Estimate(**kept["mean"])), worst]
+        rows.append([name, *cells, f"{row['mean_loss']:.3f}", f"{row['bytes'] / found['bytes_of_one_model']:.2f}"])
+    return markdown_table(header, rows)
+
+
 def routing_table(results: Results) -> str:
     """Where test prompts were sent."""
     found = results["systems"]["routing"]
@@ -184,6 +203,7 @@ def ablation_table(results: Results) -> str:
 TABLES: dict[str, Callable[[Results], str]] = {
     "systems": systems_table,
     "losses": losses_table,
+    "comparison": comparison_table,
     "tests": tests_table,
     "routing": routing_table,
     "conflict": conflict_table,

@@ -259,6 +259,11 @@ class RoutedForward:
         mask = kwargs.get("attention_mask")
         if mask is None:
             mask = self._mask_from_padding(input_ids, {})
+        elif mask.shape != input_ids.shape:
+            raise RoutingError(
+                f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}: give one entry a "
+                "token."
+            )
         mask = prompt_mask(input_ids, mask, kwargs.get("labels"), context)
         return self._prompts.routed_table(input_ids, mask)
 

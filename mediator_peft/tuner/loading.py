@@ -297,6 +297,10 @@ def check_weights_file(folder: Path) -> None:
 
 
 def _local(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise AdapterError(
+            f"give the folder that build_mediator() wrote, or a hub id such as 'org/model', not {path!r}."
+        )
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder

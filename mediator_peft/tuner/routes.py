@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeAlias
@@ -111,6 +111,8 @@ def expert_weight_rows(spec: ExpertWeights, columns: Sequence[str], num_experts:
     elif spec is None or isinstance(spec, (str, Mapping)):
         table = torch.tensor([_row(spec, columns)])
     else:
+        if not isinstance(spec, Iterable):
+            raise RoutingError(f"expert weights must be a name, a dict, a tensor, or one of these a row, got {spec!r}.")
         rows = list(spec)
         if not rows:
             raise RoutingError("expert weights are an empty list; give one entry for each prompt.")
@@ -129,6 +131,8 @@ def _row(spec: RowSpec, columns: Sequence[str]) -> list[float]:
     for name in mix:
         if name not in columns:
             raise RoutingError(unknown_name(name, columns, "expert"))
+        if isinstance(mix[name], str) or not hasattr(mix[name], "__float__"):
+            raise RoutingError(f"the weight of expert {name!r} must be a number, got {mix[name]!r}.")
     return [float(mix.get(name, 0.0)) for name in columns]
 
 

@@ -451,6 +451,8 @@ def check_ids(input_ids: Any) -> None:
         RoutingError: they are no (B, T) tensor, or there is no token.
     """
     shape = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+    if isinstance(input_ids, Tensor) and (input_ids.is_floating_point() or input_ids.is_complex()):
+        raise RoutingError(f"token ids must be whole numbers, got {input_ids.dtype}. Embeddings are inputs_embeds=.")
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or not input_ids.numel():
         raise RoutingError(
             f"prompts are routed by token ids of shape (B, T) with at least one token, got {shape}. Tokenise with "

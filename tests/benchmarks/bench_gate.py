@@ -142,7 +142,13 @@ def sets_table(args, reader: Reader) -> dict:
         "known to base": report.known_to_fallback, "flagged": report.false_fallback,
         "unknown to experts": report.unknown_to_expert, "base by left-out family": report.base_weight_by_family,
     }  # fmt: skip
-    sets = prompt_sets(args.collection, args.size, 1000 + args.seed)
+    sets = {
+        name: one
+        for collection in args.collection.split(",")
+        for name, one in prompt_sets(collection, args.size, 1000 + args.seed).items()
+        if collection != "held out" or one.kind not in ("seen",)
+        for name in [name if collection == "fresh" else f"{name} ({collection})"]
+    }
     kinds: dict[str, list[float]] = {}
     for name, one in sets.items():
         seen = set(texts)
@@ -197,7 +203,7 @@ def many_table(args, reader: Reader) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--collection", default="fresh", choices=["development", "held out", "fresh"])
+    parser.add_argument("--collection", default="fresh", help="of gate_prompts.py, with commas")
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--size", type=int, default=60)
     parser.add_argument("--texts", type=int, default=200)

@@ -44,6 +44,13 @@ def test_shares_are_taken_of_the_given_expert_or_else_of_the_named_one(report):
     assert found["kept"]["base"]["mean"]["value"] == 0
 
 
+def test_whole_experts_as_a_baseline_are_the_reference(report):
+    report.systems.insert(0, system("experts", maths=(10,), cron=(18,)))
+    assert compare(report, ["base"])["reference"] == {"maths": "experts", "cron": "experts"}
+    assert compare(report, ["maths"])["reference"] == {"maths": "maths", "cron": "experts"}
+    assert compare(report, ["experts"])["reference"] == {"maths": "expert named", "cron": "expert named"}
+
+
 def test_forgetting_is_the_share_of_the_base_on_tasks_without_an_expert(report):
     assert compare(report, ["base"])["forgetting"] == {
         "capitals": {"base": 1.0, "maths": 0.5, "routed": pytest.approx(0.9)}

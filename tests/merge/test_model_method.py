@@ -83,4 +83,6 @@ def test_predicted_work_is_that_of_the_tensor_at_hand():
     tsv, ties, average = (MERGE_METHODS[name] for name in ("tsv", "ties", "average"))
     assert average.work_numbers(3, 10, 10, True) == 0
     assert tsv.work_numbers(3, 10, 20, True) > 2 * tsv.work_numbers(3, 10, 20, False) > 0
+    assert MERGE_METHODS["regmean"].work_numbers(3, 10, 20, True) == 14 * 400
+    assert MERGE_METHODS["regmean"].work_numbers(3, 10, 20, False) == 0
     assert ties.work_numbers(6, 10, 20, True) > ties.work_numbers(3, 10, 20, True)

@@ -40,6 +40,15 @@ def test_no_turn_of_the_axes_changes_it():
     torch.testing.assert_close(plain, turned, rtol=1e-3, atol=1e-4)
 
 
+def test_fewer_prompts_than_features_span_a_smaller_space():
+    features, labels, background = some(9, size=20), torch.arange(9) % 2, some(7, size=20, seed=1)
+    found = fit_neighbours(features, labels, background, torch.eye(20))
+    assert found.projection.shape == (20, 6)
+    torch.testing.assert_close(found.projection.T @ found.projection, torch.eye(6), rtol=1e-4, atol=1e-5)
+    centred = background - background.mean(dim=0)
+    torch.testing.assert_close(centred @ found.projection @ found.projection.T, centred, rtol=1e-3, atol=1e-4)
+
+
 def test_an_expert_is_added_and_removed_again():
     features, labels, background, rows = some(9), torch.arange(9) % 2, some(30, seed=1), some(4, seed=2)
     two = fit_neighbours(features, labels, background, torch.eye(6))

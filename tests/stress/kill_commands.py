@@ -43,7 +43,8 @@ eval:
   max_new_tokens: 2
   report: results
 """
-ROUTER_FILES = ("mediator/adapter_model.safetensors", "mediator/adapter_config.json")
+# The checksums are those of the router, too.
+ROUTER_FILES = ("mediator/adapter_model.safetensors", "mediator/adapter_config.json", "mediator/checksums.json")
 # Tell the time, or are made again from the same data by other code.
 VOLATILE = ("report.json", "results.png", "routing.png", "README.md")
 PAUSE = 0.01

@@ -42,6 +42,7 @@ from mediator_peft.study.lab import (
     single_model_rows,
     tensors_with_contexts,
 )
+from mediator_peft.study.page import comparison_table
 from mediator_peft.study.scores import ScoreBook, Scores, Sizes, put_together
 from mediator_peft.study.settings import FULL_STUDY, StudyRecipe
 from mediator_peft.study.systems import (
@@ -199,6 +200,8 @@ def test_baselines_and_merges_are_compared_on_the_items_of_the_table(bench, lab,
     assert compare(Comparison(bench, lab, Sizes(2, 3)), ["weighted"]) == first
     with pytest.raises(ValueError, match="unknown system"):
         find_system(run, "nothing")
+    lines = comparison_table({"comparison": first}).splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == list(first["systems"])
 
 
 @pytest.mark.slow

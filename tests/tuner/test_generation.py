@@ -172,11 +172,22 @@ def test_all_forms_of_expert_weights_agree(model):
         ([], "empty"),
         (["math", "math", "math"], "3 rows"),
         ([1.0, 2.0], "must be a name"),
+        ({"math": "much"}, "weight of expert 'math' must be a number"),
+        ({"math": None}, "weight of expert 'math' must be a number"),
+        (3, "must be a name, a dict, a tensor"),
     ],
 )
 def test_wrong_expert_weights_say_what_is_wrong(model, weights, message):
     with pytest.raises(RoutingError, match=message):
         model(input_ids=random_prompts(2), expert_weights=weights)
+
+
+def test_ids_and_masks_that_do_not_fit_are_refused_by_name(model):
+    prompts = random_prompts(2)
+    with pytest.raises(RoutingError, match=r"whole numbers, got torch\.float32"):
+        model(input_ids=prompts.float())
+    with pytest.raises(RoutingError, match=r"attention_mask has shape \(2, 3\)"):
+        model(input_ids=prompts, attention_mask=torch.ones(2, 3))
 
 
 def test_a_router_that_is_not_fitted_says_how_to_fit_it(tmp_path, checkpoints):

@@ -19,8 +19,8 @@ REJECTED: dict[str, str] = {
     "floating-point operations for 135M parameters.",
     "PLeaS (arXiv 2407.02447)": "for experts of one base the permutations are the identity, other widths give another "
     "architecture, and the stacked least-squares half is `regmean`.",
-    "TALL-masks for each task (arXiv 2405.07813)": "a compression with one model for each task; the sparsifiers do "
-    "that. Its consensus is `consensus`.",
+    "TALL-masks for each task (arXiv 2405.07813)": "a compression with one model for each task: "
+    "`mediator-peft eval --baseline tall`. Its consensus is `consensus`.",
     "Unconstrained merging (arXiv 2410.13699)": "of one architecture: a search, see above. Of several: training by "
     "distillation.",
     "SLERP and Karcher mean of weights": "experts of one base have a cosine of about 0.99999: SLERP of the weights is "

@@ -94,6 +94,9 @@ REGMEAN = MergeMethod(
         "off_diagonal": Parameter(OFF_DIAGONAL, "factor of off-diagonal entries of G", "[0, 1]", is_published=True),
         "ridge": Parameter(RIDGE, "added to the diagonal of each G, in mean diagonals", "[0, inf)"),
     },
+    # K Gram matrices, their sum and its factor in float64, and one in float32 with its copy.
+    work=lambda experts, rows, columns: (2 * experts + 8) * columns**2,
+    works_on_linear_alone=True,
     paper="RegMean, arXiv 2212.09849",
     data="Gram matrices of layer inputs (measure --statistic gram)",
     cost="forward passes; a Cholesky factor and K + 1 products with I x I matrices for each layer",
