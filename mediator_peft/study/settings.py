@@ -49,7 +49,7 @@ class StudySettings:
     """Test items of each task that are answered greedily: the first ones."""
 
     answered_merges: tuple[str, ...]
-    """Single-model merges whose answers are generated; of the others the losses are measured."""
+    """Single-model merges in the table of systems; the comparison has the others."""
 
     num_losses: int
     """Test items of each task whose answer loss is measured; half of them for long and unknown tasks."""

@@ -211,8 +211,14 @@ def _validation_loss(bench: Bench, model: Any, tokenizer: Any) -> float:
 
 
 def score_merges(bench: Bench, lab: Lab) -> Table:
-    """Single models merged from all experts: every row of the library, and task arithmetic with a tuned coefficient."""
-    rows: dict[str, tuple[MergeMethod, dict[str, Any]]] = {name: (row, {}) for name, row in single_model_rows().items()}
+    """Single models merged from all experts: a few rows of the library, task arithmetic with a tuned coefficient.
+
+    ``comparison.py`` has the other rows, and the baselines.
+    """
+    known = single_model_rows()
+    rows: dict[str, tuple[MergeMethod, dict[str, Any]]] = {
+        name: (known[name], {}) for name in bench.settings.answered_merges if name in known
+    }
     rows["task_arithmetic"] = MERGE_METHODS["task_arithmetic"], {"scale": tuned_coefficient(bench, lab)}
     table: Table = {}
     for name, (row, parameters) in rows.items():
@@ -227,10 +233,8 @@ def score_merges(bench: Bench, lab: Lab) -> Table:
                 return {"model": model, "tokenizer": lab.tokenizer}
 
         depends = [bench.hashes, {**row.defaults(), **parameters}]
-        answers = name in bench.settings.answered_merges
         table[name] = {
-            task: bench.scored(name, task, sizes if answers else Sizes(0, sizes.losses), depends, merged)
-            for task, sizes in bench.sample.sizes.items()
+            task: bench.scored(name, task, sizes, depends, merged) for task, sizes in bench.sample.sizes.items()
         }
     return table
 
