@@ -96,11 +96,12 @@ def _differences(theirs: Any, ours: Any, prefix: str = "") -> Iterator[tuple[str
     declared = _declared(ours) | _declared(theirs)
     for key in sorted(settings.keys() | known.keys()):
         here, there = settings.get(key), known.get(key)
-        if _is_harmless(key) or here == there:
+        if _is_harmless(key):
             continue
         if hasattr(here, "to_dict") and hasattr(there, "to_dict"):
+            # Before any comparison of the two: configurations whose layers differ cannot be compared as wholes.
             yield from _differences(there, here, f"{prefix}{key}.")
-        else:
+        elif here != there:
             yield f"{prefix}{key}", there, here, key in declared
 
 

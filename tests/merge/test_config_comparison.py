@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from mediator_peft import build_mediator, get_mediator_model, plan_mediator
 from mediator_peft.config import MediatorSettings
 from mediator_peft.errors import CheckpointMismatchError
 from mediator_peft.tuner.config import MediatorConfig
+from tests.architectures import tiny_architecture
 
 SIZES = dict(
     vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -129,3 +131,14 @@ def test_defaults_that_are_written_out_are_the_same(tmp_path):
     (tmp_path / "expert" / "config.json").write_text(json.dumps({**settings, "rope_theta": 10000.0}))
     planned = plan_mediator(tmp_path / "base", {"a": tmp_path / "expert"}, config=MediatorSettings())
     assert not planned.problems
+
+
+def test_models_whose_layers_differ_are_compared_setting_by_setting(tmp_path):
+    """Gemma 4 refuses to tell the width of a head, which differs by layer; its parts cannot be compared as wholes."""
+    tiny_architecture("gemma4").save_pretrained(tmp_path / "base")
+    shutil.copytree(tmp_path / "base", tmp_path / "expert")
+    settings = json.loads((tmp_path / "expert" / "config.json").read_text())
+    settings["text_config"]["final_logit_softcapping"] = 3.0
+    (tmp_path / "expert" / "config.json").write_text(json.dumps(settings))
+    planned = plan_mediator(tmp_path / "base", {"a": tmp_path / "expert"}, config=MediatorSettings())
+    assert [text for text in planned.problems if "text_config.final_logit_softcapping" in text]
