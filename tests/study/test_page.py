@@ -20,8 +20,10 @@ PAGE = DOCS / "evidence.md"
 NAMES = {"135", "95", "3.0", "270"}
 
 
-def test_every_table_of_the_page_is_that_of_its_result_file():
-    text = PAGE.read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", [PAGE, DOCS.parent / "README.md"], ids=lambda page: page.name)
+def test_every_table_of_the_page_is_that_of_its_result_file(page):
+    text = page.read_text(encoding="utf-8")
+    assert "<!-- table: systems -->" in text
     assert fill_page(text, DOCS / "results") == text
 
 
