@@ -178,6 +178,8 @@ class PublishedSystems:
         self._experts: dict[str, str] = dict(found.get("experts") or {})
         self._load_plain = load_plain
         self._opened: tuple[Job, Any, Any] | None = None
+        # With what was found out in a pass over the whole model, which all routes share.
+        self._restored: dict[str, RestoredExperts] = {}
 
     def score(
         self, text: str, tasks: Sequence[EvalTask], routes: Mapping[str, Sequence[Route]], **scoring: Any
@@ -197,8 +199,8 @@ class PublishedSystems:
         name, route = parse_baseline(text)
         if name in MERGE_METHODS:
             return self._score_merged(name, tasks, scoring)
-        job, model, tokenizer = self._open()
-        restored = restored_from_job(BASELINES[name], job, self._experts)
+        restored = self._restored_experts(name)
+        _, model, tokenizer = self._open()
         asked = [task for task in tasks if task.expert is not None] if route == NAMED_ROUTE else list(tasks)
         choices = {task.name: self._choices(task, route, routes.get(task.name, ())) for task in asked}
 
@@ -213,7 +215,12 @@ class PublishedSystems:
         name, _ = parse_baseline(text)
         if name in MERGE_METHODS:
             return None
-        return restored_from_job(BASELINES[name], self._open()[0], self._experts).num_bytes()
+        return self._restored_experts(name).num_bytes()
+
+    def _restored_experts(self, name: str) -> RestoredExperts:
+        if name not in self._restored:
+            self._restored[name] = restored_from_job(BASELINES[name], self._open()[0], self._experts)
+        return self._restored[name]
 
     def _choices(self, task: EvalTask, route: str, routes: Sequence[Route]) -> list[str | None]:
         if route == NAMED_ROUTE:

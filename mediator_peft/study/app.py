@@ -86,7 +86,8 @@ def alone(folder: Root, only: Only = None, threads: Threads = 1) -> None:
 @app.command()
 def systems(folder: Root, only: Only = None, threads: Threads = 1) -> None:
     """Score single-model merges and the Mediator model, and write the table of all systems."""
-    from .systems import build_default, score_alone, score_mediator, score_merges
+    from .comparison import score_merges
+    from .systems import build_default, score_alone, score_mediator
     from .tables import systems_result
 
     bench = _bench(folder, threads, only)
@@ -101,7 +102,7 @@ def systems(folder: Root, only: Only = None, threads: Threads = 1) -> None:
 @app.command()
 def merges(folder: Root, only: Only = None, threads: Threads = 1) -> None:
     """Score single-model merges alone; `systems` then takes their scores from FOLDER."""
-    from .systems import score_merges
+    from .comparison import score_merges
 
     bench = _bench(folder, threads, only)
     score_merges(bench, _lab(bench))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,21 @@ from ..methods.merging import MERGE_METHODS
 from ..presets import PRESETS, preset_settings
 from ..tuner.config import FALLBACK_EXPERT, MediatorConfig
 from .dynamic import dynamic_parts
-from .lab import Lab, contexts_of, merge_states, read_state, single_model_rows, tensors_with_contexts
+from .lab import (
+    Lab,
+    contexts_of,
+    merge_states,
+    read_state,
+    single_model_rows,
+    task_vector_norm,
+    tensors_with_contexts,
+)
 from .scores import Scores, Sizes
 from .systems import (
     Bench,
     Part,
     Parts,
+    Table,
     build_default,
     built_model,
     load_built,
@@ -63,8 +72,6 @@ NUM_SEQUENCES = 32
 
 DATA_ROWS = {"regmean": "gram", "fisher": "fisher", "ota": "fisher"}
 """Merge methods that need a statistic."""
-
-ONE_MODEL, FULL_PRECISION = "one model", 2
 
 
 @dataclass
@@ -270,11 +277,7 @@ def _data(run: Comparison, name: str) -> str | None:
 
 def _equal_norms(run: Comparison) -> Path:
     """Coefficients that give every task vector the same norm: the tuned coefficient times mean norm over own norm."""
-    base = run.lab.base
-    norms = {
-        name: sum(float((state[key].float() - tensor.float()).square().sum()) for key, tensor in base.items()) ** 0.5
-        for name, state in run.lab.experts.items()
-    }
+    norms = {name: task_vector_norm(run.lab.base, state) for name, state in run.lab.experts.items()}
     scale = tuned_coefficient(run.bench, run.lab) * sum(norms.values()) / len(norms)
     path = run.bench.folder.scores / "equal-norms.json"
     coefficients = {name: scale / norm for name, norm in norms.items()}
@@ -307,6 +310,12 @@ def _tasks(run: Comparison, system: System) -> list[str]:
     return list(run.bench.sample.tasks if system.answers_unknown else run.bench.sample.known)
 
 
+def score_merges(bench: Bench, lab: Lab) -> Table:
+    """The single-model merges of the table of systems."""
+    run = Comparison(bench, lab)
+    return {name: score_system(run, name) for name in bench.settings.answered_merges}
+
+
 def compare(run: Comparison, names: Sequence[str]) -> dict[str, Any]:
     """Score systems, and gather all that have been scored.
 
@@ -332,13 +341,11 @@ def compare(run: Comparison, names: Sequence[str]) -> dict[str, Any]:
         if found is None:
             left_out[name] = "not scored"
             continue
-        table[name] = {**system_row(known, found, own, find_system(run, name).num_bytes() or one)}
+        table[name] = system_row(known, found, own, find_system(run, name).num_bytes() or one)
         table[name]["against_experts"] = paired_tests(own, found)
     return {
         "tasks": list(known),
-        "num_items": {
-            task: {each.name: getattr(run.sizes(task), each.name) for each in fields(Sizes)} for task in known
-        },
+        "num_items": {task: asdict(run.sizes(task)) for task in known},
         "systems": table,
         "left_out": left_out,
         "bytes_of_one_model": one,

@@ -33,6 +33,11 @@ def task_vectors(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
     return torch.stack([expert.float() - base.float() for expert in experts])
 
 
+def task_vector_norm(base: State, expert: State) -> float:
+    """Euclidean norm of a whole model's task vector."""
+    return sum(float((expert[name].float() - tensor.float()).square().sum()) for name, tensor in base.items()) ** 0.5
+
+
 def merge_states(base: State, experts: Mapping[str, State], method: MergeMethod, **parameters: Any) -> State:
     """base + merge(task vectors), tensor by tensor, rounded once to the storage dtype.
 

@@ -19,10 +19,10 @@ from ..evaluation.fit_and_save import fit_and_save
 from ..evaluation.generation import ROUTED, Memo, answer_losses, route_prompts
 from ..evaluation.report import write_json
 from ..merge.offline import build_mediator
-from ..methods.merging import MERGE_METHODS, MergeMethod
+from ..methods.merging import MERGE_METHODS
 from ..tuner.config import MediatorConfig
 from .experts import StudyFolder, validation_items
-from .lab import Lab, merge_states, single_model_rows
+from .lab import Lab, merge_states
 from .scores import ScoreBook, Scores, Sizes, put_together, score_items
 from .settings import StudySettings
 
@@ -208,35 +208,6 @@ def _validation_loss(bench: Bench, model: Any, tokenizer: Any) -> float:
         losses = answer_losses(model, tokenizer, [item.prompt for item in items], [item.answer for item in items])
         means.append(sum(losses) / len(losses))
     return sum(means) / len(means)
-
-
-def score_merges(bench: Bench, lab: Lab) -> Table:
-    """Single models merged from all experts: a few rows of the library, task arithmetic with a tuned coefficient.
-
-    ``comparison.py`` has the other rows, and the baselines.
-    """
-    known = single_model_rows()
-    rows: dict[str, tuple[MergeMethod, dict[str, Any]]] = {
-        name: (known[name], {}) for name in bench.settings.answered_merges if name in known
-    }
-    rows["task_arithmetic"] = MERGE_METHODS["task_arithmetic"], {"scale": tuned_coefficient(bench, lab)}
-    table: Table = {}
-    for name, (row, parameters) in rows.items():
-        cache: dict[str, Any] = {}
-
-        def merged(
-            row: MergeMethod = row, parameters: dict[str, Any] = parameters, cache: dict[str, Any] = cache
-        ) -> dict[str, Any]:
-            if not cache:
-                cache.update(merge_states(lab.base, lab.experts, row, **parameters))
-            with lab.holding(cache) as model:
-                return {"model": model, "tokenizer": lab.tokenizer}
-
-        depends = [bench.hashes, {**row.defaults(), **parameters}]
-        table[name] = {
-            task: bench.scored(name, task, sizes, depends, merged) for task, sizes in bench.sample.sizes.items()
-        }
-    return table
 
 
 def model_key(bench: Bench, config: MediatorConfig) -> str:

@@ -18,7 +18,7 @@ from ..evaluation.sizes import read_adapter_info
 from ..evaluation.statistics import bootstrap_kept, bootstrap_mean, permutation_test, sign_test
 from .conflict import conflict_table, pairwise_cosines
 from .experts import trained_experts
-from .lab import State, read_state
+from .lab import State, read_state, task_vector_norm
 from .scores import Scores
 from .systems import NAMED, ROUTED_SYSTEM, Bench, Table, routing_shares
 
@@ -161,9 +161,5 @@ def conflict_result(bench: Bench) -> dict[str, Any]:
     return {
         "sets": {label: conflict_table(base, experts) for label, experts in sets.items()},
         "cosines": pairwise_cosines(base, main | extra),
-        "norms": {name: _norm(base, state) for name, state in (main | extra).items()},
+        "norms": {name: task_vector_norm(base, state) for name, state in (main | extra).items()},
     }
-
-
-def _norm(base: State, state: State) -> float:
-    return sum(float((state[name].float() - tensor.float()).square().sum()) for name, tensor in base.items()) ** 0.5

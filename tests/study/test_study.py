@@ -1,6 +1,7 @@
 """The study on tiny models: tasks, scores that come back, conflict and block sets against references."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from mediator_peft.methods.baselines.dynamic import sharpened, sharpness
 from mediator_peft.methods.merging import MERGE_METHODS
 from mediator_peft.study import tasks as study_tasks
 from mediator_peft.study.ablation import named_weights, score_block_sets
-from mediator_peft.study.comparison import Comparison, compare, find_system, score_system
+from mediator_peft.study.comparison import Comparison, compare, find_system, score_merges, score_system
 from mediator_peft.study.conflict import (
     block_of,
     conflict_table,
@@ -53,7 +54,6 @@ from mediator_peft.study.systems import (
     make_sample,
     score_alone,
     score_mediator,
-    score_merges,
 )
 from mediator_peft.study.tables import conflict_result, systems_result, write_result
 
@@ -120,6 +120,9 @@ def test_kept_scores_come_back_for_the_same_question_alone(tmp_path):
     assert book.find("routed", "maths", [2]) is book.find("base", "maths", [1]) is None
 
 
+FEW = ("average", "task_arithmetic")
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     """A study of two tiny experts."""
@@ -139,22 +142,12 @@ def bench(tmp_path_factory):
     experts = {name: SimpleNamespace(path=paths[name], losses=[1.0]) for name in ("first", "second")}
     said = []
     sample = make_sample(tasks, list(tasks), unknown, 3, 4)
-    return Bench(FULL_STUDY, StudyFolder(root), experts, sample, said.append)
+    return Bench(replace(FULL_STUDY, answered_merges=FEW), StudyFolder(root), experts, sample, said.append)
 
 
 @pytest.fixture(scope="module")
 def lab(bench):
     return Lab(bench.folder.base, {name: expert.path for name, expert in bench.experts.items()})
-
-
-FEW = {name: MERGE_METHODS[name] for name in ("average", "task_arithmetic")}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_rows():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mediator_peft.study.systems.single_model_rows", lambda: FEW)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..merging.row import TensorContext
-from .row import NUMBER_BITS, Baseline, Bits, is_linear, num_entries
+from .row import NUMBER_BITS, Baseline, Bits, is_linear, num_entries, whole_numbers
 
 
 def restore(task_vectors: Tensor, number: int, context: TensorContext, survey: None) -> Tensor:
@@ -29,7 +29,7 @@ def bits(context: TensorContext, num_experts: int) -> Bits:
     """One an entry of linear layers and 16 for the scale; 16 an entry of all else (embeddings, norms)."""
     if is_linear(context):
         return Bits(0.0, float(num_entries(context) + NUMBER_BITS))
-    return Bits(0.0, float(NUMBER_BITS * num_entries(context)))
+    return whole_numbers(context)
 
 
 BITDELTA = Baseline(

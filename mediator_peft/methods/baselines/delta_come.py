@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..merging.row import TensorContext
-from .row import NUMBER_BITS, Baseline, Bits, is_linear, num_entries
+from .row import Baseline, Bits, is_linear, whole_numbers
 
 BANDS = ((2, 8), (32, 3))
 """(singular vectors, bits) from the largest on; the rest has 2 bits."""
@@ -88,7 +88,7 @@ def restore(task_vectors: Tensor, number: int, context: TensorContext, survey: N
 def bits(context: TensorContext, num_experts: int) -> Bits:
     """About one an entry of linear layers; 16 an entry of all else (embeddings, norms)."""
     if not is_linear(context):
-        return Bits(0.0, float(NUMBER_BITS * num_entries(context)))
+        return whole_numbers(context)
     rows, columns = context.stored_shape
     return Bits(0.0, float(sum(count * width for count, width in bands((rows, columns))) * (rows + columns)))
 

@@ -29,10 +29,9 @@ def unify(task_vectors: Tensor) -> Tensor:
     return sign * (task_vectors * sign).clamp(min=0).amax(dim=0)
 
 
-def masked(task_vectors: Tensor, number: int) -> Tensor:
+def masked(unified: Tensor, task_vector: Tensor) -> Tensor:
     r""":math:`m_k \circ \tau_u` with :math:`m_k = [\gamma \tau_k > 0]`, (*shape)."""
-    unified = unify(task_vectors)
-    return torch.where(task_vectors[number].sign() == unified.sign(), unified, 0.0)
+    return torch.where(task_vector.sign() == unified.sign(), unified, 0.0)
 
 
 def rescalers(tensors: Iterable[tuple[Tensor, TensorContext]]) -> Tensor:
@@ -48,11 +47,9 @@ def rescalers(tensors: Iterable[tuple[Tensor, TensorContext]]) -> Tensor:
     """
     totals: Tensor | None = None
     for task_vectors, _ in tensors:
+        unified = unify(task_vectors)
         means = torch.tensor(
-            [
-                [float(task_vectors[k].abs().double().mean()), float(masked(task_vectors, k).abs().double().mean())]
-                for k in range(len(task_vectors))
-            ],
+            [[float(part.abs().double().mean()) for part in (own, masked(unified, own))] for own in task_vectors],
             dtype=torch.float64,
         )
         totals = means if totals is None else totals + means
@@ -63,7 +60,7 @@ def rescalers(tensors: Iterable[tuple[Tensor, TensorContext]]) -> Tensor:
 
 def restore(task_vectors: Tensor, number: int, context: TensorContext, survey: Tensor) -> Tensor:
     r""":math:`\lambda_k m_k \circ \tau_u`, (*shape)."""
-    return masked(task_vectors, number) * float(survey[number])
+    return masked(unify(task_vectors), task_vectors[number]) * float(survey[number])
 
 
 def bits(context: TensorContext, num_experts: int) -> Bits:

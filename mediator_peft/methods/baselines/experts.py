@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..merging.row import TensorContext
-from .row import NUMBER_BITS, Baseline, Bits, num_entries
+from .row import Baseline, Bits, whole_numbers
 
 
 def keep(task_vectors: Tensor, number: int, context: TensorContext, survey: None) -> Tensor:
@@ -15,7 +15,7 @@ def keep(task_vectors: Tensor, number: int, context: TensorContext, survey: None
 
 def bits(context: TensorContext, num_experts: int) -> Bits:
     """16 an entry and expert."""
-    return Bits(0.0, float(NUMBER_BITS * num_entries(context)))
+    return whole_numbers(context)
 
 
 EXPERTS = Baseline(

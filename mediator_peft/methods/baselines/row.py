@@ -73,6 +73,11 @@ def num_entries(context: TensorContext) -> int:
     return prod(context.stored_shape)
 
 
+def whole_numbers(context: TensorContext) -> Bits:
+    """What is stored as it is, of every expert."""
+    return Bits(0.0, float(NUMBER_BITS * num_entries(context)))
+
+
 def is_linear(context: TensorContext) -> bool:
     """Whether the tensor is the weight of a linear layer of a block: all that some baselines compress."""
     return context.kind == LINEAR and len(context.stored_shape) == 2
