@@ -95,19 +95,32 @@ def alone(folder: Root, base: Base = "smollm2", only: Only = None, threads: Thre
 
 
 @app.command()
-def systems(folder: Root, base: Base = "smollm2", only: Only = None, threads: Threads = 1) -> None:
+def systems(
+    folder: Root,
+    base: Base = "smollm2",
+    merge: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Single-model merge; repeatable. By default the study's.")
+    ] = None,
+    only: Only = None,
+    threads: Threads = 1,
+) -> None:
     """Score single-model merges and the Mediator model, and write the table of all systems."""
+    from dataclasses import replace
+
     from .comparison import score_merges
-    from .systems import build_default, score_alone, score_mediator
+    from .systems import build_default, score_base, score_experts, score_mediator
     from .tables import systems_result
 
     bench = _bench(folder, base, threads, only)
+    if merge:
+        bench = replace(bench, settings=replace(bench.settings, answered_merges=tuple(merge)))
     lab = _lab(bench)
-    table = score_alone(bench, lab)
+    # The most important first: a stopped run has them.
+    own = score_experts(bench, lab)
     model = build_default(bench)
-    table |= score_mediator(bench, model)
-    table |= score_merges(bench, lab)
-    _keep(bench, "systems", systems_result(bench, table, model))
+    mediator = score_mediator(bench, model)
+    merged = score_merges(bench, lab)
+    _keep(bench, "systems", systems_result(bench, score_base(bench, lab) | own | mediator | merged, model))
 
 
 @app.command()

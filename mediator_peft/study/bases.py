@@ -48,6 +48,9 @@ class StudyBase:
     num_answers: int | None = None
     """Greedy answers a task, where they differ from the study's."""
 
+    num_losses: int | None = None
+    """Answer losses a task, where they differ from the study's."""
+
     merges: tuple[str, ...] = ()
     """Single-model merges in the table of systems beside the study's."""
 
@@ -112,15 +115,16 @@ GEMMA3 = StudyBase(
     identity=f"{GEMMA_PACKAGE} bfloat16",
     prompt_form=LINE,
     # With this vocabulary, a step of eight word problems takes half a minute on one core, one of short answers three
-    # seconds, nearly all for the embedding: fewer steps than with SmolLM2.
+    # seconds, mostly for the embedding: fewer steps than with SmolLM2.
     recipes={
-        "maths": StudyRecipe(30, batch_size=4),
-        "cron": StudyRecipe(75),
-        "spelling": StudyRecipe(60),
-        "numbers": StudyRecipe(40),
-        "wordnet": StudyRecipe(40),
+        "maths": StudyRecipe(20, batch_size=4),
+        "cron": StudyRecipe(40),
+        "spelling": StudyRecipe(25),
+        "numbers": StudyRecipe(25),
+        "wordnet": StudyRecipe(25),
     },
     num_answers=60,
+    num_losses=20,
     merges=("regmean",),
 )
 BASES = {base.name: base for base in (SMOLLM2, GEMMA3)}

@@ -69,7 +69,7 @@ class StudyFolder:
 
 
 def settings_for(settings: StudySettings, base: StudyBase) -> StudySettings:
-    """The study with the recipes, numbers of answers and merges that a base has of its own."""
+    """The study with the recipes, numbers of items and merges that a base has of its own."""
     own = {
         name: replace(expert, recipe=base.recipes[name]) if name in base.recipes else expert
         for name, expert in settings.experts.items()
@@ -78,7 +78,8 @@ def settings_for(settings: StudySettings, base: StudyBase) -> StudySettings:
         settings,
         experts=own,
         num_answers=base.num_answers or settings.num_answers,
-        answered_merges=(*settings.answered_merges, *base.merges),
+        num_losses=base.num_losses or settings.num_losses,
+        answered_merges=(*base.merges, *settings.answered_merges),
     )
 
 

@@ -165,21 +165,30 @@ Table = dict[str, dict[str, Scores]]
 
 def score_alone(bench: Bench, lab: Lab) -> Table:
     """The base on all tasks, and each expert on its own."""
-    table: Table = {BASE: {}}
-    tokenizer = lab.tokenizer
-    for task in bench.sample.tasks:
+    own = score_experts(bench, lab)
+    return score_base(bench, lab) | own
 
-        def base() -> dict[str, Any]:
-            with lab.holding(lab.base) as model:
-                return {"model": model, "tokenizer": tokenizer}
 
-        identity = bench.folder.model.identity
-        table[BASE][task] = bench.scored(BASE, task, bench.sample.sizes[task], identity, base)
+def score_base(bench: Bench, lab: Lab) -> Table:
+    """The base on all tasks."""
+    tokenizer, identity = lab.tokenizer, bench.folder.model.identity
+
+    def base() -> dict[str, Any]:
+        with lab.holding(lab.base) as model:
+            return {"model": model, "tokenizer": tokenizer}
+
+    sizes = bench.sample.sizes
+    return {BASE: {task: bench.scored(BASE, task, sizes[task], identity, base) for task in bench.sample.tasks}}
+
+
+def score_experts(bench: Bench, lab: Lab) -> Table:
+    """Each expert on its own task."""
+    table: Table = {}
     for name, expert in bench.experts.items():
 
         def own(name: str = name) -> dict[str, Any]:
             with lab.holding(lab.experts[name]) as model:
-                return {"model": model, "tokenizer": tokenizer}
+                return {"model": model, "tokenizer": lab.tokenizer}
 
         system = f"expert {name}"
         table[system] = {name: bench.scored(system, name, bench.sample.sizes[name], expert.path.name, own)}

@@ -52,9 +52,8 @@ def test_settings_of_a_base_change_nothing_else():
     found = settings_for(FULL_STUDY, GEMMA3)
     assert found.experts["maths"].recipe.batch_size == 4
     assert found.experts["inflection"] == FULL_STUDY.experts["inflection"]
-    assert replace(found, experts={}, num_answers=0, answered_merges=()) == replace(
-        FULL_STUDY, experts={}, num_answers=0, answered_merges=()
-    )
+    own = {"experts": {}, "num_answers": 0, "num_losses": 0, "answered_merges": ()}
+    assert replace(found, **own) == replace(FULL_STUDY, **own)
     assert FULL_STUDY.experts["maths"].recipe is FULL.recipes["maths"]
 
 
