@@ -37,13 +37,14 @@ def experts(
 ) -> None:
     """Train the experts that are not in FOLDER yet."""
     from .bases import find_base
+    from .cost import count_cost
     from .experts import StudyFolder, settings_for, study_experts
     from .settings import FULL_STUDY
 
     model = find_base(base)
-    for name, expert in study_experts(
-        settings_for(FULL_STUDY, model), StudyFolder(folder, model), only, threads
-    ).items():
+    place = StudyFolder(folder, model)
+    count_cost(place.cost, "experts")
+    for name, expert in study_experts(settings_for(FULL_STUDY, model), place, only, threads).items():
         how = "cached" if expert.was_cached else f"{expert.seconds:.0f} s"
         say(f"{name}: loss {expert.losses[0]:.3f} → {expert.losses[-1]:.3f} ({how})")
 
@@ -55,6 +56,7 @@ def _bench(folder: Path, base: str, threads: int, only: list[str] | None) -> Any
     from ..demo.data import make_tasks
     from ..demo.settings import FULL
     from .bases import find_base
+    from .cost import count_cost
     from .experts import StudyFolder, load_tasks, settings_for, trained_experts
     from .settings import FULL_STUDY
     from .systems import Bench, make_sample
@@ -62,6 +64,7 @@ def _bench(folder: Path, base: str, threads: int, only: list[str] | None) -> Any
     torch.set_num_threads(threads)
     model = find_base(base)
     settings, place = settings_for(FULL_STUDY, model), StudyFolder(folder, model)
+    count_cost(place.cost, "measuring")
     tasks = {name: model.formed_task(task) for name, task in load_tasks(settings, place).items()}
     found = trained_experts(settings, place)
     known = [name for name in FULL_STUDY.main if name in found and (not only or name in only)]

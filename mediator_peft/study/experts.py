@@ -53,6 +53,11 @@ class StudyFolder:
         return self.root / "results"
 
     @property
+    def cost(self) -> Path:
+        """File with the processor time of all that was done for this base."""
+        return self.results / f"cost{self.model.suffix}.json"
+
+    @property
     def scores(self) -> Path:
         """Scores of single systems, from which the tables are made."""
         return self.home / "scores"

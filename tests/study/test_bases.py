@@ -16,6 +16,7 @@ from mediator_peft.demo.training import expert_folder
 from mediator_peft.errors import CheckpointError
 from mediator_peft.evaluation.generation import answer_losses
 from mediator_peft.study.bases import GEMMA3, LINE, SMOLLM2, find_base
+from mediator_peft.study.cost import add_cost, cpu_seconds
 from mediator_peft.study.experts import StudyFolder, settings_for, training_items
 from mediator_peft.study.settings import FULL_STUDY, StudyExpert
 
@@ -70,6 +71,14 @@ def test_a_folder_is_a_base_whose_identity_is_its_content(tmp_path):
     assert find_base(str(path)).prompt_form == "{}"
     with pytest.raises(CheckpointError, match="smollm2, gemma3"):
         find_base("gemma2")
+
+
+def test_costs_are_added_up_over_runs(tmp_path):
+    path = StudyFolder(tmp_path, GEMMA3).cost
+    for command, seconds in (("experts", 1800.0), ("measuring", 900.0), ("measuring", 900.0)):
+        add_cost(path, command, seconds)
+    assert json.loads(path.read_text()) == {"cpu_seconds": {"experts": 1800.0, "measuring": 1800.0}, "cpu_hours": 1.0}
+    assert 0 < cpu_seconds() < 1e6
 
 
 def test_fine_tuning_reads_prompts_as_scoring_does(tmp_path):
