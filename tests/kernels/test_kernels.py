@@ -372,46 +372,42 @@ def test_sums_do_not_go_beyond_what_a_wrong_mask_says():
     assert np.isfinite(out).all()
 
 
-def run_python(code, **environment):
-    command = [sys.executable, "-W", "always", "-c", code]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment}, check=False
-    )
+ALL_WARNINGS = "import warnings; warnings.simplefilter('always')\n"
 
 
 ONE_DELTA = (
-    "import warnings, numpy as np\n"
+    ALL_WARNINGS + "import numpy as np\n"
     "from mediator_peft.kernels import dispatch, native_kernels\n"
     "delta = dispatch.PackedDelta(np.array([[5]], np.uint8), 3, values=np.array([1, 2], np.float32))\n"
 )
 
 
 @pytest.mark.parametrize("fault", ["missing", "other sources", "no such instruction set"])
-def test_numpy_steps_in_with_one_warning(fault, tmp_path):
+def test_numpy_steps_in_with_one_warning(fault, program):
     cause = {
         "missing": "native_kernels._LIBRARY_NAMES = ('nowhere.so',)\n",
         "other sources": "native_kernels.source_digest = lambda: 'other'\n",
         "no such instruction set": "import os; os.environ['MEDIATOR_PEFT_ISA'] = 'abacus'\n",
     }[fault]
-    done = run_python(
+    done = program.run_code(
         ONE_DELTA + cause + "for _ in range(2): assert dispatch.expand(delta).tolist() == [[1, 0, 2]]\n"
         "assert not dispatch.has_native()\n",
-        MEDIATOR_PEFT_KERNELS="",
+        environment={"MEDIATOR_PEFT_KERNELS": ""},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("The native kernels cannot be used") == 1
-    assert "MEDIATOR_PEFT_KERNELS=numpy to silence" in done.stderr
+    assert done.stderr.count(b"The native kernels cannot be used") == 1
+    assert b"MEDIATOR_PEFT_KERNELS=numpy to silence" in done.stderr
 
 
-def test_an_implementation_can_be_forced():
+def test_an_implementation_can_be_forced(program):
     check = ONE_DELTA + "assert dispatch.expand(delta).tolist() == [[1, 0, 2]]\nprint(dispatch.has_native())\n"
-    done = run_python(check, MEDIATOR_PEFT_KERNELS="numpy")
-    assert (done.stdout.strip(), done.stderr) == ("False", "")
+    done = program.run_code(check, environment={"MEDIATOR_PEFT_KERNELS": "numpy"})
+    assert (done.stdout.strip(), done.stderr) == (b"False", b"")
     missing = ONE_DELTA + "native_kernels._LIBRARY_NAMES = ('nowhere.so',)\ndispatch.native()\n"
-    done = run_python(missing, MEDIATOR_PEFT_KERNELS="native")
-    assert "UnsupportedError" in done.stderr
-    done = run_python(check, MEDIATOR_PEFT_KERNELS="fast")
-    assert "ConfigError" in done.stderr
+    done = program.run_code(missing, environment={"MEDIATOR_PEFT_KERNELS": "native"})
+    assert b"UnsupportedError" in done.stderr
+    done = program.run_code(check, environment={"MEDIATOR_PEFT_KERNELS": "fast"})
+    assert b"ConfigError" in done.stderr
 
 
 def supported(isa):
