@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +37,17 @@ def as_array(tensor):
 
 def random_delta(shape, density, form="sign", seed=0):
     """A packed delta and the dense matrix it stands for, written entry by entry."""
+    mask, parts, dense = entry_by_entry(shape, density, form, seed)
+    return PackedDelta(mask.copy(), shape[1], **{name: part.copy() for name, part in parts.items()}), dense.clone()
+
+
+@cache
+def entry_by_entry(shape, density, form, seed):
+    """Bitmap, parts and dense matrix of a delta: made once for all tests, which get copies."""
     random = np.random.default_rng(seed)
     num_rows, num_columns = shape
     mask = np.zeros((num_rows, -(-num_columns // 8)), np.uint8)
-    dense = torch.zeros(shape)
+    dense = np.zeros(shape, np.float32)
     scales = torch.from_numpy(random.uniform(0.5, 2, num_rows)).bfloat16()
     negative, values = [], []
     for row in range(num_rows):
@@ -49,17 +57,21 @@ def random_delta(shape, density, form="sign", seed=0):
             mask[row, column // 8] |= 1 << (column % 8)
             if form == "sign":
                 negative.append(int(random.integers(2)))
-                dense[row, column] = float(scales[row]) * (-1) ** negative[-1]
+                dense[row, column] = scales[row].item() * (-1) ** negative[-1]
             else:
-                values.append(torch.tensor(random.normal()).to(getattr(torch, form)))
-                dense[row, column] = values[-1].float()
+                values.append(random.normal())
     if form == "sign":
         signs = np.zeros(-(-len(negative) // 8), np.uint8)
         for number, bit in enumerate(negative):
             signs[number // 8] |= bit << (number % 8)
-        return PackedDelta(mask, num_columns, signs=signs, scales=as_array(scales)), dense
-    stacked = torch.stack(values) if values else torch.zeros(0, dtype=getattr(torch, form))
-    return PackedDelta(mask, num_columns, values=as_array(stacked)), dense
+        return mask, {"signs": signs, "scales": as_array(scales)}, torch.from_numpy(dense)
+    rounded = torch.tensor(values).to(getattr(torch, form))
+    places = iter(rounded.float().tolist())
+    for row in range(num_rows):
+        for column in range(num_columns):
+            if mask[row, column // 8] >> (column % 8) & 1:
+                dense[row, column] = next(places)
+    return mask, {"values": as_array(rounded)}, torch.from_numpy(dense)
 
 
 def as_tensors(delta):
