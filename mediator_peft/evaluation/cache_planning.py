@@ -255,7 +255,7 @@ class CacheSize:
     """Most used experts that are best pinned in it (``pinned_experts``); none where that has no more hits."""
 
     with_pinned: float
-    """Share of accesses that find their expert in memory where these are pinned and the last used of the others stay."""
+    """Share of accesses that find their expert in memory where these are pinned, beside the last used of the others."""
 
     memory_bytes: int | None
     """Of that many experts' deltas; None where the bank is not at hand."""
