@@ -194,13 +194,29 @@ def test_an_output_of_a_former_version_loads_with_one_warning(out):
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "{", '{"backbone": 3}', "[" * 100_000, '{"backbone": {"../x": "1"}}', "9" * 5000]
+    "content", ["[]", "{", "{}", '{"backbone": 3}', "[" * 100_000, '{"backbone": {"../x": "1"}}', "9" * 5000]
 )
 def test_damaged_checksums_are_refused(out, content):
     (out / "mediator" / CHECKSUM_FILE).write_text(content)
     with pytest.raises(AdapterError, match=r"checksums\.json"):
         load_mediator(out)
     assert not verify_mediator(out).is_ok
+
+
+def test_checksums_that_lost_an_entry_are_refused(out):
+    path = out / "mediator" / CHECKSUM_FILE
+    whole = json.loads(path.read_text())
+    tables = [("adapter",), ("quick", "adapter"), ("quick", "backbone"), ("backbone",), ("other",)]
+    for *outer, table in tables:
+        for name in (whole[outer[0]] if outer else whole)[table]:
+            edit_json(path, lambda known: (known[outer[0]] if outer else known)[table].pop(name))  # noqa: B023
+            with pytest.raises(AdapterError, match="entries are missing"):
+                load_mediator(out)
+            path.write_text(json.dumps(whole))
+    edit_json(path, lambda known: known.pop("quick"))
+    edit_json(out / "mediator" / "adapter_config.json", lambda config: config.update(ood_alpha=0.5))
+    with pytest.raises(AdapterError, match=r"adapter_config\.json is not what was written"):
+        load_mediator(out)
 
 
 def test_peft_compares_the_adapters_files(out):
