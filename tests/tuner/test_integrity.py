@@ -19,7 +19,7 @@ from mediator_peft import MediatorConfig, build_mediator, get_mediator_model, lo
 from mediator_peft.checkpoints import replacing
 from mediator_peft.checkpoints.checksums import CHECKSUM_FILE, read_checksums
 from mediator_peft.checkpoints.replacing import finish_replacing, replaced_together
-from mediator_peft.errors import AdapterError, UnsupportedError
+from mediator_peft.errors import AdapterError, BackboneMismatchError, UnsupportedError
 from mediator_peft.evaluation.fit_and_save import save_router
 from mediator_peft.merge.model_card import model_card
 from mediator_peft.merge.verify import accept_output
@@ -524,3 +524,13 @@ def test_what_is_pushed_takes_its_backbone_along(tmp_path, out):
     assert torch.equal(again(random_prompts(), expert_weights="math").logits, expected)
     assert tokenizer is not None
     assert model.base_model.adapter_files.backbone_path == str(out)
+
+
+def test_an_adapter_of_another_backbone_leaves_the_model_as_it_was(out, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints" / "base")
+    before = [(name, type(module)) for name, module in base.named_modules()]
+    expected = base(random_prompts()).logits
+    with pytest.raises(BackboneMismatchError):
+        PeftModel.from_pretrained(base, out / "mediator")
+    assert [(name, type(module)) for name, module in base.named_modules()] == before
+    assert torch.equal(base(random_prompts()).logits, expected)
