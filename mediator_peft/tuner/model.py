@@ -138,6 +138,7 @@ class MediatorModel(BaseTuner):
             self._built[adapter_name] = build_in_memory(model, config, partial(check_layers, model))
         else:
             check_layers(model, config.routed_modules or ())
+            self.adapter_files.check_backbone(config)
             if config.routed_modules:
                 self.active.awaited.add(adapter_name)
         return config
@@ -227,11 +228,13 @@ class MediatorModel(BaseTuner):
 
         The block is a context variable, as in Python's ``contextvars``: each thread and each asyncio task has its own.
         A task made inside the block, ``asyncio.to_thread`` and ``contextvars.copy_context().run`` carry it along, also
-        past its end; a plain new thread begins without it, unless Python was told otherwise
-        (``sys.flags.thread_inherit_context``).
+        past its end; a plain new thread begins without it and warns of it once, unless Python was told otherwise
+        (``sys.flags.thread_inherit_context``). Generators share the context of whoever runs them: where two of them
+        hold a block each and are run in turns, the block that was opened last counts for both; the end of the first
+        warns of it.
 
         Expert weights are kept by name: an expert that is added inside the block gets weight 0, and a forward pass that
-        that asks for a removed expert is refused.
+        asks for a removed expert is refused.
 
         Args:
             expert_weights: a name, a dict name -> weight, one of these or None a row, or a (C,) or (B, C) tensor.
@@ -240,7 +243,7 @@ class MediatorModel(BaseTuner):
             RoutingError: a name is unknown, or a shape does not fit.
             UnsupportedError: a mix is merged into the weights.
         """
-        with self.routed_forward.request(*self.active.named_table(expert_weights)):
+        with self.routed_forward.request(*self.active.named_table(expert_weights), is_block=True):
             yield self
 
     @contextmanager
