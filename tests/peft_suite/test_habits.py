@@ -209,6 +209,7 @@ def test_a_merged_model_routes_nothing_and_says_so(bases):
         model.merge_adapter(expert_weights="math")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @torch.no_grad()
 def test_a_merged_mix_compiles_into_one_graph_and_exports(bases, architecture):
