@@ -17,10 +17,11 @@ from ..config import ALWAYS, MediatorSettings
 from ..errors import ConfigError, UnsupportedError
 from ..merge.delta_packing import pack_delta
 from ..methods.encoding import ENCODINGS
+from ..storage import FloatType
 from .config import FALLBACK_EXPERT
 from .layer import MediatorLayer
 from .routing import ActiveAdapter
-from .saving import storage_dtype
+from .saving import storage_type
 
 MIN_COSINE = 0.3
 """Mean cosine of deltas from which on experts become a family: from .2 to .3 on, a shared delta with residuals is
@@ -165,7 +166,7 @@ def shared_deltas(
     r"""One layer's deltas of a family: :math:`F = \operatorname{thin} \frac1m \sum_k S_k`, then each
     :math:`\operatorname{thin}(S_k - F)`.
     """
-    dtype = storage_dtype(config)  # type: ignore[arg-type]
+    dtype = storage_type(config)  # type: ignore[arg-type]
     order = sorted(deltas)
     dense = {stored: deltas[stored].dense().cpu() for stored in order}
     mean = torch.stack([dense[stored] for stored in order]).mean(dim=0)
@@ -188,7 +189,7 @@ def residual(
     bias: Tensor | None,
     shared: SparseDelta,
     density: float,
-    dtype: torch.dtype,
+    dtype: FloatType,
 ) -> SparseDelta:
     """What a member's delta (O, I) float32 has beside the shared one, thinned out."""
     rest = None if bias is None or shared.bias is None else bias - shared.bias.cpu()
