@@ -142,10 +142,7 @@ class AdapterFiles:
         """
         if not isinstance(config, MediatorConfig):
             raise AdapterError(f"a Mediator adapter needs a MediatorConfig, got {type(config).__name__}.")
-        coded = _coded_weights(self._model)
-        expected = {name: known for name, known in (config.backbone_fingerprint or {}).items() if name not in coded}
-        with reading_weights(self._model):
-            check_fingerprint(expected, backbone_state(self._model), "the model at hand")
+        self.check_backbone(config)
         layers = routed_layers(self._model)
         _check_keys(config, layers, adapter_name, set(state_dict))
         loaded: dict[str, Tensor] = {}
@@ -167,6 +164,17 @@ class AdapterFiles:
                 parameter.requires_grad_(not config.inference_mode)
             router.to(next(self._model.parameters()).device)
         return loaded, store
+
+    def check_backbone(self, config: MediatorConfig) -> None:
+        """Compare the model at hand with the fingerprint of the backbone that an adapter was built on.
+
+        Raises:
+            BackboneMismatchError: it is another one.
+        """
+        coded = _coded_weights(self._model)
+        expected = {name: known for name, known in (config.backbone_fingerprint or {}).items() if name not in coded}
+        with reading_weights(self._model):
+            check_fingerprint(expected, backbone_state(self._model), "the model at hand")
 
     def before_saving(self, folder: Path, config: MediatorConfig) -> None:
         """Before PEFT writes the configuration: make sure of the backbone, and write the card."""
