@@ -11,7 +11,7 @@ from mediator_peft.kernels.numpy_kernels import widened
 from mediator_peft.merge import signed_selection as signed
 from mediator_peft.merge import tiles
 from mediator_peft.methods.sparsifying.selection import chosen_ones
-from mediator_peft.storage import BFLOAT16, FLOAT32, float_type, to_tensor
+from mediator_peft.storage import BFLOAT16, FLOAT16, FLOAT32, float_type, to_tensor
 from tests.merge.helpers import EXPERTS, InMemory, build, digests
 from tests.tiny import write_tiny_checkpoints
 
@@ -128,6 +128,21 @@ def test_merging_a_tile_is_what_torch_does(num_experts, shape, method, dtype, mo
     torch.testing.assert_close(backbone, merged.to(dtype).reshape(backbone.shape), rtol=0, atol=0)
     energy = float(np.concatenate([part for _, part in found[0]]).sum())
     assert energy == pytest.approx(float(differences.double().sum(dim=0).square().sum()), rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("use_loops", [True, False])
+@pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 1000])
+def test_rounding_is_what_torch_does(use_loops, length, monkeypatch):
+    if not use_loops:
+        monkeypatch.setattr(dispatch, "native", lambda: None)
+    bits = np.random.default_rng(length).integers(0, 1 << 32, length, np.uint32)
+    bits[::3] &= 0xFFFF8000  # halfway between two numbers, or one of them
+    values = bits.view(np.float32)
+    for source in (values, values.astype(np.float64), dispatch.rounded(values, FLOAT16)):
+        for kind in (BFLOAT16, FLOAT16, FLOAT32):
+            expected = torch.from_numpy(source).float().to(kind.torch)
+            found = to_tensor(dispatch.rounded(source, kind))
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
