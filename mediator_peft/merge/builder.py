@@ -24,10 +24,11 @@ from ..methods.conflict import CONFLICT_SCORES
 from ..methods.merging import MERGE_METHODS
 from ..progress import Progress, no_progress
 from ..structure import OUTSIDE, gates_named, select_layers, targets_in_blocks
-from .always_on import always_deltas, always_rows
+from .always_on import always_deltas
 from .block_plan import BlockPlan, check_block_numbers, choose_blocks
 from .budget import shared_out
 from .compatibility import Job, split_job
+from .families import column_rows, grouped
 from .journal import Finished, finished
 from .merge_job import Merge
 from .model_method import method_for
@@ -125,7 +126,7 @@ def merge_in_memory(
     started = time.perf_counter()
     with single_thread():
         merge = shared_out(plan_merge(job, config))
-        merge = replace(merge, method=merge.method.prepared(merge.job))
+        merge = grouped(replace(merge, method=merge.method.prepared(merge.job)))
     job = merge.job
     backbone = {name: torch.empty(shape, dtype=job.dtype) for name, shape in job.stored.items()}
 
@@ -134,7 +135,7 @@ def merge_in_memory(
         first = job.stored_row(name, start)
         target[first : first + len(rows)] = rows
 
-    work = TensorWork(job.base, job.experts, config, job.dtype, write, merge.method)
+    work = TensorWork(job.base, job.experts, config, job.dtype, write, merge.method, merge.groups)
     bank, done = Bank(), []
     with single_thread(), progress("merging", len(merge.tasks)) as advance:
         for task in merge.tasks:
@@ -197,7 +198,7 @@ def conclude(
         num_blocks=num_blocks,
         backbone_fingerprint={name: samples[name] for name in sorted(samples)},
         provenance=sources(job),
-        column_map=always_rows(job, config),
+        column_map=column_rows(merge),
     )
     if merge.density is not None:
         settings["density"] = merge.density
@@ -255,6 +256,7 @@ def _report(
         where = "under one threshold" if config.density_scope == "model" else "the same share of every matrix"
         fitted = "" if config.budget is None else f", fitted to a budget of {config.budget}"
         notes.append(f"{merge.density:.4f} of all routed entries are kept, {where}{fitted}, by samples of the matrices")
+    notes += merge.groups.notes
     columns = list(in_bank[0].errors) if in_bank else []
     return BuildReport(
         output=None,

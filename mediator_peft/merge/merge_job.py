@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ..config import MediatorSettings
 from .block_plan import BlockPlan
 from .compatibility import Job
+from .family_packing import NO_GROUPS, Groups
 from .model_method import ModelMethod
 from .tensor_work import Task
 
@@ -40,6 +41,9 @@ class Merge:
 
     samples: dict[str, dict[str, NDArray[np.float32]]] = field(default_factory=dict)
     """Tensor → column → some magnitudes of its delta, ascending, where they were looked at."""
+
+    groups: Groups = NO_GROUPS
+    """Experts that share deltas."""
 
     @property
     def sampled_fused(self) -> list[str]:

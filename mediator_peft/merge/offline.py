@@ -49,6 +49,7 @@ from .builder import (
 )
 from .compatibility import Job, check_job
 from .distance import check_distances
+from .families import grouped
 from .journal import Finished, JournalStore, finished
 from .locks import check_locks
 from .memory import parse_bytes, workers_within
@@ -125,7 +126,7 @@ def build_mediator(
     decided = None if plan is None else read_plan(Path(plan), job.structure.num_blocks)
     with single_thread():
         merge = shared_out(plan_merge(job, config, decided))
-        merge = replace(merge, method=merge.method.prepared(merge.job))
+        merge = grouped(replace(merge, method=merge.method.prepared(merge.job)))
     report: BuildReport = carry_out(Build, merge, target, (workers, limit), hash_inputs, show_progress, started)
     return report
 
@@ -211,7 +212,7 @@ class Build:
         job = merge.job
         self.backbone = BackboneFiles(folder, job.stored, job.dtype)
         self.pieces = JournalStore(folder / JOURNAL)
-        self.work = TensorWork(job.base, job.experts, merge.config, job.dtype, self._write, merge.method)
+        self.work = TensorWork(job.base, job.experts, merge.config, job.dtype, self._write, merge.method, merge.groups)
 
     def _write(self, name: str, start: int, rows: Tensor) -> None:
         job = self.merge.job

@@ -156,6 +156,11 @@ class Marking:
 
 def errors_of(delta: Tensor, packed: SparseDelta) -> Errors:
     """Compare a whole delta (O, I) with its packed form."""
-    whole, dense = delta.flatten(), packed.dense().flatten()
-    kept = whole[packed.kept.flatten()]
+    return errors_of_sum(delta, (packed,))
+
+
+def errors_of_sum(delta: Tensor, packed: Sequence[SparseDelta]) -> Errors:
+    """Compare a whole delta (O, I) with the sum of some packed ones."""
+    whole, dense = delta.flatten(), torch.stack([each.dense() for each in packed]).sum(dim=0).flatten()
+    kept = whole[torch.stack([each.kept for each in packed]).any(dim=0).flatten()]
     return Errors(float(whole @ whole), float(dense @ dense), float(whole @ dense), float(kept @ kept))

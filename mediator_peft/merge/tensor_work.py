@@ -22,8 +22,9 @@ from ..methods.rounding import ROUNDINGS
 from ..methods.sparsifying.magnitude import largest_mask
 from ..methods.sparsifying.selection import TINY, Bracket, bitmap_shape, smallest_kept_of_tiles
 from .delta_packing import own_factors, pack_delta
+from .family_packing import NO_GROUPS, Groups, pack_family, residual_density
 from .model_method import ModelMethod
-from .signed_selection import WIDE_SLACK, Errors, Marking, SignedSelection, errors_of
+from .signed_selection import WIDE_SLACK, Errors, Marking, SignedSelection, errors_of, errors_of_sum
 from .tiles import TensorTiles, Tile, Workspace, check_finite
 
 WriteRows = Callable[[str, int, Tensor], None]
@@ -87,6 +88,7 @@ class TensorWork:
         dtype: storage dtype; differences are taken between weights rounded to it.
         write: takes the backbone as it is made.
         method: the merge method with what it knows of this model; by default the configuration's without any.
+        groups: experts that share deltas.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class TensorWork:
         dtype: torch.dtype,
         write: WriteRows,
         method: ModelMethod | None = None,
+        groups: Groups = NO_GROUPS,
     ) -> None:
         self.config = config
         self.method = method or ModelMethod(config)
@@ -104,7 +107,10 @@ class TensorWork:
         self.write = write
         self.experts = sorted(experts)
         self.checkpoints = [base, *(experts[name] for name in self.experts)]
-        self.columns = deltas_needed(config)
+        self.groups = groups
+        self.columns = [
+            name for name in deltas_needed(config) if name not in groups.members and name not in groups.aliases
+        ]
         self._space = Workspace()
 
     def __call__(self, task: Task) -> TensorResult:
@@ -134,6 +140,8 @@ class TensorWork:
                 else:
                     delta, errors = self._any_delta(tiles, task, column, biases.get(column))
                 result.deltas[column], result.errors[column] = delta, errors
+            for shared in self.groups.families:
+                self._add_family(result, tiles, task, shared, biases)
             if self.config.for_quantization is not None:
                 result.deltas[CORRECTION] = self._correction(tiles, task)
         return result
@@ -166,11 +174,12 @@ class TensorWork:
 
     def _bias_deltas(self, name: str, want_deltas: bool) -> dict[str, Tensor]:
         """Merge a bias; what each column adds to it, whole."""
-        deltas: dict[str, list[Tensor]] = {column: [] for column in self.columns}
+        columns = [*self.columns, *sorted(self.groups.members)]
+        deltas: dict[str, list[Tensor]] = {column: [] for column in columns}
         for tile in self._tiles(name, is_transposed=False):
             check_finite(name, tile, self.checkpoints)
             self.write(name, tile.start, tile.backbone.flatten())
-            for column in self.columns if want_deltas else ():
+            for column in columns if want_deltas else ():
                 deltas[column].append(tile.delta(self.weight_number(column)).flatten())
         return {column: torch.cat(parts) for column, parts in deltas.items() if parts}
 
@@ -187,6 +196,20 @@ class TensorWork:
             density = task.density_of(column)
             packed = pack_delta(self.config, f"{task.name}/{column}", delta, density, self.dtype, bias)
         return packed, errors_of(delta, packed)
+
+    def _add_family(
+        self, result: TensorResult, tiles: TensorTiles, task: Task, shared: str, biases: Mapping[str, Tensor]
+    ) -> None:
+        """The shared delta of a family and its residuals, as whole matrices."""
+        assert task.density is not None
+        members = self.groups.families[shared]
+        deltas = {name: torch.cat([tile.delta(self.weight_number(name)) for tile in tiles]) for name in members}
+        own = {name: biases[name] for name in members if name in biases}
+        densities = (task.density, residual_density(task.density))
+        packed = pack_family(self.config, task.name, shared, deltas, own, densities, self.dtype)
+        result.deltas |= packed
+        for name in members:
+            result.errors[name] = errors_of_sum(deltas[name], (packed[shared], packed[name]))
 
     def _correction(self, tiles: TensorTiles, task: Task) -> SparseDelta:
         """What quantising takes from the backbone, as far as the correction's density reaches.

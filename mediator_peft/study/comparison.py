@@ -260,7 +260,7 @@ def _data(run: Comparison, name: str) -> str | None:
     statistic = DATA_ROWS.get(name)
     if statistic is None:
         return None
-    folder = run.bench.folder.root / "statistics" / statistic
+    folder = run.bench.folder.statistics / statistic
     folder.mkdir(parents=True, exist_ok=True)
     for task, expert in run.bench.experts.items():
         output = folder / f"{task}.safetensors"

@@ -29,6 +29,7 @@ def about(bench: Bench) -> dict[str, Any]:
     """What a result depends on beside its data."""
     return {
         "commit": _commit(),
+        "base": bench.folder.model.name,
         "versions": {name: _version(name) for name in _PACKAGES},
         "threads": torch.get_num_threads(),
         "seed": bench.settings.seed,

@@ -16,6 +16,8 @@ from ..checkpoints.opening import Checkpoint, ModelCheckpoint, open_checkpoints
 from ..errors import CheckpointError, ConfigError, RoutingError, UnsupportedError
 from ..merge.compatibility import check_job, coarsest, split_job
 from ..merge.delta_packing import own_factors, pack_delta
+from ..merge.families import least_cosine
+from ..merge.family_packing import RESIDUAL_DENSITY, residual
 from ..merge.locks import check_locks
 from ..methods.encoding import ENCODINGS
 from ..methods.encoding.bitmaps import count_bits
@@ -23,7 +25,7 @@ from ..routing.calibration_data import Columns, hash_folds
 from ..routing.decision_rule import Negatives
 from ..routing.routers import Router
 from ..routing.wording import wording_basis
-from .condensing import RESIDUAL_DENSITY, find_equal, nearest_family, residual
+from .condensing import find_equal, nearest_family
 from .config import FALLBACK_EXPERT, MediatorConfig, expert_name_faults
 from .fitting import (
     augmented_rows,
@@ -190,7 +192,9 @@ def _deltas(
     stored = getattr(torch, (config.provenance or {}).get("storage_dtype", "float32"))
     dtype = coarsest([stored, job.dtype])
     checkpoint = job.experts[name]  # with the model's names
-    nearest = nearest_family(active, lambda layer: _difference(layers[layer], layer, checkpoint, dtype))
+    nearest = nearest_family(
+        active, lambda layer: _difference(layers[layer], layer, checkpoint, dtype), least_cosine(config)
+    )
     family = None if nearest is None else nearest[0]
     deltas = {layer: _delta(module, layer, checkpoint, name, active, dtype, family) for layer, module in layers.items()}
     if config.column_map is None:

@@ -3,8 +3,6 @@
 import errno
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -72,16 +70,11 @@ def test_the_version_is_printed():
     assert shown.stdout.strip()[0].isdigit()
 
 
-def test_it_runs_as_a_program():
-    finished = subprocess.run(
-        [sys.executable, "-c", "from mediator_peft.cli.app import main; main()", "inspect", "/nowhere"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_it_runs_as_a_program(program):
+    finished = program.run("inspect", "/nowhere")
     assert finished.returncode == 3
-    assert "Traceback" not in finished.stderr
-    assert finished.stdout == ""
+    assert b"Traceback" not in finished.stderr
+    assert finished.stdout == b""
 
 
 def test_build_prints_sizes_and_as_json_the_report(folder):

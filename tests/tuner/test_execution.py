@@ -91,7 +91,7 @@ def test_steps_of_one_request_go_on_as_the_first_until_something_changes(model):
 def test_an_exception_while_folding_leaves_the_backbone(monkeypatch, model, mix):
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     layers = list(model.routed_layers().values())
-    fold = type(layers[0]._merged_weight)
+    fold = type(layers[0].weight_state.merged)
     original, calls = fold._write, []
 
     def fails(self, bank, mix):
@@ -223,7 +223,7 @@ def test_kept_weights_change_nothing_but_the_way(paths, model):
         alone = model(input_ids=prompts).logits
         assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     torch.testing.assert_close(alone[:1], logits[:1], rtol=1e-4, atol=1e-4)
-    assert all(layer._few_rows is None and not layer.merged_bytes for layer in layers)
+    assert all(layer.steps.few_rows is None and not layer.merged_bytes for layer in layers)
     one = random_prompts(4, 1, seed=2)
     step, by_hand = model(input_ids=one, expert_weights=rows).logits, dense(paths, mixes[1])(input_ids=one).logits
     torch.testing.assert_close(step[1], by_hand[1], rtol=1e-4, atol=1e-4)
