@@ -635,6 +635,9 @@ class MediatorModel(BaseTuner):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # No __deepcopy__: PeftModel would find it by its __getattr__, and be copied as what it wraps.
+        if self.board.merged is not None:
+            # Before anything is copied: while a mix is merged, the model has no hooks.
+            next(iter(self.routed_layers().values())).unmerge()
         made: Any = super().__reduce_ex__(protocol)
         return (*made[:2], _State(made[2]), *made[3:])
 
