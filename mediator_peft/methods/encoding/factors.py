@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,6 +48,10 @@ class FactorsEncoding(Encoding):
     def product(self, parts: Parts, shape: tuple[int, int], x: Tensor) -> Tensor:
         left, right = factor_matrices(parts, shape)
         return F.linear(F.linear(x, right), left)
+
+    def row_reader(self, parts: Parts, shape: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+        left, right = factor_matrices(parts, shape)
+        return lambda rows: left[rows] @ right
 
 
 def store_factors(left: Tensor, right: Tensor) -> Parts:
