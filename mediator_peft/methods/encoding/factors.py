@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ...deferred import torch
@@ -48,6 +49,10 @@ class FactorsEncoding(Encoding):
     def product(self, parts: Parts, shape: tuple[int, int], x: Tensor) -> Tensor:
         left, right = factor_matrices(parts, shape)
         return torch.nn.functional.linear(torch.nn.functional.linear(x, right), left)
+
+    def row_reader(self, parts: Parts, shape: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+        left, right = factor_matrices(parts, shape)
+        return lambda rows: left[rows] @ right
 
 
 def store_factors(left: Tensor, right: Tensor) -> Parts:

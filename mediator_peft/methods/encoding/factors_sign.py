@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import log2
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ class FactorsSignEncoding(Encoding):
 
     part_names = ("left_codes", "right_codes", "sizes", "positions", "signs", "scale")
     has_positions = False
+    has_scales = True
 
     def encode(self, delta: Tensor, kept: Tensor, precision: Precision) -> Parts:
         """Factors, and signs of the rest.
@@ -75,6 +77,9 @@ class FactorsSignEncoding(Encoding):
         # Looking entries up takes longer than all the rest.
         return matrix.flatten() if bool(kept.all()) else matrix[kept]
 
+    def scaled(self, parts: Parts, factor: float) -> Parts:
+        return {**parts, **{name: parts[name] * factor for name in ("sizes", "scale")}}
+
     def value_bytes(self, num_kept: float, num_rows: int, number_size: int) -> float:
         # As if the matrix were square; what is known of the matrix is in total_bytes.
         return self.total_bytes(num_rows * num_rows, num_kept)
@@ -101,6 +106,24 @@ class FactorsSignEncoding(Encoding):
         places = _places(parts, shape)
         rows, columns = torch.nonzero(places, as_tuple=True)
         return result.index_add(-1, rows, x[..., columns] * _signed(parts, len(rows)))
+
+    def row_reader(self, parts: Parts, shape: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+        left, right = _factors(parts, shape)
+        places = _places(parts, shape)
+        counts = places.sum(dim=1)
+        starts = counts.cumsum(0) - counts
+        columns = torch.nonzero(places)[:, 1].int()
+        signed = _signed(parts, len(columns))
+
+        def read(rows: Tensor) -> Tensor:
+            matrix, number = left[rows] @ right, counts[rows]
+            owners = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), number)
+            # The entries' places among all that are kept: each row's first, and so many on.
+            kept = (starts[rows] - (number.cumsum(0) - number))[owners] + torch.arange(len(owners), device=rows.device)
+            matrix[owners, columns[kept].long()] += signed[kept]
+            return matrix
+
+        return read
 
 
 def factor_rank(shape: tuple[int, int], density: float) -> int:
