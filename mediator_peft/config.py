@@ -17,7 +17,7 @@ from .methods.encoding.scales import SIGN_SCALES
 from .methods.merging import MERGE_METHODS
 from .methods.rounding import ROUNDINGS
 from .methods.sparsifying import SPARSIFIERS
-from .routing.routers import ROUTERS
+from .routing.router_names import ROUTER_NAMES
 from .tables import unknown_name
 
 FORMAT_VERSION = 1
@@ -146,6 +146,10 @@ class MediatorSettings:
     rank: int | None = None
     """With ``sparsifier="svd"``: rank of every delta. ``None`` takes as many bytes as signs of this density."""
 
+    families: str | float | None = None
+    """Whether equal experts are stored once, and related ones as one shared delta with thin residuals: ``"auto"`` for
+    those whose deltas have a mean cosine of at least 0.3, or the least cosine. ``None``: one delta an expert."""
+
     for_quantization: str | None = None
     """A key of ``ROUNDINGS``: the quantisation that the backbone is meant for. One more delta, shared by all experts,
     then corrects the largest of its quantization errors where the backbone is loaded so."""
@@ -272,7 +276,7 @@ class MediatorSettings:
             ("sparsifier", SPARSIFIERS, "sparsifier"),
             ("encoding", ENCODINGS, "encoding"),
             ("rescale", SIGN_SCALES, "rescale"),
-            ("router", ROUTERS, "router"),
+            ("router", ROUTER_NAMES, "router"),
             ("fallback", FALLBACKS, "fallback"),
             ("routing_turn", ROUTING_TURNS, "routing_turn"),
             ("density_scope", DENSITY_SCOPES, "density_scope"),
@@ -369,6 +373,14 @@ class MediatorSettings:
             yield f"rank is for sparsifier='svd', not for {self.sparsifier!r}. Use density."
         if self.rank is not None and (self.budget is not None or self.density_scope != "matrix"):
             yield "rank fixes the size of every delta: leave out budget and density_scope, or leave out rank."
+        families = self.families
+        is_cosine = isinstance(families, (int, float)) and _is_finite(families) and -1 <= families <= 1
+        if families not in (None, "auto") and not is_cosine:
+            yield f"families must be 'auto' or the least cosine, in [-1, 1], got {families!r}."
+        if families is not None and is_known and not ENCODINGS[self.encoding].has_positions:
+            yield f"families need positions, which encoding {self.encoding!r} has not. Use another encoding."
+        if families is not None and (self.budget is not None or self.density_scope != "matrix"):
+            yield "families share deltas of one density a matrix: leave out budget and density_scope."
         if self.for_quantization is not None and is_low_rank:
             yield "for_quantization needs positions: rounding errors have no low rank. Use another sparsifier."
 
@@ -420,6 +432,7 @@ OMITTED_UNSET = frozenset(
         "column_map",
         "always",
         "always_rule",
+        "families",
     }
 )
 """Fields that a file has only where they are set, so that adapters without them have the bytes that they always had."""

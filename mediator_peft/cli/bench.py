@@ -105,12 +105,12 @@ def bench(
 
 def _plan_cache(routes: Path, out: Path | None, as_json: bool) -> None:
     """Hit rates of every cache size, by a log of routes."""
+    from ..checkpoints.adapter_sizes import read_adapter_info
     from ..evaluation.cache_planning import plan_cache, read_routes, stored_requests
-    from ..evaluation.sizes import read_adapter_info
 
     requests, info = read_routes(routes), None if out is None else read_adapter_info(out)
     if info is not None:
-        requests = stored_requests(requests, info.config.get("column_map"))
+        requests = stored_requests(requests, info.config.get("column_map"), info.columns)
     plan = plan_cache(requests, None if info is None else info.memory_bytes)
     if as_json:
         print_json(plan.to_dict())
@@ -122,16 +122,20 @@ def print_cache_plan(plan: CachePlan, target: Console) -> None:
     """The hit rates as a table."""
     from rich.table import Table
 
-    from ..evaluation.sizes import format_bytes
+    from ..checkpoints.adapter_sizes import format_bytes
 
     used = ", ".join(f"{name} {number}" for name, number in plan.experts.items())
     target.print(f"{plan.num_requests} requests; experts by requests: {used}")
     table = Table(pad_edge=False)
-    for heading in ("experts", "last used", "16 known ahead", "optimal", "loads a request", "memory"):
+    for heading in ("experts", "last used", "best pinned", "16 known ahead", "optimal", "loads a request", "memory"):
         table.add_column(heading, justify="right")
     for size in plan.sizes:
         rates = (f"{rate:.1%}" for rate in (size.lru, size.lookahead, size.optimal))
-        table.add_row(str(size.experts), *rates, f"{size.loads_a_request:.3f}", format_bytes(size.memory_bytes))
+        pinned = f"{len(size.pinned)}: {size.with_pinned:.1%}" if size.pinned else "–"
+        used, *ahead = rates
+        table.add_row(
+            str(size.experts), used, pinned, *ahead, f"{size.loads_a_request:.3f}", format_bytes(size.memory_bytes)
+        )
     target.print(table)
     if plan.persistence:
         said = ", ".join(f"{value:.2f} over {window}" for window, value in plan.persistence.items())
@@ -144,7 +148,7 @@ def print_speed(report: SpeedReport, target: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ..evaluation.sizes import format_bytes
+    from ..checkpoints.adapter_sizes import format_bytes
 
     settings = report.settings
     target.print(

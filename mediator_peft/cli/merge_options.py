@@ -97,6 +97,10 @@ RoutingTopP = Annotated[
     float, _setting("The smallest set of experts that reaches this probability is mixed, in (0, 1].")
 ]
 Fallback = Annotated[str, _setting("Where OOD prompts go: base or backbone.")]
+Families = Annotated[
+    str | None,
+    _setting("Store equal experts once, and related ones as a shared delta with residuals: auto, or the least cosine."),
+]
 ForQuantization = Annotated[
     str | None, _setting("Add a delta that corrects the quantization error of a backbone in nf4, fp4 or int8.")
 ]
@@ -144,6 +148,7 @@ MERGE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "ood_beta": (OodBeta, DEFAULTS.ood_beta),
     "routing_top_p": (RoutingTopP, DEFAULTS.routing_top_p),
     "fallback": (Fallback, DEFAULTS.fallback),
+    "families": (Families, None),
     "for_quantization": (ForQuantization, None),
     "correction_density": (CorrectionDensity, DEFAULTS.correction_density),
     "seed": (Seed, DEFAULTS.seed),
@@ -198,6 +203,8 @@ def merge_settings(ctx: typer.Context) -> MediatorSettings:
         settings["routed_layers"] = parse_routed_layers(settings["routed_layers"])
     if "router_layer" in settings:
         settings["router_layer"] = parse_router_layer(settings["router_layer"])
+    if "families" in settings:
+        settings["families"] = parse_families(settings["families"])
     if "merge_parameters" in settings:
         settings["merge_parameters"] = parse_parameters(settings["merge_parameters"])
     if "depth_scaling" in settings:
@@ -264,6 +271,14 @@ def parse_routed_layers(text: str) -> str | float | list[int]:
         if "." in text:
             return float(text)
         return [int(number) for number in text.split(",")]
+    except ValueError:
+        return text
+
+
+def parse_families(text: str) -> str | float:
+    """``auto`` or a least cosine; anything else is left for the config to refuse."""
+    try:
+        return float(text)
     except ValueError:
         return text
 

@@ -17,6 +17,7 @@ ENOUGH = 0.95
 """The recommended size has this share of the hits that LRU reaches at any size."""
 
 _LISTED = 5
+_MOST_PINNED = 16
 
 Request = tuple[str, ...]
 """Columns that one request uses."""
@@ -60,21 +61,28 @@ def _names(value: Any) -> list[str] | None:
     return value if isinstance(value, list) and all(isinstance(name, str) for name in value) else None
 
 
-def stored_requests(requests: Sequence[Request], rows: Mapping[str, Mapping[str, float]] | None) -> list[Request]:
+def stored_requests(
+    requests: Sequence[Request], rows: Mapping[str, Mapping[str, float]] | None, columns: Sequence[str] = ()
+) -> list[Request]:
     """What requests read of a bank with a column map; None for a bank without.
 
     Experts that are equal are one, and members of a family also read what it shares. What every request reads is left
     out.
 
+    Args:
+        requests: as they were logged.
+        rows: the column map.
+        columns: of a bank without a map; none where it is not at hand.
+
     Raises:
         DataFileError: a request names an expert that the bank has not.
     """
-    if rows is None:
-        return list(requests)
-    known = {name for row in rows.values() for name in row}
-    strangers = sorted({name for request in requests for name in request} - known)
+    known = {name for row in rows.values() for name in row} if rows is not None else set(columns)
+    strangers = sorted({name for request in requests for name in request} - known) if known else []
     if strangers:
         raise DataFileError(f"the log names {strangers}, which the bank has no deltas of; it has {sorted(known)}.")
+    if rows is None:
+        return list(requests)
     return [
         tuple(sorted(stored for stored, row in rows.items() if any(name in row for name in request)))
         for request in requests
@@ -243,6 +251,12 @@ class CacheSize:
     loads_a_request: float
     """Experts read from disk for a request, with LRU."""
 
+    pinned: tuple[str, ...]
+    """Most used experts that are best pinned in it (``pinned_experts``); none where that has no more hits."""
+
+    with_pinned: float
+    """Share of accesses that find their expert in memory where these are pinned, beside the last used of the others."""
+
     memory_bytes: int | None
     """Of that many experts' deltas; None where the bank is not at hand."""
 
@@ -267,6 +281,28 @@ class CachePlan:
         return asdict(self)
 
 
+def pinned_hits(stream: Sequence[str], largest: int) -> list[tuple[int, int]]:
+    """How many of the most used experts are best pinned in a cache of 1, 2, ..., ``largest`` experts, and its hits.
+
+    The last used of the others share the rest of the cache. The first access to a pinned expert counts as a load.
+    """
+    order = most_used(stream)
+    best = [(0, hits) for hits in hits_by_size(lru_distances(stream), largest)]
+    for number in range(1, min(len(order), largest - 1, _MOST_PINNED) + 1):
+        rest = [name for name in stream if name not in order[:number]]
+        found = hits_by_size(lru_distances(rest), largest - number)
+        for size, hits in enumerate(found, start=number + 1):
+            hits += len(stream) - len(rest) - number
+            if hits > best[size - 1][1]:
+                best[size - 1] = number, hits
+    return best
+
+
+def most_used(stream: Sequence[str]) -> list[str]:
+    """Experts by their number of accesses, the largest first."""
+    return [name for name, _ in sorted(Counter(stream).items(), key=lambda item: (-item[1], item[0]))]
+
+
 def plan_cache(requests: Sequence[Request], expert_bytes: Mapping[str, int] | None = None) -> CachePlan:
     """Hit rates of every cache size, and how many experts to hold.
 
@@ -281,7 +317,7 @@ def plan_cache(requests: Sequence[Request], expert_bytes: Mapping[str, int] | No
         for distances in (lru_distances(stream), optimal_distances(stream), lookahead_distances(stream, 16))
     )
     each = max((size for name, size in (expert_bytes or {}).items() if name in used), default=None)
-    total = len(stream)
+    total, order, pinned = len(stream), most_used(stream), pinned_hits(stream, largest)
     sizes = tuple(
         CacheSize(
             size,
@@ -289,6 +325,8 @@ def plan_cache(requests: Sequence[Request], expert_bytes: Mapping[str, int] | No
             ahead[size - 1] / total,
             optimal[size - 1] / total,
             (total - lru[size - 1]) / len(requests),
+            tuple(order[: pinned[size - 1][0]]),
+            pinned[size - 1][1] / total,
             None if each is None else each * size,
         )
         for size in range(1, largest + 1)

@@ -15,18 +15,14 @@ from ..bank.layer_bank import LayerBank
 from ..bank.sparse_delta import SparseDelta
 from ..config import ALWAYS, MediatorSettings
 from ..errors import ConfigError, UnsupportedError
-from ..merge.delta_packing import pack_delta
+from ..merge.family_packing import MIN_COSINE, RESIDUAL_DENSITY, pack_family
+from ..merge.family_packing import residual_density as density_of_residuals
 from ..methods.encoding import ENCODINGS
 from .config import FALLBACK_EXPERT
 from .layer import MediatorLayer
 from .routing import ActiveAdapter
-from .saving import storage_dtype
+from .saving import storage_type
 
-MIN_COSINE = 0.3
-"""Mean cosine of deltas from which on experts become a family: from .2 to .3 on, a shared delta with residuals is
-nearer to the experts than their own deltas of the same bytes (docs/forms.md)."""
-
-RESIDUAL_DENSITY = 0.05
 _SAMPLED_ROWS = 64
 
 
@@ -134,7 +130,7 @@ def _store(
 ) -> None:
     """Pack all deltas anew, then change the map and the deltas."""
     config = active.config
-    density = 1.0 if config.density == 1.0 else residual_density
+    density = density_of_residuals(config.density, residual_density)
     inner: dict[str, list[float]] = {name: [0.0, 0.0, 0.0] for group in groups.values() for name in group}
     fresh: list[tuple[MediatorLayer, str, SparseDelta]] = []
     for name, layer in layers.items():
@@ -160,39 +156,16 @@ def _store(
 
 
 def shared_deltas(
-    config: MediatorSettings, layer: str, shared: str, deltas: Mapping[str, SparseDelta], residual_density: float
+    config: MediatorSettings, layer: str, shared: str, deltas: Mapping[str, SparseDelta], thin: float
 ) -> dict[str, SparseDelta]:
-    r"""One layer's deltas of a family: :math:`F = \operatorname{thin} \frac1m \sum_k S_k`, then each
-    :math:`\operatorname{thin}(S_k - F)`.
-    """
-    dtype = storage_dtype(config)  # type: ignore[arg-type]
+    """One layer's deltas of a family, from those that are stored of its members; residuals of density ``thin``."""
     order = sorted(deltas)
     dense = {stored: deltas[stored].dense().cpu() for stored in order}
-    mean = torch.stack([dense[stored] for stored in order]).mean(dim=0)
     biases = {stored: bias.cpu() for stored in order if (bias := deltas[stored].bias) is not None}
-    bias = torch.stack([biases[stored] for stored in order]).mean(dim=0) if biases else None
+    dtype = storage_type(config)  # type: ignore[arg-type]
+    packed = pack_family(config, f"{layer}.weight", shared, dense, biases, (config.density, thin), dtype)
     device = deltas[order[0]].mask.device
-    family = pack_delta(config, f"{layer}.weight/{shared}", mean, config.density, dtype, bias)
-    packed = {shared: family.to(device)}
-    for stored in order:
-        packed[stored] = residual(
-            config, f"{layer}.weight/{stored}", dense[stored], biases.get(stored), family, residual_density, dtype
-        ).to(device)
-    return packed
-
-
-def residual(
-    config: MediatorSettings,
-    name: str,
-    delta: Tensor,
-    bias: Tensor | None,
-    shared: SparseDelta,
-    density: float,
-    dtype: torch.dtype,
-) -> SparseDelta:
-    """What a member's delta (O, I) float32 has beside the shared one, thinned out."""
-    rest = None if bias is None or shared.bias is None else bias - shared.bias.cpu()
-    return pack_delta(config, name, delta - shared.dense().cpu(), density, dtype, rest)
+    return {stored: delta.to(device) for stored, delta in packed.items()}
 
 
 def equal_deltas(first: SparseDelta, second: SparseDelta) -> bool:

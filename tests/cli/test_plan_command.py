@@ -46,6 +46,7 @@ TYPED = {
     "ood_beta": ("0.1", "ood_beta", 0.1),
     "routing_top_p": ("0.9", "routing_top_p", 0.9),
     "fallback": ("backbone", "fallback", "backbone"),
+    "families": ("0.25", "families", 0.25),
     "for_quantization": ("nf4", "for_quantization", "nf4"),
     "correction_density": ("0.25", "correction_density", 0.25),
     "seed": ("7", "seed", 7),

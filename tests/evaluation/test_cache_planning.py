@@ -18,6 +18,7 @@ from mediator_peft.evaluation.cache_planning import (
     lookahead_distances,
     lru_distances,
     optimal_distances,
+    pinned_hits,
     plan_cache,
     read_routes,
     routing_persistence,
@@ -134,6 +135,42 @@ def test_the_recommendation_is_the_smallest_that_is_nearly_as_good():
     assert plan.sizes[0].lru == 0
     assert all(size.lru <= size.optimal for size in plan.sizes)
     assert next(iter(plan.experts)) == "A"
+
+
+def brute_pinned(stream, pinned, size):
+    held, hits = [], -len(pinned)
+    for name in stream:
+        hits += name in pinned or name in held
+        if name not in pinned:
+            held = [name, *(other for other in held if other != name)][: size - len(pinned)]
+    return hits
+
+
+def test_worked_pinning():
+    """Others pass by between the requests for A: the last used alone never hold it."""
+    stream = list("ABCADEAFGA")
+    assert hits_by_size(lru_distances(stream), 2) == [0, 0]
+    assert pinned_hits(stream, 2) == [(0, 0), (1, 3)]
+    assert pinned_hits(list("AABBCCDD"), 2) == [(0, 4), (0, 4)]
+    size = plan_cache(requests_of("ABCADEAFGA")).sizes[1]
+    assert (size.pinned, size.with_pinned) == (("A",), 0.3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pinning_against_brute_force(seed):
+    drawn = random.Random(seed)
+    stream = drawn.choices("ABCDEFGH", weights=[9, 6, 3, 2, 2, 1, 1, 1], k=60)
+    order = sorted(set(stream), key=lambda name: (-stream.count(name), name))
+    found = pinned_hits(stream, 6)
+    for size in range(1, 7):
+        every = [brute_pinned(stream, order[:number], size) for number in range(size)]
+        assert found[size - 1] == (every.index(max(every)), max(every))
+
+
+def test_a_log_of_another_bank_is_refused():
+    assert stored_requests([("a",), ("base",)], None, ["a", "base"]) == [("a",), ("base",)]
+    with pytest.raises(DataFileError, match="names \\['b'\\]"):
+        stored_requests([("a",), ("b",)], None, ["a", "base"])
 
 
 def test_a_bank_with_a_column_map_reads_stored_deltas():
