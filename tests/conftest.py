@@ -13,7 +13,30 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).parent))
+from program import Program
+
 transformers_logging.disable_progress_bar()
+
+
+_PROGRAM = pytest.StashKey()
+
+
+def pytest_configure(config):
+    # Before any test: the processes that it starts know nothing of those that ran here.
+    config.stash[_PROGRAM] = Program() if hasattr(os, "fork") else None
+
+
+def pytest_unconfigure(config):
+    if config.stash[_PROGRAM] is not None:
+        config.stash[_PROGRAM].close()
+
+
+@pytest.fixture(scope="session")
+def program(pytestconfig):
+    """Starts processes of the program that need not import anything; see ``program.py``."""
+    if pytestconfig.stash[_PROGRAM] is None:
+        pytest.skip("needs to fork")
+    return pytestconfig.stash[_PROGRAM]
 
 
 @pytest.fixture(autouse=True)

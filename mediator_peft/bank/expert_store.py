@@ -67,6 +67,14 @@ class ExpertStore:
         weakref.finalize(self, _remove_folder, self._folder, os.getpid())
         renew_after_fork(self)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertStore:
+        # Copies of a model share its deltas, and with them these files.
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Mapped files belong to one process: a model that was pickled holds all of its deltas in memory.
+        return (type(None), ())
+
     def locks(self) -> tuple[Any, ...]:
         """What is held at a fork."""
         return (self._lock,)

@@ -196,12 +196,24 @@ def _parsed(raw: object) -> Checksums:
         for name in table:
             if name.startswith("/") or ".." in Path(name).parts:
                 raise ValueError(f"it names {name!r}, a file outside the output")
+    _check_complete(tables)
     names, bank = raw.get("expert_names"), raw.get("bank")
     if not (names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))):
         raise ValueError("its expert_names are no list of names")
     if not (bank is None or isinstance(bank, str)):
         raise ValueError("it has another form than checksums have")
     return Checksums(**tables, bank=bank, expert_names=names)
+
+
+def _check_complete(tables: dict[str, dict[str, str]]) -> None:
+    """Refuse a file that lost some of its entries: what it names no more would be compared no more."""
+    if not any(tables.values()):
+        raise ValueError("it names no files")
+    adapter, quick = tables["adapter"], tables["quick_adapter"]
+    whole_adapter = set(adapter) in (set(), set(_ADAPTER_FILES)) and (not quick or set(quick) == set(adapter))
+    listed = {**tables["backbone"], **tables["other"]}
+    if not whole_adapter or (tables["quick_backbone"] and set(tables["quick_backbone"]) != set(listed)):
+        raise ValueError("some of its entries are missing")
 
 
 def saved_at(adapter: Path) -> tuple[int, int] | None:
@@ -311,6 +323,8 @@ class FileCheck:
             return
         problems = [*self._order_problems(), *(_added(backbone, self.known) if backbone is not None else ())]
         jobs: list[_Job] = [(adapter / name, digest, file_quick) for name, digest in self.known.quick_adapter.items()]
+        if not jobs:
+            jobs = [(adapter / name, digest, file_sha256) for name, digest in self.known.adapter.items()]
         if not jobs and self.known.bank is not None:
             jobs.append((adapter / WEIGHTS_FILE, self.known.bank, bank_sha256))
         if backbone is not None:

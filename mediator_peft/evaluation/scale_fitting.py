@@ -263,7 +263,7 @@ def _plain_state(out: Path) -> dict[str, Tensor]:
 
     backbone = open_checkpoint(str(out), "the backbone")
     backbone = named_as_in_model(backbone, outline_of(backbone))
-    return {name: backbone.read(name) for name in backbone.tensors}
+    return {name: backbone.tensor(name) for name in backbone.tensors}
 
 
 def _asked(

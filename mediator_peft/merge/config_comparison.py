@@ -38,6 +38,16 @@ _OTHER_HEADS = (
 _HARMLESS = frozenset((*_ORIGIN_AND_STORAGE, *_RUNNING_AND_TRAINING, *_TOKENS_AND_SAMPLING, *_OTHER_HEADS))
 _HARMLESS_KINDS = re.compile(r"dropout|_pdrop$|layerdrop|drop_path|^unsloth|^axolotl|_implementation$")
 
+# Harmless in general, but not in these models: they compute with it whenever they run. A test looks for others.
+_COUNTED_BY = {
+    "pad_token_id": frozenset(
+        ("camembert", "data2vec-text", "prophetnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl",
+         "xmod")
+    ),  # positions are counted from it
+    "initializer_range": frozenset(("dory",)),
+    "router_jitter_noise": frozenset(("phimoe",)),
+}  # fmt: skip
+
 # Read by some models that do not declare them; they count wherever they differ.
 _ALWAYS = frozenset({"sliding_window", "rope_theta", "rope_scaling", "tie_word_embeddings"})
 # How many tokens a model was made for: the weights mean the same, unless the rotary embedding depends on it.
@@ -82,11 +92,19 @@ def compare_configs(base: Checkpoint, experts: Iterable[Checkpoint]) -> Comparis
 
 def _say_the_same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     """Whether two ``config.json`` of known models agree word for word; where not, they may still mean it."""
-    keys = {key for key in (*ours, *theirs) if not _is_harmless(key)}
+    keys = {key for key in (*ours, *theirs) if not is_harmless(key, ours.get("model_type"))}
     return is_known(ours) and is_known(theirs) and all(ours.get(key) == theirs.get(key) for key in keys)
 
 
-def _is_harmless(key: str) -> bool:
+def is_harmless(key: str, model_type: object) -> bool:
+    """Whether weights of a type of model compute the same whatever this setting says.
+
+    Args:
+        key: name of the setting, without those around it.
+        model_type: of the configuration that holds it.
+    """
+    if key in _COUNTED_BY and model_type in _COUNTED_BY[key]:
+        return False
     return key in _HARMLESS or _HARMLESS_KINDS.search(key) is not None
 
 
@@ -96,7 +114,7 @@ def _differences(theirs: Any, ours: Any, prefix: str = "") -> Iterator[tuple[str
     declared = _declared(ours) | _declared(theirs)
     for key in sorted(settings.keys() | known.keys()):
         here, there = settings.get(key), known.get(key)
-        if _is_harmless(key):
+        if is_harmless(key, getattr(ours, "model_type", None)):
             continue
         if hasattr(here, "to_dict") and hasattr(there, "to_dict"):
             # Before any comparison of the two: configurations whose layers differ cannot be compared as wholes.

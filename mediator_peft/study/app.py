@@ -12,6 +12,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 Root = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the study; the demo's can be shared.")]
 Only = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this expert; repeatable.")]
+Base = Annotated[
+    str, typer.Option("--base", metavar="NAME", help="smollm2, gemma3, or the folder of a checkpoint of one file.")
+]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of every process.")]
 
 
@@ -28,42 +31,53 @@ def study() -> None:
 @app.command()
 def experts(
     folder: Root,
+    base: Base = "smollm2",
     only: Only = None,
     threads: Threads = 1,
 ) -> None:
     """Train the experts that are not in FOLDER yet."""
-    from .experts import StudyFolder, study_experts
+    from .bases import find_base
+    from .cost import count_cost
+    from .experts import StudyFolder, settings_for, study_experts
     from .settings import FULL_STUDY
 
-    for name, expert in study_experts(FULL_STUDY, StudyFolder(folder), only, threads).items():
+    model = find_base(base)
+    place = StudyFolder(folder, model)
+    count_cost(place.cost, "experts")
+    for name, expert in study_experts(settings_for(FULL_STUDY, model), place, only, threads).items():
         how = "cached" if expert.was_cached else f"{expert.seconds:.0f} s"
         say(f"{name}: loss {expert.losses[0]:.3f} → {expert.losses[-1]:.3f} ({how})")
 
 
-def _bench(folder: Path, threads: int, only: list[str] | None) -> Any:
+def _bench(folder: Path, base: str, threads: int, only: list[str] | None) -> Any:
     """Everything that measuring needs, with the experts that have been trained."""
     import torch
 
     from ..demo.data import make_tasks
     from ..demo.settings import FULL
-    from .experts import StudyFolder, load_tasks, trained_experts
+    from .bases import find_base
+    from .cost import count_cost
+    from .experts import StudyFolder, load_tasks, settings_for, trained_experts
     from .settings import FULL_STUDY
     from .systems import Bench, make_sample
 
     torch.set_num_threads(threads)
-    place = StudyFolder(folder)
-    tasks = load_tasks(FULL_STUDY, place)
-    found = trained_experts(FULL_STUDY, place)
+    model = find_base(base)
+    settings, place = settings_for(FULL_STUDY, model), StudyFolder(folder, model)
+    count_cost(place.cost, "measuring")
+    tasks = {name: model.formed_task(task) for name, task in load_tasks(settings, place).items()}
+    found = trained_experts(settings, place)
     known = [name for name in FULL_STUDY.main if name in found and (not only or name in only)]
     for name in FULL_STUDY.main:
         if name not in known:
             say(f"left out, not trained: {name}")
-    unknown = {name: task for name, task in make_tasks(FULL, place.materials).items() if name not in FULL.recipes}
+    drawn = make_tasks(FULL, place.materials)
+    unknown = {name: model.formed_task(task) for name, task in drawn.items() if name not in FULL.recipes}
     return Bench(
-        FULL_STUDY,
+        settings,
         place,
         {name: found[name] for name in known},
-        make_sample(tasks, known, unknown, FULL_STUDY.num_answers, FULL_STUDY.num_losses),
+        make_sample(tasks, known, unknown, settings.num_answers, settings.num_losses),
         say,
     )
 
@@ -75,42 +89,56 @@ def _lab(bench: Any) -> Any:
 
 
 @app.command()
-def alone(folder: Root, only: Only = None, threads: Threads = 1) -> None:
+def alone(folder: Root, base: Base = "smollm2", only: Only = None, threads: Threads = 1) -> None:
     """Score the base, and each expert on its own task."""
     from .systems import score_alone
 
-    bench = _bench(folder, threads, only)
+    bench = _bench(folder, base, threads, only)
     score_alone(bench, _lab(bench))
 
 
 @app.command()
-def systems(folder: Root, only: Only = None, threads: Threads = 1) -> None:
+def systems(
+    folder: Root,
+    base: Base = "smollm2",
+    merge: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Single-model merge; repeatable. By default the study's.")
+    ] = None,
+    only: Only = None,
+    threads: Threads = 1,
+) -> None:
     """Score single-model merges and the Mediator model, and write the table of all systems."""
+    from dataclasses import replace
+
     from .comparison import score_merges
-    from .systems import build_default, score_alone, score_mediator
+    from .systems import build_default, score_base, score_experts, score_mediator
     from .tables import systems_result
 
-    bench = _bench(folder, threads, only)
+    bench = _bench(folder, base, threads, only)
+    if merge:
+        bench = replace(bench, settings=replace(bench.settings, answered_merges=tuple(merge)))
     lab = _lab(bench)
-    table = score_alone(bench, lab)
+    # The most important first: a stopped run has them.
+    own = score_experts(bench, lab)
     model = build_default(bench)
-    table |= score_mediator(bench, model)
-    table |= score_merges(bench, lab)
-    _keep(bench, "systems", systems_result(bench, table, model))
+    mediator = score_mediator(bench, model)
+    merged = score_merges(bench, lab)
+    _keep(bench, "systems", systems_result(bench, score_base(bench, lab) | own | mediator | merged, model))
 
 
 @app.command()
-def merges(folder: Root, only: Only = None, threads: Threads = 1) -> None:
+def merges(folder: Root, base: Base = "smollm2", only: Only = None, threads: Threads = 1) -> None:
     """Score single-model merges alone; `systems` then takes their scores from FOLDER."""
     from .comparison import score_merges
 
-    bench = _bench(folder, threads, only)
+    bench = _bench(folder, base, threads, only)
     score_merges(bench, _lab(bench))
 
 
 @app.command()
 def compare(
     folder: Root,
+    base: Base = "smollm2",
     system: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Only this system; repeatable. By default all in order.")
     ] = None,
@@ -127,7 +155,7 @@ def compare(
     from .comparison import compare as compare_systems
     from .scores import Sizes
 
-    bench = _bench(folder, threads, only)
+    bench = _bench(folder, base, threads, only)
     limit = None
     if answers is not None or losses is not None:
         limit = Sizes(10**9 if answers is None else answers, 10**9 if losses is None else losses)
@@ -136,22 +164,22 @@ def compare(
 
 
 @app.command()
-def conflict(folder: Root, only: Only = None, threads: Threads = 1) -> None:
+def conflict(folder: Root, base: Base = "smollm2", only: Only = None, threads: Threads = 1) -> None:
     """Measure conflict per block and matrix kind, for each choice of seeds, and write the table."""
     from .tables import conflict_result
 
-    bench = _bench(folder, threads, only)
+    bench = _bench(folder, base, threads, only)
     _keep(bench, "conflict", conflict_result(bench))
 
 
 @app.command()
-def ablation(folder: Root, only: Only = None, threads: Threads = 1) -> None:
+def ablation(folder: Root, base: Base = "smollm2", only: Only = None, threads: Threads = 1) -> None:
     """Measure answer losses with deltas in a share of the blocks, under each ranking."""
     from .ablation import score_block_sets
     from .conflict import conflict_table
     from .systems import build_default
 
-    bench = _bench(folder, threads, only)
+    bench = _bench(folder, base, threads, only)
     lab = _lab(bench)
     found = score_block_sets(bench, lab, build_default(bench), conflict_table(lab.base, lab.experts))
     _keep(bench, "ablation", found)
@@ -173,7 +201,7 @@ def page(
 def _keep(bench: Any, name: str, found: Any) -> None:
     from .tables import about, write_result
 
-    path = write_result(bench.folder.results, name, {"about": about(bench), **found})
+    path = write_result(bench.folder.results, name + bench.folder.model.suffix, {"about": about(bench), **found})
     say(f"written: {path}")
 
 

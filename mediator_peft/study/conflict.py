@@ -9,9 +9,9 @@ from math import sqrt
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ..methods.conflict.sign import sign_score
+from ..methods.conflict import CONFLICT_SCORES
+from ..methods.conflict.statistics import task_vector_statistics
 from .lab import State, block_of, task_vectors
 
 _KIND = re.compile(r"\.layers\.\d+\.(.+)\.weight$")
@@ -30,30 +30,6 @@ def routed_matrices(base: State) -> list[str]:
     return [name for name, tensor in base.items() if block_of(name) is not None and tensor.ndim == 2]
 
 
-def kept_largest(vectors: Tensor, density: float) -> Tensor:
-    """(K, O, I) bool: the largest entries of each task vector; ties at the threshold are all kept, zeros never."""
-    flat = vectors.abs().flatten(1)
-    count = max(1, round(density * flat.shape[1]))
-    threshold = flat.kthvalue(flat.shape[1] - count + 1, dim=1).values
-    return (vectors.abs() >= threshold.view(-1, *[1] * (vectors.ndim - 1))) & (vectors != 0)
-
-
-def matrix_conflict(vectors: Tensor, density: float = DENSITY) -> np.ndarray:
-    """Per pair of experts: entries that both keep, those with opposite signs, and those either keeps: (P, 3).
-
-    Args:
-        vectors: (K, O, I) task vectors of one matrix.
-        density: share of entries that vote.
-    """
-    kept, negative = kept_largest(vectors, density), vectors < 0
-    rows = []
-    for i, j in combinations(range(len(vectors)), 2):
-        both = kept[i] & kept[j]
-        either = kept[i] | kept[j]
-        rows.append([int(both.sum()), int((both & (negative[i] ^ negative[j])).sum()), int(either.sum())])
-    return np.array(rows, np.float64).reshape(-1, 3)
-
-
 def conflict_table(base: State, experts: Mapping[str, State], density: float = DENSITY) -> list[dict[str, object]]:
     r"""One record a block and matrix kind, and one a block for all its matrices (``kind`` is ``all``).
 
@@ -63,27 +39,27 @@ def conflict_table(base: State, experts: Mapping[str, State], density: float = D
     ``energy`` is the share of the task vectors' energy that their mean loses, 1 - 1/K for orthogonal ones; ``norm``
     the root of their summed squared norms.
     """
+    sign, energies_of = CONFLICT_SCORES["sign"], CONFLICT_SCORES["energy"]
     counts: dict[tuple[int, str], np.ndarray] = {}
     energies: dict[tuple[int, str], np.ndarray] = {}
     for name in routed_matrices(base):
         vectors = task_vectors(base[name], [state[name] for state in experts.values()])
-        pairs = matrix_conflict(vectors, density)
-        total = float(vectors.square().sum())
-        energy = np.array([total - float(vectors.sum(dim=0).square().sum()) / len(vectors), total])
+        statistics = task_vector_statistics(vectors.numpy(), density)
+        pairs, energy = sign.counts(statistics), energies_of.counts(statistics)
         block = block_of(name)
         assert block is not None
         for kind in (kind_of(name), "all"):
             key = block, kind
             counts[key] = counts.get(key, np.zeros_like(pairs)) + pairs
-            energies[key] = energies.get(key, np.zeros(2)) + energy
+            energies[key] = energies.get(key, np.zeros_like(energy)) + energy
     return [
         {
             "block": block,
             "kind": kind,
-            "sign": sign_score(counts[block, kind]),
+            "sign": sign.score(counts[block, kind]),
             "chance": 0.5,
             "chance_sd": _chance_deviation(counts[block, kind]),
-            "energy": float(energies[block, kind][0] / energies[block, kind][1]),
+            "energy": energies_of.score(energies[block, kind]),
             "energy_of_orthogonal": 1 - 1 / len(experts),
             "norm": sqrt(float(energies[block, kind][1])),
         }

@@ -4,28 +4,38 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..demo.base_model import convert_base
 from ..demo.data import make_tasks
 from ..demo.settings import FULL
 from ..demo.tasks import Item, Task
 from ..demo.training import TrainedExpert, expert_folder, train_experts
+from .bases import SMOLLM2, StudyBase
 from .settings import StudyExpert, StudySettings
 from .tasks import STUDY_TASKS, make_study_task
 
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """Where everything of the study lies. Laid out as the demo's folder, so that both can share one."""
+    """Where everything of the study lies.
+
+    What belongs to SmolLM2 is laid out as the demo's folder, so that both can share one; another base has a folder of
+    its own in it. Data packages and result files are shared.
+    """
 
     root: Path
+    model: StudyBase = SMOLLM2
+
+    @property
+    def home(self) -> Path:
+        """Of all that depends on the base."""
+        return self.root if self.model.is_demo else self.root / self.model.name
 
     @property
     def base(self) -> Path:
         """The base checkpoint."""
-        return self.root / "base"
+        return self.home / "base"
 
     @property
     def materials(self) -> Path:
@@ -35,7 +45,7 @@ class StudyFolder:
     @property
     def experts(self) -> Path:
         """Trained experts, one folder each."""
-        return self.root / "experts"
+        return self.home / "experts"
 
     @property
     def results(self) -> Path:
@@ -43,18 +53,43 @@ class StudyFolder:
         return self.root / "results"
 
     @property
+    def cost(self) -> Path:
+        """File with the processor time of all that was done for this base."""
+        return self.results / f"cost{self.model.suffix}.json"
+
+    @property
     def scores(self) -> Path:
         """Scores of single systems, from which the tables are made."""
-        return self.root / "scores"
+        return self.home / "scores"
+
+    @property
+    def statistics(self) -> Path:
+        """Statistics of experts that some merge methods read."""
+        return self.home / "statistics"
 
     @property
     def models(self) -> Path:
         """Built models."""
-        return self.root / "models"
+        return self.home / "models"
+
+
+def settings_for(settings: StudySettings, base: StudyBase) -> StudySettings:
+    """The study with the recipes, numbers of items and merges that a base has of its own."""
+    own = {
+        name: replace(expert, recipe=base.recipes[name]) if name in base.recipes else expert
+        for name, expert in settings.experts.items()
+    }
+    return replace(
+        settings,
+        experts=own,
+        num_answers=base.num_answers or settings.num_answers,
+        num_losses=base.num_losses or settings.num_losses,
+        answered_merges=(*base.merges, *settings.answered_merges),
+    )
 
 
 def load_tasks(settings: StudySettings, folder: StudyFolder) -> dict[str, Task]:
-    """Items of all tasks that have an expert, the demo's with the demo's own splits."""
+    """Items of all tasks that have an expert, the demo's with the demo's own splits; prompts in no base's form."""
     demo = make_tasks(FULL, folder.materials)
     wanted = dict.fromkeys(expert.task for expert in settings.experts.values())
     return {name: demo[name] if name in demo else _study_task(name, settings, folder) for name in wanted}
@@ -74,12 +109,13 @@ def _num_items(expert: StudyExpert) -> int:
 
 
 def training_items(expert: StudyExpert, tasks: dict[str, Task], folder: StudyFolder) -> list[Item]:
-    """What one expert is trained on."""
+    """What one expert is trained on, prompts in the base's form."""
     task = tasks[expert.task]
-    if expert.data == "train":
-        return task.train[: _num_items(expert)]
-    taken = {item.prompt for split in (task.train, task.calibration, task.test) for item in split}
-    return make_study_task(expert.task, _num_items(expert), 0, 0, expert.seed, folder.materials, taken).train
+    items = task.train[: _num_items(expert)]
+    if expert.data != "train":
+        taken = {item.prompt for split in (task.train, task.calibration, task.test) for item in split}
+        items = make_study_task(expert.task, _num_items(expert), 0, 0, expert.seed, folder.materials, taken).train
+    return [folder.model.formed(item) for item in items]
 
 
 def validation_items(name: str, settings: StudySettings, tasks: dict[str, Task], folder: StudyFolder) -> list[Item]:
@@ -101,14 +137,17 @@ def study_experts(
         names: those to train; None for all.
         num_threads: of the training process; None for all cores.
     """
-    base = convert_base(folder.base, folder.materials)
+    base = folder.model.make(folder.base, folder.materials)
+    identity = folder.model.identity
     tasks = load_tasks(settings, folder)
     trained: dict[str, TrainedExpert] = {}
     for name in names or settings.experts:
         expert = settings.experts[name]
         items = {name: training_items(expert, tasks, folder)}
         recipes = {name: expert.recipe}
-        trained |= train_experts(base, items, recipes, folder.experts, expert.seed, num_threads=num_threads)
+        trained |= train_experts(
+            base, items, recipes, folder.experts, expert.seed, num_threads=num_threads, base_identity=identity
+        )
     return trained
 
 
@@ -118,7 +157,7 @@ def trained_experts(settings: StudySettings, folder: StudyFolder) -> dict[str, T
     found = {}
     for name, expert in settings.experts.items():
         items = training_items(expert, tasks, folder)
-        path = expert_folder(name, items, expert.recipe, folder.experts, expert.seed)
+        path = expert_folder(name, items, expert.recipe, folder.experts, expert.seed, folder.model.identity)
         if (path / "losses.json").exists():
             losses = json.loads((path / "losses.json").read_text(encoding="utf-8"))
             found[name] = TrainedExpert(path, losses, True, 0.0)

@@ -13,7 +13,7 @@ from ..evaluation.comparison import markdown_table, with_interval
 from ..evaluation.report import share
 from ..evaluation.statistics import Estimate
 
-_MARKED = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
+_MARKED = re.compile(r"<!-- table: ([\w-]+)(?: ([\w-]+))? -->\n.*?<!-- end -->", re.DOTALL)
 _CODE = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)|<!--.*?-->|!\[[^\]]*\]", re.DOTALL)
 _NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+")
 
@@ -33,7 +33,7 @@ def fill_page(text: str, folder: Path) -> str:
     """The page with every table between its markers made anew.
 
     Args:
-        text: Markdown with ``<!-- table: NAME -->`` … ``<!-- end -->``.
+        text: Markdown with ``<!-- table: NAME -->`` … ``<!-- end -->``, or ``NAME BASE`` for another base than SmolLM2.
         folder: of the result files.
 
     Raises:
@@ -42,14 +42,14 @@ def fill_page(text: str, folder: Path) -> str:
     results = read_results(folder)
 
     def table(found: re.Match[str]) -> str:
-        name = found.group(1)
+        name, base = found.group(1), found.group(2) or ""
         if name not in TABLES:
             raise PageError(f"the page asks for a table {name!r}; there are {', '.join(TABLES)}.")
         try:
-            made = TABLES[name](results)
+            made = TABLES[name](results, base and f"_{base}")
         except KeyError as fault:
             raise PageError(f"the table {name!r} needs {fault} in the result files of {str(folder)!r}.") from fault
-        return f"<!-- table: {name} -->\n{made}<!-- end -->"
+        return f"<!-- table: {name}{base and f' {base}'} -->\n{made}<!-- end -->"
 
     return _MARKED.sub(table, text)
 
@@ -86,9 +86,9 @@ def _values(content: Any) -> Iterator[float]:
             yield from _values(value)
 
 
-def systems_table(results: Results) -> str:
+def systems_table(results: Results, base: str = "") -> str:
     """Accuracy and loss of each task, what is kept, bytes."""
-    found = results["systems"]
+    found = results["systems" + base]
     answered = found["systems"]["experts"]["answered_tasks"]
     header = ["system", *answered, "mean", "mean kept", "worst kept", "bytes, models"]
     rows = []
@@ -111,9 +111,9 @@ def systems_table(results: Results) -> str:
     return markdown_table(header, rows)
 
 
-def losses_table(results: Results) -> str:
+def losses_table(results: Results, base: str = "") -> str:
     """Answer loss of each task, and the mean above the experts'."""
-    found = results["systems"]
+    found = results["systems" + base]
     known, unknown = found["tasks"], found["unknown_tasks"]
     experts = found["systems"]["experts"]["mean_loss"]
     rows = []
@@ -124,9 +124,9 @@ def losses_table(results: Results) -> str:
     return markdown_table(header, rows)
 
 
-def comparison_table(results: Results) -> str:
+def comparison_table(results: Results, base: str = "") -> str:
     """Baselines of other papers and merge methods: accuracy of each task, what is kept, loss, bytes."""
-    found = results["comparison"]
+    found = results["comparison" + base]
     answered: list[str] = next(
         (row["answered_tasks"] for row in found["systems"].values() if "answered_tasks" in row), []
     )
@@ -143,16 +143,16 @@ def comparison_table(results: Results) -> str:
     return markdown_table(header, rows)
 
 
-def routing_table(results: Results) -> str:
+def routing_table(results: Results, base: str = "") -> str:
     """Where test prompts were sent."""
-    found = results["systems"]["routing"]
+    found = results["systems" + base]["routing"]
     columns = list(next(iter(found.values())))
     return markdown_table(["prompts of", *columns], ([task, *map(share, row.values())] for task, row in found.items()))
 
 
-def tests_table(results: Results) -> str:
+def p_values_table(results: Results, base: str = "") -> str:
     """p-values of paired tests against the routed model."""
-    found = results["systems"]
+    found = results["systems" + base]
     known = found["tasks"]
     rows = [
         [name, *(f"{row[task]['permutation_p_of_losses']:.4f}" if task in row else "–" for task in known)]
@@ -162,10 +162,10 @@ def tests_table(results: Results) -> str:
     return markdown_table(["system", *known], rows)
 
 
-def conflict_table(results: Results) -> str:
+def conflict_table(results: Results, base: str = "") -> str:
     """Sign conflict by matrix kind, mean over blocks, and of first, middle and last blocks."""
     rows = []
-    for label, records in results["conflict"]["sets"].items():
+    for label, records in results["conflict" + base]["sets"].items():
         whole = [record for record in records if record["kind"] == "all"]
         scores = [record["sign"] for record in whole]
         third = len(scores) // 3
@@ -177,9 +177,9 @@ def conflict_table(results: Results) -> str:
     return markdown_table(header, rows)
 
 
-def kinds_table(results: Results) -> str:
+def kinds_table(results: Results, base: str = "") -> str:
     """Sign conflict, energy lost and norm of each kind of matrix, mean over blocks."""
-    records = next(iter(results["conflict"]["sets"].values()))
+    records = next(iter(results["conflict" + base]["sets"].values()))
     kinds = [kind for kind in dict.fromkeys(record["kind"] for record in records) if kind != "all"]
     rows = []
     for kind in kinds:
@@ -188,9 +188,9 @@ def kinds_table(results: Results) -> str:
     return markdown_table(["matrix", "sign conflict", "energy the mean loses", "norm of the task vectors"], rows)
 
 
-def ablation_table(results: Results) -> str:
+def ablation_table(results: Results, base: str = "") -> str:
     """Mean answer loss for each ranking and number of routed blocks."""
-    found = results["ablation"]
+    found = results["ablation" + base]
     counts = list(next(iter(found["curves"].values())))
     rows = [
         [ranking, f"{found['none']['mean']:.3f}", *(f"{curve[count]['mean']:.3f}" for count in counts)]
@@ -200,11 +200,11 @@ def ablation_table(results: Results) -> str:
     return markdown_table(["ranking", "0", *counts, str(found["num_blocks"])], rows)
 
 
-TABLES: dict[str, Callable[[Results], str]] = {
+TABLES: dict[str, Callable[[Results, str], str]] = {
     "systems": systems_table,
     "losses": losses_table,
     "comparison": comparison_table,
-    "tests": tests_table,
+    "tests": p_values_table,
     "routing": routing_table,
     "conflict": conflict_table,
     "conflict-by-matrix": kinds_table,
@@ -224,9 +224,15 @@ def draw_figures(results: Results, folder: Path) -> list[Path]:
     except ImportError:
         raise MissingPackageError("figures need matplotlib: pip install 'mediator_peft[plot]'") from None
     drawn = []
-    if "conflict" in results:
+    measured = [name for name in results if name == "conflict" or name.startswith("conflict_")]
+    if measured:
         figure = Figure(figsize=(7, 3.6), layout="constrained")
-        _draw_conflict(figure.add_subplot(), results["conflict"])
+        axes = figure.add_subplot()
+        for name in measured:
+            _draw_conflict(axes, results[name], name.removeprefix("conflict").removeprefix("_") or "smollm2")
+        axes.axhline(0.5, color="0.5", linestyle="--", label="chance: independent signs")
+        axes.set(xlabel="block, share of the depth", ylabel="sign conflict", ylim=(0, 0.6))
+        axes.legend(fontsize=8, frameon=False)
         drawn.append(folder / "evidence_conflict.png")
         figure.savefig(drawn[-1], dpi=120)
     if "ablation" in results:
@@ -237,13 +243,11 @@ def draw_figures(results: Results, folder: Path) -> list[Path]:
     return drawn
 
 
-def _draw_conflict(axes: Any, found: Results) -> None:
+def _draw_conflict(axes: Any, found: Results, base: str) -> None:
     for label, records in found["sets"].items():
         whole = [record for record in records if record["kind"] == "all"]
-        axes.plot([r["block"] for r in whole], [r["sign"] for r in whole], marker="o", markersize=3, label=label)
-    axes.axhline(0.5, color="0.5", linestyle="--", label="chance: independent signs")
-    axes.set(xlabel="block", ylabel="sign conflict", ylim=(0, 0.6))
-    axes.legend(fontsize=8, frameon=False)
+        depth = [record["block"] / max(1, len(whole) - 1) for record in whole]
+        axes.plot(depth, [r["sign"] for r in whole], marker="o", markersize=3, label=f"{base}, {label}")
 
 
 def _draw_ablation(axes: Any, found: Results) -> None:

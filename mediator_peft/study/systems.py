@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ NUM_ROUTED = 100
 
 NUM_VALIDATION = 10
 """Validation items a task."""
+
+_PACKAGE = Path(__file__).parents[1]
 
 Say = Callable[[str], None]
 
@@ -161,20 +165,30 @@ Table = dict[str, dict[str, Scores]]
 
 def score_alone(bench: Bench, lab: Lab) -> Table:
     """The base on all tasks, and each expert on its own."""
-    table: Table = {BASE: {}}
-    tokenizer = lab.tokenizer
-    for task in bench.sample.tasks:
+    own = score_experts(bench, lab)
+    return score_base(bench, lab) | own
 
-        def base() -> dict[str, Any]:
-            with lab.holding(lab.base) as model:
-                return {"model": model, "tokenizer": tokenizer}
 
-        table[BASE][task] = bench.scored(BASE, task, bench.sample.sizes[task], "", base)
+def score_base(bench: Bench, lab: Lab) -> Table:
+    """The base on all tasks."""
+    tokenizer, identity = lab.tokenizer, bench.folder.model.identity
+
+    def base() -> dict[str, Any]:
+        with lab.holding(lab.base) as model:
+            return {"model": model, "tokenizer": tokenizer}
+
+    sizes = bench.sample.sizes
+    return {BASE: {task: bench.scored(BASE, task, sizes[task], identity, base) for task in bench.sample.tasks}}
+
+
+def score_experts(bench: Bench, lab: Lab) -> Table:
+    """Each expert on its own task."""
+    table: Table = {}
     for name, expert in bench.experts.items():
 
         def own(name: str = name) -> dict[str, Any]:
             with lab.holding(lab.experts[name]) as model:
-                return {"model": model, "tokenizer": tokenizer}
+                return {"model": model, "tokenizer": lab.tokenizer}
 
         system = f"expert {name}"
         table[system] = {name: bench.scored(system, name, bench.sample.sizes[name], expert.path.name, own)}
@@ -211,8 +225,19 @@ def _validation_loss(bench: Bench, model: Any, tokenizer: Any) -> float:
 
 
 def model_key(bench: Bench, config: MediatorConfig) -> str:
-    """What a built model depends on."""
-    return json.dumps([bench.hashes, config.to_dict()], default=str, sort_keys=True)
+    """What a built model and its scores depend on."""
+    return json.dumps([bench.hashes, config.to_dict(), library_digest()], default=str, sort_keys=True)
+
+
+@cache
+def library_digest() -> str:
+    """SHA-256 of the library's sources, without those of evaluation, demo, study and command line."""
+    digest = hashlib.sha256()
+    for path in sorted(_PACKAGE.rglob("*")):
+        name = path.relative_to(_PACKAGE)
+        if path.suffix in (".py", ".cpp", ".h") and name.parts[0] not in ("evaluation", "demo", "study", "cli"):
+            digest.update(f"{name.as_posix()}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def built_model(bench: Bench, name: str, config: MediatorConfig) -> Path:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints.adapter_files import BANK_ATTRIBUTE
 from ..checkpoints.opening import Checkpoint, ModelCheckpoint, open_checkpoint, open_checkpoints
+from ..checkpoints.tensor_inventory import auto_class
 from ..errors import CheckpointError, UnsupportedError
 from ..merge.always_on import with_always
 from ..merge.builder import Bank, checkpoints_by_name, label_checkpoints, merge_in_memory, require_experts
@@ -30,8 +33,12 @@ def build_in_memory(model: Any, config: MediatorConfig, check: Callable[[Sequenc
         model: to be wrapped.
         config: not built yet.
         check: called with the names of the routed layers before anything is written; refuses what cannot be wrapped.
+
+    Raises:
+        UnsupportedError: the model is a classifier, an encoder or an encoder-decoder.
     """
     require_experts(config)
+    _check_continues_text(model)
     experts = open_checkpoints(label_checkpoints(None, config.experts))
     # Another adapter may wrap the layers already.
     state = {
@@ -86,3 +93,11 @@ def _base_on_disk(model: nn.Module) -> Checkpoint:
             "from_pretrained(), or build with build_mediator() from checkpoints and use load_mediator()."
         )
     return open_checkpoint(path, "base")
+
+
+def _check_continues_text(model: Any) -> None:
+    """Refuse by name what a checkpoint of it would be refused for; a model in memory need not say what it is."""
+    if isinstance(getattr(model, "config", None), PretrainedConfig):
+        named = copy(model.config)
+        named.architectures = [type(model).__name__]
+        auto_class(named)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,11 +13,10 @@ from torch.utils.hooks import RemovableHandle
 from ..bank.expert_store import ExpertStore
 from ..errors import RoutingError, UnsupportedError
 from ..routing.features import mean_over_tokens
+from .cache_route import cache_tag, empty_cache, tag_cache
 from .differentiable import anchor
 from .routes import ExpertWeights, LayerRoute, Pending, RequestBoard, by_name, expand_rows, make_route
-from .routing import ActiveAdapter, PromptRouter, check_ids
-
-_CACHE_TAG = "mediator_expert_weights"
+from .routing import ActiveAdapter, PromptRouter, check_ids, check_mask
 
 
 class RoutedForward:
@@ -69,11 +68,12 @@ class RoutedForward:
             )
 
     @contextmanager
-    def request(self, table: Tensor | Pending, columns: Sequence[str]) -> Iterator[None]:
-        """Hold expert weights, or prompts that they are still to be found for, through the block."""
+    def request(self, table: Tensor | Pending, columns: Sequence[str], is_block: bool = False) -> Iterator[None]:
+        """Hold expert weights, or prompts that they are still to be found for, through the block of a user's or of one
+        generation."""
         self.check_not_merged("use_experts")
         try:
-            with self._board.open_request(table, columns):
+            with self._board.open_request(table, columns, is_block):
                 yield
         finally:
             for layer in self._active.layers.values():
@@ -93,6 +93,7 @@ class RoutedForward:
         elif self._board.request is not None:
             return generate(*args, **kwargs)
         else:
+            self._board.warn_of_blocks_elsewhere()
             table, columns = self._route_request(args, kwargs)
         with self.request(table, columns):
             return generate(*args, **kwargs)
@@ -115,7 +116,9 @@ class RoutedForward:
         if input_ids is None:
             raise RoutingError("prompts are routed by their token ids; with inputs_embeds give expert_weights=.")
         check_ids(input_ids)
+        _check_one_prompt_a_row(kwargs)
         mask = kwargs.get("attention_mask")
+        check_mask(input_ids, mask)
         if mask is None:
             mask = self._mask_from_padding(input_ids, kwargs)
         if known is None and self._prompts.single_pass_routing:
@@ -124,7 +127,7 @@ class RoutedForward:
         weights, columns = self._prompts.routed_table(input_ids, mask)
         weights = weights.detach()
         if known is not None and not torch.equal(known.to(weights), expand_rows(weights, len(known))):
-            _empty_cache(cache)
+            empty_cache(cache)
         return weights, columns
 
     def _mask_from_padding(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
@@ -140,6 +143,8 @@ class RoutedForward:
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         spec, context = kwargs.pop("expert_weights", None), kwargs.pop("context_mask", None)
         self._board.refuse_beside_others()
+        if spec is None and self._board.request is None and self._board.pending is None:
+            self._board.warn_of_blocks_elsewhere()
         if (
             self.adapters_off
             or not self._active.exists
@@ -170,8 +175,9 @@ class RoutedForward:
         pending = self._board.pending
         inputs: Any = kwargs.get("input_ids", args[0] if args else None)
         mask = None if self._board.request is not None else _readable_mask(kwargs, inputs)
-        if mask is not None and pending is None and kwargs.get("attention_mask") is None:
+        if mask is not None and pending is None:
             _check_one_prompt_a_row(kwargs)
+        if mask is not None and pending is None and kwargs.get("attention_mask") is None:
             padding = self._mask_from_padding(inputs, {})
             mask = mask if padding is None else padding
             # Positions that count padding are not those that prompts are read with.
@@ -257,13 +263,9 @@ class RoutedForward:
         check_ids(input_ids)
         _check_one_prompt_a_row(kwargs)
         mask = kwargs.get("attention_mask")
+        check_mask(input_ids, mask)
         if mask is None:
             mask = self._mask_from_padding(input_ids, {})
-        elif mask.shape != input_ids.shape:
-            raise RoutingError(
-                f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}: give one entry a "
-                "token."
-            )
         mask = prompt_mask(input_ids, mask, kwargs.get("labels"), context)
         return self._prompts.routed_table(input_ids, mask)
 
@@ -275,7 +277,7 @@ class RoutedForward:
             cache = getattr(output, "past_key_values", None)
             self._check_still_there(route)
             if cache is not None:
-                _tag_cache(cache, route)
+                tag_cache(cache, route)
         if not torch.is_grad_enabled():
             self._board.route = None
 
@@ -296,7 +298,7 @@ class RoutedForward:
 
     def _cache_weights(self, cache: Any) -> Tensor | None:
         """Expert weights that a carried-over cache was filled under, in the columns of now."""
-        tag = _cache_tag(cache)
+        tag = cache_tag(cache)
         return None if tag is None else by_name(*tag, self._active.config.columns)
 
 
@@ -348,18 +350,14 @@ def _check_one_prompt_a_row(kwargs: dict[str, Any]) -> None:
     """Refuse batches whose rows hold several prompts: each row has one route.
 
     Raises:
-        UnsupportedError: the mask is no (B, T), or positions begin anew within a row.
+        UnsupportedError: positions begin anew within a row, or prompts are numbered there.
     """
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise UnsupportedError(
-            f"prompts are routed by an attention mask of shape (B, T), this one is {shape}. Give a 2-D mask, or say "
-            "which experts to use: expert_weights=."
-        )
+    mask, positions, numbers = (kwargs.get(name) for name in ("attention_mask", "position_ids", "seq_idx"))
     is_packed = kwargs.get("cu_seq_lens_q") is not None
     if isinstance(positions, Tensor) and positions.ndim == 2 and mask is None:
-        is_packed = is_packed or bool((positions[:, 1:] < positions[:, :-1]).any())
+        is_packed = is_packed or bool((positions[:, 1:] <= positions[:, :-1]).any())
+    if isinstance(numbers, Tensor) and numbers.ndim == 2:
+        is_packed = is_packed or bool((numbers[:, 1:] != numbers[:, :-1]).any())
     if is_packed:
         raise UnsupportedError(
             "a packed batch holds several prompts in a row, and a row has one route. Give one prompt a row with an "
@@ -374,45 +372,14 @@ def _readable_mask(kwargs: dict[str, Any], input_ids: Tensor | None) -> Tensor |
     and with positions that do not count padding.
     """
     cache = kwargs.get("past_key_values")
-    if cache is not None and (cache.get_seq_length() or _cache_tag(cache) is not None):
+    if cache is not None and (cache.get_seq_length() or cache_tag(cache) is not None):
         return None
     if input_ids is None or not input_ids.numel() or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     mask = kwargs.get("attention_mask")
     if mask is None:
         return torch.ones_like(input_ids)
-    if mask.shape != input_ids.shape:
+    if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
         return None
     pads_left = bool((mask[:, 0] == 0).any())
     return None if pads_left and kwargs.get("position_ids") is None else mask
-
-
-def _tag_cache(cache: Any, route: LayerRoute) -> None:
-    """Note under which expert weights a cache was filled."""
-    weights, columns = route.asked
-    setattr(cache, _CACHE_TAG, (weights.detach(), columns))
-
-
-def _cache_tag(cache: Any) -> tuple[Tensor, tuple[str, ...]] | None:
-    """Expert weights and columns that a carried-over cache was filled under; None for none or an empty cache."""
-    if cache is None or not cache.get_seq_length():
-        return None
-    return getattr(cache, _CACHE_TAG, None)
-
-
-def _empty_cache(cache: Any) -> None:
-    """Drop what a cache holds, in place.
-
-    Raises:
-        UnsupportedError: this kind of cache cannot be emptied.
-    """
-    cache.reset()
-    length = cache.get_seq_length()
-    if length:  # some versions of transformers only fill a reset cache with zeros
-        with suppress(AttributeError, NotImplementedError, ValueError, TypeError):
-            cache.crop(-length)
-    if cache.get_seq_length():
-        raise UnsupportedError(
-            f"this turn goes to other experts, and a {type(cache).__name__} filled under the old ones cannot be "
-            "emptied. Pass a new past_key_values, or use routing_turn='first' to keep to one route a chat."
-        )

@@ -20,14 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..bank.layer_bank import LayerBank
 from ..errors import UnsupportedError
 from ..forking import renew_after_fork
 from ..structure import follows_interface
 from .execution import float32_inside
-from .layer import MediatorLayer, check_routable
+from .layer import MediatorLayer
 from .merged_weight import mixed_bias, mixed_weight, plain_weight
 from .routes import LayerRoute, Mix, RequestBoard
+from .weight_state import copy_if_in_use
 
 _NOT_COPIED = ("_lock", "_route", "_mix", "_kept", "matrices")
 
@@ -71,22 +71,14 @@ class RoutedMatrix(MediatorLayer):
 
     def _start(self) -> None:
         super()._start()
-        # Its own until it joins a wrapper.
-        self._lock = threading.RLock()
         self._owner: tuple[RoutedExperts, ...] = ()
         """The wrapper; no part of this module. Empty until the matrix has joined it."""
 
     def join(self, owner: RoutedExperts, lock: Any) -> None:
         """Become a part of a wrapper: its matrices have one lock, since one product reads all of them."""
         self._owner = (owner,)
-        self._lock = lock
+        self.weight_state.share_lock(lock)
         self.base_layer.bind(owner.base_layer)
-
-    def locks(self) -> tuple[Any, ...]:
-        return ()  # the wrapper's
-
-    def renew_locks(self) -> None:
-        """The wrapper does."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -97,14 +89,9 @@ class RoutedMatrix(MediatorLayer):
     def is_transposed(self) -> bool:
         return self.base_layer.is_transposed
 
-    @property
-    def active_bank(self) -> LayerBank | None:
-        """Deltas of the active adapter."""
-        return self._active_bank()
-
     def switch(self, mix: Mix) -> None:
         """Write a mix into the matrix, after taking out what was there; an empty one restores the backbone."""
-        self._merged_weight.switch(self._active_bank(), mix)
+        self.weight_state.merged.switch(self.active_bank, mix)
 
     def forget_steps(self) -> None:
         super().forget_steps()
@@ -389,11 +376,8 @@ class RoutedExperts(nn.Module):
         with self._plain():
             state = super().state_dict(*args, **kwargs)
             prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-            if not kwargs.get("keep_vars", False) and self.board.has_requests:
-                for name in self.base_layer._parameters:
-                    key = f"{prefix}base_layer.{name}"
-                    if isinstance(state.get(key), Tensor):
-                        state[key] = state[key].clone()
+            keep_vars = kwargs.get("keep_vars", False)
+            copy_if_in_use(state, f"{prefix}base_layer.", self.base_layer._parameters, self.board, keep_vars)
             return state
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -495,16 +479,28 @@ def _place_of(modules: Mapping[str, nn.Module], name: str) -> _Place | None:
     return None if fused is None or fused.ndim != 3 or int(number) >= len(fused) else _Place(owner, key, int(number))
 
 
-def check_layers(model: Any, names: Sequence[str]) -> None:
-    """Refuse layers that cannot be wrapped, matrices of fused experts among them, before anything is changed.
+def is_expert_matrix(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether a layer's name means a matrix of fused experts.
+
+    Args:
+        modules: name → module of the whole model.
+        name: of the layer.
+    """
+    return _place_of(modules, name) is not None
+
+
+def check_experts(modules: Mapping[str, nn.Module], names: Sequence[str]) -> None:
+    """Refuse matrices of fused experts that cannot be wrapped, before anything is changed.
+
+    Args:
+        modules: name → module of the whole model.
+        names: of the layers that are to be routed; others are passed over.
 
     Raises:
-        UnsupportedError: as :func:`check_routable`; or fused experts are quantised or not in memory.
+        UnsupportedError: fused experts are quantised.
     """
-    modules = dict(model.named_modules())
-    places = {name: _place_of(modules, name) for name in names}
-    check_routable(model, [name for name, place in places.items() if place is None])
-    for owner, key in {(place.module, place.key) for place in places.values() if place is not None}:
+    places = [place for name in names if (place := _place_of(modules, name)) is not None]
+    for owner, key in {(place.module, place.key) for place in places}:
         module: Any = modules[owner]
         experts = module.base_layer if isinstance(module, RoutedExperts) else module
         # On the meta device a model waits for its weights, or has them elsewhere: it says so when it computes.

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from ..errors import AdapterError, RoutingError, UnsupportedError
+from .embedding import MediatorEmbedding
 from .forward import RoutedForward
+from .fused_experts import is_fused
+from .merged_weight import mixed_bias
 from .routes import ExpertWeights, Mix, RequestBoard, by_name, expert_weight_rows, make_route
 from .routing import ActiveAdapter
 
@@ -117,6 +122,29 @@ class AdapterMerging:
         with self._board.merging():
             for layer in tqdm(layers.values(), disable=not progressbar, desc="merging"):
                 layer.merge_mixes(mixes)
+
+    @contextmanager
+    def converting(self, spec: ExpertWeights, adapter_name: str) -> Iterator[None]:
+        """Show PEFT's ``convert_to_lora`` all routed layers, with one mix, inside the block.
+
+        Raises:
+            RoutingError: rows of the mix differ.
+            UnsupportedError: deltas of biases, embeddings or fused experts, which have no place in such a LoRA.
+        """
+        mix = self.mixes(spec, [adapter_name], board_mix=True)[adapter_name]
+        layers = self._active.layers
+        for name, layer in layers.items():
+            if is_fused(layer):
+                raise UnsupportedError(f"{name!r} is a matrix of fused experts, which PEFT cannot convert to LoRA.")
+            if isinstance(layer, MediatorEmbedding) or mixed_bias(layer.bank(adapter_name), mix) is not None:
+                raise UnsupportedError(f"{name!r} has deltas of a bias or an embedding, which LoRA layers do not have.")
+        config: Any = self._active.configs[adapter_name]
+        targets, self._board.converted = config.target_modules, mix
+        config.target_modules = set(layers)
+        try:
+            yield
+        finally:
+            config.target_modules, self._board.converted = targets, None
 
     @torch.no_grad()
     def _check_finite(self, mixes: dict[str, Mix]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -21,7 +20,6 @@ from ..bank.expert_store import ExpertStore
 from ..config import warn_of_old_name
 from ..errors import UnsupportedError
 from ..merge.builder import Bank
-from ..methods.rounding import ROUNDINGS
 from ..ranks import Ranks
 from ..registration import PREFIX
 from ..routing.background import Background
@@ -30,7 +28,6 @@ from ..routing.calibration_data import Columns
 from ..routing.explain import Explanation
 from ..routing.gate import RouteOutput
 from ..routing.routers import Router
-from ..structure import reads_weight_of
 from .build_in_memory import build_in_memory
 from .condensing import CondenseReport, condense
 from .config import FitSettings, MediatorConfig
@@ -38,21 +35,14 @@ from .editing import add_expert, remove_expert
 from .execution import check_execution
 from .fitting import fit_router
 from .forward import RoutedForward
-from .fused_experts import check_layers, is_fused, unwrap_experts, wrap_experts
-from .layer import (
-    MediatorEmbedding,
-    MediatorLayer,
-    reading_weights,
-    routed_layers,
-    tie_head,
-    untie_head,
-)
-from .merged_weight import mixed_bias
+from .fused_experts import wrap_experts
+from .injection import add_deltas, check_layers, routed, unwrap_layers, warn_of_other_quantization
+from .layer import MediatorLayer, reading_weights, routed_layers
 from .merging import AdapterMerging
-from .quantized import quantization_of
 from .routes import ExpertWeights, RequestBoard
 from .routing import ActiveAdapter, PromptRouter
 from .saving import AdapterFiles
+from .tied_head import tie_head
 
 
 class _State(dict[str, Any]):
@@ -126,7 +116,7 @@ class MediatorModel(BaseTuner):
                 self.targeted_module_names.append(name)
         tie_head(model)
         self._built.pop(adapter_name, None)
-        self._warn_of_other_quantization(config)
+        warn_of_other_quantization(self.routed_layers().values(), config)
         self.mediator_router[adapter_name] = self.prompt_router.new_router(config)
         config.bind(self.adapter_files.before_saving)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -148,6 +138,7 @@ class MediatorModel(BaseTuner):
             self._built[adapter_name] = build_in_memory(model, config, partial(check_layers, model))
         else:
             check_layers(model, config.routed_modules or ())
+            self.adapter_files.check_backbone(config)
             if config.routed_modules:
                 self.active.awaited.add(adapter_name)
         return config
@@ -162,31 +153,11 @@ class MediatorModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target
-        if not isinstance(layer, MediatorLayer):
-            kind = MediatorEmbedding if isinstance(target, nn.Embedding) else MediatorLayer
-            layer = kind(target, self.board)
-            owner: Any = type(parent)
-            layer.weight_is_read = reads_weight_of(owner, target_name)
+        layer = routed(target, parent, target_name, self.board)
+        if layer is not target:
             self._replace_module(parent, target_name, layer, target)
-        bank = layer.add_bank(adapter_name, peft_config.encoding)
-        quantization = quantization_of(layer.base_layer)
-        bank.is_corrected = quantization is not None and quantization == peft_config.for_quantization
         built = self._built.get(adapter_name)
-        if built is not None:
-            for column, delta in built.deltas[current_key].items():
-                bank.put(column, delta.to(layer.base_layer.weight.device))
-
-    def _warn_of_other_quantization(self, config: MediatorConfig) -> None:
-        kinds = {kind for layer in self.routed_layers().values() if (kind := quantization_of(layer.base_layer))}
-        others = sorted(kinds & set(ROUNDINGS) - {config.for_quantization})
-        if others and config.for_quantization is not None:
-            warnings.warn(
-                f"the adapter's correction is for a backbone in {config.for_quantization}, this one is in "
-                f"{', '.join(others)}: its layers are not corrected. Load it in {config.for_quantization}, or build "
-                f"with for_quantization={others[0]!r}.",
-                stacklevel=2,
-            )
+        add_deltas(layer, adapter_name, peft_config, None if built is None else built.deltas[current_key])
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
@@ -257,11 +228,13 @@ class MediatorModel(BaseTuner):
 
         The block is a context variable, as in Python's ``contextvars``: each thread and each asyncio task has its own.
         A task made inside the block, ``asyncio.to_thread`` and ``contextvars.copy_context().run`` carry it along, also
-        past its end; a plain new thread begins without it, unless Python was told otherwise
-        (``sys.flags.thread_inherit_context``).
+        past its end; a plain new thread begins without it and warns of it once, unless Python was told otherwise
+        (``sys.flags.thread_inherit_context``). Generators share the context of whoever runs them: where two of them
+        hold a block each and are run in turns, the block that was opened last counts for both; the end of the first
+        warns of it.
 
         Expert weights are kept by name: an expert that is added inside the block gets weight 0, and a forward pass that
-        that asks for a removed expert is refused.
+        asks for a removed expert is refused.
 
         Args:
             expert_weights: a name, a dict name -> weight, one of these or None a row, or a (C,) or (B, C) tensor.
@@ -270,7 +243,7 @@ class MediatorModel(BaseTuner):
             RoutingError: a name is unknown, or a shape does not fit.
             UnsupportedError: a mix is merged into the weights.
         """
-        with self.routed_forward.request(*self.active.named_table(expert_weights)):
+        with self.routed_forward.request(*self.active.named_table(expert_weights), is_block=True):
             yield self
 
     @contextmanager
@@ -585,22 +558,11 @@ class MediatorModel(BaseTuner):
             RoutingError: rows of the mix differ.
             UnsupportedError: deltas of biases or embeddings, which have no place in such a LoRA.
         """
-        mix = self.merging.mixes(expert_weights, [adapter_name], board_mix=True)[adapter_name]
-        for name, layer in self.routed_layers().items():
-            if is_fused(layer):
-                raise UnsupportedError(f"{name!r} is a matrix of fused experts, which PEFT cannot convert to LoRA.")
-            if isinstance(layer, MediatorEmbedding) or mixed_bias(layer.bank(adapter_name), mix) is not None:
-                raise UnsupportedError(f"{name!r} has deltas of a bias or an embedding, which LoRA layers do not have.")
-        config = self.peft_config[adapter_name]
-        targets, self.board.converted = config.target_modules, mix
-        config.target_modules = set(self.routed_layers())
-        # Names of layers count from the PeftModel around this model.
-        outer: Any = nn.Module()
-        outer.base_model, outer.peft_config = self, self.peft_config
-        try:
+        with self.merging.converting(expert_weights, adapter_name):
+            # Names of layers count from the PeftModel around this model.
+            outer: Any = nn.Module()
+            outer.base_model, outer.peft_config = self, self.peft_config
             return convert_to_lora(outer, rank, adapter_name, progressbar)
-        finally:
-            config.target_modules, self.board.converted = targets, None
 
     def merge_and_unload(
         self,
@@ -640,12 +602,7 @@ class MediatorModel(BaseTuner):
 
     def _unloaded(self) -> nn.Module:
         self.merging.unmerge()
-        unwrap_experts(self.model)
-        for name, layer in self.routed_layers().items():
-            layer.unmerge()
-            parent, _, child = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, layer.get_base_layer())
-        untie_head(self.model)
+        unwrap_layers(self.model)
         self.routed_forward.remove()
         self.adapter_files.remove()
         if hasattr(self.model, "peft_config"):
@@ -678,6 +635,9 @@ class MediatorModel(BaseTuner):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # No __deepcopy__: PeftModel would find it by its __getattr__, and be copied as what it wraps.
+        if self.board.merged is not None:
+            # Before anything is copied: while a mix is merged, the model has no hooks.
+            next(iter(self.routed_layers().values())).unmerge()
         made: Any = super().__reduce_ex__(protocol)
         return (*made[:2], _State(made[2]), *made[3:])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -231,6 +232,8 @@ class Request:
         """Names of the columns of the weights, as they were when these were found."""
         self.made: tuple[Any, LayerRoute] | None = None
         """The last route that was made of it, and what of."""
+        self.threads: frozenset[int | None] = frozenset()
+        """Of a ``use_experts`` block: the threads that there were when it began."""
 
     @property
     def is_pending(self) -> bool:
@@ -260,6 +263,7 @@ class RequestBoard:
         self._readers: list[int] = []
         self._merge_lock = threading.RLock()
         self._training_route: LayerRoute | None = None
+        self._has_warned = False
         self.merged: tuple[str, Mix] | None = None
         """Adapter and mix that are merged into the weights until further notice; no prompt is routed then."""
         self.converted: Mix | None = None
@@ -413,10 +417,36 @@ class RequestBoard:
             all_rows = set(self._open.values())
             return request in self._open and len(all_rows) == 1 and len(set(next(iter(all_rows)))) == 1
 
+    def warn_of_blocks_elsewhere(self) -> None:
+        """Say once of a thread without a request that it was started inside another thread's ``use_experts`` block."""
+        if self._has_warned or not self._open:
+            return
+        own = threading.get_ident()
+        with self._lock:
+            inside = [request for request in self._open if request.threads and own not in request.threads]
+            self._has_warned = bool(inside)
+        if inside:
+            warnings.warn(
+                "this thread was started inside a use_experts block of another thread, and does not see it: its "
+                "prompts are routed. Use expert_weights=, open a block in this thread, or run "
+                "contextvars.copy_context().run(function) in it.",
+                stacklevel=2,
+            )
+
     @contextmanager
-    def open_request(self, expert_weights: Tensor | Pending, columns: Sequence[str]) -> Iterator[None]:
-        """Hold expert weights, with the names of their columns, for the forward passes inside the block."""
+    def open_request(
+        self, expert_weights: Tensor | Pending, columns: Sequence[str], is_block: bool = False
+    ) -> Iterator[None]:
+        """Hold expert weights, with the names of their columns, for the forward passes inside the block.
+
+        Args:
+            expert_weights: (1 or B, C), or the prompts that they are still to be found for.
+            columns: names of the columns.
+            is_block: a block of the user's, not one generation.
+        """
         request = Request(expert_weights, columns)
+        if is_block:
+            request.threads = frozenset(thread.ident for thread in threading.enumerate())
         rows = _distinct_rows(expert_weights) if isinstance(expert_weights, Tensor) else None
         with self._lock:
             self.refuse_beside_others()
@@ -429,7 +459,15 @@ class RequestBoard:
             yield
         finally:
             # A generator may be closed in another context than it was begun in: no token would fit there.
-            self._requests.set(tuple(other for other in self._requests.get() if other is not request))
+            mine = self._requests.get()
+            self._requests.set(tuple(other for other in mine if other is not request))
+            if request in mine and mine[-1] is not request:
+                warnings.warn(
+                    "use_experts blocks overlapped in one thread or task without one being inside the other, as those "
+                    "of generators do: passes had the experts of the block that was opened last. Give each "
+                    "generate() or forward pass its expert_weights= there, or run each generator in a task of its own.",
+                    stacklevel=2,
+                )
             request.made = None
             with self._lock:
                 self._open.pop(request, None)

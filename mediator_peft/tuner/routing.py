@@ -360,6 +360,7 @@ class PromptRouter:
         if self._board.merged is not None:
             raise UnsupportedError("prompts are read by the backbone, and a mix is merged into it: unmerge_adapter().")
         check_ids(input_ids)
+        check_mask(input_ids, attention_mask)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows, mask, pooled = self._rows_to_read(input_ids, mask, reading)
         with self._board.no_route():
@@ -457,6 +458,33 @@ def check_ids(input_ids: Any) -> None:
         raise RoutingError(
             f"prompts are routed by token ids of shape (B, T) with at least one token, got {shape}. Tokenise with "
             "return_tensors='pt' and leave out empty prompts, or say which experts to use: expert_weights=."
+        )
+
+
+def check_mask(input_ids: Tensor, attention_mask: Any) -> None:
+    """Refuse a mask that does not say of each token whether it belongs to the prompt.
+
+    Args:
+        input_ids: (B, T)
+        attention_mask: (B, T), or None where all tokens do.
+
+    Raises:
+        UnsupportedError: it has another number of dimensions, or is a table of masks.
+        RoutingError: it has another shape.
+    """
+    if attention_mask is None:
+        return
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        is_tensor = isinstance(attention_mask, Tensor)
+        shape = tuple(attention_mask.shape) if is_tensor else type(attention_mask).__name__
+        raise UnsupportedError(
+            f"prompts are routed by an attention mask of shape (B, T), this one is {shape}. Give a 2-D mask, or say "
+            "which experts to use: expert_weights=."
+        )
+    if attention_mask.shape != input_ids.shape:
+        raise RoutingError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}: give one "
+            "entry a token."
         )
 
 

@@ -3,8 +3,6 @@
 import errno
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -72,16 +70,11 @@ def test_the_version_is_printed():
     assert shown.stdout.strip()[0].isdigit()
 
 
-def test_it_runs_as_a_program():
-    finished = subprocess.run(
-        [sys.executable, "-c", "from mediator_peft.cli.app import main; main()", "inspect", "/nowhere"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_it_runs_as_a_program(program):
+    finished = program.run("inspect", "/nowhere")
     assert finished.returncode == 3
-    assert "Traceback" not in finished.stderr
-    assert finished.stdout == ""
+    assert b"Traceback" not in finished.stderr
+    assert finished.stdout == b""
 
 
 def test_build_prints_sizes_and_as_json_the_report(folder):
@@ -110,6 +103,7 @@ def test_calibration_changes_the_router_and_nothing_else(folder):
     fitted = calibrate(folder, "fresh", "--json")
     report = json.loads(fitted.stdout)
     assert 0.9 <= report["accuracy"] <= 1.0
+    assert "outcomes" not in report
     after = {path.name: path.read_bytes() for path in adapter.iterdir() if path.is_file()}
     assert after.keys() == before.keys()
     changed = {name for name in after if after[name] != before[name]}
@@ -119,10 +113,9 @@ def test_calibration_changes_the_router_and_nothing_else(folder):
     assert not list((folder / "fresh").glob(".*"))
 
 
+@pytest.mark.slow
 def test_prompts_with_answers_go_to_whoever_answers_them_right(folder):
-    build(folder, "answered-out")
-    plain = json.loads(calibrate(folder, "answered-out", "--json").stdout)
-    assert "outcomes" not in plain
+    shutil.copytree(folder / "out", folder / "answered-out")
     model, tokenizer = load_mediator(folder / "answered-out")
     # Near to the task: about half of their weight goes to an expert before.
     prompts = [f"{number} times {number} is what" for number in range(30)]

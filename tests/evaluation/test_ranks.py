@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -35,18 +32,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-def command(ranks, *arguments):
-    start = [sys.executable]
-    if ranks > 1:
-        port = str(random.randint(20000, 40000))
-        start += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", port]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*start, "-m", "mediator_peft", *map(str, arguments)],
-        capture_output=True, text=True, timeout=300, env=environment, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def output(program, ranks, *arguments):
+    """What the command wrote, which only the first rank does."""
+    done = program.run_ranks(ranks, *arguments) if ranks > 1 else [program.run(*arguments)]
+    assert [each.returncode for each in done] == [0] * ranks, done[0].stderr.decode()
+    assert not any(each.stdout for each in done[1:])
+    return done[0].stdout
 
 
 def data(folder, *names):
@@ -60,12 +51,14 @@ def without_times(report):
 
 
 @pytest.mark.slow
-def test_two_ranks_calibrate_and_evaluate_as_one(folder):
+def test_two_ranks_calibrate_and_evaluate_as_one(folder, program):
     said, files, results = {}, {}, {}
     for ranks in (1, 2):
         out = folder / f"out{ranks}"
         shutil.copytree(folder / "built", out)
-        calibrated = command(ranks, "calibrate", out, *data(folder, "math", "code"), "--batch-size", 4, "--json")
+        calibrated = output(
+            program, ranks, "calibrate", out, *data(folder, "math", "code"), "--batch-size", 4, "--json"
+        )
         said[ranks] = json.loads(calibrated)
         adapter = out / "mediator"
         files[ranks] = {
@@ -73,7 +66,7 @@ def test_two_ranks_calibrate_and_evaluate_as_one(folder):
         }
         tasks = data(folder, "math", "code", "other")
         report = folder / f"report{ranks}"
-        command(ranks, "eval", out, *tasks, "--batch-size", 3, "--report", report, "--max-new-tokens", 4)
+        output(program, ranks, "eval", out, *tasks, "--batch-size", 3, "--report", report, "--max-new-tokens", 4)
         results[ranks] = [
             without_times(json.loads((report / name).read_text())) for name in ("results.json", "answers.json")
         ]
@@ -143,11 +136,11 @@ eval:
 
 
 @pytest.mark.slow
-def test_two_ranks_run_a_pipeline_as_one(folder):
+def test_two_ranks_run_a_pipeline_as_one(folder, program):
     (folder / "all.yaml").write_text(PIPELINE)
     said, files, results = {}, {}, {}
     for ranks in (1, 2):
-        said[ranks] = without_times(json.loads(command(ranks, "run", folder / "all.yaml", "--json")))
+        said[ranks] = without_times(json.loads(output(program, ranks, "run", folder / "all.yaml", "--json")))
         # Files name the place they were made for, so both runs have the same.
         made = (folder / "run").rename(folder / f"run{ranks}")
         assert sorted(path.name for path in made.iterdir()) == ["out", "results"]
@@ -167,14 +160,9 @@ def test_two_ranks_run_a_pipeline_as_one(folder):
 
 
 @pytest.mark.slow
-def test_a_faulty_pipeline_ends_all_ranks(folder):
+def test_a_faulty_pipeline_ends_all_ranks(folder, program):
     text = PIPELINE.replace("run/", "faulty/").replace("code.jsonl}", "nowhere.jsonl}")
     (folder / "faulty.yaml").write_text(text)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(random.randint(20000, 40000)), "-m", "mediator_peft", "run"]
-    done = subprocess.run(
-        [*command, str(folder / "faulty.yaml")], capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert "nowhere.jsonl" in done.stderr
+    done = program.run_ranks(2, "run", folder / "faulty.yaml")
+    assert all(each.returncode for each in done)
+    assert b"nowhere.jsonl" in done[0].stderr

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +37,17 @@ def as_array(tensor):
 
 def random_delta(shape, density, form="sign", seed=0):
     """A packed delta and the dense matrix it stands for, written entry by entry."""
+    mask, parts, dense = entry_by_entry(shape, density, form, seed)
+    return PackedDelta(mask.copy(), shape[1], **{name: part.copy() for name, part in parts.items()}), dense.clone()
+
+
+@cache
+def entry_by_entry(shape, density, form, seed):
+    """Bitmap, parts and dense matrix of a delta: made once for all tests, which get copies."""
     random = np.random.default_rng(seed)
     num_rows, num_columns = shape
     mask = np.zeros((num_rows, -(-num_columns // 8)), np.uint8)
-    dense = torch.zeros(shape)
+    dense = np.zeros(shape, np.float32)
     scales = torch.from_numpy(random.uniform(0.5, 2, num_rows)).bfloat16()
     negative, values = [], []
     for row in range(num_rows):
@@ -49,17 +57,21 @@ def random_delta(shape, density, form="sign", seed=0):
             mask[row, column // 8] |= 1 << (column % 8)
             if form == "sign":
                 negative.append(int(random.integers(2)))
-                dense[row, column] = float(scales[row]) * (-1) ** negative[-1]
+                dense[row, column] = scales[row].item() * (-1) ** negative[-1]
             else:
-                values.append(torch.tensor(random.normal()).to(getattr(torch, form)))
-                dense[row, column] = values[-1].float()
+                values.append(random.normal())
     if form == "sign":
         signs = np.zeros(-(-len(negative) // 8), np.uint8)
         for number, bit in enumerate(negative):
             signs[number // 8] |= bit << (number % 8)
-        return PackedDelta(mask, num_columns, signs=signs, scales=as_array(scales)), dense
-    stacked = torch.stack(values) if values else torch.zeros(0, dtype=getattr(torch, form))
-    return PackedDelta(mask, num_columns, values=as_array(stacked)), dense
+        return mask, {"signs": signs, "scales": as_array(scales)}, torch.from_numpy(dense)
+    rounded = torch.tensor(values).to(getattr(torch, form))
+    places = iter(rounded.float().tolist())
+    for row in range(num_rows):
+        for column in range(num_columns):
+            if mask[row, column // 8] >> (column % 8) & 1:
+                dense[row, column] = next(places)
+    return mask, {"values": as_array(rounded)}, torch.from_numpy(dense)
 
 
 def as_tensors(delta):
@@ -372,46 +384,42 @@ def test_sums_do_not_go_beyond_what_a_wrong_mask_says():
     assert np.isfinite(out).all()
 
 
-def run_python(code, **environment):
-    command = [sys.executable, "-W", "always", "-c", code]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment}, check=False
-    )
+ALL_WARNINGS = "import warnings; warnings.simplefilter('always')\n"
 
 
 ONE_DELTA = (
-    "import warnings, numpy as np\n"
+    ALL_WARNINGS + "import numpy as np\n"
     "from mediator_peft.kernels import dispatch, native_kernels\n"
     "delta = dispatch.PackedDelta(np.array([[5]], np.uint8), 3, values=np.array([1, 2], np.float32))\n"
 )
 
 
 @pytest.mark.parametrize("fault", ["missing", "other sources", "no such instruction set"])
-def test_numpy_steps_in_with_one_warning(fault, tmp_path):
+def test_numpy_steps_in_with_one_warning(fault, program):
     cause = {
         "missing": "native_kernels._LIBRARY_NAMES = ('nowhere.so',)\n",
         "other sources": "native_kernels.source_digest = lambda: 'other'\n",
         "no such instruction set": "import os; os.environ['MEDIATOR_PEFT_ISA'] = 'abacus'\n",
     }[fault]
-    done = run_python(
+    done = program.run_code(
         ONE_DELTA + cause + "for _ in range(2): assert dispatch.expand(delta).tolist() == [[1, 0, 2]]\n"
         "assert not dispatch.has_native()\n",
-        MEDIATOR_PEFT_KERNELS="",
+        environment={"MEDIATOR_PEFT_KERNELS": ""},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("The native kernels cannot be used") == 1
-    assert "MEDIATOR_PEFT_KERNELS=numpy to silence" in done.stderr
+    assert done.stderr.count(b"The native kernels cannot be used") == 1
+    assert b"MEDIATOR_PEFT_KERNELS=numpy to silence" in done.stderr
 
 
-def test_an_implementation_can_be_forced():
+def test_an_implementation_can_be_forced(program):
     check = ONE_DELTA + "assert dispatch.expand(delta).tolist() == [[1, 0, 2]]\nprint(dispatch.has_native())\n"
-    done = run_python(check, MEDIATOR_PEFT_KERNELS="numpy")
-    assert (done.stdout.strip(), done.stderr) == ("False", "")
+    done = program.run_code(check, environment={"MEDIATOR_PEFT_KERNELS": "numpy"})
+    assert (done.stdout.strip(), done.stderr) == (b"False", b"")
     missing = ONE_DELTA + "native_kernels._LIBRARY_NAMES = ('nowhere.so',)\ndispatch.native()\n"
-    done = run_python(missing, MEDIATOR_PEFT_KERNELS="native")
-    assert "UnsupportedError" in done.stderr
-    done = run_python(check, MEDIATOR_PEFT_KERNELS="fast")
-    assert "ConfigError" in done.stderr
+    done = program.run_code(missing, environment={"MEDIATOR_PEFT_KERNELS": "native"})
+    assert b"UnsupportedError" in done.stderr
+    done = program.run_code(check, environment={"MEDIATOR_PEFT_KERNELS": "fast"})
+    assert b"ConfigError" in done.stderr
 
 
 def supported(isa):

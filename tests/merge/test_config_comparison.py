@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from copy import deepcopy
 
 import pytest
 import torch
@@ -21,8 +22,9 @@ from transformers import (
 from mediator_peft import build_mediator, get_mediator_model, plan_mediator
 from mediator_peft.config import MediatorSettings
 from mediator_peft.errors import CheckpointMismatchError
+from mediator_peft.merge.config_comparison import is_harmless
 from mediator_peft.tuner.config import MediatorConfig
-from tests.architectures import tiny_architecture
+from tests.architectures import CAUSAL, tiny_architecture
 
 SIZES = dict(
     vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -83,6 +85,46 @@ def test_a_model_in_memory_is_compared_as_well(tmp_path):
     base = write(tmp_path, GraniteConfig, dict(logits_scaling=4.0))
     with pytest.raises(CheckpointMismatchError, match="logits_scaling"):
         get_mediator_model(base, MediatorConfig(experts={"a": str(tmp_path / "expert")}))
+
+
+COUNTED = [("phimoe", "router_jitter_noise", 0.4), ("dory", "initializer_range", 0.4), ("roberta", "pad_token_id", 1)]
+
+
+@pytest.mark.parametrize(("kind", "key", "value"), COUNTED)
+def test_a_setting_that_some_models_compute_with_is_refused_there(kind, key, value, tmp_path):
+    tiny_architecture(kind).save_pretrained(tmp_path / "base")
+    shutil.copytree(tmp_path / "base", tmp_path / "expert")
+    settings = json.loads((tmp_path / "expert" / "config.json").read_text())
+    (tmp_path / "expert" / "config.json").write_text(json.dumps({**settings, key: value}))
+    planned = plan_mediator(tmp_path / "base", {"a": tmp_path / "expert"}, config=MediatorSettings())
+    assert any(f"{key} = {value}" in text for text in planned.problems)
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_no_model_computes_with_a_harmless_setting(kind):
+    """Each number and switch that is called harmless is changed; the weights must give the same logits."""
+    ids = torch.randint(5, 30, (2, 8), generator=torch.Generator().manual_seed(0))
+    try:
+        model = tiny_architecture(kind)
+        expected = model(input_ids=ids).logits
+    except Exception as fault:
+        pytest.skip(f"no tiny model of it runs in transformers: {fault}")
+    told = ("bos_token_id", "eos_token_id", "return_dict", "output_hidden_states", "output_attentions", "num_labels")
+    for key, value in model.config.to_dict().items():
+        if type(value) not in (bool, int, float) or key in told or not is_harmless(key, kind):
+            continue
+        config = deepcopy(model.config)
+        changed = not value if isinstance(value, bool) else value + (1 if isinstance(value, int) else 0.37)
+        setattr(config, key, changed)
+        try:
+            other = type(model)(config).eval()
+        except ValueError:  # transformers does not allow it
+            continue
+        other.load_state_dict(model.state_dict(), strict=False)
+        with torch.no_grad():
+            difference = (other(input_ids=ids).logits - expected).abs().max()
+        assert difference < 1e-5, f"{key} = {changed}"
 
 
 HARMLESS = [

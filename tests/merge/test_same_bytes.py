@@ -242,49 +242,32 @@ finally:
 """
 
 
-def _torchrun(script: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-    command += [str(random.randint(20000, 40000)), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
-
-
 @pytest.mark.slow
-def test_two_ranks_give_the_same_bytes(paths, expected, tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS, encoding="utf-8")
+def test_two_ranks_give_the_same_bytes(paths, expected, tmp_path, program):
     pairs = [f"{name}={path}" for name, path in experts_of(paths).items()]
-    done = _torchrun(RANKS, [str(script), str(paths["base"]), str(tmp_path / "out"), *pairs])
-    assert done.returncode == 0, done.stderr
+    done = program.run_ranks(2, paths["base"], tmp_path / "out", *pairs, code=RANKS)
+    assert [each.returncode for each in done] == [0, 0], done
     assert digests(tmp_path / "out") == expected
 
 
 @pytest.mark.slow
 def test_the_command_line_shares_its_work_out_under_torchrun(paths, expected, tmp_path):
     pairs = [f"--expert={name}={path}" for name, path in experts_of(paths).items()]
-    arguments = [
-        "-m",
-        "mediator_peft",
-        "build",
-        "--base",
-        str(paths["base"]),
-        "--output",
-        str(tmp_path / "out"),
-        *pairs,
-    ]
-    done = _torchrun("", arguments)
+    port = str(random.randint(20000, 40000))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    command += ["-m", "mediator_peft", "build", "--base", str(paths["base"]), "--output", str(tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *pairs], capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert digests(tmp_path / "out") == expected
 
 
 @pytest.mark.slow
-def test_a_fault_ends_all_ranks(paths, tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS, encoding="utf-8")
+def test_a_fault_ends_all_ranks(paths, tmp_path, program):
     (tmp_path / "out").mkdir()
-    done = _torchrun(RANKS, [str(script), str(paths["base"]), str(tmp_path / "out"), f"math={paths['math']}"])
-    assert done.returncode != 0
-    assert "exists" in done.stderr
+    done = program.run_ranks(2, paths["base"], tmp_path / "out", f"math={paths['math']}", code=RANKS)
+    assert all(each.returncode for each in done)
+    assert all(b"exists" in each.stderr for each in done)
 
 
 def test_paths_in_another_form_are_the_same(paths, tmp_path):

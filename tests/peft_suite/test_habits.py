@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -209,6 +210,19 @@ def test_a_merged_model_routes_nothing_and_says_so(bases):
         model.merge_adapter(expert_weights="math")
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_merged_model_routes_again_and_so_does_the_model(bases, copied):
+    model = fitted_model(bases("llama"))
+    with torch.no_grad():
+        expected = model(**INPUTS, expert_weights="math").logits
+        model.merge_adapter(expert_weights="code")
+        with pytest.warns(UserWarning, match="taken out again"):
+            other = copied(model)
+        for routed in (other, model):
+            torch.testing.assert_close(routed(**INPUTS, expert_weights="math").logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @torch.no_grad()
 def test_a_merged_mix_compiles_into_one_graph_and_exports(bases, architecture):

@@ -54,6 +54,18 @@ def test_unknown_tables_and_missing_files_are_named(tmp_path):
         fill_page("<!-- table: systems -->\n<!-- end -->", tmp_path)
 
 
+def test_a_table_of_another_base_is_that_of_its_own_file(tmp_path):
+    curves = {"sign": {"1": {"mean": 0.5}}}
+    for name, loss in (("ablation", 2.0), ("ablation_gemma3", 3.0)):
+        found = {"num_blocks": 2, "none": {"mean": loss}, "all": {"mean": 0.1}, "curves": curves}
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    text = "<!-- table: ablation gemma3 -->\n<!-- end --> and <!-- table: ablation -->\n<!-- end -->"
+    filled = fill_page(text, tmp_path)
+    assert filled.startswith("<!-- table: ablation gemma3 -->")
+    assert [line.split(" | ")[1] for line in filled.splitlines() if line.startswith("| sign")] == ["3.000", "2.000"]
+    assert fill_page(filled, tmp_path) == filled
+
+
 def test_figures_are_drawn_from_results(tmp_path):
     rows = [{"block": block, "kind": "all", "sign": 0.3} for block in range(3)]
     curve = {"1": {"mean": 1.0}, "2": {"mean": 0.5}}

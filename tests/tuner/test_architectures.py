@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from mediator_peft import MediatorConfig, build_mediator, load_mediator
+from mediator_peft import MediatorConfig, build_mediator, get_mediator_model, load_mediator
 from mediator_peft.errors import UnsupportedError
 from tests.architectures import CAUSAL, DOCUMENT, PROMPT, round_trip, table_rows, tiny_architecture, tiny_config
 
@@ -86,3 +86,10 @@ def test_what_is_not_supported_is_refused_with_its_reason(kind, tmp_path):
         make().save_pretrained(tmp_path / name)
     with pytest.raises(UnsupportedError, match=reason):
         build_mediator(tmp_path / "base", {"math": tmp_path / "math"}, tmp_path / "out", MediatorConfig())
+
+
+@pytest.mark.parametrize("kind", ["LlamaForSequenceClassification", "LlamaModel"])
+def test_what_is_not_supported_is_refused_in_memory_too(kind, tmp_path):
+    llama("LlamaForCausalLM").save_pretrained(tmp_path / "math")
+    with pytest.raises(UnsupportedError, match=kind):
+        get_mediator_model(llama(kind), MediatorConfig(experts={"math": str(tmp_path / "math")}))

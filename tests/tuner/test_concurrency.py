@@ -460,6 +460,18 @@ def test_packed_batches_and_masks_of_four_dimensions_are_refused_by_name(model):
     square = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
     with pytest.raises(UnsupportedError, match="attention mask"):
         model(input_ids=prompts, attention_mask=square)
+    with pytest.raises(UnsupportedError, match="attention mask"):
+        model(input_ids=prompts, attention_mask={"full_attention": square})
+    for ask in (model.generate, model.route):
+        with pytest.raises(UnsupportedError, match="attention mask"):
+            ask(prompts, attention_mask=square)
+    with pytest.raises(RoutingError, match="one entry a token"):
+        model.generate(prompts, attention_mask=torch.ones(1, 5, dtype=torch.long))
+    singles = torch.tensor([[0, 0, 0, 1, 2, 3, 4, 5]])
+    numbers = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]])
+    for packing in ({"position_ids": singles}, {"seq_idx": numbers}):
+        with pytest.raises(UnsupportedError, match="packed"):
+            model(input_ids=prompts, **packing)
     model(input_ids=prompts, position_ids=packed, expert_weights="math")
     model(input_ids=prompts, attention_mask=square, expert_weights="math")
     model(input_ids=prompts, position_ids=torch.arange(8)[None])
@@ -499,6 +511,52 @@ def test_ids_without_a_prompt_are_refused_by_name(model, ids):
         with pytest.raises(RoutingError, match="at least one token"):
             ask(ids)
     assert not model.board.has_requests
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_take_their_experts_along(model):
+    prompts, token = random_prompts(2), torch.tensor([[60], [61]])
+    filled = model(input_ids=prompts, use_cache=True, expert_weights=["math", "code"]).past_key_values
+    kept = pickle.loads(pickle.dumps(filled))
+    expected = [
+        model(input_ids=torch.cat([prompts[[1 - row]], token[[row]]], 1), expert_weights=[name]).logits[:, -1:]
+        for row, name in enumerate(["code", "math"])
+    ]
+    for cache in (filled, copy.deepcopy(filled)):
+        cache.reorder_cache(torch.tensor([1, 0]))
+        found = model(input_ids=token, past_key_values=copy.deepcopy(cache)).logits
+        torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
+        cache.reorder_cache(torch.tensor([1, 0]))
+    kept.batch_select_indices(torch.tensor([1]))
+    kept.batch_repeat_interleave(2)
+    found = model(input_ids=token[[0, 0]], past_key_values=kept).logits
+    torch.testing.assert_close(found, expected[0].expand_as(found), rtol=1e-4, atol=1e-4)
+
+
+def test_a_thread_that_does_not_see_the_block_it_was_started_in_says_so_once(model):
+    prompts = random_prompts(1)
+    with model.use_experts("code"), ThreadPoolExecutor(1) as pool:
+        with pytest.warns(UserWarning, match="does not see it"):
+            pool.submit(model, input_ids=prompts).result()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            pool.submit(model, input_ids=prompts).result()
+            pool.submit(model, input_ids=prompts, expert_weights="math").result()
+
+
+def test_generators_whose_blocks_overlap_are_told_so(model):
+    def block(name):
+        with model.use_experts(name):
+            yield
+
+    first, second = block("math"), block("code")
+    next(first)
+    next(second)
+    with pytest.warns(UserWarning, match="overlapped"):
+        first.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        second.close()
 
 
 def test_a_refused_wrap_leaves_the_model_as_it_was(tmp_path):

@@ -15,7 +15,7 @@ from mediator_peft import MediatorConfig, build_mediator, get_mediator_model, lo
 from mediator_peft.bank.delta_rows import DeltaRows
 from mediator_peft.bank.sparse_delta import SparseDelta
 from mediator_peft.errors import ConfigError, UnsupportedError
-from mediator_peft.tuner.layer import TiedHead
+from mediator_peft.tuner.tied_head import TiedHead
 
 from .conftest import build_and_fit
 

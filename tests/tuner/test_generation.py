@@ -130,7 +130,7 @@ def test_weights_are_the_backbones_again_after_use_also_after_an_exception(model
     with pytest.raises(ZeroDivisionError), model.use_experts("code"):
         model.generate(prompts, **SETTINGS)
         layer = next(iter(model.routed_layers().values()))
-        assert layer._merged_weight.mix, "nothing was folded"
+        assert layer.weight_state.merged.mix, "nothing was folded"
         raise ZeroDivisionError
     parameters = dict(model.named_parameters())
     for name, tensor in before.items():

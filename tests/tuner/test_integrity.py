@@ -19,7 +19,7 @@ from mediator_peft import MediatorConfig, build_mediator, get_mediator_model, lo
 from mediator_peft.checkpoints import replacing
 from mediator_peft.checkpoints.checksums import CHECKSUM_FILE, read_checksums
 from mediator_peft.checkpoints.replacing import finish_replacing, replaced_together
-from mediator_peft.errors import AdapterError, UnsupportedError
+from mediator_peft.errors import AdapterError, BackboneMismatchError, UnsupportedError
 from mediator_peft.evaluation.fit_and_save import save_router
 from mediator_peft.merge.model_card import model_card
 from mediator_peft.merge.verify import accept_output
@@ -194,13 +194,29 @@ def test_an_output_of_a_former_version_loads_with_one_warning(out):
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "{", '{"backbone": 3}', "[" * 100_000, '{"backbone": {"../x": "1"}}', "9" * 5000]
+    "content", ["[]", "{", "{}", '{"backbone": 3}', "[" * 100_000, '{"backbone": {"../x": "1"}}', "9" * 5000]
 )
 def test_damaged_checksums_are_refused(out, content):
     (out / "mediator" / CHECKSUM_FILE).write_text(content)
     with pytest.raises(AdapterError, match=r"checksums\.json"):
         load_mediator(out)
     assert not verify_mediator(out).is_ok
+
+
+def test_checksums_that_lost_an_entry_are_refused(out):
+    path = out / "mediator" / CHECKSUM_FILE
+    whole = json.loads(path.read_text())
+    tables = [("adapter",), ("quick", "adapter"), ("quick", "backbone"), ("backbone",), ("other",)]
+    for *outer, table in tables:
+        for name in (whole[outer[0]] if outer else whole)[table]:
+            edit_json(path, lambda known: (known[outer[0]] if outer else known)[table].pop(name))  # noqa: B023
+            with pytest.raises(AdapterError, match="entries are missing"):
+                load_mediator(out)
+            path.write_text(json.dumps(whole))
+    edit_json(path, lambda known: known.pop("quick"))
+    edit_json(out / "mediator" / "adapter_config.json", lambda config: config.update(ood_alpha=0.5))
+    with pytest.raises(AdapterError, match=r"adapter_config\.json is not what was written"):
+        load_mediator(out)
 
 
 def test_peft_compares_the_adapters_files(out):
@@ -508,3 +524,13 @@ def test_what_is_pushed_takes_its_backbone_along(tmp_path, out):
     assert torch.equal(again(random_prompts(), expert_weights="math").logits, expected)
     assert tokenizer is not None
     assert model.base_model.adapter_files.backbone_path == str(out)
+
+
+def test_an_adapter_of_another_backbone_leaves_the_model_as_it_was(out, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints" / "base")
+    before = [(name, type(module)) for name, module in base.named_modules()]
+    expected = base(random_prompts()).logits
+    with pytest.raises(BackboneMismatchError):
+        PeftModel.from_pretrained(base, out / "mediator")
+    assert [(name, type(module)) for name, module in base.named_modules()] == before
+    assert torch.equal(base(random_prompts()).logits, expected)

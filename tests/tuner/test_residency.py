@@ -1,8 +1,10 @@
 """Many experts, few of them in memory."""
 
+import copy
 import gc
 import json
 import os
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -56,6 +58,7 @@ def pages_of(folder):
     return total
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_hundred_experts_give_the_same_with_four_in_memory(folder, tmp_path):
     prompts = random_prompts(2)
@@ -163,3 +166,17 @@ def test_a_pinned_expert_stays_in_memory(folder, tmp_path):
         load_mediator(folder, pinned_experts=["stranger"], **pinned)
     with pytest.raises(ConfigError, match="leave no room"):
         load_mediator(folder, pinned_experts=["expert 1", "expert 2"], **pinned)
+
+
+@torch.no_grad()
+def test_a_copy_shares_the_files_and_a_pickle_does_without_them(folder):
+    prompts = random_prompts(1)
+    model, _ = load_mediator(folder, max_resident_experts=2)
+    expected = model(input_ids=prompts, expert_weights="expert 7").logits
+    shared = copy.deepcopy(model)
+    alone = pickle.loads(pickle.dumps(model))
+    assert shared.base_model.expert_store is model.base_model.expert_store
+    assert alone.base_model.expert_store is None
+    del model
+    for other in (shared, alone):
+        assert torch.equal(other(input_ids=prompts, expert_weights="expert 7").logits, expected)

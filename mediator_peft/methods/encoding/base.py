@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-import torch
-from torch import Tensor
-
+from ...deferred import torch
 from .scales import NUMBER_SCALES
 
-Parts = dict[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Parts: TypeAlias = "dict[str, Tensor]"
 """Name of a part → 1-D tensor: what an encoding stores beside the positions."""
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
+from ...deferred import torch
 from .base import Encoding, Parts, Precision
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class FactorsEncoding(Encoding):
@@ -47,7 +48,7 @@ class FactorsEncoding(Encoding):
 
     def product(self, parts: Parts, shape: tuple[int, int], x: Tensor) -> Tensor:
         left, right = factor_matrices(parts, shape)
-        return F.linear(F.linear(x, right), left)
+        return torch.nn.functional.linear(torch.nn.functional.linear(x, right), left)
 
     def row_reader(self, parts: Parts, shape: tuple[int, int]) -> Callable[[Tensor], Tensor]:
         left, right = factor_matrices(parts, shape)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from ...deferred import torch
 from .base import Encoding, Parts, Precision
 from .bitmaps import pack_bits, unpack_bits
 from .scales import SIGN_SCALES, RowSums
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class SignEncoding(Encoding):
