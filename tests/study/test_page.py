@@ -78,7 +78,7 @@ def test_figures_are_drawn_from_results(tmp_path):
         "ablation": {"num_blocks": 3, "none": {"mean": 2.0}, "all": {"mean": 0.1}, "curves": {"sign": curve}},
     }
     for name, kind, size in (("sign 0.1", "sign", 0.07), ("sign 0.2", "sign", 0.12), ("whole", "whole", 2.0)):
-        row = {"kind": kind, "new": {"bytes": size, "divergence": 0.01}}
+        row = {"kind": kind, "new": {"bytes": size, "divergence": 0.001 / size}}
         results.setdefault("forms", {"forms": {}})["forms"][name] = row
     names = ["evidence_conflict.png", "evidence_ablation.png", "forms_divergence.png"]
     assert [path.name for path in draw_figures(results, tmp_path)] == names
