@@ -17,7 +17,7 @@ from .methods.encoding.scales import SIGN_SCALES
 from .methods.merging import MERGE_METHODS
 from .methods.rounding import ROUNDINGS
 from .methods.sparsifying import SPARSIFIERS
-from .routing.routers import ROUTERS
+from .routing.router_names import ROUTER_NAMES
 from .tables import unknown_name
 
 FORMAT_VERSION = 1
@@ -276,7 +276,7 @@ class MediatorSettings:
             ("sparsifier", SPARSIFIERS, "sparsifier"),
             ("encoding", ENCODINGS, "encoding"),
             ("rescale", SIGN_SCALES, "rescale"),
-            ("router", ROUTERS, "router"),
+            ("router", ROUTER_NAMES, "router"),
             ("fallback", FALLBACKS, "fallback"),
             ("routing_turn", ROUTING_TURNS, "routing_turn"),
             ("density_scope", DENSITY_SCOPES, "density_scope"),

@@ -13,6 +13,7 @@ from .methods.conflict import CONFLICT_SCORES, ConflictScore
 from .methods.encoding import ENCODINGS, Encoding
 from .methods.merging import MERGE_METHODS, MergeMethod
 from .methods.sparsifying import SPARSIFIERS, Sparsifier
+from .routing.router_names import ROUTER_NAMES
 from .routing.routers import ROUTERS, Router
 from .tables import lookup
 
@@ -51,3 +52,5 @@ def register_method(field: str, name: str, method: Any) -> None:
     if name in table and table[name] is not method:
         raise ConfigError(f"{field} {name!r} is taken by {table[name]!r}. Choose another name.")
     table[name] = method
+    if kind is Router and name not in ROUTER_NAMES:
+        ROUTER_NAMES.append(name)

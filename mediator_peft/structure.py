@@ -9,14 +9,13 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from copy import copy
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-
+from .deferred import nn, torch
 from .errors import ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ALL_LINEAR = "all-linear"
 """Among ``target_modules``: every linear layer of the blocks."""
@@ -168,7 +167,7 @@ def _only_multiplies(module: nn.Module) -> bool:
         "weight": nn.Parameter(weight), "bias": None if bias is None else nn.Parameter(bias)
     }  # fmt: skip
     try:
-        return torch.allclose(probe(inputs), F.linear(inputs, weight, bias))
+        return torch.allclose(probe(inputs), nn.functional.linear(inputs, weight, bias))
     except Exception:  # whatever such a layer may need beside its inputs
         return False
 
@@ -200,7 +199,7 @@ def _mixtures_of(modules: dict[str, nn.Module]) -> tuple[list[str], set[str]]:
     experts: dict[str, int] = {}
     for name, module in modules.items():
         own = [(key, value) for key, value in module.named_parameters(recurse=False) if value.ndim == 3]
-        if own and not isinstance(module, _ConvNd) and min(own[0][1].shape) > 1:
+        if own and not isinstance(module, nn.modules.conv._ConvNd) and min(own[0][1].shape) > 1:
             matrices[name] = [f"{name}.{key}" for key, _ in own]
             experts[name] = own[0][1].shape[0]
         elif isinstance(module, nn.ModuleList) and len(module) > 1 and name.rpartition(".")[2] == "experts":
@@ -216,7 +215,7 @@ def _mixtures_of(modules: dict[str, nn.Module]) -> tuple[list[str], set[str]]:
             f"{inner}.{key}"
             for inner, module in modules.items()
             if (inner == parent or (inner.startswith(f"{parent}.") and not _lies_in(inner, experts)))
-            and not isinstance(module, _ConvNd)
+            and not isinstance(module, nn.modules.conv._ConvNd)
             for key in (*module._parameters, *module._buffers)
             if _has_rows(getattr(module, key), number)
         }

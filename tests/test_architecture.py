@@ -8,6 +8,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.tiny import write_tiny_checkpoints
 
@@ -15,8 +16,8 @@ PACKAGE = Path(__file__).parents[1] / "mediator_peft"
 
 # Parts of the package, in the order of the data: each may import from the parts above it, and from itself.
 ORDER = (
-    *("errors", "tables", "data_files", "time_limit", "progress", "optional", "ranks", "structure", "registration"),
-    "forking",
+    *("errors", "tables", "data_files", "time_limit", "progress", "optional", "ranks", "deferred", "storage"),
+    *("structure", "registration", "forking"),
     *(
         "reference",
         "methods",
@@ -212,21 +213,29 @@ def test_importing_needs_no_extra():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-SLOW_TO_IMPORT = ("peft", "transformers", "datasets", "accelerate", "bitsandbytes", "numba")
+SLOW_TO_IMPORT = ("torch", "peft", "transformers", "datasets", "accelerate", "bitsandbytes", "numba")
 
 
-def test_building_needs_neither_peft_nor_transformers(tmp_path):
-    paths = write_tiny_checkpoints(tmp_path, names=["base", "math", "code"])
+def test_building_by_default_needs_neither_torch_nor_transformers(tmp_path):
+    """From experts in float32, and from those in bfloat16 of a base in float32; nor does looking at the result."""
+    whole = write_tiny_checkpoints(tmp_path / "float32", names=["base", "math", "code"])
+    half = write_tiny_checkpoints(tmp_path / "bfloat16", names=["base", "math", "code"], dtype=torch.bfloat16)
     code = f"""
-import sys, mediator_peft.cli.app
-from mediator_peft import build_mediator, plan_mediator
-base, math, code = {[str(path) for path in paths.values()]!r}
-plan_mediator(base, {{"math": math, "code": code}})
-build_mediator(base, {{"math": math, "code": code}}, {str(tmp_path / "out")!r})
+import sys
+from mediator_peft import build_mediator, plan_mediator, verify_mediator
+from mediator_peft.cli.app import app
+base = {str(whole["base"])!r}
+for math, code in {[(str(paths["math"]), str(paths["code"])) for paths in (whole, half)]!r}:
+    out = {str(tmp_path)!r} + "/" + math.split("/")[-2] + "-out"
+    plan_mediator(base, {{"math": math, "code": code}})
+    build_mediator(base, {{"math": math, "code": code}}, out)
+    assert verify_mediator(out).is_ok
+    for arguments in (["inspect", out], ["methods"], ["env"]):
+        app(arguments, standalone_mode=False)
 loaded = [name for name in {SLOW_TO_IMPORT} if name in sys.modules]
 assert not loaded, loaded
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
 FIRST_IMPORTS = (
@@ -240,17 +249,26 @@ FIRST_IMPORTS = (
 )
 
 
+# Of what PEFT and this package import, what itself imports neither.
+IMPORTED_BY_BOTH = ("bitsandbytes", "datasets", "accelerate")
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs to fork")
 def test_peft_knows_the_method_whoever_is_imported_first():
     """Each order in a fork of one process, which has imported what both packages need and neither of them."""
     code = f"""
-import os, sys, traceback
+import gc, os, sys, traceback
 import torch, transformers, transformers.modeling_utils, transformers.pytorch_utils
-try:
-    import bitsandbytes
-except ImportError:
-    pass
+from importlib import import_module
+for name in {IMPORTED_BY_BOTH!r}:
+    try:
+        import_module(name)
+    except ImportError:
+        pass
 assert "peft" not in sys.modules and "mediator_peft" not in sys.modules
+# Imports make objects that stay: looking through them for garbage takes as long as some imports.
+gc.disable()
 for first in {FIRST_IMPORTS!r}:
     child = os.fork()
     if not child:

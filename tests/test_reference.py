@@ -11,11 +11,15 @@ from safetensors.torch import load_file
 from tiny import VOCAB_SIZE, random_prompts, write_tiny_checkpoints
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from mediator_peft import MediatorConfig, build_mediator, load_mediator, reference
+from mediator_peft import MediatorConfig, build_mediator, get_mediator_model, load_mediator, reference
 from mediator_peft.bank.sparse_delta import SparseDelta
 from mediator_peft.kernels.dispatch import GroupedProduct, PackedDelta, as_array
 from mediator_peft.merge import tiles
 from mediator_peft.methods.encoding.base import Precision
+from mediator_peft.routing.gate import GateSettings, gate
+from mediator_peft.routing.ood import Known, fit_tail, gate_coefficients
+from mediator_peft.routing.routers import ROUTERS
+from mediator_peft.tuner.config import FitSettings
 
 NAMES = ("math", "code", "law")
 
@@ -166,3 +170,96 @@ def test_layers_apply_the_mixed_weight_of_the_reference(built, execution):
     expected = seen["x"] @ reference.mixed_weight(dense, deltas, mix).T
     assert (seen["y"] - seen["x"] @ dense.float().T).abs().max() > 1e-2, "the mix changes nothing"
     torch.testing.assert_close(seen["y"], expected, rtol=1e-4, atol=1e-4)
+
+
+def close_to_float64(fast, formula, *arguments, scale=1.0):
+    """``fast`` is the formula, computed in float64, up to roundings of float32 numbers as large as ``scale``."""
+    expected = formula(*(part.double() if isinstance(part, torch.Tensor) else part for part in arguments))
+    torch.testing.assert_close(fast.double(), expected, rtol=1e-4, atol=1e-5 * scale)
+
+
+def fitted_gaussians(features, num_experts=3):
+    """A router fitted on two thirds of the prompts' features (B, H), the others standing for background prompts."""
+    router = ROUTERS["gaussian"](num_experts, features.shape[1])
+    size = 2 * len(features) // 3
+    router.fit(features[:size], torch.arange(size) % num_experts, features[size:])
+    return router
+
+
+@pytest.fixture(params=["random", "hidden states"])
+def features(request, built):
+    """(B, H) features of prompts: random ones, and those that the model of the build reads."""
+    if request.param == "random":
+        return 3 * torch.randn(60, 24, generator=torch.Generator().manual_seed(3)) + 5
+    model, _ = load_mediator(built[0], dtype=torch.float32)
+    return model.prompt_features(random_prompts(60, 7, seed=4))
+
+
+def test_router_and_ood_scores_are_the_reference(features):
+    router = fitted_gaussians(features)
+    precision = router.whitening.double() @ router.whitening.double().T
+    means, others = router.means, router.background_means
+    size = float((means.double() @ precision @ means.double().T).abs().max())
+    close_to_float64(router.scores(features), reference.router_scores, features, means, precision, scale=size)
+    found = router.background_log_odds(features)
+    assert found.min() < 0 < found.max()
+    close_to_float64(found, reference.ood_score, features, means, precision, others, scale=size)
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 5])
+@pytest.mark.parametrize("top_p", [0.3, 0.5, 0.9, 1.0])
+def test_the_gate_is_the_reference(num_experts, top_p):
+    generator = torch.Generator().manual_seed(num_experts)
+    scores = 2 * torch.randn(40, num_experts, generator=generator)
+    scores[0] = 0  # all equally likely
+    ood_score, known = torch.linspace(-1, 6, 40), torch.randn(40, generator=generator)
+    labels = torch.arange(40) % num_experts
+    background, excess = torch.randn(2, 30, generator=generator)
+    known = Known(known, labels, known, background, excess, torch.full((30,), 1 / 30))
+    nearest = scores.argmax(dim=1)
+    coefficient = gate_coefficients(ood_score, ood_score, nearest, known, 0.05, 0.05).gate_coefficient
+    assert coefficient.unique().numel() > 3
+    found = gate(scores, ood_score, ood_score, known, GateSettings(0.05, top_p, True))
+    weights, uncertainty = reference.gate(scores, coefficient, top_p)
+    torch.testing.assert_close(found.expert_weights, weights)
+    torch.testing.assert_close(found.uncertainty, uncertainty)
+
+
+@pytest.mark.parametrize("single_pass", [True, False])
+@torch.no_grad()
+def test_a_prompt_is_routed_as_by_the_reference(built, single_pass):
+    """Features, scores, gate and mix of each prompt of a batch, whether in its own pass or in one before."""
+    folder, depth = built[0].parent, 1
+    experts = {name: str(folder / name) for name in NAMES}
+    blocks = [1] if single_pass else "all"
+    config = MediatorConfig(experts=experts, density=0.3, routed_layers=blocks, router_layer=depth)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    model = get_mediator_model(base, config).float().eval()
+    prompts = random_prompts(48, 6, seed=5)
+    prompts[:, 0] = torch.tensor([11, 47, 83]).repeat(16)  # what tells the experts' prompts apart
+    router = ROUTERS["gaussian"](3, base.config.hidden_size)
+    router.fit(model.prompt_features(prompts), torch.arange(48) % 3)
+    own = router.ood_score(model.prompt_features(prompts))
+    nothing = torch.zeros(0)
+    router.set_known(Known(own, torch.arange(48) % 3, own, nothing, nothing), temperature=2.0)
+    model.base_model.active.put_fit(router, list(NAMES), FitSettings(None, None, depth))
+    assert model.single_pass_routing == single_pass
+
+    asked = torch.cat([prompts[:3], random_prompts(3, 6, seed=6)])
+    layer = next(iter(model.routed_layers().values()))
+    seen = []
+    layer.register_forward_hook(lambda *_: seen.append(model.board.route))
+    model(input_ids=asked)
+    route = seen[-1]
+    with model.disable_adapter():
+        hidden = model(input_ids=asked, output_hidden_states=True).hidden_states[depth]
+    features = reference.prompt_features(hidden, torch.ones_like(asked))
+    precision = router.whitening @ router.whitening.T
+    scores = reference.router_scores(features, router.means, precision) / 2.0
+    tail = fit_tail(own, torch.arange(48) % 3, 3)
+    nearest = scores.argmax(dim=1)
+    share = tail.share[nearest] * ((tail.start[nearest] - router.distance(features)) / tail.scale[nearest]).exp()
+    weights, _ = reference.gate(scores, (share / config.ood_alpha).clamp(max=1.0), config.routing_top_p)
+    assert len(weights.unique(dim=0)) > 2
+    torch.testing.assert_close(route.expert_weights, weights, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(model.route(asked).expert_weights, weights, rtol=1e-3, atol=1e-4)

@@ -14,12 +14,14 @@ Layers, kernels and the residency of experts see stored columns alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeAlias
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from ..config import ALWAYS, FAMILY_PREFIX
+from ..deferred import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 Rows: TypeAlias = Mapping[str, Mapping[str, float]]
 """Stored column → column of the expert weights → entry of M; under ``ALWAYS`` the entry of b."""

@@ -15,6 +15,8 @@ class DeltaRows:
 
     def __init__(self, delta: SparseDelta) -> None:
         self.delta = delta
+        encoding = ENCODINGS[delta.coding]
+        self._read = None if encoding.has_positions else encoding.row_reader(delta.parts, delta.shape)
         self._counts = count_bits_by_row(delta.mask)
         self._starts = self._counts.cumsum(0) - self._counts
 
@@ -27,6 +29,8 @@ class DeltaRows:
         Returns:
             (n, I) float32
         """
+        if self._read is not None:
+            return self._read(rows)
         values = self._values(rows)
         if values is None:
             return self.delta.dense()[rows]

@@ -14,16 +14,13 @@ from ..config import CORRECTION
 from ..errors import AdapterError
 from ..kernels.dispatch import GroupedProduct, PackedDelta, has_native
 from ..methods.encoding import ENCODINGS
-from ..methods.encoding.bitmaps import compress_mask, decompress_mask
+from ..methods.encoding.bitmaps import decompress_mask
+from ..storage import as_array, to_tensor
+from .packed_arrays import BIAS, MASK, SEPARATOR
 from .sparse_delta import SparseDelta, full_mask
 
 if TYPE_CHECKING:
     from ..kernels.triton_kernels import DeviceDeltas
-
-# Parts of a delta become buffers "expert:part". A colon cannot stand in an expert's name, and unlike a dot it can stand
-# in a buffer's.
-_SEPARATOR = ":"
-_MASK, _BIAS = "mask", "bias"
 
 
 @cache
@@ -58,13 +55,13 @@ class LayerBank(nn.Module):
     @property
     def names(self) -> list[str]:
         """Experts that have a delta here."""
-        suffix = _SEPARATOR + _MASK
+        suffix = SEPARATOR + MASK
         return [key.removesuffix(suffix) for key in self._buffers if key.endswith(suffix)]
 
     @property
     def part_names(self) -> tuple[str, ...]:
         """Names of the tensors that make up one expert's delta."""
-        return (_MASK, *ENCODINGS[self.coding].part_names, *((_BIAS,) if self.has_bias else ()))
+        return (MASK, *ENCODINGS[self.coding].part_names, *((BIAS,) if self.has_bias else ()))
 
     def get(self, name: str) -> SparseDelta | None:
         """One column's delta, where it is used; None where it has none (it is the backbone here).
@@ -80,13 +77,13 @@ class LayerBank(nn.Module):
 
     def stored(self, name: str) -> SparseDelta | None:
         """One column's delta, where it lies; None where it has none."""
-        parts = {part: self._buffers.get(f"{name}{_SEPARATOR}{part}") for part in self.part_names}
-        mask = parts.pop(_MASK)
+        parts = {part: self._buffers.get(f"{name}{SEPARATOR}{part}") for part in self.part_names}
+        mask = parts.pop(MASK)
         if mask is None:
             return None
         if not ENCODINGS[self.coding].has_positions:
             mask = full_mask(self.shape, mask.device)
-        bias = parts.pop(_BIAS, None)
+        bias = parts.pop(BIAS, None)
         return SparseDelta(self.shape, self.coding, mask, {k: v for k, v in parts.items() if v is not None}, bias)
 
     @property
@@ -193,7 +190,7 @@ class LayerBank(nn.Module):
         """Drop one expert's delta."""
         self._forget()
         for part in self.part_names:
-            self._buffers.pop(f"{name}{_SEPARATOR}{part}", None)
+            self._buffers.pop(f"{name}{SEPARATOR}{part}", None)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
         # Deltas never change in place, for copies of the model share them; those of another build have other sizes.
@@ -242,32 +239,27 @@ class LayerBank(nn.Module):
 
 def delta_buffers(name: str, delta: SparseDelta) -> dict[str, Tensor]:
     """One expert's delta as a bank's buffers: key → tensor."""
-    bias = {} if delta.bias is None else {_BIAS: delta.bias}
+    bias = {} if delta.bias is None else {BIAS: delta.bias}
     # Every delta has a mask in the bank, an empty one where its coding has no positions.
     mask = delta.mask if ENCODINGS[delta.coding].has_positions else delta.mask.new_empty(0)
-    return {f"{name}{_SEPARATOR}{part}": tensor for part, tensor in {_MASK: mask, **delta.parts, **bias}.items()}
-
-
-def to_disk(key: str, tensor: Tensor) -> Tensor:
-    """The form in which a buffer of a bank is written: 1-D, bitmaps entropy-coded."""
-    if key.endswith(_SEPARATOR + _MASK):
-        return compress_mask(tensor) if tensor.numel() else tensor
-    return tensor.detach().flatten()
+    return {f"{name}{SEPARATOR}{part}": tensor for part, tensor in {MASK: mask, **delta.parts, **bias}.items()}
 
 
 def from_disk(key: str, stored: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The reverse of :func:`to_disk` for a layer of ``shape`` (O, I).
+    """The reverse of ``packed_arrays.to_disk`` for a layer of ``shape`` (O, I).
 
     Raises:
         AdapterError: the tensor is damaged or belongs to other shapes.
     """
     if stored.ndim != 1:
         raise AdapterError(f"tensor {key!r} of the adapter file has {stored.ndim} dimensions, 1 was expected.")
-    if key.endswith(_SEPARATOR + _MASK):
-        return decompress_mask(stored, (shape[0], (shape[1] + 7) // 8), key) if len(stored) else stored
-    if key.endswith((_SEPARATOR + "scales", _SEPARATOR + _BIAS)) and len(stored) != shape[0]:
+    if key.endswith(SEPARATOR + MASK):
+        if not len(stored):
+            return stored
+        return to_tensor(decompress_mask(as_array(stored), (shape[0], (shape[1] + 7) // 8), key))
+    if key.endswith((SEPARATOR + "scales", SEPARATOR + BIAS)) and len(stored) != shape[0]:
         raise AdapterError(f"tensor {key!r} of the adapter file has {len(stored)} entries, {shape[0]} were expected.")
-    if key.endswith(_SEPARATOR + "scales"):
+    if key.endswith(SEPARATOR + "scales"):
         return stored.to(torch.bfloat16, copy=True)
     # A view of the mapped file would hold all of it in memory.
     return stored.clone()
@@ -275,7 +267,7 @@ def from_disk(key: str, stored: Tensor, shape: tuple[int, int]) -> Tensor:
 
 def num_bytes_in_memory(key: str, stored: Tensor, shape: tuple[int, int]) -> int:
     """Bytes of what :func:`from_disk` will give."""
-    return shape[0] * ((shape[1] + 7) // 8) if key.endswith(_SEPARATOR + _MASK) and len(stored) else stored.nbytes
+    return shape[0] * ((shape[1] + 7) // 8) if key.endswith(SEPARATOR + MASK) and len(stored) else stored.nbytes
 
 
 def check_parts(bank: LayerBank, layer: str, sizes: Mapping[str, int]) -> None:

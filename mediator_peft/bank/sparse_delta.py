@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
+from ..deferred import torch
 from ..methods.encoding import ENCODINGS
 from ..methods.encoding.base import EXACT, Parts, Precision
 from ..methods.encoding.bitmaps import pack_bits, unpack_bits
 from ..methods.encoding.factors import store_factors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class SparseDelta:
     def product(self, x: Tensor) -> Tensor:
         """``dense() @ x`` for each vector of ``x``, by its factors where it has some: (..., I) → (..., O)."""
         result = ENCODINGS[self.coding].product(self.parts, self.shape, x)
-        return F.linear(x, self.dense()) if result is None else result
+        return torch.nn.functional.linear(x, self.dense()) if result is None else result
 
 
 def full_mask(shape: tuple[int, int], device: torch.device) -> Tensor:

@@ -7,13 +7,17 @@ import os
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from .headers import DTYPES, Stored, lay_out, write_from
+from ..storage import CODES, Array, FloatType
+from .headers import Stored, lay_out, write_from
 from .opening import INDEX_FILE, SINGLE_FILE
+
+if TYPE_CHECKING:
+    pass
+
 
 SHARD_BYTES = 1 << 30
 
@@ -29,18 +33,18 @@ class BackboneFiles:
     """
 
     def __init__(
-        self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int = SHARD_BYTES
+        self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: FloatType, shard_bytes: int = SHARD_BYTES
     ) -> None:
         self.folder = folder
         self.total = sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
-        shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+        shards: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
         filled = 0
         for name in sorted(shapes):
             size = prod(shapes[name]) * dtype.itemsize
             if filled and filled + size > shard_bytes:
                 shards.append({})
                 filled = 0
-            shards[-1][name] = (dtype, tuple(shapes[name]))
+            shards[-1][name] = (dtype.code, tuple(shapes[name]))
             filled += size
         self.paths = [folder / _file_name(number, len(shards)) for number in range(len(shards))]
         self._heads: dict[Path, bytes] = {}
@@ -63,28 +67,28 @@ class BackboneFiles:
             index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
             (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
-    def put(self, name: str, tensor: Tensor) -> None:
+    def put(self, name: str, tensor: Array) -> None:
         """Write a whole tensor."""
         self.write_rows(name, 0, tensor)
 
-    def write_rows(self, name: str, start: int, rows: Tensor) -> None:
+    def write_rows(self, name: str, start: int, rows: Array) -> None:
         """Write rows of a tensor, the first of them being row ``start``.
 
         A row is what the rows at hand say: of (E, O, I) it is a matrix where they are (r, O, I), or a row of a matrix,
         counted over all of them, where they are (r, I).
         """
         path, place = self._places[name]
-        row_bytes = prod(rows.shape[1:]) * rows.element_size()
-        data = rows.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        row_bytes = prod(rows.shape[1:]) * rows.itemsize
+        data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
         write_from(self._open(path), data.data, place.offset + start * row_bytes)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> Array:
         """One tensor as it was written; it is mapped, so that only what is looked at is read."""
         path, place = self._places[name]
         if not place.num_bytes:
-            return torch.empty(place.shape, dtype=DTYPES[place.dtype])
+            return np.empty(place.shape, CODES[place.dtype])
         mapped = np.memmap(path, np.uint8, "c", place.offset, (place.num_bytes,))
-        return torch.from_numpy(mapped).view(DTYPES[place.dtype]).reshape(place.shape)
+        return mapped.view(CODES[place.dtype]).reshape(place.shape)
 
     def close(self) -> None:
         """Let go of the files."""

@@ -1,4 +1,7 @@
-"""The interface of all checkpoints: names, shapes and dtypes at once, weights some rows at a time."""
+"""The interface of all checkpoints: names, shapes and dtypes at once, weights some rows at a time.
+
+Weights come as numpy arrays, those in bfloat16 as uint16 with their bits (see ``storage``).
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ..errors import UnsupportedError
+from ..storage import Array, FloatType, to_tensor
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig
 
 
@@ -20,7 +24,7 @@ class TensorInfo(NamedTuple):
     """What is known of a tensor without reading it."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype | None
+    dtype: FloatType | None
     """None for anything but plain floating point."""
 
 
@@ -74,24 +78,28 @@ class Checkpoint(ABC):
         raise UnsupportedError(f"{self.label} ({self.source}): its lm_head cannot be untied from its embedding.")
 
     @abstractmethod
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of one tensor, on the CPU, in its own dtype: (stop - start, *rest). Not to be kept."""
+    def read_rows(self, name: str, start: int, stop: int) -> Array:
+        """Rows of one tensor, in its own dtype: (stop - start, *rest). Not to be kept."""
 
-    def read_groups(self, name: str, groups: Sequence[tuple[int, int]]) -> Tensor:
+    def read_groups(self, name: str, groups: Sequence[tuple[int, int]]) -> Array:
         """Rows of one tensor from several places, (start, stop) each, one below the other. Not to be kept."""
-        return torch.cat([self.read_rows(name, start, stop).clone() for start, stop in groups])
+        return np.concatenate([self.read_rows(name, start, stop).copy() for start, stop in groups])
 
-    def read_part(self, name: str, number: int, groups: Sequence[tuple[int, int]]) -> Tensor | None:
+    def read_part(self, name: str, number: int, groups: Sequence[tuple[int, int]]) -> Array | None:
         """Groups of rows of one matrix of a tensor (E, O, I), without reading more: (rows, I). Not to be kept.
 
         None where it cannot be read so.
         """
         return None
 
-    def read(self, name: str) -> Tensor:
-        """One whole tensor, on the CPU, in its own dtype."""
+    def read(self, name: str) -> Array:
+        """One whole tensor, in its own dtype."""
         shape = self.tensors[name].shape
-        return self.read_rows(name, 0, shape[0] if shape else 1).reshape(shape).clone()
+        return self.read_rows(name, 0, shape[0] if shape else 1).reshape(shape).copy()
+
+    def tensor(self, name: str) -> Tensor:
+        """One whole tensor as torch has it, on the CPU, in its own dtype."""
+        return to_tensor(self.read(name))
 
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
         """What this model adds to a tensor of its base, where that is known as a product; None elsewhere.

@@ -6,36 +6,38 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from ..deferred import torch
 from ..errors import CheckpointError
+from ..storage import BFLOAT16, FLOAT_TYPES, Array, as_array
 from .checkpoint import TensorInfo
 from .folders import FolderCheckpoint, quantization_method
-from .headers import DTYPES
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig
 
 _RAW_DTYPES = {
-    **DTYPES,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "BOOL": torch.bool,
+    **{code: kind.name for code, kind in FLOAT_TYPES.items()},
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I8": "int8",
+    "U8": "uint8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "BOOL": "bool",
 }
+"""safetensors name → torch's."""
+
 # In which order AWQ's kernel lays eight columns into 32 bits, the lowest bits first.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _SUPPORTED = ("fp8", "fbgemm_fp8", "compressed-tensors", "gptq", "awq", "bitsandbytes")
 
-Parts = Mapping[str, Tensor]
+Parts: TypeAlias = "Mapping[str, Tensor]"
 """What belongs to one matrix, by the end of its name: e.g. ``weight`` and ``weight_scale_inv``."""
 
 
@@ -54,8 +56,8 @@ class DequantizedCheckpoint(FolderCheckpoint):
         self._parts = self._group()
         self._last: tuple[str, Tensor] | None = None
         named = str(self._raw_config.get("dtype") or self._raw_config.get("torch_dtype") or "bfloat16")
-        dtype = getattr(torch, named.removeprefix("torch."), torch.bfloat16)
-        self._dtype = dtype if dtype in DTYPES.values() else torch.bfloat16
+        kinds = {kind.name: kind for kind in FLOAT_TYPES.values()}
+        self._dtype = kinds.get(named.removeprefix("torch."), BFLOAT16)
         hidden = {name for parts in self._parts.values() for name in parts.values()}
         self.tensors = {name: info for name, info in self.tensors.items() if name not in hidden}
         for name, parts in self._parts.items():
@@ -101,7 +103,7 @@ class DequantizedCheckpoint(FolderCheckpoint):
         return {
             f"{layer}.weight": parts
             for layer, parts in groups.items()
-            if set(parts) - {"weight"} or self._stored[parts["weight"]][1].dtype not in DTYPES
+            if set(parts) - {"weight"} or self._stored[parts["weight"]][1].dtype not in FLOAT_TYPES
         }
 
     def _shape(self, parts: Mapping[str, str]) -> tuple[int, ...]:
@@ -119,12 +121,12 @@ class DequantizedCheckpoint(FolderCheckpoint):
             return tuple(_bnb_state(self._raw(parts[state]))["shape"])
         return shapes["weight"]
 
-    def read_groups(self, name: str, groups: Sequence[tuple[int, int]]) -> Tensor:
+    def read_groups(self, name: str, groups: Sequence[tuple[int, int]]) -> Array:
         if name not in self._parts:
             return super().read_groups(name, groups)
         if self._last is None or self._last[0] != name:
             self._last = name, self._dequantized(name)
-        return torch.cat([self._last[1][start:stop] for start, stop in groups])
+        return as_array(torch.cat([self._last[1][start:stop] for start, stop in groups]))
 
     def take_as(self, name: str, source: str) -> None:
         if source in self._parts:
@@ -142,14 +144,15 @@ class DequantizedCheckpoint(FolderCheckpoint):
                 f"{self.label} ({self.source}): {name!r} cannot be dequantised: {fault!r}. Give the unquantised "
                 "checkpoint."
             ) from fault
-        return weight.to(self._dtype).contiguous()
+        return weight.to(self._dtype.torch).contiguous()
 
     def _raw(self, name: str) -> Tensor:
         path, stored = self._stored[name]
+        dtype = getattr(torch, _RAW_DTYPES[stored.dtype])
         if not stored.num_bytes:
-            return torch.empty(stored.shape, dtype=_RAW_DTYPES[stored.dtype])
+            return torch.empty(stored.shape, dtype=dtype)
         data = np.fromfile(path, np.uint8, stored.num_bytes, offset=stored.offset)
-        return torch.from_numpy(data).view(_RAW_DTYPES[stored.dtype]).reshape(stored.shape)
+        return torch.from_numpy(data).view(dtype).reshape(stored.shape)
 
 
 _PARTS = (

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from ..deferred import torch
 from ..errors import BackboneMismatchError, CheckpointError, UnsupportedError
+from ..kernels.dispatch import rounded
+from ..kernels.numpy_kernels import widened
+from ..storage import FLOAT_TYPES, Array, FloatType, as_array, code_of
 from .name_mapping import named_as_in_model
 from .opening import open_checkpoint
 from .tensor_inventory import Outline
 from .tied_head import supply_head
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 _NUM_TENSORS = 24
 _NUM_VALUES = 16
@@ -26,19 +33,27 @@ def sampled_names(names: Iterable[str]) -> list[str]:
     return ordered[::step]
 
 
-def sample(tensor: Tensor) -> dict[str, Any]:
+def sample(tensor: Array | Tensor) -> dict[str, Any]:
     """Shape of a tensor and values evenly spaced over it."""
-    flat = tensor.detach().reshape(-1)
-    step = max(1, flat.numel() // _NUM_VALUES)
+    flat = tensor.reshape(-1)
+    step = max(1, len(flat) // _NUM_VALUES)
     # An odd stride does not run down one column.
     values = flat[:: step | 1][:_NUM_VALUES]
-    return {"shape": list(tensor.shape), "values": values.float().cpu().tolist()}
+    few = values if isinstance(values, np.ndarray) else as_array(values.cpu())
+    return {"shape": list(tensor.shape), "values": widened(few).tolist()}
 
 
-def holds_numbers(tensor: Tensor) -> bool:
+def holds_numbers(tensor: Array | Tensor) -> bool:
     """Whether a tensor holds its own numbers: subclasses hold codes, or one device's part."""
-    is_here = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
+    if isinstance(tensor, np.ndarray):
+        return True
+    is_here = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
     return is_here and tensor.is_floating_point() and tensor.dtype.itemsize >= 2
+
+
+def _kind_of(tensor: Array | Tensor) -> FloatType:
+    array = tensor if isinstance(tensor, np.ndarray) else as_array(tensor.detach().reshape(-1)[:0].cpu())
+    return FLOAT_TYPES[code_of(array)]
 
 
 def fingerprint_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -79,12 +94,12 @@ def difference_from_files(state: Mapping[str, Tensor], folder: Path, outline: Ou
             return f"{name!r} is not in its files"
         if stored.tensors[name].shape != tuple(tensor.shape):
             return f"{name!r} has shape {list(tensor.shape)}, was {list(stored.tensors[name].shape)}"
-        if not torch.equal(stored.read(name).to(tensor.dtype), tensor.detach().cpu()):
+        if not torch.equal(stored.tensor(name).to(tensor.dtype), tensor.detach().cpu()):
             return f"{name!r} has other values"
     return None
 
 
-def check_fingerprint(expected: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> int:
+def check_fingerprint(expected: Mapping[str, Any], state: Mapping[str, Array | Tensor], where: str) -> int:
     """Compare a backbone with the one an adapter was built on.
 
     A backbone may be loaded in another dtype: the expected values are rounded to it before they are compared.
@@ -112,11 +127,11 @@ def check_fingerprint(expected: Mapping[str, Any], state: Mapping[str, Tensor], 
         if not holds_numbers(tensor):
             continue
         found = sample(tensor)
-        rounded = torch.tensor(known["values"]).to(tensor.dtype).float().tolist()
-        if found["shape"] != known["shape"] or found["values"] != rounded:
+        values = widened(rounded(np.array(known["values"], np.float32), _kind_of(tensor))).tolist()
+        if found["shape"] != known["shape"] or found["values"] != values:
             raise BackboneMismatchError(
                 f"{where} is not the backbone this adapter was built on: {name!r} has shape {found['shape']} and "
-                f"values {found['values'][:3]}..., the adapter expects {known['shape']} and {rounded[:3]}.... Load the "
+                f"values {found['values'][:3]}..., the adapter expects {known['shape']} and {values[:3]}.... Load the "
                 "backbone that the adapter was built with (base_model_name_or_path in adapter_config.json); the base "
                 "and the experts themselves are not it, unless merge_method is 'base'."
             )

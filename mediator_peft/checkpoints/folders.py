@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from ..deferred import torch
 from ..errors import CheckpointError
+from ..storage import FLOAT_TYPES, Array, as_array, float_type
 from .checkpoint import Checkpoint, TensorInfo
-from .headers import DTYPES, Stored, is_lfs_pointer, read_header, read_into
+from .headers import Stored, is_lfs_pointer, read_header, read_into
 from .tensor_inventory import is_known
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -256,7 +257,7 @@ class FolderCheckpoint(Checkpoint):
             others = sorted({self._stored[name][0].name for name in twice})
             faults.append(f"{path.name} has tensors that {', '.join(others)} has as well: {', '.join(twice[:_LISTED])}")
         for name, stored in found.items():
-            self.tensors[name] = TensorInfo(stored.shape, DTYPES.get(stored.dtype))
+            self.tensors[name] = TensorInfo(stored.shape, FLOAT_TYPES.get(stored.dtype))
             self._stored[name] = (path, stored)
 
     @property
@@ -267,20 +268,20 @@ class FolderCheckpoint(Checkpoint):
         found = self._stored.get(name)
         return None if found is None else (found[0], found[1].offset + found[1].num_bytes)
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+    def read_rows(self, name: str, start: int, stop: int) -> Array:
         return self.read_groups(name, [(start, stop)])
 
-    def read_groups(self, name: str, groups: Sequence[tuple[int, int]]) -> Tensor:
+    def read_groups(self, name: str, groups: Sequence[tuple[int, int]]) -> Array:
         stored = self._stored[name][1]
         return self._read_groups(name, groups, stored.shape or (1,))
 
-    def read_part(self, name: str, number: int, groups: Sequence[tuple[int, int]]) -> Tensor | None:
+    def read_part(self, name: str, number: int, groups: Sequence[tuple[int, int]]) -> Array | None:
         num_parts, height, *rest = self._stored[name][1].shape
         first = number * height
         rows = [(first + start, first + stop) for start, stop in groups]
         return self._read_groups(name, rows, (num_parts * height, *rest))
 
-    def _read_groups(self, name: str, groups: Sequence[tuple[int, int]], shape: tuple[int, ...]) -> Tensor:
+    def _read_groups(self, name: str, groups: Sequence[tuple[int, int]], shape: tuple[int, ...]) -> Array:
         """Groups of rows of a tensor that is seen with some shape."""
         path, stored = self._stored[name]
         num_rows = sum(stop - start for start, stop in groups)
@@ -295,7 +296,7 @@ class FolderCheckpoint(Checkpoint):
             end = place + row_bytes * (stop - start)
             read_into(descriptor, view[place:end], stored.offset + start * row_bytes)
             place = end
-        return torch.from_numpy(buffer).view(DTYPES[stored.dtype]).reshape(num_rows, *shape[1:])
+        return buffer.view(FLOAT_TYPES[stored.dtype].array).reshape(num_rows, *shape[1:])
 
     def _open(self, path: Path) -> int:
         if path not in self._descriptors:
@@ -321,7 +322,7 @@ class PickleCheckpoint(FolderCheckpoint):
             self._paths: list[Path] = []
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            found = {str(name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+            found = {str(name): tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
         except OSError as fault:
             faults.append(f"{path.name} cannot be read: {fault.strerror or fault}.")
             return
@@ -332,7 +333,7 @@ class PickleCheckpoint(FolderCheckpoint):
         self._paths.append(path)
         self._state.update(found)
         for name, tensor in found.items():
-            self.tensors[name] = TensorInfo(tuple(tensor.shape), tensor.dtype if tensor.is_floating_point() else None)
+            self.tensors[name] = TensorInfo(tuple(tensor.shape), float_type(tensor.dtype))
 
     def take_as(self, name: str, source: str) -> None:
         self.tensors[name] = self.tensors[source]
@@ -342,12 +343,12 @@ class PickleCheckpoint(FolderCheckpoint):
     def files(self) -> list[Path]:
         return self._paths
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+    def read_rows(self, name: str, start: int, stop: int) -> Array:
         tensor = self._state[name]
-        return (tensor.reshape(1) if tensor.ndim == 0 else tensor)[start:stop]
+        return as_array((tensor.reshape(1) if tensor.ndim == 0 else tensor)[start:stop])
 
-    def read_groups(self, name: str, groups: Sequence[tuple[int, int]]) -> Tensor:
+    def read_groups(self, name: str, groups: Sequence[tuple[int, int]]) -> Array:
         return Checkpoint.read_groups(self, name, groups)
 
-    def read_part(self, name: str, number: int, groups: Sequence[tuple[int, int]]) -> Tensor | None:
+    def read_part(self, name: str, number: int, groups: Sequence[tuple[int, int]]) -> Array | None:
         return None

@@ -7,18 +7,23 @@ that merges, and ``experts.gate_up_proj_bias`` (E, O) is ``experts.gate_up_proj.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from ..storage import FLOAT32, Array
 from ..structure import LinearLayer
 from .checkpoint import Checkpoint, TensorInfo
 from .opening import MeanCheckpoint
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig
+
+
+_NOTHING = np.empty(0, np.float32)
 
 
 class Part(NamedTuple):
@@ -55,7 +60,7 @@ class SplitCheckpoint(Checkpoint):
         for name, part in self._parts.items():
             info = whole.tensors[part.tensor]
             self.tensors[name] = TensorInfo(info.shape[1:], info.dtype)
-        self._held: tuple[str, Tensor] = ("", torch.empty(0))
+        self._held: tuple[str, Array] = ("", _NOTHING)
 
     @property
     def whole(self) -> Checkpoint:
@@ -89,34 +94,34 @@ class SplitCheckpoint(Checkpoint):
         if part is None:
             return self._whole.held_bytes(name)
         info = self.tensors[name]
-        own = torch.Size(info.shape).numel() * (info.dtype or torch.float32).itemsize
+        own = prod(info.shape) * (info.dtype or FLOAT32).itemsize
         return own + self._whole.held_bytes(part.tensor)
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+    def read_rows(self, name: str, start: int, stop: int) -> Array:
         if name not in self._parts:
             return self._whole.read_rows(name, start, stop)
         return self.read_groups(name, [(start, stop)])
 
-    def read_groups(self, name: str, groups: Sequence[tuple[int, int]]) -> Tensor:
+    def read_groups(self, name: str, groups: Sequence[tuple[int, int]]) -> Array:
         if name not in self._parts:
             return self._whole.read_groups(name, groups)
         if len(self.tensors[name].shape) == 2:
             rows = self._whole.read_part(*self._parts[name], groups)
             if rows is not None:
                 return rows
-        return torch.cat([self._matrix(name)[start:stop] for start, stop in groups])
+        return np.concatenate([self._matrix(name)[start:stop] for start, stop in groups])
 
-    def _matrix(self, name: str) -> Tensor:
+    def _matrix(self, name: str) -> Array:
         """One part, which is held until another is read: it is asked for some rows at a time."""
         if self._held[0] != name:
-            self._held = ("", torch.empty(0))
+            self._held = ("", _NOTHING)
             tensor, number = self._parts[name]
             # What was read may lie in a buffer that the next reading uses.
-            self._held = (name, self._whole.read_rows(tensor, number, number + 1)[0].clone())
+            self._held = (name, self._whole.read_rows(tensor, number, number + 1)[0].copy())
         return self._held[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": ("", torch.empty(0))}
+        return {**self.__dict__, "_held": ("", _NOTHING)}
 
 
 def split_checkpoint(checkpoint: Checkpoint, parts: Mapping[str, Part]) -> Checkpoint:

@@ -10,14 +10,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _ALL_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4}
 _ALL_SIZES |= {"I64": 8, "U64": 8, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 # Largest first: the order in which the safetensors library lays tensors out, then by name.
 _LAYOUT_ORDER = ("F64", "F32", "BF16", "F16", "U8")
-_NAMES = {torch.uint8: "U8", **{dtype: name for name, dtype in DTYPES.items()}}
 _MAX_HEADER = 100_000_000
 _MAX_LENGTH = 1 << 40
 _LFS = b"version https://git-lfs.github.com/"
@@ -85,31 +81,27 @@ def _stored(name: str, entry: object, start: int, size: int) -> Stored:
 
 
 def lay_out(
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, Stored]]:
     """The head of a file that will hold these tensors, and where each will lie; as ``safetensors`` itself would.
 
     Args:
-        tensors: name → (dtype, shape)
+        tensors: name → (the format's name of its dtype, shape)
         metadata: of the file; by default that of a checkpoint.
     """
-    named = {name: (_NAMES[dtype], shape) for name, (dtype, shape) in tensors.items()}
-    ordered = sorted(named, key=lambda name: (_LAYOUT_ORDER.index(named[name][0]), name))
+    ordered = sorted(tensors, key=lambda name: (_LAYOUT_ORDER.index(tensors[name][0]), name))
     entries: dict[str, object] = {"__metadata__": {"format": "pt"} if metadata is None else dict(metadata)}
     places: dict[str, tuple[int, int]] = {}
     end = 0
     for name in ordered:
-        dtype, shape = named[name]
+        dtype, shape = tensors[name]
         begin, end = end, end + prod(shape) * _ALL_SIZES[dtype]
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
         places[name] = (begin, end)
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
-    stored = {
-        name: Stored(named[name][0], named[name][1], len(head) + begin, end - begin)
-        for name, (begin, end) in places.items()
-    }
+    stored = {name: Stored(*tensors[name], len(head) + begin, end - begin) for name, (begin, end) in places.items()}
     return head, stored
 
 

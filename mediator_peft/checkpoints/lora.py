@@ -8,15 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from ..deferred import torch
 from ..errors import CheckpointError
+from ..storage import FLOAT_TYPES, Array, as_array, float_type, to_tensor
 from .checkpoint import Checkpoint, TensorInfo
-from .headers import DTYPES, Stored, is_lfs_pointer, read_header, read_json
+from .headers import Stored, is_lfs_pointer, read_header, read_json
 from .patterns import first_matches
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -126,7 +128,7 @@ class LoraCheckpoint(Checkpoint):
             raise CheckpointError(f"{where}: {self.path.name} is a Git LFS pointer: fetch it with `git lfs pull`.")
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-            return {str(name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+            return {str(name): tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
         except OSError as fault:
             raise CheckpointError(f"{where}: {self.path.name} cannot be read: {fault.strerror or fault}") from fault
         except Exception as fault:  # whatever a damaged pickle may raise
@@ -229,7 +231,7 @@ class LoraCheckpoint(Checkpoint):
         info = self._bound().tensors.get(name)
         if info is None or info.shape != tuple(tensor.shape):
             return False
-        ours = self._bound().read(name)
+        ours = self._bound().tensor(name)
         return torch.equal(ours.to(tensor.dtype), tensor) or torch.equal(ours, tensor.to(ours.dtype))
 
     def _match_patterns(self, modules: set[str]) -> None:
@@ -255,12 +257,10 @@ class LoraCheckpoint(Checkpoint):
         with open(self.path, "rb") as file:
             file.seek(stored.offset)
             raw = bytearray(file.read(stored.num_bytes))
-        dtype = DTYPES.get(stored.dtype)
-        if dtype is None:
+        kind = FLOAT_TYPES.get(stored.dtype)
+        if kind is None:
             raise CheckpointError(f"{self.label} ({self.source}): {name!r} is {stored.dtype}, no plain floating point.")
-        return (
-            torch.frombuffer(raw, dtype=dtype).reshape(stored.shape) if raw else torch.empty(stored.shape, dtype=dtype)
-        )
+        return to_tensor(np.frombuffer(raw, kind.array).reshape(stored.shape))
 
     def _replace(self, name: str, tensor: Tensor) -> list[str]:
         """A tensor of ``modules_to_save``, or a trained bias: it takes the place of the base's."""
@@ -269,7 +269,7 @@ class LoraCheckpoint(Checkpoint):
         if info is None or info.shape != tuple(tensor.shape):
             return [f"tensor {name!r} with shape {list(tensor.shape)} has no counterpart in the base"]
         self._replaced[name] = tensor
-        self.tensors[name] = TensorInfo(info.shape, tensor.dtype)
+        self.tensors[name] = TensorInfo(info.shape, float_type(tensor.dtype))
         return []
 
     def _fold(self, module: str, a: Tensor, b: Tensor | None, is_embedding: bool) -> list[str]:
@@ -314,17 +314,20 @@ class LoraCheckpoint(Checkpoint):
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
         return None if name in self._replaced else self._factors.get(name)
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+    def read_rows(self, name: str, start: int, stop: int) -> Array:
         replaced = self._replaced.get(name)
-        rows = self._bound().read_rows(name, start, stop) if replaced is None else replaced[start:stop]
+        stored = self._bound().read_rows(name, start, stop) if replaced is None else as_array(replaced[start:stop])
         factors, bias = self._factors.get(name), self._added.get(name)
         if factors is not None:
-            return (rows.float() + factors.left[start:stop] @ factors.right).to(rows.dtype)
-        if bias is not None:
-            return (rows.float() + bias[start:stop]).to(rows.dtype)
-        return rows
+            change = factors.left[start:stop] @ factors.right
+        elif bias is not None:
+            change = bias[start:stop]
+        else:
+            return stored
+        rows = to_tensor(stored)
+        return as_array((rows.float() + change).to(rows.dtype))
 
-    def read_part(self, name: str, number: int, groups: Sequence[tuple[int, int]]) -> Tensor | None:
+    def read_part(self, name: str, number: int, groups: Sequence[tuple[int, int]]) -> Array | None:
         is_changed = any(name in changes for changes in (self._replaced, self._factors, self._added))
         return None if is_changed else self._bound().read_part(name, number, groups)
 

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
-
+from ..deferred import torch
 from ..errors import UnsupportedError
+from ..storage import FLOAT32, Array, as_array, float_type
 from .checkpoint import Checkpoint, TensorInfo
 from .folders import FolderCheckpoint
 from .tensor_inventory import Outline, loading_faults, skeleton
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig
 
 
@@ -96,20 +97,20 @@ class NamedCheckpoint(Checkpoint):
             return 0
         infos = (self.stored.tensors[source] for source, _ in conversion.sources)
         # What is read, and what is made of it.
-        return 2 * sum(torch.Size(info.shape).numel() * (info.dtype or torch.float32).itemsize for info in infos)
+        return 2 * sum(prod(info.shape) * (info.dtype or FLOAT32).itemsize for info in infos)
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+    def read_rows(self, name: str, start: int, stop: int) -> Array:
         return self.read_groups(name, [(start, stop)])
 
-    def read_groups(self, name: str, groups: Sequence[tuple[int, int]]) -> Tensor:
+    def read_groups(self, name: str, groups: Sequence[tuple[int, int]]) -> Array:
         if name in self._names:
             self._held = ("", {})
             return self.stored.read_groups(self._names[name], groups)
         tensor = self._converted(name)
         tensor = tensor.reshape(1) if tensor.ndim == 0 else tensor
-        return torch.cat([tensor[start:stop] for start, stop in groups])
+        return as_array(torch.cat([tensor[start:stop] for start, stop in groups]))
 
-    def read_part(self, name: str, number: int, groups: Sequence[tuple[int, int]]) -> Tensor | None:
+    def read_part(self, name: str, number: int, groups: Sequence[tuple[int, int]]) -> Array | None:
         if name not in self._names:
             return None
         self._held = ("", {})
@@ -120,7 +121,7 @@ class NamedCheckpoint(Checkpoint):
         conversion = self._conversions[name]
         if self._held[0] != conversion.target:
             self._held = ("", {})
-            read = {source: self.stored.read(source) for source, _ in conversion.sources}
+            read = {source: self.stored.tensor(source) for source, _ in conversion.sources}
             self._held = (conversion.target, _convert(conversion, read, self._model))
         return self._held[1][self._made_as.get(name, name)]
 
@@ -187,12 +188,13 @@ def _shapes(conversion: _Conversion, checkpoint: Checkpoint, model: Any) -> dict
     infos = {source: checkpoint.tensors[source] for source, _ in conversion.sources}
     dtypes = {info.dtype for info in infos.values()}
     empty = {
-        source: torch.empty(info.shape, dtype=info.dtype or torch.uint8, device="meta")
+        source: torch.empty(info.shape, dtype=info.dtype.torch if info.dtype else torch.uint8, device="meta")
         for source, info in infos.items()
     }
     made = _convert(conversion, empty, model)
     return {
-        name: TensorInfo(tuple(tensor.shape), None if None in dtypes else tensor.dtype) for name, tensor in made.items()
+        name: TensorInfo(tuple(tensor.shape), None if None in dtypes else float_type(tensor.dtype))
+        for name, tensor in made.items()
     }
 
 

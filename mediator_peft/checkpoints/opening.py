@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+import numpy as np
 
 from ..errors import CheckpointError
+from ..kernels.numpy_kernels import narrowed, widened
+from ..storage import Array, as_array, float_type
 from .checkpoint import Checkpoint, TensorInfo
 from .dequantizing import DequantizedCheckpoint
 from .folders import (
@@ -26,6 +27,7 @@ from .hub import pinned_source, resolve
 from .lora import ADAPTER_CONFIG, LoraCheckpoint, find_lora
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig
 
 __all__ = [
@@ -126,9 +128,10 @@ class MeanCheckpoint(Checkpoint):
     def config(self) -> PretrainedConfig:
         return self.members[0].config
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+    def read_rows(self, name: str, start: int, stop: int) -> Array:
         rows = [member.read_rows(name, start, stop) for member in self.members]
-        return torch.stack([row.float() for row in rows]).mean(dim=0).to(rows[0].dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return narrowed(np.stack([widened(each) for each in rows]).mean(axis=0), rows[0].dtype)
 
 
 class ModelCheckpoint(Checkpoint):
@@ -144,14 +147,13 @@ class ModelCheckpoint(Checkpoint):
                 f"{label} ({self.source}): the model carries a LoRA. Merge it with merge_and_unload() first."
             )
         self.tensors = {
-            name: TensorInfo(tuple(tensor.shape), tensor.dtype if tensor.is_floating_point() else None)
-            for name, tensor in self._state.items()
+            name: TensorInfo(tuple(tensor.shape), float_type(tensor.dtype)) for name, tensor in self._state.items()
         }
 
     @property
     def config(self) -> PretrainedConfig:
         return self._model_config
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+    def read_rows(self, name: str, start: int, stop: int) -> Array:
         tensor = self._state[name].detach()
-        return (tensor.reshape(1) if tensor.ndim == 0 else tensor)[start:stop].cpu()
+        return as_array((tensor.reshape(1) if tensor.ndim == 0 else tensor)[start:stop].cpu())

@@ -12,9 +12,8 @@ from copy import deepcopy
 from errno import ENOSPC
 from pathlib import Path
 
-import torch
-
 from ..errors import CheckpointError, OutputError, OutputExistsError
+from ..storage import FloatType
 from .opening import Checkpoint
 from .tensor_inventory import is_known
 
@@ -377,7 +376,7 @@ def _side_files(source: Path) -> list[str]:
     return found + [f"{EXTRA_TEMPLATES}/{name}" for name in templates]
 
 
-def copy_model_config(folder: Path, base: Checkpoint, dtype: torch.dtype) -> None:
+def copy_model_config(folder: Path, base: Checkpoint, dtype: FloatType) -> None:
     """Write ``config.json`` of the backbone: that of the base, with the dtype in which the backbone is stored."""
     if not is_known(base.raw_config):
         plain = deepcopy(base.config)
@@ -388,13 +387,13 @@ def copy_model_config(folder: Path, base: Checkpoint, dtype: torch.dtype) -> Non
         write_model_config(folder, plain, dtype)
         return
     settings = {key: value for key, value in base.raw_config.items() if key not in _NOT_COPIED}
-    settings["dtype"] = str(dtype).removeprefix("torch.")
+    settings["dtype"] = str(dtype)
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def write_model_config(folder: Path, config: object, dtype: torch.dtype) -> None:
+def write_model_config(folder: Path, config: object, kind: FloatType) -> None:
     """Write ``config.json`` of a backbone as transformers does, with the dtype it is stored in."""
     settings = deepcopy(config)
-    settings.dtype = dtype  # type: ignore[attr-defined]
+    settings.dtype = kind.torch  # type: ignore[attr-defined]
     settings.save_pretrained(folder)  # type: ignore[attr-defined]

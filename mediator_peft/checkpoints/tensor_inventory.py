@@ -10,13 +10,12 @@ from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import nn
-
+from ..deferred import torch
 from ..errors import UnsupportedError
 from ..structure import OUTSIDE, LinearLayer, Structure, find_structure
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig
 
     from .checkpoint import Checkpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable
 
-import torch
+import numpy as np
 
 from ..errors import UnsupportedError
 from .checkpoint import Checkpoint
@@ -85,7 +85,7 @@ def _has_own_head(checkpoint: Checkpoint, head: str, embedding: str) -> bool:
         return False
     for start in range(0, ours.shape[0], _ROWS):
         stop = min(start + _ROWS, ours.shape[0])
-        rows = checkpoint.read_rows(head, start, stop).clone()
-        if not torch.equal(rows, checkpoint.read_rows(embedding, start, stop)):
+        rows = checkpoint.read_rows(head, start, stop).copy()
+        if not np.array_equal(rows, checkpoint.read_rows(embedding, start, stop)):
             return True
     return False

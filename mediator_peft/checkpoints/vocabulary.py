@@ -7,9 +7,11 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
+from ..kernels.dispatch import rounded
+from ..storage import FLOAT32, Array
 from .checkpoint import Checkpoint, TensorInfo
 from .lora import LoraCheckpoint
 from .side_files import vocabulary
@@ -36,7 +38,7 @@ class AlignedCheckpoint(Checkpoint):
 
     folder: Path
 
-    def __init__(self, expert: Checkpoint, base: Checkpoint, rows: Tensor, names: frozenset[str]) -> None:
+    def __init__(self, expert: Checkpoint, base: Checkpoint, rows: NDArray[np.int64], names: frozenset[str]) -> None:
         self.label, self.source = expert.label, expert.source
         assert expert.folder is not None, "only what lies in a folder has a vocabulary"
         self.folder = expert.folder
@@ -61,20 +63,20 @@ class AlignedCheckpoint(Checkpoint):
         config.vocab_size = len(self._rows)
         return config
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+    def read_rows(self, name: str, start: int, stop: int) -> Array:
         if name not in self._names:
             return self._expert.read_rows(name, start, stop)
-        dtype = self._expert.tensors[name].dtype
-        result = self._base.read_rows(name, start, stop).to(dtype or torch.float32, copy=True)
+        kind = self._expert.tensors[name].dtype or FLOAT32
+        result = rounded(self._base.read_rows(name, start, stop), kind).copy()
         for first, last, place in _runs(self._rows[start:stop]):
             result[place : place + last - first] = self._expert.read_rows(name, first, last)
         return result
 
-    def read_part(self, name: str, number: int, groups: Sequence[tuple[int, int]]) -> Tensor | None:
+    def read_part(self, name: str, number: int, groups: Sequence[tuple[int, int]]) -> Array | None:
         return None if name in self._names else self._expert.read_part(name, number, groups)
 
 
-def _runs(rows: Tensor) -> list[tuple[int, int, int]]:
+def _runs(rows: NDArray[np.int64]) -> list[tuple[int, int, int]]:
     """Stretches of consecutive rows: (first, one past the last, place of the first among ``rows``)."""
     runs: list[tuple[int, int, int]] = []
     for place, row in enumerate(rows.tolist()):
@@ -113,7 +115,7 @@ def aligned(expert: Checkpoint, base: Checkpoint) -> tuple[Checkpoint, str | Non
     return AlignedCheckpoint(expert, base, rows, names), _message(expert.label, ours, theirs, rows)
 
 
-def _matched(ours: Mapping[str, int], theirs: Mapping[str, int], num_ours: int, num_theirs: int) -> Tensor:
+def _matched(ours: Mapping[str, int], theirs: Mapping[str, int], num_ours: int, num_theirs: int) -> NDArray[np.int64]:
     named = set(theirs.values())
     # Rows that stand for no token (embeddings are often padded) keep their place where the expert has it to spare.
     rows = [row if row < num_theirs and row not in named else _MISSING for row in range(num_ours)]
@@ -121,10 +123,10 @@ def _matched(ours: Mapping[str, int], theirs: Mapping[str, int], num_ours: int, 
         if row < num_ours:
             other = theirs.get(token, _MISSING)
             rows[row] = other if other < num_theirs else _MISSING
-    return torch.tensor(rows, dtype=torch.int64)
+    return np.array(rows, np.int64)
 
 
-def _message(label: str, ours: Mapping[str, int], theirs: Mapping[str, int], rows: Tensor) -> str:
+def _message(label: str, ours: Mapping[str, int], theirs: Mapping[str, int], rows: NDArray[np.int64]) -> str:
     moved = sum(token in theirs and theirs[token] != row for token, row in ours.items())
     left_out = sorted(theirs.keys() - ours.keys(), key=lambda token: theirs[token])
     kept = int((rows == _MISSING).sum())

@@ -15,6 +15,7 @@ from .demo import demo
 from .env import env
 from .evaluate import evaluate
 from .fit_router import fit_router
+from .fit_scales import fit_scales
 from .generate import generate
 from .inspect import inspect
 from .measure import measure
@@ -45,6 +46,7 @@ app.command()(search)
 app.command()(run)
 app.command("fit-router")(fit_router)
 app.command("calibrate", hidden=True)(fit_router)
+app.command("fit-scales")(fit_scales)
 app.command()(generate)
 app.command("eval")(evaluate)
 app.command()(inspect)

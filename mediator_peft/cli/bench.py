@@ -105,8 +105,8 @@ def bench(
 
 def _plan_cache(routes: Path, out: Path | None, as_json: bool) -> None:
     """Hit rates of every cache size, by a log of routes."""
+    from ..checkpoints.adapter_sizes import read_adapter_info
     from ..evaluation.cache_planning import plan_cache, read_routes, stored_requests
-    from ..evaluation.sizes import read_adapter_info
 
     requests, info = read_routes(routes), None if out is None else read_adapter_info(out)
     if info is not None:
@@ -122,7 +122,7 @@ def print_cache_plan(plan: CachePlan, target: Console) -> None:
     """The hit rates as a table."""
     from rich.table import Table
 
-    from ..evaluation.sizes import format_bytes
+    from ..checkpoints.adapter_sizes import format_bytes
 
     used = ", ".join(f"{name} {number}" for name, number in plan.experts.items())
     target.print(f"{plan.num_requests} requests; experts by requests: {used}")
@@ -148,7 +148,7 @@ def print_speed(report: SpeedReport, target: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ..evaluation.sizes import format_bytes
+    from ..checkpoints.adapter_sizes import format_bytes
 
     settings = report.settings
     target.print(

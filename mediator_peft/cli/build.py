@@ -43,7 +43,7 @@ def build(
     if as_json:
         print_json(report.to_dict())
         return
-    from ..evaluation.sizes import read_adapter_info
+    from ..checkpoints.adapter_sizes import read_adapter_info
     from .inspect import print_info
 
     print_info(read_adapter_info(output), console())

@@ -57,7 +57,7 @@ def condense(
 def _print_report(report: CondenseReport, target: Console) -> None:
     from rich.table import Table
 
-    from ..evaluation.sizes import format_bytes
+    from ..checkpoints.adapter_sizes import format_bytes
 
     names = list(report.cosines)
     table = Table(title="Cosines of deltas", title_justify="left", pad_edge=False)

@@ -10,7 +10,7 @@ from .common import AsJson, OutputFolder, check_output, console, print_json, rea
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..evaluation.sizes import AdapterInfo
+    from ..checkpoints.adapter_sizes import AdapterInfo
 
 _LEVELS = " ▁▂▃▄▅▆▇█"
 
@@ -21,7 +21,7 @@ def inspect(out: OutputFolder, as_json: AsJson = False) -> None:
     Example:
       mediator-peft inspect out
     """
-    from ..evaluation.sizes import read_adapter_info
+    from ..checkpoints.adapter_sizes import read_adapter_info
 
     check_output(out)
     with reading_output(out):
@@ -37,7 +37,7 @@ def print_info(info: AdapterInfo, target: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ..evaluation.sizes import format_bytes
+    from ..checkpoints.adapter_sizes import format_bytes
 
     facts = info.to_dict()
     table = Table.grid(padding=(0, 2))

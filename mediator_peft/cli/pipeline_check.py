@@ -87,7 +87,7 @@ def _existing(faults: list[str], output: Path, experts: list[str]) -> list[str]:
 
 
 def _has_router(output: Path) -> bool:
-    from ..evaluation.sizes import read_adapter_info
+    from ..checkpoints.adapter_sizes import read_adapter_info
 
     if not output.is_dir():
         return False

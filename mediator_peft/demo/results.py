@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..checkpoints.adapter_sizes import format_bytes
 from ..evaluation import EvaluationReport, accuracy_table, draw_report, loss_table, routing_table
 from ..evaluation.report import share
-from ..evaluation.sizes import format_bytes
 from .runner import AVERAGE, NAMED_EXPERT, ROUTED_EXPERT
 
 _LONGEST_SAMPLE = 100

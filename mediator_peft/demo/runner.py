@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.adapter_files import find_adapter
+from ..checkpoints.adapter_sizes import AdapterInfo, read_adapter_info
 from ..evaluation import (
     NAMED,
     ROUTED,
@@ -25,7 +26,6 @@ from ..evaluation import (
     write_json,
 )
 from ..evaluation.fit_and_save import fit_and_save
-from ..evaluation.sizes import AdapterInfo, read_adapter_info
 from ..merge.offline import build_mediator
 from ..progress import bar_progress
 from ..tuner.config import MediatorConfig

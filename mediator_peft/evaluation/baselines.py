@@ -103,7 +103,7 @@ def restored_from_job(
         for view in ModelViews(method, job):
             yield view.whole()
 
-    return RestoredExperts(row, tensors, method.contexts.values(), sorted(experts), job.dtype, **parameters)
+    return RestoredExperts(row, tensors, method.contexts.values(), sorted(experts), job.dtype.torch, **parameters)
 
 
 def parse_baseline(text: str) -> tuple[str, str]:

@@ -47,7 +47,7 @@ def logit_differences(
     for name, other in against.items():
         with torch.no_grad():
             ours = model(input_ids=tokens, expert_weights=name).logits
-            theirs = _original(str(other), name, base, allow_pickle)(input_ids=tokens).logits
+            theirs = original_model(str(other), name, base, allow_pickle)(input_ids=tokens).logits
         found[name] = _largest(ours - theirs)
     return found
 
@@ -56,8 +56,12 @@ def _largest(difference: Tensor) -> float:
     return float(difference.abs().max())
 
 
-def _original(path: str, name: str, base: str | os.PathLike[str] | None, allow_pickle: bool) -> Any:
-    """An expert's own model, in float32."""
+def original_model(path: str, name: str, base: str | os.PathLike[str] | None, allow_pickle: bool) -> Any:
+    """An expert's own model, in float32.
+
+    Raises:
+        CheckpointError: it cannot be read, or is a LoRA and its base is missing.
+    """
     expert: Checkpoint = open_checkpoint(path, f"expert {name!r}", allow_pickle)
     if isinstance(expert, LoraCheckpoint):
         if base is None:
@@ -66,7 +70,7 @@ def _original(path: str, name: str, base: str | os.PathLike[str] | None, allow_p
         expert.bind(named_as_in_model(base_model, outline_of(base_model)), {})
     expert = named_as_in_model(expert, outline_of(expert))
     model: nn.Module = auto_class(expert.config).from_config(expert.config, dtype=torch.float32)
-    state = {key: expert.read(key).float() for key in expert.tensors}
+    state = {key: expert.tensor(key).float() for key in expert.tensors}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()  # type: ignore[operator]
     return model.eval()

@@ -338,7 +338,7 @@ def _put_together(
     partial: Path, num_groups: int, shapes: Mapping[str, tuple[int, ...]], header: Mapping[str, str], target: Path
 ) -> None:
     """One file of all groups, in place when it is on the disk."""
-    head, places = lay_out({name: (torch.float32, shape) for name, shape in shapes.items()}, header)
+    head, places = lay_out({name: ("F32", shape) for name, shape in shapes.items()}, header)
     new = partial / "whole.new"
     try:
         with open(new, "wb") as output:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, UnsupportedError
+from ..storage import BFLOAT16, FLOAT64, FloatType, as_array
 from . import numpy_kernels
 from .numpy_kernels import (
     CHUNK_ROWS,
@@ -50,6 +51,7 @@ __all__ = [
     "move_kept",
     "native",
     "put_bits",
+    "rounded",
     "row_offsets",
     "sparse_product",
     "take_bits",
@@ -492,22 +494,43 @@ def mark_tile(jobs: Sequence[MarkJob]) -> list[tuple[int, int]]:
 
 
 def merge_tile(sources: Sequence[Array], is_mean: bool, backbone: Array, energies: NDArray[np.float64]) -> None:
-    """Merge rows of bfloat16 weights: subtracted, averaged and rounded.
+    """Merge rows of weights: subtracted, averaged and rounded.
 
     Args:
-        sources: K + 1 times (r, I) uint16, the bits of bfloat16: rows of the base, then of the experts.
+        sources: K + 1 times (r, I), rows of the base, then of the experts: float32, or uint16 (the bits of bfloat16).
         is_mean: whether the backbone is the mean of the experts; else it is the base.
-        backbone: (r, I) uint16, written.
+        backbone: (r, I) of the same dtype, written.
         energies: (r,), written: squared norm of each row of the sum of the task vectors.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
     for source in sources:
-        _check("source", source, (_UINT16,), backbone.shape)
-    _check_writable("backbone", backbone, (_UINT16,), backbone.shape)
+        _check("source", source, (backbone.dtype,), backbone.shape)
+    _check_writable("backbone", backbone, (_FLOAT32, _UINT16), backbone.shape)
     _check_writable("energies", energies, (_FLOAT64,), (len(backbone),))
     (native() or numpy_kernels).merge_tile(sources, is_mean, backbone, energies)
+
+
+def rounded(values: Array, kind: FloatType) -> Array:
+    """Weights in another floating-point type, by way of float32, rounded to nearest even.
+
+    Args:
+        values: (*shape) float64, float32, float16 or uint16 (the bits of bfloat16).
+        kind: the type wanted.
+
+    Returns:
+        (*shape); the array itself where it is of that type.
+    """
+    if values.dtype == kind.array:
+        return values
+    if values.dtype != _UINT16 and kind == FLOAT64:
+        return values.astype(_FLOAT64)
+    with np.errstate(over="ignore"):
+        wide = values if values.dtype == _FLOAT32 else widened(values)
+    if kind == BFLOAT16 and (kernels := native()) is not None:
+        return kernels.to_bfloat16(np.ascontiguousarray(wide))
+    return narrowed(wide, kind.array)
 
 
 def take_bits(bitmap: Array, mask: Array, num_columns: int) -> Array:
@@ -541,16 +564,6 @@ def put_bits(bitmap: Array, choice: NDArray[np.bool_], num_columns: int) -> Arra
     _check_writable("bitmap", bitmap, (_UINT8,), (len(bitmap), (num_columns + 7) // 8))
     kernels.put_bits(np.packbits(choice, bitorder="little"), bitmap)
     return bitmap
-
-
-def as_array(tensor: Array | Tensor) -> NDArray[Any]:
-    """A tensor's memory as the kernels read it: bfloat16, which numpy does not know, as its bits. Arrays stay."""
-    if isinstance(tensor, np.ndarray):
-        return tensor
-    import torch
-
-    plain = tensor.detach()
-    return (plain.view(torch.uint16) if plain.dtype == torch.bfloat16 else plain).numpy()
 
 
 def _place_of(owner: Array | Tensor) -> Callable[[], int]:

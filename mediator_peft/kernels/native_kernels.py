@@ -123,7 +123,8 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "change": [ctypes.c_void_p, ctypes.c_int64],
     "move": [ctypes.c_void_p, ctypes.c_int64],
     "mark": [ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64],
-    "merge": [ctypes.c_void_p, *[ctypes.c_int64] * 4, ctypes.c_void_p, ctypes.c_void_p],
+    "merge": [ctypes.c_int64, ctypes.c_void_p, *[ctypes.c_int64] * 4, ctypes.c_void_p, ctypes.c_void_p],
+    "narrow": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p],
     "take_bits": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p],
     "put_bits": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64],
     "use_host_team": [ctypes.c_void_p],
@@ -358,12 +359,20 @@ def mark_tile(jobs: Sequence[Any]) -> list[tuple[int, int]]:
 
 
 def merge_tile(sources: Sequence[Array], is_mean: bool, backbone: Array, energies: NDArray[np.float64]) -> None:
-    """Merge rows of bfloat16 weights; see ``numpy_kernels.merge_tile``."""
+    """Merge rows of weights; see ``numpy_kernels.merge_tile``."""
     places = (ctypes.c_void_p * len(sources))(*map(address, sources))
     rows, columns = backbone.shape
+    form, num_experts = FORMS[backbone.dtype], len(sources) - 1
     library().mediator_merge(
-        ctypes.addressof(places), len(sources) - 1, is_mean, rows, columns, address(backbone), address(energies)
+        form, ctypes.addressof(places), num_experts, is_mean, rows, columns, address(backbone), address(energies)
     )
+
+
+def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Contiguous numbers rounded to nearest even; see ``dispatch.rounded``."""
+    rounded = np.empty(values.shape, np.uint16)
+    library().mediator_narrow(address(values), values.size, address(rounded))
+    return rounded
 
 
 def take_bits(bitmap: Array, mask: Array, num_ones: int) -> Array:

@@ -175,7 +175,7 @@ def mark_tile(jobs: Sequence[MarkJob]) -> list[tuple[int, int]]:
 
 
 def merge_tile(sources: Sequence[Array], is_mean: bool, backbone: Array, energies: NDArray[np.float64]) -> None:
-    """Merge rows of bfloat16 weights; see ``dispatch.merge_tile``."""
+    """Merge rows of weights; see ``dispatch.merge_tile``."""
     base = widened(sources[0])
     with np.errstate(over="ignore", invalid="ignore"):
         # What is added to -0.0 stays as it is, even -0.0.
@@ -184,7 +184,7 @@ def merge_tile(sources: Sequence[Array], is_mean: bool, backbone: Array, energie
             total += widened(source) - base
         energies[:] = row_sums(np.square(total))
         merged = total / np.float32(len(sources) - 1) + base if is_mean else base + np.float32(0)
-    backbone[:] = narrowed(merged, np.uint16)
+    backbone[:] = narrowed(merged, backbone.dtype)
 
 
 def take_bits(bitmap: Array, mask: Array, num_columns: int) -> Array:

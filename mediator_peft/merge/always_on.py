@@ -9,21 +9,24 @@ for all experts, so :math:`\alpha` and :math:`\omega` are means over the experts
 from __future__ import annotations
 
 from math import exp, isfinite
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..bank.column_map import identity_rows
-from ..bank.sparse_delta import SparseDelta
+from ..bank.packed_arrays import PackedArrays
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.opening import open_checkpoints
 from ..config import ALWAYS, ALWAYS_PREFIX, MediatorSettings
+from ..deferred import torch
 from ..errors import ConfigError
+from ..storage import FloatType
 from .compatibility import Job, check_job
 from .delta_packing import pack_delta
 from .distance import sampled_norms
 from .tensor_work import Task, deltas_needed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 _RATE = 200.0
 _SHARE = 0.5
@@ -74,7 +77,7 @@ def with_always(job: Job, config: MediatorSettings, allow_pickle: bool = False, 
     return job._replace(always=found) if found else job
 
 
-def always_deltas(job: Job, config: MediatorSettings, task: Task) -> dict[str, SparseDelta]:
+def always_deltas(job: Job, config: MediatorSettings, task: Task) -> dict[str, PackedArrays]:
     """The always-on deltas of one tensor, by the names of their columns."""
     if task.density is None:
         return {}
@@ -90,7 +93,8 @@ def always_deltas(job: Job, config: MediatorSettings, task: Task) -> dict[str, S
                 for expert, own in _scaled(job, task.name, always)
             ) / len(job.experts)
             delta = delta * mean
-        packed[column] = pack_delta(config, f"{task.name}/{column}", delta, task.density, job.dtype, bias)
+        kept = pack_delta(config, f"{task.name}/{column}", delta, task.density, job.dtype, bias)
+        packed[column] = PackedArrays.of(kept)
     return packed
 
 
@@ -152,10 +156,10 @@ def _scaled(job: Job, tensor: str, always: AlwaysOn) -> list[tuple[Checkpoint, T
     return [(expert, difference * scale) for expert, scale in zip(experts, _alphas(job, always), strict=True)]
 
 
-def _difference(always: AlwaysOn, tensor: str, dtype: torch.dtype) -> Tensor:
+def _difference(always: AlwaysOn, tensor: str, dtype: FloatType) -> Tensor:
     return _rows(always.checkpoint, tensor, dtype) - _rows(always.reference, tensor, dtype)
 
 
-def _rows(checkpoint: Checkpoint, tensor: str, dtype: torch.dtype) -> Tensor:
+def _rows(checkpoint: Checkpoint, tensor: str, dtype: FloatType) -> Tensor:
     """A whole tensor, rounded to the storage dtype: float32."""
-    return checkpoint.read(tensor).to(dtype).float()
+    return checkpoint.tensor(tensor).to(dtype.torch).float()

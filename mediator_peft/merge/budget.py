@@ -97,7 +97,7 @@ def estimated_scores(merge: Merge) -> list[float]:
         tiles = TensorTiles(task.name, checkpoints, job.dtype, "average", space, task.is_transposed)
         size = prod(tiles.shape)
         sample = tiles.sample()
-        weight = size / max(1, sample.backbone.numel())
+        weight = size / max(1, sample.backbone.size)
         counts = score.counts(task_vector_statistics(sample.task_vectors(), config.conflict_density)) * weight
         block = merge.blocks[task.name.removesuffix(".weight")]
         totals[block] = totals[block] + counts if block in totals else counts
@@ -152,11 +152,11 @@ def sampled(merge: Merge) -> Merge:
         # Sorted, so that nothing hangs on the order of the experts.
         for column in sorted(deltas_needed(config)):
             number = 0 if column == FALLBACK_EXPERT else 1 + names.index(column)
-            magnitudes = sample.delta(number).abs().flatten()
-            if magnitudes.numel() >= 2 * _SAMPLED:
+            magnitudes = np.abs(sample.delta(number)).reshape(-1)
+            if magnitudes.size >= 2 * _SAMPLED:
                 # An odd stride does not stay in a few columns.
-                magnitudes = magnitudes[:: (magnitudes.numel() // _SAMPLED) | 1]
-            samples.setdefault(task.name, {})[column] = np.sort(magnitudes.numpy())
+                magnitudes = magnitudes[:: (magnitudes.size // _SAMPLED) | 1]
+            samples.setdefault(task.name, {})[column] = np.sort(magnitudes)
     return replace(merge, samples=samples)
 
 

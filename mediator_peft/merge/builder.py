@@ -8,21 +8,21 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ..bank.sparse_delta import SparseDelta
 from ..checkpoints.fingerprint import sample, sampled_names
 from ..checkpoints.opening import Checkpoint, MeanCheckpoint
 from ..config import MediatorSettings
+from ..deferred import forget, torch, when_used
 from ..errors import ConfigError
 from ..methods.conflict import CONFLICT_SCORES
 from ..methods.merging import MERGE_METHODS
 from ..progress import Progress, no_progress
+from ..storage import Array, to_tensor
 from ..structure import OUTSIDE, gates_named, select_layers, targets_in_blocks
 from .always_on import always_deltas
 from .block_plan import BlockPlan, check_block_numbers, choose_blocks
@@ -34,6 +34,9 @@ from .merge_job import Merge
 from .model_method import method_for
 from .report import BuildReport, summarize_errors
 from .tensor_work import BASE, CARRIED, MERGED, Task, TensorWork
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass
@@ -128,9 +131,9 @@ def merge_in_memory(
         merge = shared_out(plan_merge(job, config))
         merge = grouped(replace(merge, method=merge.method.prepared(merge.job)))
     job = merge.job
-    backbone = {name: torch.empty(shape, dtype=job.dtype) for name, shape in job.stored.items()}
+    backbone = {name: np.empty(shape, job.dtype.array) for name, shape in job.stored.items()}
 
-    def write(name: str, start: int, rows: Tensor) -> None:
+    def write(name: str, start: int, rows: Array) -> None:
         target = backbone[job.stored_name(name)].reshape(-1, *rows.shape[1:])
         first = job.stored_row(name, start)
         target[first : first + len(rows)] = rows
@@ -142,7 +145,8 @@ def merge_in_memory(
             result = work(task)
             result.deltas |= always_deltas(job, config, task)
             if result.deltas:
-                bank.deltas[task.name.removesuffix(".weight")] = result.deltas
+                deltas = {column: delta.as_tensors() for column, delta in result.deltas.items()}
+                bank.deltas[task.name.removesuffix(".weight")] = deltas
             names = [name for name in (task.name, task.bias) if name in merge.sampled]
             done.append(finished(result, {name: sample(backbone[name]) for name in names if name is not None}))
             advance()
@@ -150,18 +154,25 @@ def merge_in_memory(
     built, report = conclude(merge, done, samples)
     bank.deltas = {name: bank.deltas[name] for name in built.routed_modules or []}
     report.seconds = time.perf_counter() - started
-    return bank, backbone, built, report
+    return bank, {name: to_tensor(weight) for name, weight in backbone.items()}, built, report
 
 
 @contextmanager
 def single_thread() -> Iterator[None]:
     """Let torch work in this thread alone: results do not depend on the number of cores, and none spins idly."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before: list[int] = []
+
+    def keep_to_one() -> None:
+        before.append(torch.get_num_threads())
+        torch.set_num_threads(1)
+
+    when_used(keep_to_one)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        forget(keep_to_one)
+        for number in before:
+            torch.set_num_threads(number)
 
 
 def conclude(
@@ -236,7 +247,7 @@ def sources(job: Job) -> dict[str, object]:
     return {
         "base": job.base.source,
         "experts": {name: checkpoint.source for name, checkpoint in job.experts.items()},
-        "storage_dtype": str(job.dtype).removeprefix("torch."),
+        "storage_dtype": str(job.dtype),
     }
 
 
@@ -261,7 +272,7 @@ def _report(
     return BuildReport(
         output=None,
         experts=list(config.experts),
-        storage_dtype=str(job.dtype).removeprefix("torch."),
+        storage_dtype=str(job.dtype),
         base_was_rounded=base_was_rounded(job),
         conflict=conflict,
         conflict_score=config.conflict_score,
@@ -278,15 +289,14 @@ def _report(
 def base_was_rounded(job: Job) -> bool:
     """Whether the base came in a finer dtype than that in which the backbone is stored."""
     dtypes = {info.dtype for info in job.base.tensors.values() if info.dtype}
-    return any(torch.finfo(dtype).eps < torch.finfo(job.dtype).eps for dtype in dtypes)
+    return any(dtype.num_digits > job.dtype.num_digits for dtype in dtypes)
 
 
 def input_notes(merge: Merge) -> list[str]:
     """What was done to make base and experts fit, and what is merged how."""
     job, notes = merge.job, [*merge.job.notes, *_structure_notes(merge)]
     if base_was_rounded(job):
-        storage = str(job.dtype).removeprefix("torch.")
-        notes.append(f"the base was rounded to {storage}, the experts' dtype, before differences were taken")
+        notes.append(f"the base was rounded to {job.dtype}, the experts' dtype, before differences were taken")
     if isinstance(job.base, MeanCheckpoint):
         notes.append("no base was given: differences were taken to the mean of the experts")
     if merge.config.depth_scaling is not None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
 from ..checkpoints.checkpoint import Checkpoint, TensorInfo
 from ..checkpoints.fused_parts import Part, parts_of, split_checkpoint
 from ..checkpoints.lora import LoraCheckpoint
@@ -17,6 +15,7 @@ from ..checkpoints.tensor_inventory import Outline, outline_of
 from ..checkpoints.tied_head import settle_heads, tied_sources
 from ..checkpoints.vocabulary import aligned
 from ..errors import CheckpointError, CheckpointMismatchError, UnsupportedError
+from ..storage import FLOAT32, FloatType
 from ..structure import Structure
 from .config_comparison import compare_configs
 
@@ -32,7 +31,7 @@ class Job(NamedTuple):
     names: list[str]
     """Tensors to merge: those of the base, without names that are tied to another."""
 
-    dtype: torch.dtype
+    dtype: FloatType
     """In which differences are taken and the backbone is stored: the coarsest of the experts'."""
 
     notes: tuple[str, ...] = ()
@@ -152,7 +151,7 @@ def examine_job(base: Checkpoint, experts: Mapping[str, Checkpoint], may_untie: 
         odd = [name for name in reference if name in checkpoint.tensors and checkpoint.tensors[name].dtype is None]
         faults += _listed(f"{checkpoint.label} has tensors that are no plain floating point (quantised?)", odd)
     dtypes = {info.dtype for expert in experts.values() for info in expert.tensors.values() if info.dtype}
-    dtype = coarsest(sorted(dtypes, key=str) or [torch.float32])
+    dtype = coarsest(sorted(dtypes, key=str) or [FLOAT32])
     parameters = (outline.names - outline.buffers) & set(names)
     return Job(base, experts, outline.structure, names, dtype, notes, parameters), faults
 
@@ -184,9 +183,9 @@ def _tensor_faults(
     )
 
 
-def coarsest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+def coarsest(dtypes: Sequence[FloatType]) -> FloatType:
     """The dtype with the fewest digits, e.g. bfloat16 of (float32, bfloat16)."""
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    return min(dtypes, key=lambda dtype: dtype.num_digits)
 
 
 def _refuse_other_class(base: Checkpoint, outline: Outline) -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
 from zlib import crc32
-
-import torch
-from torch import Tensor
 
 from ..bank.sparse_delta import SparseDelta
 from ..checkpoints.checkpoint import Checkpoint
 from ..config import MediatorSettings
+from ..deferred import torch
 from ..methods.encoding.base import Precision
 from ..methods.sparsifying import SPARSIFIERS
 from ..methods.sparsifying.svd import low_rank, rank_of_density
+from ..storage import FloatType
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def pack_delta(
-    config: MediatorSettings, name: str, delta: Tensor, density: float, dtype: torch.dtype, bias: Tensor | None
+    config: MediatorSettings, name: str, delta: Tensor, density: float, dtype: FloatType, bias: Tensor | None
 ) -> SparseDelta:
     """Thin out a whole delta and pack it.
 
@@ -38,7 +41,7 @@ def pack_delta(
     kept = sparsifier(delta, density, generator) != 0
     gain = 1 / density if sparsifier.rescales else 1.0
     # At density 1 numbers are kept in float32, so that nothing is lost.
-    precision = Precision(None if density == 1.0 else dtype, config.rescale, gain)
+    precision = Precision(None if density == 1.0 else dtype.torch, config.rescale, gain)
     return SparseDelta.from_dense(delta, kept, config.encoding, precision, bias)
 
 

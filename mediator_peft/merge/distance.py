@@ -5,10 +5,13 @@ from __future__ import annotations
 from math import isfinite, sqrt
 from typing import NamedTuple
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import CheckpointMismatchError
+from ..kernels.dispatch import rounded
+from ..storage import FLOAT64
 from .compatibility import Job
 
 UNUSUAL = 0.5
@@ -64,10 +67,10 @@ def distances(job: Job) -> dict[str, Distance]:
         for name, ours in base.items():
             theirs = _sample(expert, name)
             furthest = max(furthest, (_relative(ours, theirs), name))
-            own += float(theirs.square().sum())
-            shared += float(ours.square().sum())
+            own += float(np.square(theirs).sum())
+            shared += float(np.square(ours).sum())
             inner += float((theirs * ours).sum())
-            apart += float((theirs - ours).square().sum())
+            apart += float(np.square(theirs - ours).sum())
         if not all(isfinite(number) for number in (own, shared, inner, apart)) or not own:
             continue
         relative = sqrt(apart / shared) if shared else float("inf")
@@ -75,7 +78,7 @@ def distances(job: Job) -> dict[str, Distance]:
     return found
 
 
-def sampled_differences(job: Job) -> dict[str, list[torch.Tensor]]:
+def sampled_differences(job: Job) -> dict[str, list[NDArray[np.float64]]]:
     """Expert name → rows of its task vector, (n, I) float64 a matrix: those that :func:`distances` looks at."""
     base = _samples(job, job.base)
     return {
@@ -86,7 +89,7 @@ def sampled_differences(job: Job) -> dict[str, list[torch.Tensor]]:
 def sampled_norms(job: Job, reference: Checkpoint, checkpoint: Checkpoint) -> float:
     """Norm of the difference of two checkpoints over the rows that :func:`distances` looks at."""
     ours = _samples(job, reference)
-    return sqrt(sum(float((_sample(checkpoint, name) - rows).square().sum()) for name, rows in ours.items()))
+    return sqrt(sum(float(np.square(_sample(checkpoint, name) - rows).sum()) for name, rows in ours.items()))
 
 
 def check_distances(job: Job, allow_distant: bool = False) -> list[str]:
@@ -128,22 +131,23 @@ def check_distances(job: Job, allow_distant: bool = False) -> list[str]:
     return warnings + faults
 
 
-def _samples(job: Job, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+def _samples(job: Job, checkpoint: Checkpoint) -> dict[str, NDArray[np.float64]]:
     """Matrix → some of its rows, for up to 24 matrices of the blocks."""
     known = set(job.names)
     names = [f"{layer.name}.weight" for layer in job.structure.layers if f"{layer.name}.weight" in known]
     return {name: _sample(checkpoint, name) for name in names[:: max(1, -(-len(names) // _MATRICES))]}
 
 
-def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    norm = float(ours.norm())
-    return float((theirs - ours).norm()) / norm if norm else 0.0
+def _relative(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:
+    norm = float(np.linalg.norm(ours))
+    return float(np.linalg.norm(theirs - ours)) / norm if norm else 0.0
 
 
-def _sample(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+def _sample(checkpoint: Checkpoint, name: str) -> NDArray[np.float64]:
     rows = checkpoint.tensors[name].shape[0]
     groups = [(0, rows)]
     if rows > _GROUPS * _GROUP_ROWS:
         starts = [rows * number // _GROUPS for number in range(_GROUPS)]
         groups = [(start, start + _GROUP_ROWS) for start in starts]
-    return checkpoint.read_groups(name, groups).to(torch.float64, copy=True)
+    # What is read lies in a buffer that the next reading uses.
+    return rounded(checkpoint.read_groups(name, groups), FLOAT64).copy()

@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ..bank.column_map import average_linkage, identity_rows, new_family
 from ..config import MediatorSettings
+from ..deferred import torch
+from ..kernels.dispatch import rounded
+from ..storage import to_tensor
 from .always_on import always_rows
 from .family_packing import MIN_COSINE, Groups
 from .merge_job import Merge
 from .tensor_work import deltas_needed
 from .tiles import TensorTiles, Workspace
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 Rows = dict[str, dict[str, float]]
 
@@ -87,7 +94,7 @@ def _sampled_products(merge: Merge, names: Sequence[str]) -> tuple[Tensor, list[
         method = merge.method.of_tensor(task.name, task.is_transposed) if is_sampled else "average"
         tiles = TensorTiles(task.name, checkpoints, job.dtype, method, space, task.is_transposed)
         sample = tiles.sample()
-        deltas = torch.stack([sample.delta(1 + number).flatten() for number in range(len(names))]).double()
+        deltas = to_tensor(np.stack([sample.delta(1 + number).reshape(-1) for number in range(len(names))])).double()
         gram += deltas @ deltas.T * (prod(tiles.shape) / max(1, deltas.shape[1]))
         for number in range(len(names)):
             for other in range(number):
@@ -99,7 +106,9 @@ def _are_equal(merge: Merge, first: str, second: str) -> bool:
     """Whether two experts are the same, tensor by tensor, in the storage dtype."""
     job = merge.job
     ours, theirs = job.experts[first], job.experts[second]
-    return all(torch.equal(ours.read(name).to(job.dtype), theirs.read(name).to(job.dtype)) for name in job.names)
+    return all(
+        np.array_equal(rounded(ours.read(name), job.dtype), rounded(theirs.read(name), job.dtype)) for name in job.names
+    )
 
 
 def _notes(

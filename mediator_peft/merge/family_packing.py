@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..bank.sparse_delta import SparseDelta
 from ..config import MediatorSettings
+from ..deferred import torch
+from ..storage import FloatType
 from .delta_packing import pack_delta
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 MIN_COSINE = 0.3
 """Mean cosine of deltas from which on experts become a family: from .2 to .3 on, a shared delta with residuals is
@@ -47,7 +50,7 @@ def pack_family(
     deltas: Mapping[str, Tensor],
     biases: Mapping[str, Tensor],
     densities: tuple[float, float],
-    dtype: torch.dtype,
+    dtype: FloatType,
 ) -> dict[str, SparseDelta]:
     r"""One tensor's deltas of a family: :math:`F = \operatorname{thin} \frac1m \sum_k \Delta_k`, then each
     :math:`\operatorname{thin}(\Delta_k - F)`.
@@ -82,7 +85,7 @@ def residual(
     bias: Tensor | None,
     shared: SparseDelta,
     density: float,
-    dtype: torch.dtype,
+    dtype: FloatType,
 ) -> SparseDelta:
     """What a member's delta (O, I) float32 has beside the shared one, thinned out."""
     rest = None if bias is None or shared.bias is None else bias - shared.bias.cpu()

@@ -9,13 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from statistics import median
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..kernels.dispatch import rounded
+from ..kernels.numpy_kernels import widened
+from ..methods.sparsifying.selection import Floats
+from ..storage import FloatType
 from .compatibility import Job
 from .distance import sampled_differences
+
+if TYPE_CHECKING:
+    pass
+
 
 UNUSUAL_ROW = 30.0
 """Robust z-score from which on an embedding row is listed. See docs/building.md for what fine-tunes have."""
@@ -38,7 +46,7 @@ def hints(job: Job) -> list[str]:
     return [*_row_hints(job), *_expert_hints(job)]
 
 
-def robust_scores(values: Tensor) -> Tensor:
+def robust_scores(values: Floats) -> Floats:
     r"""How far each value lies above the median, in robust standard deviations.
 
     .. math:: z_i = 0.6745\, (x_i - \operatorname{median} x) / \operatorname{MAD} x
@@ -46,27 +54,33 @@ def robust_scores(values: Tensor) -> Tensor:
     Iglewicz and Hoaglin (1993).
 
     Args:
-        values: (N,)
+        values: (N,) float32
 
     Returns:
-        (N,) float32; zeros where more than half of all values are equal.
+        (N,); zeros where more than half of all values are equal.
     """
-    apart = values.float() - values.float().median()
-    spread = apart.abs().median()
-    return 0.6745 * apart / spread if spread > 0 else torch.zeros_like(apart)
+    apart = values - _median(values)
+    spread = _median(np.abs(apart))
+    return np.float32(0.6745) * apart / spread if spread > 0 else np.zeros_like(apart)
 
 
-def unusual_rows(norms: Tensor) -> list[tuple[int, float]]:
+def _median(values: Floats) -> np.float32:
+    """The middle value; of an even number the smaller of both."""
+    middle: np.float32 = np.sort(values)[(len(values) - 1) // 2]
+    return middle
+
+
+def unusual_rows(norms: Floats) -> list[tuple[int, float]]:
     """(row, z-score) of rows of a difference that moved much further than most that moved, the furthest first.
 
     Args:
         norms: (N,) norm of each row of the difference. Rows that did not move are not counted.
     """
-    moved = torch.nonzero(norms > 0).flatten()
+    moved = np.flatnonzero(norms > 0)
     if len(moved) < _FEWEST_ROWS:
         return []
     scores = robust_scores(norms[moved])
-    order = scores.argsort(descending=True, stable=True)
+    order = np.argsort(-scores, kind="stable")
     return [(int(moved[place]), float(scores[place])) for place in order.tolist() if scores[place] >= UNUSUAL_ROW]
 
 
@@ -87,14 +101,16 @@ def _row_hints(job: Job) -> Iterator[str]:
                 )
 
 
-def _row_norms(base: Checkpoint, expert: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
+def _row_norms(base: Checkpoint, expert: Checkpoint, name: str, kind: FloatType) -> Floats:
     """Norm of each row of the difference, both rounded to one dtype: (N,) float32."""
     rows, norms = base.tensors[name].shape[0], []
     for start in range(0, rows, _CHUNK):
         stop = min(rows, start + _CHUNK)
-        ours = base.read_rows(name, start, stop).to(dtype).to(torch.float32, copy=True)
-        norms.append((expert.read_rows(name, start, stop).to(dtype).float() - ours).norm(dim=1))
-    return torch.cat(norms)
+        ours, theirs = (
+            widened(rounded(checkpoint.read_rows(name, start, stop), kind)) for checkpoint in (base, expert)
+        )
+        norms.append(np.linalg.norm(theirs - ours, axis=1))
+    return np.concatenate(norms)
 
 
 def _expert_hints(job: Job) -> Iterator[str]:
@@ -103,9 +119,9 @@ def _expert_hints(job: Job) -> Iterator[str]:
     sizes: dict[str, float] = {}
     shares: dict[str, float] = {}
     for name, differences in sampled_differences(job).items():
-        energy = sum(float(rows.square().sum()) for rows in differences)
+        energy = sum(float(np.square(rows).sum()) for rows in differences)
         if energy > 0:
-            top = sum(float(torch.linalg.matrix_norm(rows, 2)) ** 2 for rows in differences)
+            top = sum(float(np.linalg.norm(rows, 2)) ** 2 for rows in differences)
             sizes[name], shares[name] = energy**0.5, top / energy
     for values, what in (
         (sizes, "its task vector is {ratio:.1f} times as large as the median expert's"),

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from ..bank.layer_bank import delta_buffers, to_disk
+from ..bank.packed_arrays import to_disk
 from ..checkpoints.adapter_files import bank_key
-from ..checkpoints.headers import DTYPES, Stored, lay_out, read_header, read_into
+from ..checkpoints.headers import Stored, lay_out, read_header, read_into
+from ..storage import code_of
 from .signed_selection import Errors
 from .tensor_work import TensorResult
 
-_DTYPES = {**DTYPES, "U8": torch.uint8}
 _META = "mediator"
 
 _MOST_FILES = 200
@@ -81,18 +80,18 @@ class JournalStore:
     def put(self, number: int, layer: str, result: TensorResult, info: Finished) -> None:
         """Keep one tensor's result."""
         tensors = {
-            bank_key(layer, buffer): to_disk(buffer, tensor).contiguous()
+            bank_key(layer, key): to_disk(key, array)
             for column, delta in result.deltas.items()
-            for buffer, tensor in delta_buffers(column, delta).items()
+            for key, array in delta.buffers(column).items()
         }
-        shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        shapes = {name: (code_of(array), array.shape) for name, array in tensors.items()}
         head, places = lay_out(shapes, {_META: info.to_json()})
         target = self.path(number)
         partial = target.with_suffix(f".{os.getpid()}")
         with open(partial, "wb") as file:
             file.write(head)
             for name in sorted(tensors, key=lambda name: places[name].offset):
-                file.write(tensors[name].view(torch.uint8).numpy().data)
+                file.write(tensors[name].view(np.uint8).data)
         os.replace(partial, target)
         self._known[number] = info
 
@@ -116,9 +115,9 @@ class JournalStore:
 
 
 def _join(sources: Mapping[str, tuple[Path, Stored]], target: Path) -> None:
-    shapes = {name: (_DTYPES[stored.dtype], stored.shape) for name, (_, stored) in sources.items()}
+    shapes = {name: (stored.dtype, stored.shape) for name, (_, stored) in sources.items()}
     # Nothing routed and no router yet: PEFT wants a file all the same.
-    head, places = lay_out(shapes or {"empty": (torch.float32, (0,))})
+    head, places = lay_out(shapes or {"empty": ("F32", (0,))})
     descriptors: dict[Path, int] = {}
     try:
         with open(target, "wb") as file:

@@ -24,17 +24,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from math import prod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.opening import MeanCheckpoint
 from ..checkpoints.tensor_inventory import widths_of
 from ..errors import CheckpointMismatchError
+from ..kernels.numpy_kernels import widened
+from ..methods.sparsifying.selection import Floats
 from ..structure import LinearLayer
 from .compatibility import Job
+
+if TYPE_CHECKING:
+    pass
+
+
+Places = NDArray[np.int64]
 
 MOVED = 0.2
 """Relative change of the factors from which on they are looked at closely; fine-tunes usually have 0.005 to 0.05."""
@@ -75,9 +83,9 @@ class _Part(NamedTuple):
     start: int
     stop: int
 
-    def read(self, checkpoint: Checkpoint, outputs: Tensor | None = None, inputs: Tensor | None = None) -> Tensor:
+    def read(self, checkpoint: Checkpoint, outputs: Places | None = None, inputs: Places | None = None) -> Floats:
         """Some outputs and inputs, by number; None for all: (O, I) float32."""
-        every = torch.arange(self.start, self.stop)
+        every = np.arange(self.start, self.stop)
         wanted = every if outputs is None else every[outputs]
         if self.is_transposed:
             return _rows(checkpoint, self.tensor, inputs)[:, wanted].T
@@ -136,7 +144,8 @@ def lock_faults(job: Job) -> dict[str, str]:
         reference = experts.pop(min(experts))
     faults = {}
     for name, expert in experts.items():
-        found = find_locks(job, reference, expert)
+        with np.errstate(all="ignore"):
+            found = find_locks(job, reference, expert)
         if found:
             more = f"; and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
             listed = "; ".join(str(finding) for finding in found[:_LISTED])
@@ -282,7 +291,7 @@ def _values_moved(base: Checkpoint, expert: Checkpoint, module: _Attention) -> f
     """Largest relative change of a head's columns of ``W_o``, by some of its rows."""
     rows = _spread(module.parts["o"].stop, 8)
     ours, theirs = (module.parts["o"].read(checkpoint, rows) for checkpoint in (base, expert))
-    return _largest(ours.T.unflatten(0, (-1, module.head_size)), theirs.T.unflatten(0, (-1, module.head_size)))
+    return _largest(_heads(ours.T, module.head_size), _heads(theirs.T, module.head_size))
 
 
 def _queries_moved(base: Checkpoint, expert: Checkpoint, module: _Attention) -> float:
@@ -290,11 +299,11 @@ def _queries_moved(base: Checkpoint, expert: Checkpoint, module: _Attention) -> 
     changes = []
     for role in "qk":
         part, size = module.parts[role], module.head_size
-        starts = torch.arange(0, part.stop - part.start, size)
+        starts = np.arange(0, part.stop - part.start, size)
         inside = _spread(size, 2 * _PAIRS_A_HEAD)
-        rows = (starts[:, None] + inside).flatten()
+        rows = (starts[:, None] + inside).reshape(-1)
         ours, theirs = (
-            part.read(checkpoint, rows).unflatten(0, (-1, len(inside))) for checkpoint in (base, expert)
+            _heads(part.read(checkpoint, rows), len(inside)) for checkpoint in (base, expert)
         )  # fmt: skip
         changes.append(_largest(ours, theirs))
     return max(changes)
@@ -322,9 +331,9 @@ def _test_values(base: Checkpoint, expert: Checkpoint, module: _Attention) -> It
     rows = _spread(part.stop, _ROWS)
     outputs, values = [], []
     for checkpoint in (base, expert):
-        heads = module.parts["v"].read(checkpoint).unflatten(0, (-1, size))
-        queries = part.read(checkpoint, rows).T.unflatten(0, (-1, size)).transpose(1, 2)
-        outputs.append(queries.unflatten(0, (len(heads), -1)))
+        heads = _heads(module.parts["v"].read(checkpoint), size)
+        queries = _heads(part.read(checkpoint, rows).T, size).transpose(0, 2, 1)
+        outputs.append(queries.reshape(len(heads), -1, *queries.shape[1:]))
         values.append(heads)
     products = [queries @ heads[:, None] for queries, heads in zip(outputs, values, strict=True)]
     # (heads, queries a head, rows, H) each
@@ -334,7 +343,7 @@ def _test_values(base: Checkpoint, expert: Checkpoint, module: _Attention) -> It
     ]
     differs = [_change(products[0][head], products[1][head]) for head in range(len(moved))]
     yield from _heads_found(f"{module.name}, values and outputs of key-value", moved, differs)
-    total = _change(*(product.sum(dim=(0, 1)) for product in products))
+    total = _change(*(product.sum(axis=(0, 1)) for product in products))
     if is_lock(min(moved), total) and not any(map(is_lock, moved, differs)):
         yield Finding(f"{module.name}, heads in another order", min(moved), total)
 
@@ -348,14 +357,15 @@ def _test_queries(base: Checkpoint, expert: Checkpoint, module: _Attention) -> I
     factors, products = [], []
     for checkpoint in (base, expert):
         queries, keys = (
-            module.parts[role].read(checkpoint).unflatten(0, (-1, module.head_size)) for role in "qk"
+            _heads(module.parts[role].read(checkpoint), module.head_size) for role in "qk"
         )  # fmt: skip
         factors.append((queries, keys))
         scaled = [
             _normed(checkpoint, module, role, heads) for role, heads in (("q", queries[..., inputs]), ("k", keys))
         ]
-        groups = scaled[0].unflatten(0, (len(keys), -1))
-        products.append((groups.transpose(2, 3) @ scaled[1][:, None]).flatten(0, 1))
+        groups = scaled[0].reshape(len(keys), -1, *scaled[0].shape[1:])
+        product = groups.transpose(0, 1, 3, 2) @ scaled[1][:, None]
+        products.append(product.reshape(-1, *product.shape[2:]))
     number = len(factors[0][0]) // len(factors[0][1])
     moved, differs = [], []
     for head, (ours, theirs) in enumerate(zip(*products, strict=True)):
@@ -365,7 +375,7 @@ def _test_queries(base: Checkpoint, expert: Checkpoint, module: _Attention) -> I
                 _change(factors[0][1][head // number], factors[1][1][head // number]),
             )
         )
-        scale = float((ours * theirs).sum() / theirs.square().sum()) if module.norms else 1.0
+        scale = float((ours * theirs).sum() / np.square(theirs).sum()) if module.norms else 1.0
         differs.append(_change(ours, theirs * scale))
     yield from _heads_found(f"{module.name}, queries and keys of query", moved, differs)
 
@@ -375,8 +385,8 @@ def _test_neurons(base: Checkpoint, expert: Checkpoint, module: _Neurons) -> Ite
     up, down = module.parts["up"], module.parts["down"]
     rows = _spread(down.stop, _ROWS)
     columns = [down.read(checkpoint, rows).T for checkpoint in (base, expert)]
-    change = (columns[1] - columns[0]).norm(dim=1) / columns[0].norm(dim=1).clamp_min(1e-30)
-    suspects = torch.nonzero(change > MOVED).flatten()
+    change = _norms_of(columns[1] - columns[0]) / np.maximum(_norms_of(columns[0]), 1e-30)
+    suspects = np.flatnonzero(change > MOVED)
     suspects = suspects[_spread(len(suspects), _NEURONS)]
     theirs = _Pairs(up.read(expert, suspects), columns[1][suspects])
     ours = _Pairs(up.read(base, suspects), columns[0][suspects])
@@ -386,8 +396,8 @@ def _test_neurons(base: Checkpoint, expert: Checkpoint, module: _Neurons) -> Ite
         return
     every = up.read(base)
     alike = _unit(theirs.rows) @ _unit(every).T
-    best = alike.abs().argmax(dim=1)
-    elsewhere = (best != suspects) & (alike.gather(1, best[:, None])[:, 0].abs() > 0.9)
+    best = np.abs(alike).argmax(axis=1)
+    elsewhere = (best != suspects) & (np.abs(alike[np.arange(len(best)), best]) > 0.9)
     if elsewhere.sum() * 2 < len(suspects):
         return
     at_best = _Pairs(every[best], columns[0][best])
@@ -424,10 +434,10 @@ def _test_embedding(job: Job, base: Checkpoint, expert: Checkpoint) -> Iterator[
 class _Pairs(NamedTuple):
     """Rows of ``up`` (n, H) and columns of ``down`` (n, rows) of some neurons."""
 
-    rows: Tensor
-    columns: Tensor
+    rows: Floats
+    columns: Floats
 
-    def select(self, which: Tensor) -> _Pairs:
+    def select(self, which: NDArray[np.bool_]) -> _Pairs:
         """Some of them."""
         return _Pairs(self.rows[which], self.columns[which])
 
@@ -437,11 +447,11 @@ class _Pairs(NamedTuple):
 
     def product_change(self, other: _Pairs) -> float:
         """Relative change of the outer products, which are not formed."""
-        own = self.rows.square().sum(1) * self.columns.square().sum(1)
-        theirs = other.rows.square().sum(1) * other.columns.square().sum(1)
+        own = np.square(self.rows).sum(1) * np.square(self.columns).sum(1)
+        theirs = np.square(other.rows).sum(1) * np.square(other.columns).sum(1)
         inner = (self.rows * other.rows).sum(1) * (self.columns * other.columns).sum(1)
-        apart = (own + theirs - 2 * inner).sum().clamp_min(0.0)
-        return float((apart / own.sum()).sqrt()) if own.sum() else float("inf")
+        apart = np.maximum((own + theirs - 2 * inner).sum(), 0.0)
+        return float(np.sqrt(apart / own.sum())) if own.sum() else float("inf")
 
 
 def _heads_found(what: str, moved: Sequence[float], differs: Sequence[float]) -> Iterator[Finding]:
@@ -451,44 +461,56 @@ def _heads_found(what: str, moved: Sequence[float], differs: Sequence[float]) ->
         yield Finding(f"{what} heads {listed}", max(moved[h] for h in heads), max(differs[h] for h in heads))
 
 
-def _normed(checkpoint: Checkpoint, module: _Attention, role: str, heads: Tensor) -> Tensor:
+def _normed(checkpoint: Checkpoint, module: _Attention, role: str, heads: Floats) -> Floats:
     """Heads (n, d, H), times the weight of the norm of queries or keys if there is one."""
     if role not in module.norms:
         return heads
     weight = _rows(checkpoint, module.norms[role], None)
-    if weight.numel() == heads.shape[1]:
+    if weight.size == heads.shape[1]:
         return heads * weight[:, None]
-    return heads * weight.reshape(len(heads), -1, 1) if weight.numel() == len(heads) * heads.shape[1] else heads
+    return heads * weight.reshape(len(heads), -1, 1) if weight.size == len(heads) * heads.shape[1] else heads
 
 
-def _change(ours: Tensor, theirs: Tensor) -> float:
+def _heads(rows: Floats, size: int) -> Floats:
+    """Rows (n * size, H) as (n, size, H)."""
+    return rows.reshape(-1, size, *rows.shape[1:])
+
+
+def _norms_of(groups: Floats) -> Floats:
+    """Norm of each group (groups, *shape)."""
+    norms: Floats = np.sqrt(np.square(groups).sum(axis=tuple(range(1, groups.ndim))))
+    return norms
+
+
+def _change(ours: Floats, theirs: Floats) -> float:
     """Norm of the difference over that of ``ours``; infinite for zeros."""
-    norm = float(ours.norm())
-    return float((theirs - ours).norm()) / norm if norm else float("inf")
+    norm = float(np.linalg.norm(ours))
+    return float(np.linalg.norm(theirs - ours)) / norm if norm else float("inf")
 
 
-def _largest(ours: Tensor, theirs: Tensor) -> float:
+def _largest(ours: Floats, theirs: Floats) -> float:
     """Largest relative change of a group: (groups, n, m) each."""
-    norms = ours.flatten(1).norm(dim=1)
-    changes = (theirs - ours).flatten(1).norm(dim=1)[norms > 0] / norms[norms > 0]
+    norms = _norms_of(ours)
+    changes = _norms_of(theirs - ours)[norms > 0] / norms[norms > 0]
     return float(changes.max()) if len(changes) else 0.0
 
 
-def _unit(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-30)
+def _unit(rows: Floats) -> Floats:
+    norms = np.maximum(_norms_of(rows), np.float32(1e-30))
+    return np.divide(rows, norms[:, None], dtype=np.float32)
 
 
-def _spread(number: int, most: int) -> Tensor:
+def _spread(number: int, most: int) -> Places:
     """Up to ``most`` of ``number`` places, evenly spread."""
     if number <= most:
-        return torch.arange(number)
-    return torch.arange(most) * number // most
+        return np.arange(number)
+    return np.arange(most) * number // most
 
 
-def _rows(checkpoint: Checkpoint, tensor: str, rows: Tensor | None) -> Tensor:
+def _rows(checkpoint: Checkpoint, tensor: str, rows: Places | None) -> Floats:
     """Some rows of a tensor, in rising order; None for all: float32."""
     if rows is None:
-        return checkpoint.read(tensor).float()
+        return widened(checkpoint.read(tensor))
     numbers = rows.tolist()
     groups: list[tuple[int, int]] = []
     for number in numbers:
@@ -497,4 +519,4 @@ def _rows(checkpoint: Checkpoint, tensor: str, rows: Tensor | None) -> Tensor:
         else:
             groups.append((number, number + 1))
     # What is read lies in a buffer that the next reading uses.
-    return checkpoint.read_groups(tensor, groups).to(torch.float32, copy=True)
+    return widened(checkpoint.read_groups(tensor, groups))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from math import prod
 from pathlib import Path
 
@@ -21,6 +22,8 @@ _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _SELECTION = 0.375 + 0.45
 # What libraries load when they are first used, and what the allocator keeps of buffers of many sizes.
 _KEPT_BYTES = 80_000_000
+# What torch takes once it is loaded.
+_TORCH_BYTES = 200_000_000
 # While one selection is settled: a byte an entry, and positions of kept ones.
 _SETTLING = 3.5
 
@@ -71,7 +74,8 @@ def task_memory(merge: Merge, task: Task) -> int:
 def predicted_memory(merge: Merge, workers: int = 1) -> int:
     """Bytes of all processes together, with what this one holds already."""
     largest = max(task_memory(merge, task) for task in merge.tasks)
-    return workers * (resident_memory() + largest + _KEPT_BYTES)
+    coming = _TORCH_BYTES if "torch" not in sys.modules and merge.needs_torch else 0
+    return workers * (resident_memory() + largest + _KEPT_BYTES + coming)
 
 
 def workers_within(merge: Merge, workers: int, max_memory: int | None) -> int:

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checkpoints.folders import FolderCheckpoint
 from ..config import MediatorSettings
 from .block_plan import BlockPlan
 from .compatibility import Job
 from .family_packing import NO_GROUPS, Groups
 from .model_method import ModelMethod
-from .tensor_work import Task
+from .tensor_work import Task, is_one_pass
 
 
 @dataclass
@@ -49,6 +50,14 @@ class Merge:
     def sampled_fused(self) -> list[str]:
         """Those of the sampled tensors that no task writes alone; their values are looked up when all is done."""
         return sorted(self.sampled & {part.tensor for part in self.job.parts.values()})
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether torch will be imported: for all but averages of plain checkpoints with deltas of signs."""
+        config, job = self.config, self.job
+        is_plain = config.merge_method in ("average", "base") and config.depth_scaling is None and not job.always
+        is_by_kernels = is_one_pass(config) and config.for_quantization is None and config.families is None
+        return not (is_plain and is_by_kernels and all(type(each) is FolderCheckpoint for each in job.experts.values()))
 
     def task(self, name: str) -> Task:
         """The task of one tensor."""

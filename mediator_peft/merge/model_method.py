@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..checkpoints.opening import MeanCheckpoint
 from ..config import MediatorSettings
+from ..deferred import torch
 from ..errors import ConfigError
 from ..methods.merging import MERGE_METHODS, MergeMethod, TensorContext, TensorMethod
 from ..methods.merging.row import EMBEDDING, HEAD, LINEAR, OTHER
@@ -18,6 +17,9 @@ from ..structure import Structure
 from .compatibility import Job
 from .measured_models import check_measured_models
 from .tiles import TensorTiles, Workspace, check_finite
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass

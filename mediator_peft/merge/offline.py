@@ -12,9 +12,7 @@ from contextlib import ExitStack
 from dataclasses import fields, replace
 from math import prod
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.adapter_files import SUBFOLDER, WEIGHTS_FILE, write_config
 from ..checkpoints.backbone_files import BackboneFiles
@@ -33,9 +31,11 @@ from ..checkpoints.output_folder import (
 )
 from ..checkpoints.side_files import licence
 from ..config import FALLBACK_EXPERT, FORMAT_VERSION, MediatorSettings
+from ..deferred import torch
 from ..errors import ConfigError
 from ..progress import bar_progress, no_progress
 from ..ranks import Ranks
+from ..storage import Array
 from .always_on import always_deltas, with_always
 from .block_plan import read_plan
 from .budget import shared_out
@@ -60,6 +60,9 @@ from .report import BuildReport, write_report
 from .size_prediction import predicted_bytes
 from .tensor_work import TensorWork
 from .workers import check_workers, run_all
+
+if TYPE_CHECKING:
+    pass
 
 
 def build_mediator(
@@ -214,7 +217,7 @@ class Build:
         self.pieces = JournalStore(folder / JOURNAL)
         self.work = TensorWork(job.base, job.experts, merge.config, job.dtype, self._write, merge.method, merge.groups)
 
-    def _write(self, name: str, start: int, rows: Tensor) -> None:
+    def _write(self, name: str, start: int, rows: Array) -> None:
         job = self.merge.job
         self.backbone.write_rows(job.stored_name(name), job.stored_row(name, start), rows)
 
@@ -237,6 +240,8 @@ class Build:
             # In the order of the files, which are then read for their checksums at the same time.
             todo, merge_one = sorted(todo, key=self._place), self._merge_and_digest
         with single_thread(), progress("merging", len(todo)) as advance:
+            if workers > 1 and self.merge.needs_torch:
+                torch.get_num_threads()  # imported once, before there are several processes
             for _ in run_all(merge_one, todo, workers):
                 advance()
 

@@ -143,7 +143,7 @@ class PlainMerge(Build):
             experts=list(config.experts),
             merge_method=config.merge_method,
             merge_parameters={**row.defaults(), **config.merge_parameters},
-            storage_dtype=str(merge.job.dtype).removeprefix("torch."),
+            storage_dtype=str(merge.job.dtype),
             base_was_rounded=base_was_rounded(merge.job),
             files={str(path.relative_to(folder)): path.stat().st_size for path in paths},
             seconds=time.perf_counter() - started,

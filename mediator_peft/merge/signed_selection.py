@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from ..bank.packed_arrays import BIAS, MASK, PackedArrays
 from ..bank.sparse_delta import SparseDelta
+from ..deferred import torch
 from ..kernels import dispatch as kernels
 from ..methods.encoding.scales import SIGN_SCALES, RowSums
 from ..methods.sparsifying.selection import (
     Bitmap,
     Bracket,
+    Floats,
     Settled,
     TopSelection,
     bitmap_shape,
     bracket_from_sample,
     row_counts,
 )
+from ..storage import BFLOAT16, FLOAT64, Array
 from .tiles import Workspace
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 # The share of a sample by which its quantile may be off: at first, and when that missed.
 SLACK, WIDE_SLACK = 0.007, 0.05
@@ -60,14 +66,14 @@ class SignedSelection:
     sums: NDArray[np.float64]
     """(O, 3): of the squares of each row, of its magnitudes above the bracket, of their squares."""
 
-    def __init__(self, shape: tuple[int, int], density: float, sample: Tensor, bitmaps: Bitmap | None = None) -> None:
+    def __init__(self, shape: tuple[int, int], density: float, sample: Floats, bitmaps: Bitmap | None = None) -> None:
         self.shape = shape
         self._bitmaps = np.empty((3, *bitmap_shape(shape)), np.uint8) if bitmaps is None else bitmaps
         self.negative = self._bitmaps[0]
         self.num_kept = round(density * shape[0] * shape[1])
         self.settled: Settled
         self._density = density
-        self._sample = sample.abs().numpy().reshape(-1)
+        self._sample = np.abs(sample).reshape(-1)
         self.restart(self.bracket(SLACK))
 
     def bracket(self, slack: float) -> Bracket:
@@ -92,14 +98,14 @@ class SignedSelection:
         self.settled = settled
         return True
 
-    def encode(self, bias: Tensor | None, rescale: str) -> tuple[SparseDelta, Errors]:
+    def encode(self, bias: Floats | None, rescale: str) -> tuple[PackedArrays, Errors]:
         """Signs of the kept entries, and one scale a row by a key of ``SIGN_SCALES``."""
         kept = self.settled.kept.copy()
         num_kept = row_counts(kept)
         square = self.sums[:, 0]
         magnitudes, squares = self.sums[:, 1] + self.settled.extra_sum, self.sums[:, 2] + self.settled.extra_square
-        stored = torch.from_numpy(SIGN_SCALES[rescale](RowSums(square, magnitudes, num_kept))).bfloat16()
-        scales = stored.double().numpy()
+        stored = kernels.rounded(SIGN_SCALES[rescale](RowSums(square, magnitudes, num_kept)), BFLOAT16)
+        scales = kernels.rounded(stored, FLOAT64)
         errors = Errors(
             norm=float(square.sum()),
             packed=float((scales * scales * num_kept).sum()),
@@ -107,8 +113,8 @@ class SignedSelection:
             kept=float(squares.sum()),
         )
         signs = kernels.take_bits(self.negative, kept, self.shape[1])
-        parts = {"signs": torch.from_numpy(signs), "scales": stored}
-        return SparseDelta(self.shape, "sign", torch.from_numpy(kept), parts, bias), errors
+        parts = {MASK: kept, "signs": signs, "scales": stored} | ({} if bias is None else {BIAS: bias})
+        return PackedArrays(self.shape, "sign", parts), errors
 
 
 class Marking:
@@ -123,24 +129,24 @@ class Marking:
         self._selections = selections
         self._space = space
 
-    def add(self, start: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def add(self, start: int, pairs: Sequence[tuple[Array, Array]]) -> None:
         """Show the next rows.
 
         Args:
             start: number of the first.
-            pairs: for each selection a minuend and a subtrahend, (r, I); all bfloat16 or all float32.
+            pairs: for each selection a minuend and a subtrahend, (r, I); all of them float32, or all uint16 (the bits
+                of bfloat16).
         """
         if not pairs:
             return
         rows, columns = pairs[0][0].shape
         place = slice(start, start + rows)
-        arrays = {id(tensor): kernels.as_array(tensor) for pair in pairs for tensor in pair}
         # Most of it is never touched, so that it takes no memory.
-        inside = self._space.take("inside", (len(pairs), rows * columns)).numpy()
+        inside = self._space.take("inside", (len(pairs), rows * columns))
         jobs = [
             kernels.MarkJob(
-                arrays[id(minuend)],
-                arrays[id(subtrahend)],
+                minuend,
+                subtrahend,
                 each.negative[place],
                 each.selection.above[place],
                 each.selection.inside[place],

@@ -7,27 +7,29 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from ..bank.packed_arrays import PackedArrays
 from ..bank.sparse_delta import SparseDelta
 from ..checkpoints.opening import Checkpoint
 from ..config import CORRECTION, FALLBACK_EXPERT, MediatorSettings
+from ..deferred import torch
 from ..errors import UnsupportedError
+from ..kernels.numpy_kernels import widened
 from ..methods.conflict import CONFLICT_SCORES
 from ..methods.conflict.statistics import Statistics
 from ..methods.encoding.base import Precision
 from ..methods.rounding import ROUNDINGS
 from ..methods.sparsifying.magnitude import largest_mask
-from ..methods.sparsifying.selection import TINY, Bracket, bitmap_shape, smallest_kept_of_tiles
+from ..methods.sparsifying.selection import TINY, Bracket, Floats, bitmap_shape, smallest_kept_of_tiles
+from ..storage import Array, FloatType, to_tensor
 from .delta_packing import own_factors, pack_delta
 from .family_packing import NO_GROUPS, Groups, pack_family, residual_density
 from .model_method import ModelMethod
 from .signed_selection import WIDE_SLACK, Errors, Marking, SignedSelection, errors_of, errors_of_sum
 from .tiles import TensorTiles, Tile, Workspace, check_finite
 
-WriteRows = Callable[[str, int, Tensor], None]
+WriteRows = Callable[[str, int, Array], None]
 """Takes rows of a backbone tensor: (tensor name, number of the first row, rows in the storage dtype)."""
 
 
@@ -70,7 +72,7 @@ class TensorResult:
     counts: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     """Conflict score name → counts; empty where conflict is not measured."""
 
-    deltas: dict[str, SparseDelta] = field(default_factory=dict)
+    deltas: dict[str, PackedArrays] = field(default_factory=dict)
     """Column → delta."""
 
     errors: dict[str, Errors] = field(default_factory=dict)
@@ -96,7 +98,7 @@ class TensorWork:
         base: Checkpoint,
         experts: Mapping[str, Checkpoint],
         config: MediatorSettings,
-        dtype: torch.dtype,
+        dtype: FloatType,
         write: WriteRows,
         method: ModelMethod | None = None,
         groups: Groups = NO_GROUPS,
@@ -123,7 +125,7 @@ class TensorWork:
         if task.origin != MERGED:
             self._keep_base(task)
             return result
-        biases: dict[str, Tensor] = {}
+        biases: dict[str, Floats] = {}
         if task.bias is not None:
             biases = self._bias_deltas(task.bias, want_deltas=task.density is not None)
         tiles = self._tiles(task.name, task.is_transposed)
@@ -160,7 +162,7 @@ class TensorWork:
         for tile in tiles:
             check_finite(task.name, tile, self.checkpoints)
             for checkpoint, rows in zip(self.checkpoints, tile.rows, strict=True):
-                if task.origin == CARRIED and not torch.equal(rows, tile.rows[0]):
+                if task.origin == CARRIED and not np.array_equal(rows, tile.rows[0]):
                     raise UnsupportedError(
                         f"{checkpoint.label} ({checkpoint.source}) has another {task.name!r} than the base. Outside of "
                         "the language model (vision and audio encoders, projectors) nothing is merged or routed, so it "
@@ -172,58 +174,63 @@ class TensorWork:
         method = self.method.of_tensor(name, is_transposed)
         return TensorTiles(name, self.checkpoints, self.dtype, method, self._space, is_transposed)
 
-    def _bias_deltas(self, name: str, want_deltas: bool) -> dict[str, Tensor]:
+    def _bias_deltas(self, name: str, want_deltas: bool) -> dict[str, Floats]:
         """Merge a bias; what each column adds to it, whole."""
         columns = [*self.columns, *sorted(self.groups.members)]
-        deltas: dict[str, list[Tensor]] = {column: [] for column in columns}
+        deltas: dict[str, list[Floats]] = {column: [] for column in columns}
         for tile in self._tiles(name, is_transposed=False):
             check_finite(name, tile, self.checkpoints)
-            self.write(name, tile.start, tile.backbone.flatten())
+            self.write(name, tile.start, tile.backbone.reshape(-1))
             for column in columns if want_deltas else ():
-                deltas[column].append(tile.delta(self.weight_number(column)).flatten())
-        return {column: torch.cat(parts) for column, parts in deltas.items() if parts}
+                deltas[column].append(tile.delta(self.weight_number(column)).reshape(-1))
+        return {column: np.concatenate(parts) for column, parts in deltas.items() if parts}
 
     def _any_delta(
-        self, tiles: TensorTiles, task: Task, column: str, bias: Tensor | None
-    ) -> tuple[SparseDelta, Errors]:
+        self, tiles: TensorTiles, task: Task, column: str, bias: Floats | None
+    ) -> tuple[PackedArrays, Errors]:
         """One column's delta by any sparsifier and coding, as a whole matrix: slow and clear."""
         number = self.weight_number(column)
-        delta = torch.cat([tile.delta(number) for tile in tiles])
+        delta = to_tensor(np.concatenate([tile.delta(number) for tile in tiles]))
+        added = None if bias is None else to_tensor(bias)
         factors = own_factors(self.config, self.checkpoints[number], task.name, task.is_transposed)
         if factors is not None:
-            packed = SparseDelta.from_factors(*factors, bias)
+            packed = SparseDelta.from_factors(*factors, added)
         else:
             density = task.density_of(column)
-            packed = pack_delta(self.config, f"{task.name}/{column}", delta, density, self.dtype, bias)
-        return packed, errors_of(delta, packed)
+            packed = pack_delta(self.config, f"{task.name}/{column}", delta, density, self.dtype, added)
+        return PackedArrays.of(packed), errors_of(delta, packed)
 
     def _add_family(
-        self, result: TensorResult, tiles: TensorTiles, task: Task, shared: str, biases: Mapping[str, Tensor]
+        self, result: TensorResult, tiles: TensorTiles, task: Task, shared: str, biases: Mapping[str, Floats]
     ) -> None:
         """The shared delta of a family and its residuals, as whole matrices."""
         assert task.density is not None
         members = self.groups.families[shared]
-        deltas = {name: torch.cat([tile.delta(self.weight_number(name)) for tile in tiles]) for name in members}
-        own = {name: biases[name] for name in members if name in biases}
+        deltas = {
+            name: to_tensor(np.concatenate([tile.delta(self.weight_number(name)) for tile in tiles]))
+            for name in members
+        }
+        own = {name: to_tensor(biases[name]) for name in members if name in biases}
         densities = (task.density, residual_density(task.density))
         packed = pack_family(self.config, task.name, shared, deltas, own, densities, self.dtype)
-        result.deltas |= packed
+        result.deltas |= {name: PackedArrays.of(delta) for name, delta in packed.items()}
         for name in members:
             result.errors[name] = errors_of_sum(deltas[name], (packed[shared], packed[name]))
 
-    def _correction(self, tiles: TensorTiles, task: Task) -> SparseDelta:
+    def _correction(self, tiles: TensorTiles, task: Task) -> PackedArrays:
         """What quantising takes from the backbone, as far as the correction's density reaches.
 
         Errors of rounding are alike in size: the mean of what is kept is nearest to them.
         """
         assert self.config.for_quantization is not None
         # A tile lies in buffers that the next one uses.
-        backbone = torch.cat([tile.backbone.clone() for tile in tiles])
+        backbone = to_tensor(np.concatenate([tile.backbone.copy() for tile in tiles]))
         lost = backbone.float() - ROUNDINGS[self.config.for_quantization](backbone)
         kept = largest_mask(lost, self.config.correction_density)
         # Biases are not quantised.
         bias = None if task.bias is None else torch.zeros(len(lost))
-        return SparseDelta.from_dense(lost, kept, self.config.encoding, Precision(self.dtype, "mean"), bias)
+        packed = SparseDelta.from_dense(lost, kept, self.config.encoding, Precision(self.dtype.torch, "mean"), bias)
+        return PackedArrays.of(packed)
 
 
 class _OnePass:
@@ -252,32 +259,32 @@ class _OnePass:
         for column, number in zip(self.work.columns, self._numbers, strict=False):
             wanted.append((task.density_of(column), sample.delta(number)))
         # Fresh memory for each tensor would cost as much as the marking.
-        bitmaps = self.work._space.take("bitmaps", (len(wanted), 3, *bitmap_shape(shape)), torch.uint8).numpy()
+        bitmaps = self.work._space.take("bitmaps", (len(wanted), 3, *bitmap_shape(shape)), np.uint8)
         for (density, values), place in zip(wanted, bitmaps, strict=True):
             self.selections.append(SignedSelection(shape, density, values, place))
 
     def run(self) -> None:
         """The pass; a second one for any selection whose bracket missed."""
         task, work = self.task, self.work
-        held: list[Tensor] = []
+        held: list[Array] = []
         marking = Marking(self.selections, work._space)
         for tile in self.tiles:
             check_finite(task.name, tile, work.checkpoints)
             self._energies[tile.start : tile.stop] = tile.energies
             if task.is_transposed:
-                held.append(tile.backbone.clone())
+                held.append(tile.backbone.copy())
             else:
                 rest = self.tiles.stored_shape[1:]
                 work.write(task.name, tile.start, tile.backbone.reshape(-1, *rest))
             if self.selections:
                 marking.add(tile.start, self._pairs(tile))
         if held:
-            work.write(task.name, 0, torch.cat(held).T.contiguous())
+            work.write(task.name, 0, np.ascontiguousarray(np.concatenate(held).T))
         for place, signed in enumerate(self.selections):
             if not signed.settle():
                 self._mend(signed, place)
 
-    def _pairs(self, tile: Tile) -> list[tuple[Tensor, Tensor]]:
+    def _pairs(self, tile: Tile) -> list[tuple[Array, Array]]:
         """What the selections look at: task vectors, and differences of checkpoints and backbone."""
         merged = tile.merged()
         pairs = [(tile.rows[1 + number], tile.rows[0]) for number in range(self._num_trims)]
@@ -298,7 +305,7 @@ class _OnePass:
         def magnitudes() -> Iterator[NDArray[np.float32]]:
             for tile in self.tiles:
                 minuend, subtrahend = self._pairs(tile)[place]
-                yield (minuend.float() - subtrahend.float()).abs_().numpy().reshape(-1)
+                yield np.abs(widened(minuend) - widened(subtrahend)).reshape(-1)
 
         edge = max(smallest_kept_of_tiles(magnitudes, num_kept), TINY)
         return Bracket(edge, edge)
@@ -310,7 +317,7 @@ class _OnePass:
         energies = np.array([trim.squared_norm for trim in trims])
         return Statistics(kept, negative, energies, float(self._energies.sum()))
 
-    def signs(self, number: int, bias: Tensor | None) -> tuple[SparseDelta, Errors]:
+    def signs(self, number: int, bias: Floats | None) -> tuple[PackedArrays, Errors]:
         """One column's delta, coded as signs and scales; the twin of ``ENCODINGS["sign"].encode``."""
         return self.selections[self._num_trims + number].encode(bias, self.work.config.rescale)
 

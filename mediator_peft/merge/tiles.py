@@ -8,21 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ..checkpoints.opening import Checkpoint
+from ..deferred import torch
 from ..errors import CheckpointError
 from ..kernels import dispatch as kernels
+from ..kernels.numpy_kernels import widened
 from ..methods.merging import MERGE_METHODS, TensorContext, TensorMethod
 from ..methods.merging.average import average
 from ..methods.merging.base import keep_base
 from ..methods.merging.summing import sum_in_order
-from ..methods.sparsifying.selection import row_sums
+from ..methods.sparsifying.selection import Floats
+from ..storage import BFLOAT16, FLOAT32, Array, FloatType, as_array, to_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 TILE_ENTRIES = 1 << 17
 """Entries of a tile: small enough for a core's cache, large enough to make a call cheap."""
@@ -37,28 +42,25 @@ class Tile(NamedTuple):
 
     start: int
     stop: int
-    rows: Sequence[Tensor]
+    rows: Sequence[Array]
     """K + 1 times (r, I), the base first: rounded to the storage dtype, and in it if it is bfloat16; else float32."""
 
-    backbone: Tensor
+    backbone: Array
     """(r, I) in the storage dtype."""
 
     energies: NDArray[np.float64]
     """(r,) squared norm of each row of the sum of the task vectors; not finite where a weight is not."""
 
-    def weight(self, number: int) -> Tensor:
-        """The rows of one checkpoint in float32."""
-        return self.rows[number].float()
-
-    def merged(self) -> Tensor:
+    def merged(self) -> Array:
         """The backbone as :attr:`rows` are: in bfloat16, or else in float32."""
-        return self.backbone if self.backbone.dtype == torch.bfloat16 else self.backbone.float()
+        return self.backbone if self.backbone.dtype == BFLOAT16.array else widened(self.backbone)
 
-    def delta(self, number: int) -> Tensor:
+    def delta(self, number: int) -> Floats:
         """What a checkpoint adds to the backbone: (r, I) float32."""
-        return self.weight(number) - self.backbone.float()
+        with np.errstate(invalid="ignore"):
+            return widened(self.rows[number]) - widened(self.backbone)
 
-    def task_vectors(self) -> Tensor:
+    def task_vectors(self) -> Floats:
         """(K, r, I) float32"""
         return _task_vectors(self.rows)
 
@@ -67,19 +69,19 @@ class Workspace:
     """Buffers that are used again for every tile of every tensor."""
 
     def __init__(self) -> None:
-        self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._views: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = {}
+        self._flat: dict[tuple[str, Any], Array] = {}
+        self._views: dict[tuple[str, tuple[int, ...], Any], Array] = {}
 
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    def take(self, name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
         """A buffer of this shape; its former content is lost."""
         view = self._views.get((name, shape, dtype))
         if view is None:
             size = prod(shape)
             flat = self._flat.get((name, dtype))
-            if flat is None or flat.numel() < size:
-                flat = self._flat[name, dtype] = torch.empty(size, dtype=dtype)
+            if flat is None or flat.size < size:
+                flat = self._flat[name, dtype] = np.empty(size, dtype)
                 self._views = {key: old for key, old in self._views.items() if key[0] != name}
-            view = self._views[name, shape, dtype] = flat[:size].view(shape)
+            view = self._views[name, shape, dtype] = flat[:size].reshape(shape)
         return view
 
 
@@ -100,7 +102,7 @@ class TensorTiles:
         self,
         name: str,
         checkpoints: Sequence[Checkpoint],
-        dtype: torch.dtype,
+        dtype: FloatType,
         merge_method: str | TensorMethod,
         workspace: Workspace,
         is_transposed: bool = False,
@@ -119,31 +121,26 @@ class TensorTiles:
         self.rows_per_tile = max(1, TILE_ENTRIES // max(1, self.shape[1]))
         self._space = workspace
         self._transposed = self._whole_transposed() if is_transposed else None
-        is_plain = self.merge.row.merge in (average, keep_base) and self.merge.factor == 1.0
-        self._is_fused = dtype == torch.bfloat16 and is_plain
-        self._whole_backbone: Tensor | None = None
+        self._is_fused = self.merge.row.merge in (average, keep_base) and self.merge.factor == 1.0
+        self._whole_backbone: Array | None = None
         self._is_ready = False
 
     def __iter__(self) -> Iterator[Tile]:
         self._make_ready()
         for start, stop, rows in self._row_groups():
-            if self._is_fused:
-                yield self._fused(start, stop, rows)
-                continue
             backbone = None if self._whole_backbone is None else self._whole_backbone[start:stop]
             yield self._tile(start, stop, rows, backbone)
 
     def task_vectors(self) -> Iterator[tuple[Tensor, TensorContext]]:
         """(K, r, I) float32 of some rows at a time, with the context of these rows."""
         for start, _, rows in self._row_groups():
-            base = rows[0].float()
-            yield _task_vectors(rows), self.merge.at(base, start)
+            yield to_tensor(_task_vectors(rows)), self.merge.at(_floats(rows[0]), start)
 
     def whole_task_vectors(self) -> tuple[Tensor, TensorContext]:
         """As a method gets them that must see the whole tensor: (K, *stored shape), or (K, O, I) where it is oriented;
         with the context."""
-        base = self._whole(0).float()
-        task_vectors = torch.stack([self._whole(number).float() for number in range(1, len(self.checkpoints))])
+        base = _floats(self._whole(0))
+        task_vectors = torch.stack([_floats(self._whole(number)) for number in range(1, len(self.checkpoints))])
         task_vectors -= base
         if self._transposed is None:
             base, task_vectors = base.reshape(self.stored_shape), task_vectors.reshape(-1, *self.stored_shape)
@@ -176,13 +173,13 @@ class TensorTiles:
         num_rows = sum(stop - start for start, stop in ranges)
         stride = max(1, num_rows * columns // _SAMPLED_ENTRIES)
         # Cloned: reading one checkpoint may read another, and take its buffer.
-        sampled = [self._rows(number, ranges)[:, ::stride].clone() for number in range(len(self.checkpoints))]
+        sampled = [self._rows(number, ranges)[:, ::stride].copy() for number in range(len(self.checkpoints))]
         backbone = None
         if self._whole_backbone is not None:
-            backbone = torch.cat([self._whole_backbone[start:stop, ::stride] for start, stop in ranges])
+            backbone = np.concatenate([self._whole_backbone[start:stop, ::stride] for start, stop in ranges])
         elif self.merge.row.takes_context:
             # Such a method is told which rows these are, and sees all of their columns.
-            backbone = torch.cat(
+            backbone = np.concatenate(
                 [self._backbone(start, self._all_rows(start, stop))[:, ::stride] for start, stop in ranges]
             )
         return self._tile(0, num_rows, sampled, backbone)
@@ -194,48 +191,43 @@ class TensorTiles:
         if with_backbone and not self._is_ready and not self.merge.row.is_entrywise:
             task_vectors, context = self.whole_task_vectors()
             merged = self._merged_whole(task_vectors, context)
-            self._whole_backbone = (self._whole(0).float() + merged).to(self.dtype).contiguous()
+            whole = (_floats(self._whole(0)) + merged).to(self.dtype.torch)
+            self._whole_backbone = as_array(whole.contiguous())
         self._is_ready = self._is_ready or with_backbone
 
-    def _row_groups(self) -> Iterator[tuple[int, int, list[Tensor]]]:
+    def _row_groups(self) -> Iterator[tuple[int, int, list[Array]]]:
         for start in range(0, self.shape[0], self.rows_per_tile):
             stop = min(start + self.rows_per_tile, self.shape[0])
             yield start, stop, self._all_rows(start, stop)
 
-    def _all_rows(self, start: int, stop: int) -> list[Tensor]:
+    def _all_rows(self, start: int, stop: int) -> list[Array]:
         # Each stays where it is until the next rows of its checkpoint are read.
         return [self._rows(number, [(start, stop)]) for number in range(len(self.checkpoints))]
 
-    def _backbone(self, start: int, rows: Sequence[Tensor]) -> Tensor:
-        base = rows[0].float()
-        return self.merge(_task_vectors(rows), base, start).add_(base).to(self.dtype)
+    def _backbone(self, start: int, rows: Sequence[Array]) -> Array:
+        """By the merge method itself, in torch."""
+        base = _floats(rows[0])
+        merged = self.merge(to_tensor(_task_vectors(rows)), base, start)
+        return as_array(merged.add_(base).to(self.dtype.torch))
 
-    def _tile(self, start: int, stop: int, rows: Sequence[Tensor], backbone: Tensor | None) -> Tile:
-        task_vectors = _task_vectors(rows)
-        energies = row_sums(sum_in_order(task_vectors).square_().numpy())
+    def _tile(self, start: int, stop: int, rows: Sequence[Array], backbone: Array | None) -> Tile:
+        # A kernel that looks at each entry once: the common merges, and energies for all.
+        merged, energies = self._space.take("backbone", rows[0].shape, rows[0].dtype), np.empty(len(rows[0]))
+        kernels.merge_tile(rows, self.merge.row.merge is average, merged, energies)
         if backbone is None:
-            base = rows[0].float()
-            backbone = self.merge(task_vectors, base, start).add_(base).to(self.dtype)
+            backbone = kernels.rounded(merged, self.dtype) if self._is_fused else self._backbone(start, rows)
         return Tile(start, stop, rows, backbone, energies)
 
-    def _fused(self, start: int, stop: int, rows: Sequence[Tensor]) -> Tile:
-        """As :meth:`_tile`, by a kernel that looks at each entry once."""
-        shape = (stop - start, self.shape[1])
-        backbone, energies = self._space.take("backbone", shape, torch.bfloat16), np.empty(stop - start)
-        sources = [kernels.as_array(row) for row in rows]
-        kernels.merge_tile(sources, self.merge.row.merge is average, kernels.as_array(backbone), energies)
-        return Tile(start, stop, rows, backbone, energies)
-
-    def _rows(self, number: int, groups: Sequence[tuple[int, int]]) -> Tensor:
+    def _rows(self, number: int, groups: Sequence[tuple[int, int]]) -> Array:
         """Groups of rows of one checkpoint, without gaps, as :attr:`Tile.rows` are."""
         if self._transposed is not None:
-            rows = torch.cat([self._transposed[number][start:stop] for start, stop in groups])
+            rows = np.concatenate([self._transposed[number][start:stop] for start, stop in groups])
         else:
             num_rows = sum(stop - start for start, stop in groups)
-            rows = self._read(number, groups).reshape(num_rows, self.shape[1]).to(self.dtype)
-        return (rows if self.dtype == torch.bfloat16 else rows.float()).contiguous()
+            rows = kernels.rounded(self._read(number, groups).reshape(num_rows, self.shape[1]), self.dtype)
+        return np.ascontiguousarray(rows if self.dtype == BFLOAT16 else kernels.rounded(rows, FLOAT32))
 
-    def _read(self, number: int, groups: Sequence[tuple[int, int]]) -> Tensor:
+    def _read(self, number: int, groups: Sequence[tuple[int, int]]) -> Array:
         checkpoint = self.checkpoints[number]
         try:
             return checkpoint.read_groups(self.name, groups)
@@ -244,17 +236,17 @@ class TensorTiles:
                 f"{checkpoint.label} ({checkpoint.source}): cannot read {self.name!r}: {fault}"
             ) from fault
 
-    def _whole(self, number: int) -> Tensor:
+    def _whole(self, number: int) -> Array:
         """One checkpoint's whole tensor in the storage dtype, as (O, I)."""
         if self._transposed is not None:
             return self._transposed[number]
         checkpoint = self.checkpoints[number]
-        return checkpoint.read(self.name).to(self.dtype).reshape(self.shape)
+        return kernels.rounded(checkpoint.read(self.name), self.dtype).reshape(self.shape)
 
-    def _whole_transposed(self) -> list[Tensor]:
+    def _whole_transposed(self) -> list[Array]:
         columns, rows = self.shape
         return [
-            checkpoint.read(self.name).to(self.dtype).reshape(rows, columns).T.contiguous()
+            np.ascontiguousarray(kernels.rounded(checkpoint.read(self.name), self.dtype).reshape(rows, columns).T)
             for checkpoint in self.checkpoints
         ]
 
@@ -280,7 +272,7 @@ def check_finite(name: str, tile: Tile, checkpoints: Sequence[Checkpoint]) -> No
         return
     # What is summed up may overflow for all that: each term is looked at.
     for checkpoint, weight in zip(checkpoints, tile.rows, strict=True):
-        num_bad = int((~torch.isfinite(weight)).sum())
+        num_bad = int((~np.isfinite(widened(weight))).sum())
         if num_bad:
             raise CheckpointError(
                 f"{checkpoint.label} ({checkpoint.source}): tensor {name!r} holds NaN or infinite values, "
@@ -289,8 +281,15 @@ def check_finite(name: str, tile: Tile, checkpoints: Sequence[Checkpoint]) -> No
             )
 
 
-def _task_vectors(rows: Sequence[Tensor]) -> Tensor:
-    return torch.stack([row.float() for row in rows[1:]]).sub_(rows[0].float())
+def _floats(rows: Array) -> Tensor:
+    """Rows in float32, for a merge method."""
+    return to_tensor(widened(rows))
+
+
+def _task_vectors(rows: Sequence[Array]) -> Floats:
+    base = widened(rows[0])
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.stack([widened(row) - base for row in rows[1:]])
 
 
 def _l1(tensor: Tensor) -> float:

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+import numpy as np
+from safetensors import safe_open
 
-from ..bank.layer_bank import LayerBank, from_disk
 from ..checkpoints.adapter_files import WEIGHTS_FILE, backbone_of, bank_key, find_adapter, read_settings
 from ..checkpoints.checksums import accept_files, all_problems, is_merged_model, write_merged_checksums
 from ..checkpoints.fingerprint import check_fingerprint
 from ..checkpoints.fused_parts import parts_of, split_checkpoint
+from ..checkpoints.headers import read_header
 from ..checkpoints.lora import LoraCheckpoint
 from ..checkpoints.name_mapping import named_as_in_model
 from ..checkpoints.opening import Checkpoint, open_checkpoint
 from ..checkpoints.tensor_inventory import outline_of
 from ..checkpoints.tied_head import supply_head
 from ..config import MediatorSettings
+from ..deferred import torch
 from ..errors import AdapterError, BackboneMismatchError, CheckpointError, UnsupportedError
+from ..kernels.numpy_kernels import widened
+from ..storage import BFLOAT16, FLOAT_TYPES
 from .builder import single_thread
 from .tensor_work import deltas_needed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass
@@ -154,17 +159,24 @@ def _check_files(folder: Path, adapter: Path, found: Verification) -> None:
 def _check_adapter(adapter: Path, found: Verification) -> None:
     """Numbers of the deltas and of the router must be finite, and the router's tensors must be of one router."""
     try:
-        with safe_open(adapter / WEIGHTS_FILE, framework="pt") as file:
-            odd = [key for key in file.keys() if _is_odd(file.get_tensor(key))]  # noqa: SIM118
-    except (SafetensorError, OSError) as fault:
+        odd = list(_odd_tensors(adapter / WEIGHTS_FILE))
+    except (ValueError, OSError) as fault:
         found.problems.append(f"{WEIGHTS_FILE} is missing or damaged: {fault}")
         return
     if odd:
         found.problems.append(f"{WEIGHTS_FILE} holds NaN or infinite values in {', '.join(odd[:_LISTED])}")
 
 
-def _is_odd(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and not bool(tensor.isfinite().all())
+def _odd_tensors(path: Path) -> Iterator[str]:
+    """Tensors of a file that hold NaN or infinity."""
+    stored, _ = read_header(path)
+    with open(path, "rb") as file:
+        for name, place in stored.items():
+            if place.dtype in FLOAT_TYPES:
+                file.seek(place.offset)
+                array = np.frombuffer(file.read(place.num_bytes), FLOAT_TYPES[place.dtype].array)
+                if not np.isfinite(widened(array) if place.dtype == BFLOAT16.code else array).all():
+                    yield name
 
 
 def _check_fingerprint(backbone: Checkpoint, config: MediatorSettings, found: Verification) -> None:
@@ -195,10 +207,10 @@ def _compare(
     largest, where, norm, distance = 0.0, "", 0.0, 0.0
     with safe_open(adapter / WEIGHTS_FILE, framework="pt") as file:
         for name in backbone.tensors:
-            ours, dtype = backbone.read(name).float(), backbone.tensors[name].dtype
+            ours, dtype = backbone.tensor(name).float(), backbone.tensors[name].dtype
             if name not in expert.tensors or dtype is None or expert.tensors[name].shape != tuple(ours.shape):
                 raise AdapterError(f"it has no tensor {name!r} of shape {list(ours.shape)}")
-            theirs = expert.read(name).to(dtype).float()
+            theirs = expert.tensor(name).to(dtype.torch).float()
             layer, _, part = name.rpartition(".")
             for stored, factor in terms if layer in layers else ():
                 ours = ours + factor * _delta(file, layer, part, stored, config, ours, layer in transposed)
@@ -215,6 +227,8 @@ def _compare(
 def _delta(
     file: Any, layer: str, part: str, column: str, config: MediatorSettings, like: Tensor, is_transposed: bool
 ) -> Tensor:
+    from ..bank.layer_bank import LayerBank, from_disk
+
     if part == "bias":
         key = f"{column}:bias"
         return from_disk(key, file.get_tensor(bank_key(layer, key)), (len(like), 1)).float()

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 
-import torch
-
+from ..deferred import torch, when_used
 from ..errors import ConfigError, OutOfMemoryError
 from ..kernels.dispatch import native
 
@@ -76,7 +75,7 @@ def _begin(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    torch.set_num_threads(1)
+    when_used(lambda: torch.set_num_threads(1))
 
 
 def _call(number: int) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from ..deferred import torch
 from ..optional import bitsandbytes_functional
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def round_to_nf4(weight: Tensor) -> Tensor:

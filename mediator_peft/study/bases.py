@@ -116,7 +116,7 @@ GEMMA3 = StudyBase(
     prompt_form=LINE,
     # With this vocabulary, a step of eight word problems takes half a minute on one core.
     recipes={"maths": StudyRecipe(30, batch_size=4)},
-    num_answers=100,
+    num_answers=60,
     num_losses=20,
     merges=("regmean",),
 )

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.adapter_sizes import read_adapter_info
 from ..config import MediatorSettings
 from ..demo.tasks import Item
 from ..evaluation.baselines import (
@@ -29,7 +30,6 @@ from ..evaluation.baselines import (
 from ..evaluation.generation import ROUTED, Memo, backbone_name, route_prompts
 from ..evaluation.measuring import measure_statistics
 from ..evaluation.report import write_json
-from ..evaluation.sizes import read_adapter_info
 from ..merge.plain_merge import merge_models
 from ..methods.baselines import BASELINES
 from ..methods.merging import MERGE_METHODS

@@ -44,7 +44,7 @@ def conflict_table(base: State, experts: Mapping[str, State], density: float = D
     energies: dict[tuple[int, str], np.ndarray] = {}
     for name in routed_matrices(base):
         vectors = task_vectors(base[name], [state[name] for state in experts.values()])
-        statistics = task_vector_statistics(vectors, density)
+        statistics = task_vector_statistics(vectors.numpy(), density)
         pairs, energy = sign.counts(statistics), energies_of.counts(statistics)
         block = block_of(name)
         assert block is not None

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.adapter_sizes import read_adapter_info
 from ..evaluation.comparison import kept_as_dict
 from ..evaluation.report import write_json
 from ..evaluation.scoring import wilson_interval
-from ..evaluation.sizes import read_adapter_info
 from ..evaluation.statistics import bootstrap_kept, bootstrap_mean, permutation_test, sign_test
 from .conflict import conflict_table, pairwise_cosines
 from .experts import trained_experts

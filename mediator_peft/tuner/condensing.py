@@ -21,7 +21,7 @@ from ..methods.encoding import ENCODINGS
 from .config import FALLBACK_EXPERT
 from .layer import MediatorLayer
 from .routing import ActiveAdapter
-from .saving import storage_dtype
+from .saving import storage_type
 
 _SAMPLED_ROWS = 64
 
@@ -162,7 +162,7 @@ def shared_deltas(
     order = sorted(deltas)
     dense = {stored: deltas[stored].dense().cpu() for stored in order}
     biases = {stored: bias.cpu() for stored in order if (bias := deltas[stored].bias) is not None}
-    dtype = storage_dtype(config)  # type: ignore[arg-type]
+    dtype = storage_type(config)  # type: ignore[arg-type]
     packed = pack_family(config, f"{layer}.weight", shared, dense, biases, (config.density, thin), dtype)
     device = deltas[order[0]].mask.device
     return {stored: delta.to(device) for stored, delta in packed.items()}

@@ -25,6 +25,7 @@ from ..routing.calibration_data import Columns, hash_folds
 from ..routing.decision_rule import Negatives
 from ..routing.routers import Router
 from ..routing.wording import wording_basis
+from ..storage import FloatType, to_tensor
 from .condensing import find_equal, nearest_family
 from .config import FALLBACK_EXPERT, MediatorConfig, expert_name_faults
 from .fitting import (
@@ -41,7 +42,7 @@ from .layer import MediatorLayer, reading_weights
 from .merged_weight import plain_weight
 from .quantized import is_plain
 from .routing import ActiveAdapter, PromptRouter, Reading
-from .saving import backbone_state
+from .saving import backbone_state, storage_type
 
 
 def add_expert(
@@ -189,8 +190,7 @@ def _deltas(
     job = check_job(ModelCheckpoint(backbone, "the backbone"), {name: checkpoint})  # type: ignore[arg-type]
     check_locks(job)
     job = split_job(job)
-    stored = getattr(torch, (config.provenance or {}).get("storage_dtype", "float32"))
-    dtype = coarsest([stored, job.dtype])
+    dtype = coarsest([storage_type(config), job.dtype])
     checkpoint = job.experts[name]  # with the model's names
     nearest = nearest_family(
         active, lambda layer: _difference(layers[layer], layer, checkpoint, dtype), least_cosine(config)
@@ -220,7 +220,7 @@ def _is_shared(stored: str, rows: Mapping[str, Mapping[str, float]]) -> bool:
     return stored == FALLBACK_EXPERT or any(names & set(row) for other, row in rows.items() if other != stored)
 
 
-def _difference(layer: MediatorLayer, layer_name: str, checkpoint: Checkpoint, dtype: torch.dtype) -> Tensor:
+def _difference(layer: MediatorLayer, layer_name: str, checkpoint: Checkpoint, dtype: FloatType) -> Tensor:
     """An expert's weight minus the backbone's: (O, I) float32."""
     weight = _read(checkpoint, f"{layer_name}.weight", dtype)
     if layer.is_transposed:
@@ -234,7 +234,7 @@ def _delta(
     checkpoint: Checkpoint,
     name: str,
     active: ActiveAdapter,
-    dtype: torch.dtype,
+    dtype: FloatType,
     family: str | None,
 ) -> SparseDelta:
     base, config = layer.base_layer, active.config
@@ -278,10 +278,10 @@ def _density(layer: MediatorLayer, active: ActiveAdapter, family: str | None) ->
     return usual
 
 
-def _read(checkpoint: Checkpoint, tensor: str, dtype: torch.dtype) -> Tensor:
+def _read(checkpoint: Checkpoint, tensor: str, dtype: FloatType) -> Tensor:
     rows = checkpoint.tensors[tensor].shape[0]
     # Rounded to the storage dtype first, like every checkpoint of the build.
-    weight = checkpoint.read_rows(tensor, 0, rows).to(dtype).float()
+    weight = to_tensor(checkpoint.read_rows(tensor, 0, rows)).to(dtype.torch).float()
     if not torch.isfinite(weight).all():
         raise CheckpointError(f"{checkpoint.label} ({checkpoint.source}): tensor {tensor!r} holds NaN or infinity.")
     return weight

@@ -89,7 +89,8 @@ class MediatorEmbedding(MediatorLayer):
         if delta is None:
             return None
         known = self._rows.get(name)
-        if known is None or known.delta.mask is not delta.mask:
+        first = next(iter(delta.parts))
+        if known is None or known.delta.parts[first] is not delta.parts[first]:
             known = self._rows[name] = DeltaRows(delta)
         return known
 

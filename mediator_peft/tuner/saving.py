@@ -16,7 +16,8 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from ..bank.expert_store import ExpertStore, padded_size
-from ..bank.layer_bank import check_parts, from_disk, num_bytes_in_memory, to_disk
+from ..bank.layer_bank import check_parts, from_disk, num_bytes_in_memory
+from ..bank.packed_arrays import to_disk
 from ..checkpoints.adapter_files import (
     BANK_ATTRIBUTE,
     CONFIG_FILE,
@@ -43,6 +44,7 @@ from ..merge.model_card import model_card
 from ..merge.tensor_work import deltas_stored
 from ..methods.encoding.bitmaps import count_bits
 from ..routing.routers import Router
+from ..storage import FLOAT32, FLOAT_TYPES, FloatType, as_array, to_tensor
 from .config import FitSettings, MediatorConfig
 from .layer import MediatorLayer, reading_weights, routed_layers
 from .quantized import device_of, is_plain, lay_out_plainly
@@ -98,7 +100,7 @@ class AdapterFiles:
         found = {}
         for key, tensor in state_dict.items():
             if wanted[0] in key:
-                found[key] = to_disk(key, tensor)
+                found[key] = to_tensor(to_disk(key, as_array(tensor.cpu())))
             elif wanted[1] in key:
                 found[key] = tensor.detach().flatten()
         if not _WRITES_FILES.get():
@@ -272,7 +274,7 @@ class AdapterFiles:
     def _write_live_backbone(self, folder: Path, config: MediatorConfig) -> None:
         # It writes settings as they are in memory.
         save_backbone(self._model, folder, config)
-        state = {name: tensor.to(storage_dtype(config)) for name, tensor in backbone_state(self._model).items()}
+        state = {name: tensor.to(storage_type(config).torch) for name, tensor in backbone_state(self._model).items()}
         if difference_from_sample(state, config.backbone_fingerprint or {}) is not None:
             config.backbone_fingerprint = fingerprint_of({name: state[name] for name in _own_parameters(self._model)})
 
@@ -352,22 +354,22 @@ def refuse_quantized(model: nn.Module) -> None:
         )
 
 
-def storage_dtype(config: MediatorConfig) -> torch.dtype:
-    """The dtype that a backbone is rounded to in its files."""
-    found = getattr(torch, str((config.provenance or {}).get("storage_dtype", "float32")), None)
-    return found if isinstance(found, torch.dtype) else torch.float32
+def storage_type(config: MediatorConfig) -> FloatType:
+    """What a backbone is rounded to in its files."""
+    named = str((config.provenance or {}).get("storage_dtype", "float32"))
+    return next((kind for kind in FLOAT_TYPES.values() if kind.name == named), FLOAT32)
 
 
 def save_backbone(model: Any, folder: Path, config: MediatorConfig) -> None:
     """Write the backbone as an ordinary checkpoint, in the dtype it was rounded to."""
-    stored = storage_dtype(config)
+    stored = storage_type(config)
     tied = tied_names(model)
-    state = {name: tensor.to(stored) for name, tensor in backbone_state(model).items() if name not in tied}
+    state = {name: tensor.to(stored.torch) for name, tensor in backbone_state(model).items() if name not in tied}
     folder.mkdir(parents=True, exist_ok=True)
     files = BackboneFiles(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, stored)
     files.create()
     for name, tensor in state.items():
-        files.put(name, tensor.cpu())
+        files.put(name, as_array(tensor.cpu()))
     files.close()
     write_model_config(folder, model.config, stored)
     if model.can_generate():

@@ -14,6 +14,7 @@ from mediator_peft import build_mediator, load_mediator, plan_mediator
 from mediator_peft.checkpoints.opening import open_checkpoint
 from mediator_peft.config import MediatorSettings
 from mediator_peft.errors import CheckpointError
+from mediator_peft.storage import to_tensor
 from tests.tiny import random_prompts, write_tiny_checkpoints
 
 WEIGHTS = "model.safetensors"
@@ -170,10 +171,10 @@ def test_codes_are_read_as_what_they_stand_for(kind, paths):
     assert ours.tensors.keys() == stood_for.keys()
     for name, expected in stood_for.items():
         assert ours.tensors[name].shape == tuple(expected.shape)
-        torch.testing.assert_close(ours.read(name), expected, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(ours.tensor(name), expected, rtol=1e-6, atol=1e-7)
         groups = [(0, 2), (5, 6)] if expected.ndim > 1 else [(0, 2)]
         rows = torch.cat([expected[start:stop] for start, stop in groups])
-        torch.testing.assert_close(ours.read_groups(name, groups), rows, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(to_tensor(ours.read_groups(name, groups)), rows, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["gptq", "fp8 by blocks", "bitsandbytes nf4, nested"])

@@ -62,7 +62,7 @@ def test_any_mix_of_files_is_read_as_transformers_reads_it(mix, empty):
     ours = open_checkpoint(str(empty), "model", allow_pickle=True)
     assert ours.tensors.keys() == loaded.keys()
     for name, tensor in loaded.items():
-        torch.testing.assert_close(ours.read(name), tensor, rtol=0, atol=0)
+        torch.testing.assert_close(ours.tensor(name), tensor, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("named", ["other.safetensors", "other.safetensors.index.json"])
@@ -77,7 +77,7 @@ def test_a_file_that_the_configuration_names_goes_first(named, empty):
     loaded = AutoModelForCausalLM.from_pretrained(empty).state_dict()
     ours = open_checkpoint(str(empty), "model")
     for name, tensor in loaded.items():
-        torch.testing.assert_close(ours.read(name), tensor, rtol=0, atol=0)
+        torch.testing.assert_close(ours.tensor(name), tensor, rtol=0, atol=0)
     shutil.copytree(empty, empty.parent / "expert")
     build_mediator(empty, {"a": empty.parent / "expert"}, empty.parent / "out", MediatorSettings())
     built = AutoModelForCausalLM.from_pretrained(empty.parent / "out").state_dict()

@@ -21,6 +21,7 @@ from mediator_peft import (
 from mediator_peft.checkpoints import patterns
 from mediator_peft.checkpoints.opening import open_checkpoint
 from mediator_peft.errors import CheckpointError, MediatorError
+from mediator_peft.storage import to_tensor
 from tests.tiny import tiny_model, write_tiny_checkpoints
 
 
@@ -185,10 +186,12 @@ def test_rows_in_parts_are_the_rows_of_the_whole(tmp_path):
     adapter = open_checkpoint(str(write_lora(base, tmp_path / "lora")), "expert")
     check_job(open_checkpoint(str(base), "base"), {"one": adapter})
     name = "model.layers.0.self_attn.q_proj.weight"
-    whole = adapter.read(name).clone()
+    whole = adapter.tensor(name).clone()
     for start in range(0, 32, 5):
         stop = min(32, start + 5)
-        torch.testing.assert_close(adapter.read_rows(name, start, stop), whole[start:stop], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            to_tensor(adapter.read_rows(name, start, stop)), whole[start:stop], rtol=1e-6, atol=1e-7
+        )
 
 
 def saved_lora(base, folder, **options):
@@ -249,7 +252,7 @@ def test_adapters_are_found_and_read_however_they_were_saved(kind, tmp_path):
     expert = open_checkpoint(str(tmp_path / "lora"), "expert 'a'", allow_pickle=True)
     assert expert.bind(open_checkpoint(str(tmp_path / "base"), "base"), {}) == []
     for name, tensor in merged.items():
-        torch.testing.assert_close(expert.read(name), tensor, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(expert.tensor(name), tensor, rtol=1e-5, atol=1e-5)
 
 
 def test_a_pickled_adapter_is_read_on_request_only(tmp_path):

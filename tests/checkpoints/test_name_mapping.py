@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 from mediator_peft.checkpoints.folders import FolderCheckpoint
 from mediator_peft.checkpoints.name_mapping import named_as_in_model
 from mediator_peft.checkpoints.tensor_inventory import outline_of
+from mediator_peft.storage import to_tensor
 from tests.architectures import tiny_architecture, tiny_config
 
 
@@ -66,9 +67,9 @@ def test_each_tensor_is_what_transformers_loads(kind):
     assert checkpoint.tensors.keys() - outline.tied == state.keys() - outline.tied
     for name, info in checkpoint.tensors.items():
         assert info.shape == tuple(state[name].shape)
-        assert torch.equal(checkpoint.read(name), state[name]), name
+        assert torch.equal(checkpoint.tensor(name), state[name]), name
         if len(state[name]) > 2:
-            assert torch.equal(checkpoint.read_rows(name, 1, 3), state[name][1:3])
+            assert torch.equal(to_tensor(checkpoint.read_rows(name, 1, 3)), state[name][1:3])
 
 
 def test_one_group_is_held_at_a_time(tmp_path):
@@ -82,7 +83,7 @@ def test_one_group_is_held_at_a_time(tmp_path):
     for start in range(4):
         checkpoint.read_rows(fused, start, start + 1)
     assert len(read) == len(set(read)) == 8  # two matrices for each of four experts, each read once
-    assert checkpoint.held_bytes(fused) == 2 * checkpoint.read(fused).nbytes
+    assert checkpoint.held_bytes(fused) == 2 * checkpoint.tensor(fused).nbytes
     checkpoint.read_rows("model.norm.weight", 0, 4)
     assert checkpoint.held_bytes("model.norm.weight") == 0
     checkpoint.read_rows(fused, 0, 1)

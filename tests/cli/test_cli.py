@@ -103,6 +103,7 @@ def test_calibration_changes_the_router_and_nothing_else(folder):
     fitted = calibrate(folder, "fresh", "--json")
     report = json.loads(fitted.stdout)
     assert 0.9 <= report["accuracy"] <= 1.0
+    assert "outcomes" not in report
     after = {path.name: path.read_bytes() for path in adapter.iterdir() if path.is_file()}
     assert after.keys() == before.keys()
     changed = {name for name in after if after[name] != before[name]}
@@ -112,10 +113,9 @@ def test_calibration_changes_the_router_and_nothing_else(folder):
     assert not list((folder / "fresh").glob(".*"))
 
 
+@pytest.mark.slow
 def test_prompts_with_answers_go_to_whoever_answers_them_right(folder):
-    build(folder, "answered-out")
-    plain = json.loads(calibrate(folder, "answered-out", "--json").stdout)
-    assert "outcomes" not in plain
+    shutil.copytree(folder / "out", folder / "answered-out")
     model, tokenizer = load_mediator(folder / "answered-out")
     # Near to the task: about half of their weight goes to an expert before.
     prompts = [f"{number} times {number} is what" for number in range(30)]

@@ -224,14 +224,20 @@ void check_build(const KernelTable& table, int rows, int columns, int64_t form) 
     table.put_bits(bits.data(), int64_t(bits.size), put.data(), int64_t(map));
     for (size_t i = 0; i < map; ++i) expected[i] &= maps[0][i];
     expect(put == expected, table.name, "putting bits", rows, columns);
-    if constexpr (sizeof(Number) == 2) {
+    {
         const void* places[4] = {sources[0].data(), sources[1].data(), sources[2].data(), sources[3].data()};
-        Block<uint16_t> merged(size), plain(size);
+        Block<Number> merged(size), plain(size);
         Block<double> energies(rows), others(rows);
         const int64_t is_mean = below(2);
-        table.merge(places, 3, is_mean, rows, columns, merged.data(), energies.data());
-        table_baseline.merge(places, 3, is_mean, rows, columns, plain.data(), others.data());
+        table.merge(form, places, 3, is_mean, rows, columns, merged.data(), energies.data());
+        table_baseline.merge(form, places, 3, is_mean, rows, columns, plain.data(), others.data());
         expect(merged == plain && energies == others, table.name, "merging", rows, columns);
+    }
+    if constexpr (sizeof(Number) == 4) {
+        Block<uint16_t> rounded(size), plain(size);
+        table.narrow(sources[0].data(), int64_t(size), rounded.data());
+        table_baseline.narrow(sources[0].data(), int64_t(size), plain.data());
+        expect(rounded == plain, table.name, "rounding", rows, columns);
     }
 }
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from mediator_peft.kernels import dispatch
+from mediator_peft.kernels.numpy_kernels import widened
 from mediator_peft.merge import signed_selection as signed
 from mediator_peft.merge import tiles
 from mediator_peft.methods.sparsifying.selection import chosen_ones
+from mediator_peft.storage import BFLOAT16, FLOAT16, FLOAT32, float_type, to_tensor
 from tests.merge.helpers import EXPERTS, InMemory, build, digests
 from tests.tiny import write_tiny_checkpoints
 
@@ -32,7 +34,7 @@ def values_of(shape, seed):
 
 def selections_of(shape, brackets):
     """One selection for each bracket, with rubbish where the marks will be."""
-    selections = [signed.SignedSelection(shape, 1.0, torch.ones(3)) for _ in brackets]
+    selections = [signed.SignedSelection(shape, 1.0, np.ones(3, np.float32)) for _ in brackets]
     for selection, bracket in zip(selections, brackets, strict=True):
         selection.restart(signed.Bracket(*bracket))
         for array in (selection.negative, selection.selection.above, selection.selection.inside, selection.sums):
@@ -44,22 +46,22 @@ BRACKETS = [(0.5, 1.25), (1.25, 1.25), (1e-45, np.inf), (np.inf, np.inf)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", [BFLOAT16, FLOAT32], ids=str)
 @pytest.mark.parametrize("use_loops", [True, False])
-def test_marking_is_comparing_and_summing(shape, dtype, use_loops, monkeypatch):
+def test_marking_is_comparing_and_summing(shape, kind, use_loops, monkeypatch):
     if not use_loops:
         monkeypatch.setattr(dispatch, "native", lambda: None)
     pairs = [
-        (torch.from_numpy(values_of(shape, seed)).to(dtype), torch.from_numpy(values_of(shape, seed + 9)).to(dtype))
+        (dispatch.rounded(values_of(shape, seed), kind), dispatch.rounded(values_of(shape, seed + 9), kind))
         for seed in range(len(BRACKETS))
     ]
-    pairs[1] = (pairs[1][0], torch.zeros(shape, dtype=dtype))  # many entries on the edge, some of them -0.0
+    pairs[1] = (pairs[1][0], np.zeros(shape, kind.array))  # many entries on the edge, some of them -0.0
     selections = selections_of(shape, BRACKETS)
     marking = signed.Marking(selections, tiles.Workspace())
     for start in range(0, shape[0], 2):
-        marking.add(start, [(a[start : start + 2].clone(), b[start : start + 2].clone()) for a, b in pairs])
+        marking.add(start, [(a[start : start + 2], b[start : start + 2]) for a, b in pairs])
     for selection, (low, high), (minuend, subtrahend) in zip(selections, BRACKETS, pairs, strict=True):
-        values = (minuend.float() - subtrahend.float()).numpy()
+        values = widened(minuend) - widened(subtrahend)
         magnitudes = abs(values).astype(np.float64)
         above, inside = magnitudes > high, (magnitudes >= np.float32(low)) & ~(magnitudes > high)
         np.testing.assert_array_equal(selection.negative, packed(values < 0))
@@ -73,9 +75,9 @@ def test_marking_is_comparing_and_summing(shape, dtype, use_loops, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 4096), (3, 5001)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_marks_and_sums_are_the_same_to_the_last_bit(shape, dtype, monkeypatch):
-    first, second = (torch.from_numpy(values_of(shape, seed)).to(dtype) for seed in (3, 4))
+@pytest.mark.parametrize("kind", [BFLOAT16, FLOAT32], ids=str)
+def test_marks_and_sums_are_the_same_to_the_last_bit(shape, kind, monkeypatch):
+    first, second = (dispatch.rounded(values_of(shape, seed), kind) for seed in (3, 4))
     found = []
     for native_or_none in (dispatch.native(), None):
         monkeypatch.setattr(dispatch, "native", lambda given=native_or_none: given)
@@ -92,7 +94,7 @@ def test_marking_writes_nothing_beyond_the_rows():
         frame = np.full((4, (columns + 7) // 8), 170, np.uint8)
         selection = selections_of((4, columns), [(0.5, 1.0)])[0]
         selection.negative, selection.selection.above, selection.selection.inside = frame, frame, frame
-        ones = torch.ones(2, columns)
+        ones = np.ones((2, columns), np.float32)
         signed.Marking([selection], tiles.Workspace()).add(1, [(ones, 0 * ones)])
         np.testing.assert_array_equal(frame[[0, 3]], 170)
         assert not (frame[1:3] == 170).any()
@@ -100,10 +102,12 @@ def test_marking_writes_nothing_beyond_the_rows():
 
 @pytest.mark.parametrize("num_experts", [1, 2, 5])
 @pytest.mark.parametrize("shape", [(1,), (77,), *SHAPES, (5, 4096), (3, 2, 9)])
-@pytest.mark.parametrize("method", ["average", "base"])
-def test_merging_a_tile_is_what_torch_does(num_experts, shape, method, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("average", torch.bfloat16), ("base", torch.bfloat16), ("average", torch.float32)]
+)
+def test_merging_a_tile_is_what_torch_does(num_experts, shape, method, dtype, monkeypatch):
     torch.manual_seed(num_experts)
-    stored = [torch.randn(shape).bfloat16() for _ in range(num_experts + 1)]
+    stored = [torch.randn(shape).to(dtype) for _ in range(num_experts + 1)]
     for number, tensor in enumerate(stored):
         tensor.view(-1)[number % 2 :: 3] = -0.0
         tensor.view(-1)[2::7] = 0.5
@@ -112,18 +116,33 @@ def test_merging_a_tile_is_what_torch_does(num_experts, shape, method, monkeypat
     for native_or_none in (dispatch.native(), None):
         monkeypatch.setattr(dispatch, "native", lambda given=native_or_none: given)
         seen = tiles.TensorTiles(
-            "w", [InMemory({"w": each}) for each in stored], torch.bfloat16, method, tiles.Workspace()
+            "w", [InMemory({"w": each}) for each in stored], float_type(dtype), method, tiles.Workspace()
         )
-        found.append([(tile.backbone.clone().view(torch.int16), torch.from_numpy(tile.energies)) for tile in seen])
+        found.append([(tile.backbone.copy(), tile.energies) for tile in seen])
     for fast, slow in zip(*found, strict=True):
         for one, other in zip(fast, slow, strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=0)
+            np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8))
     differences = torch.stack([tensor.float() - stored[0].float() for tensor in stored[1:]])
     merged = stored[0].float() + (sum(differences) / num_experts if method == "average" else 0)
-    backbone = torch.cat([part for part, _ in found[0]]).view(torch.bfloat16)
-    torch.testing.assert_close(backbone, merged.bfloat16().reshape(backbone.shape), rtol=0, atol=0)
-    energy = float(torch.cat([part for _, part in found[0]]).sum())
+    backbone = to_tensor(np.concatenate([part for part, _ in found[0]]))
+    torch.testing.assert_close(backbone, merged.to(dtype).reshape(backbone.shape), rtol=0, atol=0)
+    energy = float(np.concatenate([part for _, part in found[0]]).sum())
     assert energy == pytest.approx(float(differences.double().sum(dim=0).square().sum()), rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("use_loops", [True, False])
+@pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 1000])
+def test_rounding_is_what_torch_does(use_loops, length, monkeypatch):
+    if not use_loops:
+        monkeypatch.setattr(dispatch, "native", lambda: None)
+    bits = np.random.default_rng(length).integers(0, 1 << 32, length, np.uint32)
+    bits[::3] &= 0xFFFF8000  # halfway between two numbers, or one of them
+    values = bits.view(np.float32)
+    for source in (values, values.astype(np.float64), dispatch.rounded(values, FLOAT16)):
+        for kind in (BFLOAT16, FLOAT16, FLOAT32):
+            expected = torch.from_numpy(source).float().to(kind.torch)
+            found = to_tensor(dispatch.rounded(source, kind))
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -174,9 +193,9 @@ def signs_by_hand(delta, num_kept):
 def test_sign_coding_is_its_formula(use_loops, shape, density, monkeypatch):
     if not use_loops:
         monkeypatch.setattr(dispatch, "native", lambda: None)
-    minuend, subtrahend = torch.from_numpy(values_of(shape, 5)), torch.from_numpy(values_of(shape, 6)) * 0.5
+    minuend, subtrahend = values_of(shape, 5), values_of(shape, 6) * np.float32(0.5)
     delta = minuend - subtrahend
-    selection = signed.SignedSelection(shape, density, delta.flatten()[::2].contiguous())
+    selection = signed.SignedSelection(shape, density, delta.reshape(-1)[::2])
     space = tiles.Workspace()
     for bracket in (None, (0.0, np.inf)):  # a small sample may miss; the whole line cannot
         if bracket is not None:
@@ -186,14 +205,15 @@ def test_sign_coding_is_its_formula(use_loops, shape, density, monkeypatch):
             marking.add(start, [(minuend[start : start + 2], subtrahend[start : start + 2])])
         if selection.settle():
             break
-    packed_delta, errors = selection.encode(None, "norm")
-    kept, negative, scales = signs_by_hand(delta.numpy(), round(density * delta.numel()))
+    made, errors = selection.encode(None, "norm")
+    packed_delta = made.as_tensors()
+    kept, negative, scales = signs_by_hand(delta, round(density * delta.size))
     assert packed_delta.kept.nonzero().tolist() == [list(place) for place in kept]
     signs = np.unpackbits(packed_delta.parts["signs"].numpy(), bitorder="little")[: len(kept)]
     assert signs.tolist() == [int(is_negative) for is_negative in negative]
     stored = torch.tensor(scales, dtype=torch.float64).bfloat16()
     torch.testing.assert_close(packed_delta.parts["scales"], stored, rtol=0, atol=0)
     scales = stored.double().tolist()
-    assert errors.norm == pytest.approx(float(delta.double().square().sum()), rel=1e-5)
+    assert errors.norm == pytest.approx(float(np.square(delta, dtype=np.float64).sum()), rel=1e-5)
     inner = sum(abs(float(delta[place])) * scales[place[0]] for place in kept)
     assert errors.inner == pytest.approx(inner, rel=1e-5)

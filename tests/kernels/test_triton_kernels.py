@@ -17,6 +17,7 @@ IS_CHILD = os.environ.get("TRITON_INTERPRET") == "1" or DEVICE == "cuda"
 needs_kernels = pytest.mark.skipif(not IS_CHILD, reason="run by test_all_by_the_interpreter in a process of its own")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(IS_CHILD, reason="the tests below run here themselves")
 def test_all_by_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mediator_peft import MediatorConfig, build_mediator
 from mediator_peft.checkpoints.opening import Checkpoint, TensorInfo
+from mediator_peft.storage import Array, as_array, float_type
 from tests.tiny import fine_tuned
 
 EXPERTS = ("math", "code", "law")
@@ -36,10 +37,12 @@ class InMemory(Checkpoint):
     def __init__(self, weights: Mapping[str, torch.Tensor], label: str = "here") -> None:
         self.label = self.source = label
         self.weights = weights
-        self.tensors = {name: TensorInfo(tuple(weight.shape), weight.dtype) for name, weight in weights.items()}
+        self.tensors = {
+            name: TensorInfo(tuple(weight.shape), float_type(weight.dtype)) for name, weight in weights.items()
+        }
 
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self.weights[name][start:stop]
+    def read_rows(self, name: str, start: int, stop: int) -> Array:
+        return as_array(self.weights[name][start:stop])
 
     config = None  # type: ignore[assignment]
 

@@ -61,8 +61,8 @@ def test_the_first_block_is_the_average_and_the_last_one_the_sum(job):
     assert any("depth_scaling" in note for note in report.notes)
     last = job.structure.num_blocks - 1
     for name, tensor in scaled.items():
-        base = job.base.read(name)
-        total = sum(job.experts[expert].read(name) - base for expert in sorted(job.experts))
+        base = job.base.tensor(name)
+        total = sum(job.experts[expert].tensor(name) - base for expert in sorted(job.experts))
         share = 1.0 if f".layers.{last}." in name else 0.75 if ".layers.1." in name else 0.5
         torch.testing.assert_close(tensor, base + share * total, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(tensor, again[name], rtol=1e-4, atol=1e-6)
@@ -74,13 +74,13 @@ def test_auto_keeps_the_l1_norm_of_the_average_in_the_first_block(job):
     plain, _ = backbone(job, merge_method="ties")
     total = merged_norm = 0.0
     for name, tensor in plain.items():
-        base = job.base.read(name)
-        total += float(sum(job.experts[each].read(name) - base for each in sorted(job.experts)).abs().double().sum())
+        base = job.base.tensor(name)
+        total += float(sum(job.experts[each].tensor(name) - base for each in sorted(job.experts)).abs().double().sum())
         merged_norm += float((tensor - base).abs().double().sum())
     alpha = total / merged_norm / 2
     for name, tensor in scaled.items():
         if ".layers." not in name or ".layers.0." in name:
-            base = job.base.read(name)
+            base = job.base.tensor(name)
             torch.testing.assert_close(tensor - base, alpha * (plain[name] - base), rtol=1e-3, atol=1e-6)
 
 

@@ -91,6 +91,7 @@ def test_at_density_1_members_are_exact(arch, tmp_path):
         torch.testing.assert_close(logits(out, spec), logits(plain, spec), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_neither_order_nor_workers_nor_memory_change_a_byte(paths, tmp_path):
     first, _ = build(paths, tmp_path / "first", families="auto")
     config = MediatorConfig(routed_layers="all", merge_method="base", families="auto")
@@ -121,6 +122,7 @@ def test_an_added_expert_joins_the_family_of_the_build(paths, tmp_path):
     assert rows["d"] == {"d": 1.0}
 
 
+@pytest.mark.slow
 def test_strangers_form_no_family_and_have_the_bytes_of_a_build_without(paths, tmp_path):
     plain, _ = build(paths, tmp_path / "plain", ("a", "c"))
     out, report = build(paths, tmp_path / "out", ("a", "c"), families="auto")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from mediator_peft.merge.signed_selection import errors_of
 from mediator_peft.merge.tensor_work import Task, TensorWork
 from mediator_peft.methods.encoding.base import Precision
 from mediator_peft.methods.sparsifying.magnitude import largest_mask
+from mediator_peft.storage import BFLOAT16
 from tests.tiny import fine_tuned, tiny_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -42,14 +44,14 @@ def test_backbone_is_the_mean_and_deltas_are_the_formula(arch, dtype):
     _, bank, backbone, built, _ = run(job, density=0.3, routed_layers="all")
     assert bank.deltas
     for name, merged in backbone.items():
-        weights = torch.stack([job.experts[expert].read(name).float() for expert in sorted(job.experts)])
+        weights = torch.stack([job.experts[expert].tensor(name).float() for expert in sorted(job.experts)])
         assert merged.dtype == dtype
         tolerance = torch.finfo(dtype).eps * 2
         torch.testing.assert_close(merged.float(), weights.mean(dim=0), rtol=tolerance, atol=tolerance)
     for layer, columns in bank.deltas.items():
         for column, delta in columns.items():
             source = job.base if column == "base" else job.experts[column]
-            weight = source.read(f"{layer}.weight").to(dtype).float()
+            weight = source.tensor(f"{layer}.weight").to(dtype).float()
             whole = weight - backbone[f"{layer}.weight"].float()
             whole = whole.T if arch == "gpt2" else whole
             kept = largest_mask(whole.contiguous(), 0.3)
@@ -58,7 +60,7 @@ def test_backbone_is_the_mean_and_deltas_are_the_formula(arch, dtype):
             torch.testing.assert_close(delta.parts["signs"], expected.parts["signs"], rtol=0, atol=0)
             torch.testing.assert_close(delta.parts["scales"], expected.parts["scales"], rtol=0, atol=0)
             if delta.bias is not None:
-                bias = source.read(f"{layer}.bias").to(dtype).float() - backbone[f"{layer}.bias"].float()
+                bias = source.tensor(f"{layer}.bias").to(dtype).float() - backbone[f"{layer}.bias"].float()
                 torch.testing.assert_close(delta.bias, bias, rtol=0, atol=0)
     assert built.columns == [*job.experts, "base"]
 
@@ -67,13 +69,13 @@ def test_the_errors_are_those_of_the_packed_deltas():
     job = job_of(num_experts=2)
     rows = {name: [] for name in job.base.tensors}
     config = MediatorConfig(experts=dict.fromkeys(job.experts, "x"))
-    work = TensorWork(job.base, job.experts, config, job.dtype, lambda name, _, part: rows[name].append(part.clone()))
+    work = TensorWork(job.base, job.experts, config, job.dtype, lambda name, _, part: rows[name].append(part.copy()))
     name = job.structure.layers[0].name + ".weight"
     result = work(Task(name, True, 0.2, False, None))
-    backbone = torch.cat(rows[name]).float()
+    backbone = torch.from_numpy(np.concatenate(rows[name]))
     for column, delta in result.deltas.items():
         source = job.base if column == "base" else job.experts[column]
-        expected = errors_of(source.read(name) - backbone, delta)
+        expected = errors_of(source.tensor(name) - backbone, delta.as_tensors())
         torch.testing.assert_close(torch.tensor(result.errors[column]), torch.tensor(expected), rtol=1e-4, atol=1e-6)
 
 
@@ -84,7 +86,7 @@ def test_mixed_dtypes_are_rounded_to_the_coarsest(dtypes):
         f"e{k}": ModelCheckpoint(fine_tuned(base, k).to(dtype), f"expert 'e{k}'") for k, dtype in enumerate(dtypes)
     }
     job = check_job(ModelCheckpoint(base), experts)
-    assert job.dtype == torch.bfloat16
+    assert job.dtype == BFLOAT16
     _, _, backbone, _, report = run(job)
     assert {tensor.dtype for tensor in backbone.values()} == {torch.bfloat16}
     assert report.base_was_rounded
@@ -94,7 +96,7 @@ def test_one_expert_alone_is_the_backbone():
     job = job_of(num_experts=1)
     _, bank, backbone, _built, report = run(job, routed_layers="all")
     for name, tensor in backbone.items():
-        torch.testing.assert_close(tensor, job.experts["e0"].read(name), rtol=0, atol=0)
+        torch.testing.assert_close(tensor, job.experts["e0"].tensor(name), rtol=0, atol=0)
     assert all(not delta["e0"].dense().any() for delta in bank.deltas.values())
     assert set(report.conflict["sign"]) == {0.0}
     assert run(job)[3].routed_modules == []
@@ -126,7 +128,7 @@ def test_float_values_are_the_entries(settings):
     job = job_of(num_experts=2)
     _, bank, backbone, _, _ = run(job, routed_layers="all", encoding="float", **settings)
     for layer, columns in bank.deltas.items():
-        whole = job.experts["e1"].read(f"{layer}.weight") - backbone[f"{layer}.weight"]
+        whole = job.experts["e1"].tensor(f"{layer}.weight") - backbone[f"{layer}.weight"]
         kept = largest_mask(whole, settings["density"])
         torch.testing.assert_close(columns["e1"].dense(), torch.where(kept, whole, 0), rtol=0, atol=0)
 
@@ -138,7 +140,7 @@ def test_low_rank_deltas_are_as_near_as_can_be(arch, dtype):
     _, bank, backbone, built, _ = run(job, routed_layers="all", sparsifier="svd", rank=3)
     assert built.encoding == "factors"
     for layer, columns in bank.deltas.items():
-        whole = job.experts["e1"].read(f"{layer}.weight").float() - backbone[f"{layer}.weight"].float()
+        whole = job.experts["e1"].tensor(f"{layer}.weight").float() - backbone[f"{layer}.weight"].float()
         whole = whole.T if arch == "gpt2" else whole
         best = float(torch.linalg.svdvals(whole)[3:].norm())
         assert float((whole - columns["e1"].dense()).norm()) <= 1.01 * best
@@ -150,7 +152,7 @@ def test_all_singular_values_are_the_delta():
     job = job_of(num_experts=2)
     _, bank, backbone, _, _ = run(job, routed_layers="all", sparsifier="svd", density=1.0)
     for layer, columns in bank.deltas.items():
-        whole = job.experts["e1"].read(f"{layer}.weight") - backbone[f"{layer}.weight"]
+        whole = job.experts["e1"].tensor(f"{layer}.weight") - backbone[f"{layer}.weight"]
         torch.testing.assert_close(columns["e1"].dense(), whole, rtol=1e-4, atol=1e-6)
 
 
@@ -198,6 +200,6 @@ def test_a_merge_that_must_see_the_whole_tensor_gets_it(monkeypatch):
         monkeypatch.setitem(merging.MERGE_METHODS, "by_norm", merging.MergeMethod(by_norm))
         _, _, backbone, _, _ = run(job, merge_method="by_norm")
         for name, merged in backbone.items():
-            base = job.base.read(name)
-            vectors = torch.stack([job.experts[expert].read(name) - base for expert in sorted(job.experts)])
+            base = job.base.tensor(name)
+            vectors = torch.stack([job.experts[expert].tensor(name) - base for expert in sorted(job.experts)])
             torch.testing.assert_close(merged, base + by_norm(vectors), rtol=1e-5, atol=1e-6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from mediator_peft.merge import tiles
 from mediator_peft.methods.merging import MERGE_METHODS, TensorContext, TensorMethod
 from mediator_peft.methods.merging.row import LINEAR
 from mediator_peft.methods.merging.weighted import Coefficients
+from mediator_peft.storage import float_type, to_tensor
 from tests.merge.helpers import InMemory
 
 NAMES = tuple("abcdefgh")
@@ -84,13 +86,13 @@ def tensor_tiles(
     checkpoints = [
         InMemory({"w": weight}, label) for label, weight in zip(("base", *about.experts), stored, strict=True)
     ]
-    return tiles.TensorTiles("w", checkpoints, dtype, method, tiles.Workspace(), is_transposed)
+    return tiles.TensorTiles("w", checkpoints, float_type(dtype), method, tiles.Workspace(), is_transposed)
 
 
 def backbone_of(name: str, base: Tensor, vectors: Sequence[Tensor], **options: Any) -> Tensor:
     """The backbone, (O, I) also where it is stored the other way."""
-    parts = [tile.backbone.clone() for tile in tensor_tiles(name, base, vectors, **options)]
-    return torch.cat(parts).reshape(base.shape)
+    parts = [tile.backbone.copy() for tile in tensor_tiles(name, base, vectors, **options)]
+    return to_tensor(np.concatenate(parts)).reshape(base.shape)
 
 
 def merged(name: str, base: Tensor, vectors: Sequence[Tensor], **options: Any) -> Tensor:

@@ -43,7 +43,7 @@ def by_hand(name: str, task_vectors: torch.Tensor, density: float) -> float:
 
 def score(name: str, task_vectors: torch.Tensor, density: float = 0.3) -> float:
     row = CONFLICT_SCORES[name]
-    return row.score(row.counts(task_vector_statistics(task_vectors, density)))
+    return row.score(row.counts(task_vector_statistics(task_vectors.numpy(), density)))
 
 
 def noise(num_experts: int, seed: int = 0) -> torch.Tensor:
@@ -103,9 +103,9 @@ def test_independent_signs_give_a_half():
 @pytest.mark.parametrize("name", CONFLICT_SCORES)
 def test_counts_add_up_over_tensors(name):
     row = CONFLICT_SCORES[name]
-    parts = [row.counts(task_vector_statistics(noise(3, seed), 1.0)) for seed in (1, 2)]
+    parts = [row.counts(task_vector_statistics(noise(3, seed).numpy(), 1.0)) for seed in (1, 2)]
     whole = torch.cat([noise(3, 1), noise(3, 2)], dim=1)
-    np.testing.assert_allclose(parts[0] + parts[1], row.counts(task_vector_statistics(whole, 1.0)), rtol=1e-5)
+    np.testing.assert_allclose(parts[0] + parts[1], row.counts(task_vector_statistics(whole.numpy(), 1.0)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name, row in MERGE_METHODS.items() if not row.takes_context])

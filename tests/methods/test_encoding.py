@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mediator_peft.bank.layer_bank import LayerBank, check_parts, from_disk, to_disk
+from mediator_peft.bank.layer_bank import LayerBank, check_parts, from_disk
+from mediator_peft.bank.packed_arrays import to_disk
 from mediator_peft.bank.sparse_delta import SparseDelta
 from mediator_peft.errors import AdapterError
 from mediator_peft.merge.signed_selection import Marking, SignedSelection
@@ -14,6 +15,7 @@ from mediator_peft.merge.tiles import Workspace
 from mediator_peft.methods.encoding.base import Precision
 from mediator_peft.methods.encoding.scales import NUMBER_SCALES, SIGN_SCALES, RowSums
 from mediator_peft.methods.sparsifying.magnitude import largest_mask
+from mediator_peft.storage import as_array, to_tensor
 from tests.reference import thin_out
 
 SHAPES = [(1, 1), (7, 5), (33, 64), (40, 17)]
@@ -27,14 +29,14 @@ def deltas(shape):
 
 def by_the_build(delta, density, rescale):
     """As the build makes it: from tiles, by selection."""
-    selection = SignedSelection(tuple(delta.shape), density, delta)
+    selection = SignedSelection(tuple(delta.shape), density, delta.numpy())
     selection.restart(selection.bracket(1.0))
     marking = Marking([selection], Workspace())
     for start in range(0, len(delta), 4):
-        rows = delta[start : start + 4].contiguous()
-        marking.add(start, [(rows, torch.zeros_like(rows))])
+        rows = delta[start : start + 4].contiguous().numpy()
+        marking.add(start, [(rows, np.zeros_like(rows))])
     assert selection.settle()
-    return selection.encode(None, rescale)[0]
+    return selection.encode(None, rescale)[0].as_tensors()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -145,7 +147,7 @@ def test_a_bank_keeps_factors_without_a_mask():
     assert bank.num_bytes == 2 * 2 * 16
     assert bank.names == ["e"]
     torch.testing.assert_close(bank.get("e").dense(), left @ right)
-    stored = {key: to_disk(key, buffer) for key, buffer in bank.state_dict().items()}
+    stored = {key: to_tensor(to_disk(key, as_array(buffer))) for key, buffer in bank.state_dict().items()}
     again = LayerBank((6, 10), "factors", False)
     for key, tensor in stored.items():
         again.put_part(key, from_disk(key, tensor, again.shape))

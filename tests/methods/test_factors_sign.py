@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from mediator_peft import MediatorConfig, build_mediator, load_mediator, plan_mediator
-from mediator_peft.bank.layer_bank import LayerBank, check_parts, from_disk, to_disk
+from mediator_peft.bank.layer_bank import LayerBank, check_parts, from_disk
+from mediator_peft.bank.packed_arrays import to_disk
 from mediator_peft.bank.sparse_delta import SparseDelta
+from mediator_peft.checkpoints.adapter_sizes import read_adapter_info
 from mediator_peft.errors import AdapterError
-from mediator_peft.evaluation.sizes import read_adapter_info
 from mediator_peft.methods.encoding import ENCODINGS
 from mediator_peft.methods.encoding.base import Precision
 from mediator_peft.methods.encoding.factors_sign import (
@@ -20,6 +21,7 @@ from mediator_peft.methods.encoding.factors_sign import (
     unpack_codes,
 )
 from mediator_peft.methods.sparsifying.magnitude import largest_mask
+from mediator_peft.storage import as_array, to_tensor
 from tests.tiny import random_prompts, write_tiny_checkpoints
 
 
@@ -66,7 +68,7 @@ def test_all_ways_of_reading_agree(shape, density):
     torch.testing.assert_close(whole.product(x), x @ dense.T, rtol=1e-4, atol=1e-4)
     bank = LayerBank(shape, "factors_sign", has_bias=False)
     bank.put("a", whole)
-    stored = {key: to_disk(key, tensor) for key, tensor in bank.named_buffers()}
+    stored = {key: to_tensor(to_disk(key, as_array(tensor))) for key, tensor in bank.named_buffers()}
     again = LayerBank(shape, "factors_sign", has_bias=False)
     for key, tensor in stored.items():
         again.put_part(key, from_disk(key, tensor, shape))

@@ -222,6 +222,7 @@ def test_a_copy_of_a_merged_model_routes_again_and_so_does_the_model(bases, copi
             torch.testing.assert_close(routed(**INPUTS, expert_weights="math").logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @torch.no_grad()
 def test_a_merged_mix_compiles_into_one_graph_and_exports(bases, architecture):

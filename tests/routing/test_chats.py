@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fitting import fit_once
 from tokenizer import tiny_tokenizer, topic_texts
 from transformers import DynamicCache
 
@@ -52,7 +53,7 @@ def test_the_chosen_turn_reads_like_a_chat_of_its_own(chat_tokenizer, side):
 @pytest.mark.parametrize(("routing_turn", "expected"), [("last", "code"), ("first", "math")])
 def test_a_chat_goes_where_its_turn_points(build, topics, chat_tokenizer, routing_turn, expected):
     model = build(routing_turn=routing_turn)
-    model.fit_router(chats_of(topics), chat_tokenizer)
+    fit_once(model, chats_of(topics), chat_tokenizer)
     inputs = encoded(chat_tokenizer, [chat(topics["math"][0], "w70", topics["code"][0])])
     weights = model.route(**inputs).expert_weights[0]
     assert model.expert_names[int(weights.argmax())] == expected
@@ -67,7 +68,7 @@ def test_an_unknown_way_is_refused(build):
 @torch.no_grad()
 def test_a_carried_cache_gives_what_no_cache_gives(build, topics, chat_tokenizer, routing_turn):
     model = build(routing_turn=routing_turn)
-    model.fit_router(chats_of(topics), chat_tokenizer)
+    fit_once(model, chats_of(topics), chat_tokenizer)
     settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     cache = DynamicCache()
     first = encoded(chat_tokenizer, [chat(topics["math"][0])])
@@ -85,7 +86,7 @@ def test_a_carried_cache_gives_what_no_cache_gives(build, topics, chat_tokenizer
 
 def test_explanations_take_texts_chats_and_ids(build, topics, chat_tokenizer):
     model = build()
-    model.fit_router(chats_of(topics), chat_tokenizer)
+    fit_once(model, chats_of(topics), chat_tokenizer)
     text = topics["code"][0]
     inputs = encoded(chat_tokenizer, [chat(text)])
     (from_ids,) = model.explain(inputs)

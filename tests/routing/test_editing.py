@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fitting import fit_once
 from tiny import random_prompts, write_tiny_checkpoints
 
 from mediator_peft import load_mediator
@@ -43,7 +44,7 @@ def test_an_expert_added_later_is_the_one_built_in(build, checkpoints, settings)
 
 def test_adding_leaves_everything_else_alone_and_routes_to_the_new_expert(build, checkpoints, topics, tokenizer):
     model = build()
-    model.fit_router(two(topics), tokenizer)
+    fit_once(model, two(topics), tokenizer)
     before = state(model)
     inputs = tokenizer(topics["math"][:8] + topics["law"][:8], return_tensors="pt", padding=True)
     old = model.route(**inputs)
@@ -81,7 +82,7 @@ def weights_of(path):
 
 def test_an_edited_model_is_saved_and_loaded(build, checkpoints, topics, tokenizer, tmp_path):
     model = build()
-    model.fit_router(two(topics), tokenizer)
+    fit_once(model, two(topics), tokenizer)
     model.add_expert("law", str(checkpoints["law"]), topics["law"], tokenizer)
     model.remove_expert("math")
     assert model.expert_names == ["code", "law", "base"]
@@ -96,7 +97,7 @@ def test_an_edited_model_is_saved_and_loaded(build, checkpoints, topics, tokeniz
 
 def test_adding_and_removing_is_nothing(build, checkpoints, topics, tokenizer):
     model = build()
-    model.fit_router(two(topics), tokenizer)
+    fit_once(model, two(topics), tokenizer)
     before = state(model)
     model.add_expert("law", str(checkpoints["law"]), topics["law"], tokenizer)
     assert state(model).keys() != before.keys()
@@ -118,7 +119,7 @@ def test_names_are_checked(build, checkpoints, name, error, message):
 
 def test_faults_change_nothing(build, checkpoints, topics, tokenizer, tmp_path):
     model = build()
-    model.fit_router(two(topics), tokenizer)
+    fit_once(model, two(topics), tokenizer)
     before = state(model)
     law = str(checkpoints["law"])
     other = write_tiny_checkpoints(tmp_path / "other", names=["base"], arch="qwen3")["base"]
@@ -137,12 +138,12 @@ def test_faults_change_nothing(build, checkpoints, topics, tokenizer, tmp_path):
 
 
 def test_a_router_that_cannot_grow_says_so_or_is_left_unfitted(build, checkpoints, topics, tokenizer):
-    model = build(router="mlp")
-    model.fit_router(two(topics), tokenizer)
+    model, quick = build(router="mlp"), {"background": [], "augmented": False, "hard_negatives": False}
+    model.fit_router(two(topics), tokenizer, **quick)
     with pytest.raises(UnsupportedError, match="fitted again"):
         model.add_expert("law", str(checkpoints["law"]), topics["law"], tokenizer)
     model.add_expert("law", str(checkpoints["law"]), reset_router=True)
-    report = model.fit_router(topics, tokenizer)
+    report = model.fit_router(topics, tokenizer, **quick)
     assert list(report.num_texts) == ["math", "code", "law"]
 
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from fitting import fit_once
 
 from mediator_peft.errors import RouterNotFittedError
 from mediator_peft.routing.block_hook import BlockHook
@@ -55,7 +56,7 @@ def asked(chat_tokenizer, two):
 @pytest.mark.parametrize("routing_turn", ["last", "first", "all"])
 def test_one_pass_decides_as_two_do(build, chat_tokenizer, two, asked, routing_turn):
     model = build(**ABOVE, routing_turn=routing_turn)
-    model.fit_router(two, chat_tokenizer)
+    fit_once(model, two, chat_tokenizer)
     assert model.single_pass_routing
     weights = model.route(**asked).expert_weights
     assert len(weights.unique(dim=0)) > 1
@@ -75,7 +76,7 @@ def test_one_pass_decides_as_two_do(build, chat_tokenizer, two, asked, routing_t
 
 def test_routed_blocks_below_the_router_cost_a_second_look(build, chat_tokenizer, two, asked):
     model = build(router_layer=1, routed_layers="all")
-    model.fit_router(two, chat_tokenizer)
+    fit_once(model, two, chat_tokenizer)
     assert not model.single_pass_routing
     calls = count_passes(model)
     found = model.generate(**asked, max_new_tokens=3, do_sample=False)
@@ -84,7 +85,7 @@ def test_routed_blocks_below_the_router_cost_a_second_look(build, chat_tokenizer
 
 def test_a_plain_prompt_is_routed_in_its_own_pass_as_in_a_second_one(build, chat_tokenizer, two):
     model = build(**ABOVE)
-    model.fit_router(two, chat_tokenizer)
+    fit_once(model, two, chat_tokenizer)
     plain = chat_tokenizer([two["math"][0], two["code"][1]], padding=True, padding_side="left", return_tensors="pt")
     plain.pop("token_type_ids", None)
     weights = model.route(**plain).expert_weights
@@ -97,7 +98,7 @@ def test_a_plain_prompt_is_routed_in_its_own_pass_as_in_a_second_one(build, chat
 
 def test_prompts_in_pieces_with_beams_and_with_a_cache(build, chat_tokenizer, two, asked):
     model = build(**ABOVE)
-    model.fit_router(two, chat_tokenizer)
+    fit_once(model, two, chat_tokenizer)
     weights = model.route(**asked).expert_weights
     for settings in ({"num_beams": 2}, {"prefill_chunk_size": 4}, {"use_cache": False}):
         options = {"max_new_tokens": 4, "do_sample": False, **settings}
@@ -133,7 +134,7 @@ def hasty():
 @pytest.mark.parametrize("settings", [ABOVE, ABOVE | {"routed_layers": "all"}], ids=["in passing", "second look"])
 def test_threads_decide_each_for_itself(build, chat_tokenizer, two, asked, hasty, settings):
     model = build(**settings)
-    model.fit_router(two, chat_tokenizer)
+    fit_once(model, two, chat_tokenizer)
     parts = [{key: value[row : row + 1] for key, value in asked.items()} for row in range(3)] * 4
     alone = copy.deepcopy(model)
     expected = [alone.generate(**part, max_new_tokens=4, do_sample=False).tolist() for part in parts]
@@ -174,9 +175,10 @@ def test_threads_that_look_at_one_block_at_once_see_their_own_pass(hasty):
     assert not any(block._forward_pre_hooks or block._forward_hooks for block in blocks)
 
 
+@pytest.mark.slow
 def test_blocks_compiled_one_by_one_route_the_same(build, chat_tokenizer, two, asked):
     model = build(**ABOVE)
-    model.fit_router(two, chat_tokenizer)
+    fit_once(model, two, chat_tokenizer)
     with torch.no_grad():
         expected = model(**asked).logits
         for block in model.prompt_router.blocks:
@@ -188,7 +190,7 @@ def test_blocks_compiled_one_by_one_route_the_same(build, chat_tokenizer, two, a
 
 def test_a_pass_that_never_reached_its_block_is_no_answer(build, chat_tokenizer, two, asked):
     model = build(**ABOVE)
-    model.fit_router(two, chat_tokenizer)
+    fit_once(model, two, chat_tokenizer)
     model.prompt_router.block_hook.remove()
     model.prompt_router.block_hook.start = lambda *args: setattr(
         model.prompt_router.block_hook._local, "listening", args
@@ -199,7 +201,7 @@ def test_a_pass_that_never_reached_its_block_is_no_answer(build, chat_tokenizer,
 
 def test_nothing_stays_on_an_unloaded_model(build, chat_tokenizer, two, asked):
     model = build(**ABOVE)
-    model.fit_router(two, chat_tokenizer)
+    fit_once(model, two, chat_tokenizer)
     model.generate(**asked, max_new_tokens=1)
     plain = model.unload()
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in plain.modules())

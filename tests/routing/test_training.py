@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from fitting import fit_once
 from transformers import Trainer, TrainingArguments
 
 from mediator_peft import MediatorConfig, get_mediator_model
@@ -41,7 +42,7 @@ def soften(model):
 
 def test_only_the_router_changes_and_the_loss_falls(build, topics, tokenizer, tmp_path):
     model = build(is_trainable=True)
-    model.fit_router({name: topics[name] for name in ("math", "code")}, tokenizer)
+    fit_once(model, {name: topics[name] for name in ("math", "code")}, tokenizer)
     soften(model)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -58,7 +59,7 @@ def test_only_the_router_changes_and_the_loss_falls(build, topics, tokenizer, tm
 
 def test_training_resumes_where_it_stopped(build, topics, tokenizer, tmp_path):
     model = build(is_trainable=True)
-    model.fit_router({name: topics[name] for name in ("math", "code")}, tokenizer)
+    fit_once(model, {name: topics[name] for name in ("math", "code")}, tokenizer)
     soften(model)
     other = copy.deepcopy(model)
     data = items(tokenizer, topics)
@@ -87,7 +88,7 @@ def test_checkpoints_of_a_run_share_one_backbone(checkpoints, topics, tokenizer,
 
 def test_gradients_are_those_of_finite_differences(build, topics, tokenizer):
     model = build(is_trainable=True)
-    model.fit_router({name: topics[name] for name in ("math", "code")}, tokenizer)
+    fit_once(model, {name: topics[name] for name in ("math", "code")}, tokenizer)
     soften(model)
     model.train()
     batch = collate(items(tokenizer, topics)[::8])
@@ -109,7 +110,7 @@ def test_gradients_are_those_of_finite_differences(build, topics, tokenizer):
 
 def test_the_router_does_not_see_the_answers(build, topics, tokenizer):
     model = build(is_trainable=True)
-    model.fit_router({name: topics[name] for name in ("math", "code")}, tokenizer)
+    fit_once(model, {name: topics[name] for name in ("math", "code")}, tokenizer)
     ids = torch.tensor([[5, 6, 7, 40, 41, 42]])
     labels = torch.tensor([[-100, -100, -100, 40, 41, 42]])
     assert without_answers(ids, None, labels).tolist() == [[1, 1, 1, 0, 0, 0]]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fitting import fit_once
 from tiny import write_tiny_checkpoints
 from tokenizer import tiny_tokenizer, topic_texts
 
@@ -43,7 +44,7 @@ def build(folder, arch, settings):
 def build_and_fit(folder, topics, tokenizer, arch="llama", **settings):
     build(folder, arch, {"density": 0.3, **settings})
     model, _ = load_mediator(folder / "out", dtype=torch.float32)
-    model.fit_router(topics, tokenizer)
+    fit_once(model, topics, tokenizer)
     return model
 
 

@@ -10,9 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 from mediator_peft import MediatorConfig, build_mediator, load_mediator, verify_mediator
+from mediator_peft.checkpoints.adapter_sizes import read_adapter_info
 from mediator_peft.cli.app import app
 from mediator_peft.errors import ConfigError, RoutingError, UnsupportedError
-from mediator_peft.evaluation.sizes import read_adapter_info
 from tests.tiny import fine_tuned, random_prompts, tiny_model
 
 PROMPTS = random_prompts(4)

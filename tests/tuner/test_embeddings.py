@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -48,8 +49,10 @@ def by_the_formula(model, weights, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("encoding", ["sign", "float"])
-@pytest.mark.parametrize("execution", [None, "merged", "sparse", "dense"])
+@pytest.mark.parametrize(
+    ("encoding", "execution"),
+    [*product(["sign", "float"], [None, "merged", "sparse", "dense"]), ("factors_sign", None)],
+)
 @torch.no_grad()
 def test_equals_a_plain_model_with_the_mixed_matrices(tmp_path, arch, encoding, execution):
     model, _ = built(tmp_path, arch, encoding=encoding)
@@ -153,12 +156,28 @@ def test_the_router_learns_through_the_embedding(tmp_path):
         assert float(with_embedding[index]) == pytest.approx((sums[0] - sums[1]) / (2 * step), rel=0.02)
 
 
-@pytest.mark.parametrize("coding", ["sign", "float"])
+@pytest.mark.parametrize("coding", ["sign", "float", "factors", "factors_sign"])
 def test_rows_of_a_delta_are_those_of_the_whole(coding):
     delta = torch.randn(37, 21)
     packed = SparseDelta.from_dense(delta, torch.rand(37, 21) < 0.3, coding)
     rows = torch.tensor([36, 0, 5, 5, 17])
-    torch.testing.assert_close(DeltaRows(packed).dense(rows), packed.dense()[rows], rtol=0, atol=0)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if coding.startswith("factors") else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(DeltaRows(packed).dense(rows), packed.dense()[rows], **tolerance)
+
+
+def test_what_reads_rows_is_made_once_while_the_delta_stays(tmp_path):
+    model, _ = built(tmp_path, "llama", encoding="factors_sign")
+    layer = model.base_model.routed_layers()["model.embed_tokens"]
+    readers = []
+    for _ in range(2):
+        with torch.no_grad():
+            model(IDS, expert_weights="math")
+        readers.append(layer._rows["math"])
+    assert readers[0] is readers[1]
+    layer.put_delta("default", "math", layer.bank("default").get("code"))
+    with torch.no_grad():
+        model(IDS, expert_weights="math")
+    assert layer._rows["math"] is not readers[0]
 
 
 def test_nothing_outside_of_the_blocks_gets_deltas_unless_it_is_named(tmp_path):

@@ -58,6 +58,7 @@ def pages_of(folder):
     return total
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_hundred_experts_give_the_same_with_four_in_memory(folder, tmp_path):
     prompts = random_prompts(2)

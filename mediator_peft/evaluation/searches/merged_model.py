@@ -9,15 +9,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.tensor_inventory import auto_class
 from ...config import MediatorSettings
 from ...merge.model_method import block_of
 from ...merge.offline import named_paths, open_job, with_experts
+from ...storage import FloatType
 
 if TYPE_CHECKING:
     import os
 
     from transformers import PreTrainedModel
+
+
+def _rounded(checkpoint: Checkpoint, name: str, kind: FloatType) -> Tensor:
+    """A weight rounded as a build rounds it: float32."""
+    return checkpoint.tensor(name).to(kind.torch).float()
 
 
 class MergedModel:
@@ -35,14 +42,14 @@ class MergedModel:
         job = open_job(str(base), with_experts(MediatorSettings(), named_paths(experts)))
         self.experts = tuple(sorted(job.experts))
         self.model: PreTrainedModel = auto_class(job.base.config).from_config(job.base.config, dtype=torch.float32)
-        state = {name: job.base.read(name).to(job.dtype).float() for name in job.base.tensors}
+        state = {name: _rounded(job.base, name, job.dtype) for name in job.base.tensors}
         self.model.load_state_dict(state, strict=False, assign=True)
         self.model.tie_weights()
         self.model.eval()
         self._weights = {name: value for name, value in self.model.named_parameters() if name in state}
         self.base = {name: value.detach().clone() for name, value in self._weights.items()}
         self.task_vectors = {
-            name: torch.stack([job.experts[expert].read(name).to(job.dtype).float() for expert in self.experts]) - value
+            name: torch.stack([_rounded(job.experts[expert], name, job.dtype) for expert in self.experts]) - value
             for name, value in self.base.items()
         }
         self.linear = [

@@ -98,9 +98,12 @@ EXPORT void mediator_move(const Move* job, int64_t num_threads) {
 EXPORT void mediator_mark(int64_t form, int64_t rows, int64_t columns, Mark* jobs, int64_t num_jobs) {
     chosen->mark(form, rows, columns, jobs, num_jobs);
 }
-EXPORT void mediator_merge(const void* const* sources, int64_t num_experts, int64_t is_mean, int64_t rows, int64_t columns,
-                           uint16_t* backbone, double* energies) {
-    chosen->merge(sources, num_experts, is_mean, rows, columns, backbone, energies);
+EXPORT void mediator_merge(int64_t form, const void* const* sources, int64_t num_experts, int64_t is_mean, int64_t rows,
+                           int64_t columns, void* backbone, double* energies) {
+    chosen->merge(form, sources, num_experts, is_mean, rows, columns, backbone, energies);
+}
+EXPORT void mediator_narrow(const float* source, int64_t count, uint16_t* target) {
+    chosen->narrow(source, count, target);
 }
 EXPORT void mediator_take_bits(const uint8_t* bitmap, const uint8_t* mask, int64_t num_bytes, uint64_t* target) {
     chosen->take_bits(bitmap, mask, num_bytes, target);

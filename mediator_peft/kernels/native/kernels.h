@@ -108,8 +108,9 @@ struct KernelTable {
     void (*change)(const void* call, int64_t* next);
     void (*move)(const void* call, int64_t* next);
     void (*mark)(int64_t form, int64_t rows, int64_t columns, Mark* jobs, int64_t num_jobs);
-    void (*merge)(const void* const* sources, int64_t num_experts, int64_t is_mean, int64_t rows, int64_t columns,
-                  uint16_t* backbone, double* energies);
+    void (*merge)(int64_t form, const void* const* sources, int64_t num_experts, int64_t is_mean, int64_t rows,
+                  int64_t columns, void* backbone, double* energies);
+    void (*narrow)(const float* source, int64_t count, uint16_t* target);
     void (*take_bits)(const uint8_t* bitmap, const uint8_t* mask, int64_t num_bytes, uint64_t* target);
     void (*put_bits)(const uint8_t* bits, int64_t bit_bytes, uint8_t* mask, int64_t num_bytes);
 };

@@ -37,6 +37,7 @@ template <>
 struct Stored<FLOAT32> {
     using Number = float;
     static F widen(const float* p) { return load(p); }
+    static void narrow(float* target, F value) { store(target, value); }
     static F expand(const float* p, uint32_t bits) { return expand_load(p, bits); }
     // Lanes without their bit keep what `old` holds, bit for bit.
     static void replace(float* target, const float* old, F value, uint32_t bits) { store(target, select(bits, value, load(old))); }
@@ -54,6 +55,7 @@ template <>
 struct Stored<BFLOAT16> {
     using Number = uint16_t;
     static F widen(const uint16_t* p) { return from_bf16(load16(p)); }
+    static void narrow(uint16_t* target, F value) { store16(target, to_bf16(value)); }
     static F expand(const uint16_t* p, uint32_t bits) { return expand_bf16(p, bits); }
     static void replace(uint16_t* target, const uint16_t* old, F value, uint32_t bits) {
         store16(target, select16(bits, to_bf16(value), load16(old)));
@@ -711,31 +713,52 @@ inline F merge_group(Load load_source, int64_t num_experts, bool is_mean, F coun
     return add(is_mean ? div(total, count) : zero(), base);
 }
 
-// Merges rows of bfloat16 numbers: sources are the base, then the experts, (r, I) each without gaps. The backbone is
-// the base plus the mean of the task vectors, or the base. `energies` receives the squared norm of each row of the sum of
-// the task vectors.
-void merge(const void* const* sources, int64_t num_experts, int64_t is_mean, int64_t rows, int64_t columns, uint16_t* backbone,
-           double* energies) {
+// Merges rows: sources are the base, then the experts, (r, I) each without gaps. The backbone is the base plus the mean of
+// the task vectors, or the base. `energies` receives the squared norm of each row of the sum of the task vectors.
+template <int64_t FORM>
+void merge_rows(const void* const* sources, int64_t num_experts, int64_t is_mean, int64_t rows, int64_t columns,
+                typename Stored<FORM>::Number* backbone, double* energies) {
+    using Number = typename Stored<FORM>::Number;
     const int64_t whole = columns / 16 * 16;
     const F count = splat(float(num_experts));
-    const auto place = [&](int64_t number, int64_t at) { return static_cast<const uint16_t*>(sources[number]) + at; };
+    const auto place = [&](int64_t number, int64_t at) { return static_cast<const Number*>(sources[number]) + at; };
     for (int64_t row = 0; row < rows; ++row) {
         F square = zero();
         for (int64_t column = 0; column < whole; column += 16) {
             const int64_t at = row * columns + column;
-            const auto source = [&](int64_t number) { return from_bf16(load16(place(number, at))); };
-            store16(backbone + at, to_bf16(merge_group(source, num_experts, is_mean != 0, count, square)));
+            const auto source = [&](int64_t number) { return Stored<FORM>::widen(place(number, at)); };
+            Stored<FORM>::narrow(backbone + at, merge_group(source, num_experts, is_mean != 0, count, square));
         }
         if (whole < columns) {
             const int64_t at = row * columns + whole, rest = columns - whole;
             const auto source = [&](int64_t number) {
-                return from_bf16(load16(Padded<uint16_t>(place(number, at), rest).numbers));
+                return Stored<FORM>::widen(Padded<Number>(place(number, at), rest).numbers);
             };
-            uint16_t merged[16];
-            store16(merged, to_bf16(merge_group(source, num_experts, is_mean != 0, count, square)));
-            std::memcpy(backbone + at, merged, size_t(rest) * 2);
+            Number merged[16];
+            Stored<FORM>::narrow(merged, merge_group(source, num_experts, is_mean != 0, count, square));
+            std::memcpy(backbone + at, merged, size_t(rest) * sizeof(Number));
         }
         energies[row] = lane_total(square);
+    }
+}
+
+void merge(int64_t form, const void* const* sources, int64_t num_experts, int64_t is_mean, int64_t rows, int64_t columns,
+           void* backbone, double* energies) {
+    if (form == BFLOAT16) {
+        merge_rows<BFLOAT16>(sources, num_experts, is_mean, rows, columns, static_cast<uint16_t*>(backbone), energies);
+    } else {
+        merge_rows<FLOAT32>(sources, num_experts, is_mean, rows, columns, static_cast<float*>(backbone), energies);
+    }
+}
+
+// Rounds numbers to bfloat16.
+void narrow(const float* source, int64_t count, uint16_t* target) {
+    const int64_t whole = count / 16 * 16;
+    for (int64_t at = 0; at < whole; at += 16) store16(target + at, to_bf16(load(source + at)));
+    if (whole < count) {
+        uint16_t rounded[16];
+        store16(rounded, to_bf16(load(Padded<float>(source + whole, count - whole).numbers)));
+        std::memcpy(target + whole, rounded, size_t(count - whole) * 2);
     }
 }
 
@@ -773,4 +796,4 @@ void put_bits(const uint8_t* bits, int64_t bit_bytes, uint8_t* mask, int64_t num
 }  // namespace
 
 #define TABLE(name, label) \
-    const KernelTable name = {label, product, addition, change, move, mark, merge, take_bits, put_bits}
+    const KernelTable name = {label, product, addition, change, move, mark, merge, narrow, take_bits, put_bits}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from ..sparsifying.magnitude import largest_mask
-from ..sparsifying.selection import Bitmap, count_ones
+from ..sparsifying.magnitude import largest_entries
+from ..sparsifying.selection import Bitmap, Floats, count_ones
+
+if TYPE_CHECKING:
+    pass
+
 
 __all__ = ["Statistics", "count_ones", "task_vector_statistics"]
 
@@ -31,15 +33,15 @@ class Statistics(NamedTuple):
     """Squared norm of the sum of the task vectors."""
 
 
-def task_vector_statistics(task_vectors: Tensor, density: float) -> Statistics:
+def task_vector_statistics(task_vectors: Floats, density: float) -> Statistics:
     """The statistics of whole task vectors: the plain way, for tests and small things.
 
     Args:
-        task_vectors: (K, *shape)
+        task_vectors: (K, *shape) float32
         density: share of each that is kept.
     """
-    rows = task_vectors.float().flatten(1)
-    kept = [np.packbits(largest_mask(row, density).numpy(), bitorder="little") for row in rows]
-    negative = [np.packbits((row < 0).numpy(), bitorder="little") for row in rows]
-    energies = rows.double().square().sum(dim=1).numpy()
-    return Statistics(kept, negative, energies, float(torch.sum(rows.double().sum(dim=0).square())))
+    rows = task_vectors.reshape(len(task_vectors), -1)
+    kept = [np.packbits(largest_entries(row, density), bitorder="little") for row in rows]
+    negative = [np.packbits(row < 0, bitorder="little") for row in rows]
+    energies = np.square(rows, dtype=np.float64).sum(axis=1)
+    return Statistics(kept, negative, energies, float(np.square(rows.sum(axis=0, dtype=np.float64)).sum()))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-import torch
-from torch import Tensor
-
+from ...deferred import torch
 from .scales import NUMBER_SCALES
 
-Parts = dict[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Parts: TypeAlias = "dict[str, Tensor]"
 """Name of a part → 1-D tensor: what an encoding stores beside the positions."""
 
 
@@ -47,6 +50,9 @@ class Encoding(ABC):
 
     has_positions: bool = True
     """Whether a bitmap of the kept entries is stored too; without one the encoding gives every entry."""
+
+    has_scales: bool = False
+    """Whether :meth:`scaled` works."""
 
     @abstractmethod
     def encode(self, delta: Tensor, kept: Tensor, precision: Precision) -> Parts:
@@ -92,6 +98,10 @@ class Encoding(ABC):
                 return f"{len(parts[part])} {part} for {expected} expected"
         return None
 
+    def scaled(self, parts: Parts, factor: float) -> Parts:
+        """The parts of the delta times a factor, where ``has_scales``."""
+        raise NotImplementedError
+
     def product(self, parts: Parts, shape: tuple[int, int], x: Tensor) -> Tensor | None:
         """``S x`` for vectors x (..., I) → (..., O), where that is cheaper than the dense product; else None."""
         return None
@@ -104,6 +114,13 @@ class Encoding(ABC):
             rows: (n,) row numbers.
             counts: (n,) kept entries of these rows.
             places: (m,) the entries' places among all kept ones.
+        """
+        return None
+
+    def row_reader(self, parts: Parts, shape: tuple[int, int]) -> Callable[[Tensor], Tensor] | None:
+        """What reads some rows of a matrix without positions: row numbers (n,) → (n, I) float32.
+
+        It is held while rows of one delta are asked for. None where all rows must be decoded.
         """
         return None
 

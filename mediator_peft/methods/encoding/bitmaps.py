@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 import zstandard
 from numpy.typing import NDArray
-from torch import Tensor
 
+from ...deferred import torch
 from ...errors import AdapterError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Bytes = NDArray[np.uint8]
 
 # Level 1 codes literals by their entropy and hardly looks for repetitions, of which a random bitmap has none.
 _LEVEL = 1
@@ -63,7 +70,7 @@ def count_bits_by_row(packed: Tensor) -> Tensor:
     return torch.cat([ones[part.int()].sum(dim=1) for part in packed.split(4096)])
 
 
-def compress(data: Tensor) -> Tensor:
+def compress(data: Bytes) -> Bytes:
     """Entropy-code bytes for the disk.
 
     Args:
@@ -72,11 +79,11 @@ def compress(data: Tensor) -> Tensor:
     Returns:
         (n,) uint8, one zstandard frame that states its size.
     """
-    frame = zstandard.ZstdCompressor(level=_LEVEL).compress(data.contiguous().cpu().numpy().tobytes())
-    return torch.frombuffer(bytearray(frame), dtype=torch.uint8)
+    frame = zstandard.ZstdCompressor(level=_LEVEL).compress(np.ascontiguousarray(data).data)
+    return np.frombuffer(bytearray(frame), np.uint8)
 
 
-def compress_mask(mask: Tensor) -> Tensor:
+def compress_mask(mask: Bytes) -> Bytes:
     """Entropy-code a bitmap for the disk: its bytes, or the gaps between its ones where that is shorter.
 
     A code for whole bytes spends a bit at least on eight zeros, so few ones are better told by their distances.
@@ -88,20 +95,19 @@ def compress_mask(mask: Tensor) -> Tensor:
         (n,) uint8
     """
     frame = compress(mask)
-    if count_bits(mask) > _MOST_GAPS * 8 * mask.numel():
+    if np.bitwise_count(mask).sum(dtype=np.int64) > _MOST_GAPS * 8 * mask.size:
         return frame
-    bits = np.unpackbits(mask.contiguous().cpu().numpy().reshape(-1), bitorder="little")
+    bits = np.unpackbits(mask.reshape(-1), bitorder="little")
     gaps = np.diff(np.flatnonzero(bits), prepend=-1) - 1
     # A gap beyond 254 is as many 255 as go into it, and the rest.
     ends = np.cumsum(gaps // _LONGEST_GAP + 1)
     coded = np.full(int(ends[-1]) if ends.size else 0, _LONGEST_GAP, np.uint8)
     coded[ends - 1] = gaps % _LONGEST_GAP
-    head = torch.frombuffer(bytearray(_GAPS), dtype=torch.uint8)
-    shorter = torch.cat([head, compress(torch.from_numpy(coded))])
+    shorter = np.concatenate([np.frombuffer(_GAPS, np.uint8), compress(coded)])
     return shorter if len(shorter) < len(frame) else frame
 
 
-def decompress_mask(stored: Tensor, shape: tuple[int, int], name: str) -> Tensor:
+def decompress_mask(stored: Bytes, shape: tuple[int, int], name: str) -> Bytes:
     """The bitmap that :func:`compress_mask` was given.
 
     Args:
@@ -113,7 +119,7 @@ def decompress_mask(stored: Tensor, shape: tuple[int, int], name: str) -> Tensor
         AdapterError: it is damaged or belongs to other shapes.
     """
     num_bytes = shape[0] * shape[1]
-    if bytes(stored[:1].tolist()) != _GAPS:
+    if stored[:1].tobytes() != _GAPS:
         return decompress(stored, num_bytes, name).reshape(shape)
     coded = _expand(stored[1:], 8 * num_bytes, name)
     is_one = coded != _LONGEST_GAP
@@ -122,10 +128,10 @@ def decompress_mask(stored: Tensor, shape: tuple[int, int], name: str) -> Tensor
         raise AdapterError(_other_shape(name, f"positions up to {places[-1]}", f"{8 * num_bytes} at most"))
     bits = np.zeros(8 * num_bytes, np.uint8)
     bits[places] = 1
-    return torch.from_numpy(np.packbits(bits, bitorder="little")).reshape(shape)
+    return np.packbits(bits, bitorder="little").reshape(shape)
 
 
-def decompress(frame: Tensor, num_bytes: int, name: str) -> Tensor:
+def decompress(frame: Bytes, num_bytes: int, name: str) -> Bytes:
     """The bytes that :func:`compress` was given, flat.
 
     Args:
@@ -139,12 +145,12 @@ def decompress(frame: Tensor, num_bytes: int, name: str) -> Tensor:
     data = _expand(frame, num_bytes, name)
     if len(data) != num_bytes:
         raise AdapterError(_other_shape(name, f"{len(data)} bytes", str(num_bytes)))
-    return torch.from_numpy(data)
+    return data
 
 
-def _expand(frame: Tensor, most: int, name: str) -> NDArray[np.uint8]:
+def _expand(frame: Bytes, most: int, name: str) -> Bytes:
     """What a frame holds, ``most`` bytes at the most: (n,)."""
-    packed = frame.cpu().numpy().tobytes()
+    packed = frame.tobytes()
     try:
         size = zstandard.frame_content_size(packed)
         if size > most:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from ...deferred import torch
 from ...optional import bitsandbytes_functional
 from .base import Encoding, Parts, Precision, rescaled_numbers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 _BLOCK = 64
 

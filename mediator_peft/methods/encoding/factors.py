@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+from ...deferred import torch
 from .base import Encoding, Parts, Precision
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class FactorsEncoding(Encoding):
@@ -45,7 +48,11 @@ class FactorsEncoding(Encoding):
 
     def product(self, parts: Parts, shape: tuple[int, int], x: Tensor) -> Tensor:
         left, right = factor_matrices(parts, shape)
-        return F.linear(F.linear(x, right), left)
+        return torch.nn.functional.linear(torch.nn.functional.linear(x, right), left)
+
+    def row_reader(self, parts: Parts, shape: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+        left, right = factor_matrices(parts, shape)
+        return lambda rows: left[rows] @ right
 
 
 def store_factors(left: Tensor, right: Tensor) -> Parts:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import log2
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
+from ...deferred import torch
+from ...storage import as_array, to_tensor
 from ..sparsifying.magnitude import largest_mask
 from ..sparsifying.svd import low_rank
 from .base import Encoding, Parts, Precision
 from .bitmaps import compress_mask, decompress_mask, pack_bits, unpack_bits
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 LEVELS = (-2.1520, -1.3439, -0.7560, -0.2451, 0.2451, 0.7560, 1.3439, 2.1520)
 """The 8 levels nearest to a standard Gaussian in mean square (Max, 1960)."""
@@ -36,6 +40,7 @@ class FactorsSignEncoding(Encoding):
 
     part_names = ("left_codes", "right_codes", "sizes", "positions", "signs", "scale")
     has_positions = False
+    has_scales = True
 
     def encode(self, delta: Tensor, kept: Tensor, precision: Precision) -> Parts:
         """Factors, and signs of the rest.
@@ -57,7 +62,7 @@ class FactorsSignEncoding(Encoding):
             "left_codes": pack_codes(codes[0]),
             "right_codes": pack_codes(codes[1]),
             "sizes": sizes,
-            "positions": compress_mask(pack_bits(places)),
+            "positions": to_tensor(compress_mask(as_array(pack_bits(places)))),
             "signs": pack_bits(rest[places] < 0),
             "scale": _scale(rest, places, precision.rescale)[None],
         }
@@ -71,6 +76,9 @@ class FactorsSignEncoding(Encoding):
         matrix.view(-1)[places] += _signed(parts, len(places))
         # Looking entries up takes longer than all the rest.
         return matrix.flatten() if bool(kept.all()) else matrix[kept]
+
+    def scaled(self, parts: Parts, factor: float) -> Parts:
+        return {**parts, **{name: parts[name] * factor for name in ("sizes", "scale")}}
 
     def value_bytes(self, num_kept: float, num_rows: int, number_size: int) -> float:
         # As if the matrix were square; what is known of the matrix is in total_bytes.
@@ -94,10 +102,28 @@ class FactorsSignEncoding(Encoding):
 
     def product(self, parts: Parts, shape: tuple[int, int], x: Tensor) -> Tensor:
         left, right = _factors(parts, shape)
-        result = F.linear(F.linear(x, right), left)
+        result = torch.nn.functional.linear(torch.nn.functional.linear(x, right), left)
         places = _places(parts, shape)
         rows, columns = torch.nonzero(places, as_tuple=True)
         return result.index_add(-1, rows, x[..., columns] * _signed(parts, len(rows)))
+
+    def row_reader(self, parts: Parts, shape: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+        left, right = _factors(parts, shape)
+        places = _places(parts, shape)
+        counts = places.sum(dim=1)
+        starts = counts.cumsum(0) - counts
+        columns = torch.nonzero(places)[:, 1].int()
+        signed = _signed(parts, len(columns))
+
+        def read(rows: Tensor) -> Tensor:
+            matrix, number = left[rows] @ right, counts[rows]
+            owners = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), number)
+            # The entries' places among all that are kept: each row's first, and so many on.
+            kept = (starts[rows] - (number.cumsum(0) - number))[owners] + torch.arange(len(owners), device=rows.device)
+            matrix[owners, columns[kept].long()] += signed[kept]
+            return matrix
+
+        return read
 
 
 def factor_rank(shape: tuple[int, int], density: float) -> int:
@@ -137,7 +163,7 @@ def _factors(parts: Parts, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
 def _places(parts: Parts, shape: tuple[int, int]) -> Tensor:
     """Where signs are: (O, I) bool."""
     stored = parts["positions"]
-    bitmap = decompress_mask(stored.cpu(), (shape[0], -(-shape[1] // 8)), "positions")
+    bitmap = to_tensor(decompress_mask(as_array(stored.cpu()), (shape[0], -(-shape[1] // 8)), "positions"))
     return unpack_bits(bitmap, shape[1]).to(stored.device)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from ...deferred import torch
 from .base import Encoding, Parts, Precision, rescaled_numbers
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class FloatEncoding(Encoding):

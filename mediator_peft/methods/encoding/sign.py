@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from ...deferred import torch
 from .base import Encoding, Parts, Precision
 from .bitmaps import pack_bits, unpack_bits
 from .scales import SIGN_SCALES, RowSums
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class SignEncoding(Encoding):
@@ -19,6 +22,7 @@ class SignEncoding(Encoding):
 
     part_names = ("signs", "scales")
     in_kernels = True
+    has_scales = True
 
     def encode(self, delta: Tensor, kept: Tensor, precision: Precision) -> Parts:
         """Signs and scales of the kept entries.
@@ -41,6 +45,9 @@ class SignEncoding(Encoding):
         magnitude = torch.repeat_interleave(parts["scales"].float(), kept.sum(dim=1))
         negative = unpack_bits(parts["signs"], len(magnitude))
         return torch.where(negative, -magnitude, magnitude)
+
+    def scaled(self, parts: Parts, factor: float) -> Parts:
+        return {**parts, "scales": (parts["scales"].float() * factor).to(parts["scales"].dtype)}
 
     def part_sizes(self, num_kept: int) -> dict[str, int]:
         return {"signs": -(-num_kept // 8)}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .row import MergeMethod
 from .summing import sum_in_order
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def average(task_vectors: Tensor) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from ...deferred import torch
 from .row import MergeMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def keep_base(task_vectors: Tensor) -> Tensor:

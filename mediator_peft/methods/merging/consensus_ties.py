@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..sparsifying.magnitude import keep_largest
 from .consensus import LEAST, MASK_WEIGHT, PARAMETERS, SCALE, consensus_of
 from .row import MergeMethod, Parameter
 from .summing import disjoint_sum
 from .ties import DENSITY
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def consensus_ties(

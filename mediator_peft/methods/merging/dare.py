@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from ...deferred import torch
 from .drawing import drawn_mask
 from .row import MergeMethod, Parameter, TensorContext
 from .summing import sum_in_order
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 DENSITY = 0.5
 """Share of entries that is kept: the paper drops up to 0.9, published examples 0.1 to 0.7."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .dare import DENSITY, DENSITY_PARAMETER, dropped_and_rescaled
 from .row import MergeMethod, Parameter, TensorContext
 from .summing import disjoint_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def dare_ties(task_vectors: Tensor, context: TensorContext, density: float = DENSITY, scale: float = 1.0) -> Tensor:

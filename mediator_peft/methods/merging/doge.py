@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from ...deferred import torch
 from ..sparsifying.magnitude import largest_mask
 from .average import average
 from .row import LINEAR, MergeMethod, Parameter, TensorContext
 from .tsv import svd
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 LENGTH, DENSITY, STEPS, RATE, PARTS = 0.4, 0.3, 400, 1e-4, 6
 

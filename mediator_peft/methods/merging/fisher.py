@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from ...deferred import torch
 from .row import MergeMethod, Parameter, TensorContext, TensorView
 from .side_tensors import FISHER, SideTensors, fault_of_entries, open_side_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 FLOOR = 1e-6
 

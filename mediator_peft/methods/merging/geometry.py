@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from ...deferred import torch
 from .row import TensorContext
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 Floats = NDArray[np.float64]
 

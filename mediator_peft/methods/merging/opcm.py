@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from ...deferred import torch
 from .row import LINEAR, MergeMethod, Parameter, TensorContext
 from .summing import sum_in_order
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 SHARE = 0.5
 

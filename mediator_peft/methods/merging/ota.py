@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from ...deferred import torch
 from .row import MergeMethod, Parameter, TensorContext, TensorView
 from .side_tensors import MOMENTS, SideTensors, fault_of_entries, open_side_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 POWER, DENSITY = 0.5, 0.4
 EPSILON = 1e-26

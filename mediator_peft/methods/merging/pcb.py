@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from ...deferred import torch
 from .row import MergeMethod, Parameter
 from .summing import sum_in_order
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 DENSITY, EDGE, SCALE = 0.1, 0.01, 1.0
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
-
+from ...deferred import torch
 from .average import average
 from .row import LINEAR, MergeMethod, Parameter, TensorContext
 from .side_tensors import GRAM, SideTensors, fault_of_gram, open_side_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 OFF_DIAGONAL, RIDGE = 0.9, 1e-4
 
@@ -50,7 +52,7 @@ def regmean(
     if found is None:
         return average(task_vectors)
     total = sum(vector.double() @ gram for vector, gram in zip(task_vectors, found.grams, strict=True))
-    assert isinstance(total, Tensor)
+    assert isinstance(total, torch.Tensor)
     # Float64, so that the number of rows at a time does not reach the rounded result.
     return torch.cholesky_solve(total.T, found.factor).T.float().contiguous()
 

@@ -7,12 +7,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
-
+from ...deferred import torch
 from ...tables import unknown_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 LINEAR, EMBEDDING, HEAD, OTHER = "linear", "embedding", "head", "other"
 """Kinds of tensors: the weight of a linear layer of a block, the token embedding, ``lm_head``, all others."""

@@ -6,14 +6,17 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
+from ...deferred import torch
 from ...errors import ConfigError
 from .row import LINEAR, TensorContext
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 GRAM, FISHER, NORMS, MOMENTS = "gram", "fisher", "norms", "moments"
 """What a side file holds, as its header's ``statistic`` says."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from .geometry import Floats, combined, gram_matrix
 from .row import MergeMethod, Parameter, TensorContext
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 POSITION = 0.5
 

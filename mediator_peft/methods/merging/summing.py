@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from ...deferred import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def sum_in_order(task_vectors: Tensor) -> Tensor:

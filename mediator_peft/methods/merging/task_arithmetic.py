@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .row import MergeMethod, Parameter
 from .summing import sum_in_order
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 SCALE = 0.4
 """Chosen for many tasks at once, without data to tune it on; the papers tune it where they can."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from ...deferred import torch
 from ..sparsifying.magnitude import largest_mask
 from .row import MergeMethod, Parameter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 DENSITY = 0.2
 """Share of a task vector that is kept; the paper's choice where nothing can be tuned, as is the scale λ = 1."""

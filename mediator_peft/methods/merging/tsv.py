@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from ...deferred import torch
 from .average import average
 from .row import LINEAR, MergeMethod, Parameter, TensorContext
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 SCALE = 1.0
 

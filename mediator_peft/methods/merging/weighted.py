@@ -6,15 +6,17 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ...data_files import DataFileError, MalformedJsonError, parse_json, read_text
+from ...deferred import torch
 from ...errors import ConfigError
 from ...tables import unknown_name
 from .row import MergeMethod, TensorContext
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 COEFFICIENTS_VERSION = 1
 _KEYS = ("coefficients_version", "experts", "blocks", "tensors", "about")

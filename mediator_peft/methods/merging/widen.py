@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from ...deferred import torch
 from .geometry import Floats
 from .row import EMBEDDING, MergeMethod, Parameter, TensorContext
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 THRESHOLD, SCORE = 1.0, 1.0
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from ...deferred import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def drop_and_rescale(delta: Tensor, density: float, generator: torch.Generator | None = None) -> Tensor:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from .selection import smallest_kept
+import numpy as np
+from numpy.typing import NDArray
+
+from ...deferred import torch
+from ...storage import as_array, to_tensor
+from .selection import Floats, smallest_kept
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def keep_largest(delta: Tensor, density: float, generator: torch.Generator | None = None) -> Tensor:
@@ -23,14 +29,19 @@ def keep_largest(delta: Tensor, density: float, generator: torch.Generator | Non
     Returns:
         (*shape), a new tensor.
     """
-    kept = largest_mask(delta, density)
-    return torch.where(kept, delta, 0)
+    return torch.where(largest_mask(delta, density), delta, 0)
 
 
 def largest_mask(delta: Tensor, density: float) -> Tensor:
     """Where :func:`keep_largest` keeps: (*shape) bool."""
-    num_kept = round(density * delta.numel())
-    magnitude = delta.detach().to("cpu", torch.float32).abs().contiguous().numpy().reshape(-1)
+    kept = largest_entries(as_array(delta.detach().to("cpu", torch.float32)), density)
+    return to_tensor(kept).to(delta.device)
+
+
+def largest_entries(delta: Floats, density: float) -> NDArray[np.bool_]:
+    """:func:`largest_mask` in numpy."""
+    num_kept = round(density * delta.size)
+    magnitude = np.abs(delta).reshape(-1)
     if num_kept >= magnitude.size:
         kept = magnitude > 0
     elif num_kept == 0:
@@ -41,4 +52,4 @@ def largest_mask(delta: Tensor, density: float) -> Tensor:
         if edge > 0:
             at_edge = np.flatnonzero(magnitude == edge)
             kept[at_edge[: num_kept - np.count_nonzero(kept)]] = True
-    return torch.from_numpy(kept).reshape(delta.shape).to(delta.device)
+    return kept.reshape(delta.shape)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from math import log2
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from ...deferred import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 # Directions beyond the rank that are followed on the way, and rounds of following them.
 _MORE, _ROUNDS = 8, 4

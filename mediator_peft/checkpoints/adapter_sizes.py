@@ -9,7 +9,9 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checkpoints.adapter_files import (
+from ..config import CORRECTION, FALLBACK_EXPERT
+from ..errors import AdapterError
+from .adapter_files import (
     BANK_ATTRIBUTE,
     ROUTER_PREFIX,
     WEIGHTS_FILE,
@@ -17,8 +19,6 @@ from ..checkpoints.adapter_files import (
     find_adapter,
     read_raw_config,
 )
-from ..config import CORRECTION, FALLBACK_EXPERT
-from ..errors import AdapterError
 
 _HEADER_LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000

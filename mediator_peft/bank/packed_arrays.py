@@ -1,0 +1,61 @@
+"""A packed delta in plain numpy: as a build makes it, and as files hold it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..methods.encoding import ENCODINGS
+from ..methods.encoding.bitmaps import compress_mask
+from ..storage import Array, as_array, to_tensor
+from .sparse_delta import SparseDelta, full_mask
+
+MASK, BIAS = "mask", "bias"
+"""Names of the parts that every encoding has or may have."""
+
+# A colon cannot stand in an expert's name, and unlike a dot it can stand in a buffer's.
+SEPARATOR = ":"
+"""Between an expert's name and the part's in the name of a buffer: ``expert:part``."""
+
+
+@dataclass(frozen=True)
+class PackedArrays:
+    """What is stored of one matrix's delta for one expert; see :class:`SparseDelta`, which is the same in torch."""
+
+    shape: tuple[int, int]
+    coding: str
+    parts: dict[str, Array]
+    """``mask`` (empty where the coding has no positions), the coding's own parts, and ``bias`` where there is one."""
+
+    @classmethod
+    def of(cls, delta: SparseDelta) -> PackedArrays:
+        """A delta's tensors as arrays that share their memory."""
+        bias = {} if delta.bias is None else {BIAS: delta.bias}
+        mask = delta.mask if ENCODINGS[delta.coding].has_positions else delta.mask.new_empty(0)
+        parts = {MASK: mask, **delta.parts, **bias}
+        return cls(delta.shape, delta.coding, {name: as_array(part) for name, part in parts.items()})
+
+    def as_tensors(self) -> SparseDelta:
+        """The same in torch, sharing memory."""
+        parts = {name: to_tensor(part) for name, part in self.parts.items()}
+        mask, bias = parts.pop(MASK), parts.pop(BIAS, None)
+        if not ENCODINGS[self.coding].has_positions:
+            mask = full_mask(self.shape, mask.device)
+        return SparseDelta(self.shape, self.coding, mask, parts, bias)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of everything stored, in memory."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    def buffers(self, expert: str) -> dict[str, Array]:
+        """Its parts under the names of a bank's buffers."""
+        return {f"{expert}{SEPARATOR}{name}": part for name, part in self.parts.items()}
+
+
+def to_disk(key: str, array: Array) -> Array:
+    """The form in which a buffer of a bank is written: 1-D, bitmaps entropy-coded."""
+    if key.endswith(SEPARATOR + MASK):
+        return compress_mask(array) if array.size else array
+    return np.ascontiguousarray(array.reshape(-1))

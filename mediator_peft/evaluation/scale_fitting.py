@@ -1,0 +1,346 @@
+"""Fitting the scales of an expert's deltas to the expert's own next-token distribution.
+
+BitDelta (arXiv 2402.10193) trains one scale a matrix to the logits of the expert, with all else frozen. Here the
+divergence of distributions is minimised, on answers to calibration prompts (our choice).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..bank.sparse_delta import SparseDelta
+from ..checkpoints.adapter_files import find_adapter
+from ..checkpoints.tensor_inventory import auto_class
+from ..data_files import json_lines
+from ..errors import ConfigError, UnsupportedError
+from ..methods.encoding import ENCODINGS
+from ..tables import unknown_name
+from ..tuner.loading import load_mediator
+from .fit_and_save import save_router
+from .generation import answer_prompts
+from .logits import original_model
+from .prompts import read_prompts, render, token_ids
+
+Pair = tuple[str, str | None]
+"""A prompt, and its answer; None where the expert is asked for one."""
+
+_LEAST_ITEMS = 8
+
+
+@dataclass(frozen=True)
+class ScaleFit:
+    """How scales are fitted: Adam on the logarithm of one factor a matrix."""
+
+    num_steps: int = 12
+    learning_rate: float = 0.03
+    batch_size: int = 6
+    held_out: float = 0.25
+    """Share of the prompts on which is decided whether the fit is kept."""
+
+    max_answer_tokens: int = 32
+    """Longer answers are cut."""
+
+    seed: int = 0
+    """Of the order of the prompts."""
+
+
+@dataclass(frozen=True)
+class ScaleReport:
+    """What fitting did for one expert."""
+
+    num_fitted: int
+    num_held_out: int
+    divergence_before: float
+    """From the expert, of held-out prompts, in nats a token of the answers."""
+
+    divergence_after: float
+    is_kept: bool
+    """False where it did not fall; the scales stay then."""
+
+    factors: dict[str, float]
+    """Layer → factor of its scales."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts with their answers, padded on the right."""
+
+    ids: Tensor
+    """(B, T)"""
+
+    mask: Tensor
+    """(B, T)"""
+
+    starts: tuple[int, ...]
+    """(B,) position before the first token of each answer."""
+
+    answers: tuple[Tensor, ...]
+    """(B,) token ids of each answer, (n,)."""
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:
+        """From (token ids of the prompt, of the answer)."""
+        width = max(len(prompt) + len(answer) for prompt, answer in rows)
+        ids = torch.tensor([[*prompt, *answer, *[0] * (width - len(prompt) - len(answer))] for prompt, answer in rows])
+        lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in rows])
+        mask = (torch.arange(width) < lengths[:, None]).long()
+        starts = tuple(len(prompt) - 1 for prompt, _ in rows)
+        return cls(ids, mask, starts, tuple(torch.tensor(list(answer)) for _, answer in rows))
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all answers."""
+        return sum(map(len, self.answers))
+
+
+Known = tuple[Batch, Sequence[Tensor]]
+"""A batch, and the expert's log probabilities before each token of its answers: (n, V) for each row."""
+
+
+def log_probabilities(model: Any, batch: Batch) -> list[Tensor]:
+    """Of all tokens before each token of an answer: (n, V) for each row, float32."""
+    first = min(batch.starts)
+    kept = batch.ids.shape[1] - first
+    logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, logits_to_keep=kept).logits
+    return [
+        logits[row, start - first : start - first + len(answer)].float().log_softmax(-1)
+        for row, (start, answer) in enumerate(zip(batch.starts, batch.answers, strict=True))
+    ]
+
+
+def divergence(model: Any, batches: Sequence[Known]) -> Tensor:
+    r"""Mean over the tokens of all answers of :math:`\mathrm{KL}(p_\text{expert} \,\|\, p_\text{model})`, in nats."""
+    total = torch.zeros(())
+    for batch, experts in batches:
+        for ours, theirs in zip(log_probabilities(model, batch), experts, strict=True):
+            total = total + (theirs.exp() * (theirs - ours)).sum()
+    return total / sum(batch.num_tokens for batch, _ in batches)
+
+
+def fit_factors(model: Any, deltas: Mapping[str, Tensor], batches: Sequence[Known], fit: ScaleFit) -> dict[str, float]:
+    r"""Factors c of some deltas that bring a model nearer to an expert; its weights are the fitted ones afterwards.
+
+    .. math:: \min_c \sum_t \mathrm{KL}(p_\text{expert}(t) \,\|\, p_{D + c \circ S}(t))
+
+    Adam on :math:`\log c`, one batch a step. The gradient of c is the inner product of the weight's gradient and S.
+
+    Args:
+        model: plain, with the weights D + S.
+        deltas: parameter name → S, in the parameter's shape, float32.
+        batches: with the expert's distributions.
+        fit: how.
+    """
+    parameters = dict(model.named_parameters())
+    backbone = {name: parameters[name].detach() - delta for name, delta in deltas.items()}
+    logs = {name: torch.zeros(()) for name in deltas}
+
+    def pull(name: str) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            # One gradient of a whole matrix at a time is held.
+            assert parameter.grad is not None
+            logs[name].grad = logs[name].exp() * (parameter.grad.float() * deltas[name]).sum()
+            parameter.grad = None
+
+        return hook
+
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in deltas)
+    hooks = [parameters[name].register_post_accumulate_grad_hook(pull(name)) for name in deltas]
+    optimizer = torch.optim.Adam(list(logs.values()), lr=fit.learning_rate)
+    try:
+        for step in range(fit.num_steps):
+            divergence(model, [batches[step % len(batches)]]).backward()
+            optimizer.step()
+            with torch.no_grad():
+                for name, delta in deltas.items():
+                    parameters[name].copy_(backbone[name] + logs[name].exp() * delta)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+    return {name: float(log.exp()) for name, log in logs.items()}
+
+
+def fit_scales(
+    out: str | os.PathLike[str],
+    experts: Mapping[str, str | os.PathLike[str]],
+    data: Mapping[str, str | os.PathLike[str] | Sequence[Pair]],
+    fit: ScaleFit | None = None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    use_template: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, ScaleReport]:
+    """Fit the scales of some experts of an output, and save them in it; other experts' deltas keep their bytes.
+
+    Each matrix's scales get one factor. A part of the prompts is held out, and where the divergence from the expert
+    does not fall on it, the scales stay. All is computed in float32, with one expert and one plain model in memory.
+
+    Args:
+        out: what ``build_mediator`` wrote.
+        experts: name → checkpoint that it was built from.
+        data: name → JSONL file with ``prompt`` and perhaps ``answer``, or pairs of them; 8 or more. Where an answer is
+            missing, the expert's own greedy answers are taken.
+        fit: how.
+        base: needed where an expert is a LoRA.
+        use_template: whether prompts are rendered with the chat template.
+        say: told of the progress.
+
+    Raises:
+        ConfigError: an expert is unknown, or has no data.
+        UnsupportedError: experts share deltas, or the encoding has no scales.
+        DataFileError, CheckpointError: something cannot be read.
+    """
+    fit = fit or ScaleFit()
+    model, tokenizer = load_mediator(Path(out), dtype="auto")
+    _check(model, experts, data)
+    pairs = {name: _pairs(data[name]) for name in experts}
+    for name, found in pairs.items():
+        if len(found) < _LEAST_ITEMS:
+            raise ConfigError(f"expert {name!r} has {len(found)} prompts; give {_LEAST_ITEMS} or more.")
+    state = {name: tensor.detach().float() for name, tensor in _plain_state(Path(out)).items()}
+    reports = {}
+    for name in experts:
+        say(f"{name}: asking the expert")
+        expert = original_model(str(experts[name]), name, base, False)
+        known = _asked(expert, tokenizer, pairs[name], fit, use_template)
+        del expert
+        say(f"{name}: fitting")
+        reports[name] = _fit_one(model, Path(out), state, name, known, fit)
+    if any(report.is_kept for report in reports.values()):
+        save_router(model, find_adapter(Path(out)), lambda folder: {})
+    return reports
+
+
+def read_pairs(path: str) -> list[Pair]:
+    """Prompts of a JSONL file, with their answers where all have one.
+
+    Raises:
+        DataFileError: it cannot be read, or a line has no prompt.
+    """
+    prompts, faults = read_prompts(path), list[str]()
+    answers = [record.get("answer") for _, record in json_lines(path, faults) if isinstance(record, dict)]
+    if len(answers) != len(prompts) or not all(isinstance(answer, str) and answer for answer in answers):
+        answers = [None] * len(prompts)
+    return list(zip(prompts, answers, strict=True))
+
+
+def _pairs(given: str | os.PathLike[str] | Sequence[Pair]) -> Sequence[Pair]:
+    return read_pairs(os.fspath(given)) if isinstance(given, (str, os.PathLike)) else given
+
+
+def _check(model: Any, experts: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    config = model.active.config
+    for name in experts:
+        if name not in (config.expert_names or ()):
+            raise ConfigError(unknown_name(name, config.expert_names or (), "expert"))
+        if name not in data:
+            raise ConfigError(f"expert {name!r} has no data: give prompts of its task.")
+    if config.column_map is not None:
+        raise UnsupportedError("experts of this model share deltas: fit the scales before they do (condense).")
+    if not ENCODINGS[config.encoding].has_scales:
+        raise UnsupportedError(f"encoding {config.encoding!r} has no scales that can be fitted.")
+
+
+def _plain_state(out: Path) -> dict[str, Tensor]:
+    """The backbone's parameters by the names of the plain model."""
+    from ..checkpoints.name_mapping import named_as_in_model
+    from ..checkpoints.opening import open_checkpoint
+    from ..checkpoints.tensor_inventory import outline_of
+
+    backbone = open_checkpoint(str(out), "the backbone")
+    backbone = named_as_in_model(backbone, outline_of(backbone))
+    return {name: backbone.tensor(name) for name in backbone.tensors}
+
+
+def _asked(
+    expert: Any, tokenizer: Any, pairs: Sequence[Pair], fit: ScaleFit, use_template: bool
+) -> tuple[list[Known], list[Known]]:
+    """Batches to fit on and held-out ones, with the expert's distributions."""
+    order = list(pairs)
+    random.Random(fit.seed).shuffle(order)
+    missing = [prompt for prompt, answer in order if answer is None]
+    given = {prompt: answer for prompt, answer in order if answer is not None}
+    if missing:
+        texts = answer_prompts(
+            expert, tokenizer, missing, max_new_tokens=fit.max_answer_tokens, use_template=use_template
+        )
+        given |= dict(zip(missing, texts, strict=True))
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    rows = [
+        (
+            list(token_ids(tokenizer, render(tokenizer, prompt, use_template))),
+            [*tokenizer(given[prompt], add_special_tokens=False)["input_ids"], *end][: fit.max_answer_tokens],
+        )
+        for prompt, _ in order
+    ]
+    rows = [(prompt, answer) for prompt, answer in rows if answer]
+    num_held = max(1, round(fit.held_out * len(rows)))
+    found: list[list[Known]] = []
+    for part in (rows[num_held:], rows[:num_held]):
+        batches = [Batch.of(part[start : start + fit.batch_size]) for start in range(0, len(part), fit.batch_size)]
+        with torch.no_grad():
+            found.append([(batch, log_probabilities(expert, batch)) for batch in batches])
+    return found[0], found[1]
+
+
+def _fit_one(
+    model: Any,
+    out: Path,
+    state: Mapping[str, Tensor],
+    name: str,
+    known: tuple[list[Known], list[Known]],
+    fit: ScaleFit,
+) -> ScaleReport:
+    """Fit one expert's scales, and put them into the model where that brings it nearer to the expert."""
+    from transformers import AutoConfig
+
+    layers, deltas, stored, full = model.base_model.routed_layers(), {}, {}, dict(state)
+    for layer_name, layer in layers.items():
+        delta = layer.bank(model.active.name).stored(name)
+        weight = f"{layer_name}.weight"
+        if delta is None:
+            continue
+        if weight not in full:
+            raise UnsupportedError(f"scales of {layer_name!r} cannot be fitted: it is no plain linear layer.")
+        stored[layer_name] = delta
+        deltas[weight] = delta.dense().T.contiguous() if layer.is_transposed else delta.dense()
+        full[weight] = full[weight] + deltas[weight]
+        if delta.bias is not None:
+            full[f"{layer_name}.bias"] = full[f"{layer_name}.bias"] + delta.bias
+    config = AutoConfig.from_pretrained(out)
+    plain: Any = auto_class(config).from_config(config, dtype=torch.float32)
+    plain.load_state_dict(full, strict=False)
+    plain.tie_weights()
+    plain.eval()
+    fitted, held = known
+    with torch.no_grad():
+        before = float(divergence(plain, held))
+    factors = fit_factors(plain, deltas, fitted, fit)
+    with torch.no_grad():
+        after = float(divergence(plain, held))
+    if after < before:
+        for layer_name, delta in stored.items():
+            layers[layer_name].put_delta(model.active.name, name, scaled(delta, factors[f"{layer_name}.weight"]))
+    num_fitted, num_held = (sum(len(batch.answers) for batch, _ in part) for part in known)
+    by_layer = {layer: round(factors[f"{layer}.weight"], 6) for layer in stored}
+    return ScaleReport(num_fitted, num_held, before, after, after < before, by_layer)
+
+
+def scaled(delta: SparseDelta, factor: float) -> SparseDelta:
+    """A delta times a factor; its bias stays, being stored whole."""
+    encoding = ENCODINGS[delta.coding]
+    return replace(delta, parts=encoding.scaled(delta.parts, factor))
