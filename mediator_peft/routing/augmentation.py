@@ -100,7 +100,8 @@ _RECOMBINED = (
 )
 
 
-def _bare(word: str) -> str:
+def bare_word(word: str) -> str:
+    """Without punctuation around it, in lower case."""
     return word.strip(_EDGES).lower()
 
 
@@ -115,7 +116,9 @@ def shared_words(texts: Sequence[str], labels: Sequence[int]) -> dict[int, froze
         Expert → words without punctuation, in lower case.
     """
     sizes = Counter(labels)
-    pairs = [(label, word) for text, label in zip(texts, labels, strict=True) for word in set(map(_bare, text.split()))]
+    pairs = [
+        (label, word) for text, label in zip(texts, labels, strict=True) for word in set(map(bare_word, text.split()))
+    ]
     often = [(label, word) for (label, word), n in Counter(pairs).items() if n >= _SHARED_BY_AT_LEAST * sizes[label]]
     return {label: frozenset(word for owner, word in often if owner == label and word) for label in sizes}
 
@@ -132,8 +135,8 @@ def recombine(text: str, shared: frozenset[str], rng: Random) -> str:
         rng: draws words and sentence.
     """
     words = text.split()
-    own = " ".join(word for word in words if _bare(word) not in shared)
-    task = sorted({word.strip(_EDGES) for word in words if _bare(word) in shared and len(_bare(word)) > 2})
+    own = " ".join(word for word in words if bare_word(word) not in shared)
+    task = sorted({word.strip(_EDGES) for word in words if bare_word(word) in shared and len(bare_word(word)) > 2})
     if not own or not task:
         return text
     count = rng.choice((1, 1, 2, 2, 3))

@@ -161,9 +161,16 @@ def fit_detectors(features: Tensor, labels: Tensor, negatives: Negatives, num_ex
 
 
 def fit_detectors_inside(
-    features: Tensor, labels: Tensor, negatives: Negatives, num_experts: int
+    features: Tensor,
+    labels: Tensor,
+    negatives: Negatives,
+    num_experts: int,
+    start: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`fit_detectors`, where all features are in the basis already; so are the detectors."""
+    """As :func:`fit_detectors`, where all features are in the basis already; so are the detectors.
+
+    ``start`` holds detectors of nearly the same prompts, from which fewer steps lead to the same optimum.
+    """
     against = equal_weights(negatives.families)
     in_basis = negatives.basis is not None
     fitted = []
@@ -176,6 +183,7 @@ def fit_detectors_inside(
                 torch.cat([torch.full((len(own),), 0.5 / max(1, len(own))), 0.5 * against]),
                 _RIDGE_IN_BASIS if in_basis else _RIDGE,
                 common_scale=in_basis,
+                start=None if start is None else (start[0][expert], start[1][expert]),
             )
         )
     return torch.stack([weight for weight, _ in fitted]), torch.stack([bias for _, bias in fitted])
@@ -208,9 +216,14 @@ def equal_weights(groups: Tensor) -> Tensor:
 
 
 def fit_logistic(
-    features: Tensor, targets: Tensor, weights: Tensor, ridge: float, common_scale: bool = False
+    features: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    ridge: float,
+    common_scale: bool = False,
+    start: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Weighted logistic regression on standardised features, by full-batch L-BFGS from zero.
+    r"""Weighted logistic regression on standardised features, by full-batch L-BFGS.
 
     .. math:: \min_{w, b} \sum_i v_i \log(1 + e^{-y_i (w^\top \tilde z_i + b)}) + \tfrac{\rho}{2}\|w\|^2
 
@@ -220,6 +233,7 @@ def fit_logistic(
         weights: (N,) v, which sum to 1.
         ridge: :math:`\rho`, for features of unit variance.
         common_scale: standardise by one scale for all features, for a ridge that depends on no choice of axes.
+        start: weight (H,) and bias () from which the search starts; zero without it. The optimum is the same.
 
     Returns:
         Weight (H,) and bias () for the features as they are, float32.
@@ -233,7 +247,12 @@ def fit_logistic(
     useful = scale > 1e-6 * float(scale.max().clamp(min=1e-12))
     inverse = torch.where(useful, 1 / scale.clamp(min=1e-12), 0.0)
     rows = (rows - mean) * inverse
-    solution = torch.zeros(rows.shape[1] + 1, dtype=torch.float64, requires_grad=True)
+    solution = torch.zeros(rows.shape[1] + 1, dtype=torch.float64)
+    if start is not None:
+        first = start[0].double().cpu()
+        solution[:-1] = torch.where(useful, first * scale, 0.0)
+        solution[-1] = start[1].double().cpu() + first @ mean
+    solution.requires_grad_(True)
     optimizer = torch.optim.LBFGS(
         [solution], max_iter=_MOST_STEPS, tolerance_grad=1e-6, history_size=20, line_search_fn="strong_wolfe"
     )

@@ -73,6 +73,8 @@ def leave_out(
     others = torch.zeros(len(negatives.features), size + num_experts)
     inside = negatives._replace(features=negatives.in_basis(negatives.features))
     own_inside, copies_inside = negatives.in_basis(features), negatives.in_basis(copies)
+    everything = torch.cat([own_inside, copies_inside.flatten(0, 1)])
+    start = fit_detectors_inside(everything, labels.repeat(1 + len(copies)), inside, num_experts)
     for fold in present.tolist():
         out, family_out = folds == fold, family_folds == fold
         rows = torch.cat([features[~out], copies[:, ~out].flatten(0, 1)])
@@ -82,7 +84,7 @@ def leave_out(
         router.basis = negatives.basis
         router.fit(rows, their_labels, rest.features[rest.is_background])
         rows_inside = torch.cat([own_inside[~out], copies_inside[:, ~out].flatten(0, 1)])
-        detectors = fit_detectors_inside(rows_inside, their_labels, inside.subset(~family_out), num_experts)
+        detectors = fit_detectors_inside(rows_inside, their_labels, inside.subset(~family_out), num_experts, start)
         close = _neighbours(rows, their_labels, rest)
         for number, (some, same) in enumerate(zip([features, *copies], [own_inside, *copies_inside], strict=True)):
             texts[number, out] = _judged(router, detectors, close, some[out], same[out])

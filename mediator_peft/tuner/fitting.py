@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy as shallow_copy
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from ..routing.depth import choose_depth
 from ..routing.feature_cache import FeatureCache
 from ..routing.hard_negatives import HARD_NEGATIVE_FORMS, hard_negatives
 from ..routing.routers import Router
+from ..routing.translation import LANGUAGES_OF_TABLE, in_other_words
 from ..routing.wording import choose_depth_by_wordings, reference_prompts, wording_basis
 from .chat_turns import padded, turn_contents, unwrapped, user_turns
 from .config import MediatorConfig
@@ -347,8 +348,8 @@ def augmented_rows(
 
     The ways in which a prompt is altered follow from its text and the seed. A way is left out where the tokenizer does
     not know the words that come of it: its copies would all look alike. With ``labels``, every other prompt has the
-    words of its task recombined instead, and beyond ``_COPIED_PER_EXPERT`` prompts of an expert a copy is the prompt
-    itself, which need not be read again.
+    words of its task recombined instead, every fourth one has them in another language, and beyond
+    ``_COPIED_PER_EXPERT`` prompts of an expert a copy is the prompt itself, which need not be read again.
     """
     plain, seed, markers = unwrapped(tokenizer), config.seed, config.turn_markers
     if not hasattr(plain, "decode"):
@@ -358,37 +359,50 @@ def augmented_rows(
     num_copies = min(COPIES, len(ways))
     copies: list[list[list[int]]] = [[list(row) for row in rows] for _ in range(num_copies)]
     ranks = _ranks_by_hash(texts, labels, seed)
-    words_of = [None] * len(rows) if labels is None else _words_to_recombine(plain, texts, labels, ranks, seed)
+    by_task = [None] * len(rows) if labels is None else _changes_by_task(plain, texts, labels, ranks, seed)
     for number, row in enumerate(rows):
         if ranks[number] >= _COPIED_PER_EXPERT:
             continue
-        words = words_of[number]
+        by_words = by_task[number]
         # From the last turn on, so that the places of the others stay as they are.
         for start, stop in reversed(_user_places(row, markers)):
-            changed = _altered(plain.decode(row[start:stop], skip_special_tokens=True), seed, num_copies, ways, words)
+            text = plain.decode(row[start:stop], skip_special_tokens=True)
+            changed = vary_in_turn(text, seed, num_copies, ways)
+            first = by_words(text) if by_words is not None and changed else None
+            changed = changed if first is None else [first, *changed[1:]]
             ids = [] if not changed else plain(changed, add_special_tokens=(start, stop) == (0, len(row)))["input_ids"]
             for copy, new in zip(copies, ids, strict=True):
                 copy[number][start:stop] = new
     return [row[:max_length] for copy in copies for row in copy]
 
 
-def _words_to_recombine(
+def _changes_by_task(
     tokenizer: Any, texts: Sequence[str], labels: Sequence[int], ranks: Sequence[int], seed: int
-) -> list[frozenset[str] | None]:
-    """For every other text the words of its expert's task; none where the tokenizer does not know what comes of it."""
+) -> list[Callable[[str], str | None] | None]:
+    """For every other text how its task's words are recombined, for every fourth one how they are translated.
+
+    Neither where the tokenizer does not know the words that come of it.
+    """
     shared = shared_words(texts, labels)
-    words = [shared[label] if rank % 2 else None for label, rank in zip(labels, ranks, strict=True)]
-    some = [(text, own) for text, own in zip(texts, words, strict=True) if own is not None][:_TRIED]
-    tried = [recombine(text, own, Random(f"{seed} recombine {text}")) for text, own in some]
-    return [None] * len(texts) if tried and _are_unknown(tokenizer, tokenizer(tried)["input_ids"]) else words
 
+    def recombined(words: frozenset[str], text: str) -> str:
+        return recombine(text, words, Random(f"{seed} recombine {text}"))
 
-def _altered(text: str, seed: int, copies: int, ways: Sequence[int], words: frozenset[str] | None) -> list[str]:
-    """Altered copies of a text; the first one with the words of its task recombined, where these are given."""
-    changed = vary_in_turn(text, seed, copies, ways)
-    if words is None or not changed:
-        return changed
-    return [recombine(text, words, Random(f"{seed} recombine {text}")), *changed[1:]]
+    def translated(words: frozenset[str], language: int, text: str) -> str | None:
+        return in_other_words(text, words, language)
+
+    changes: list[Callable[[str], str | None] | None] = [None] * len(texts)
+    for every, rest in ((2, 1), (4, 0)):
+        chosen = [number for number, rank in enumerate(ranks) if rank % every == rest]
+        for number in chosen:
+            words, language = shared[labels[number]], ranks[number] // 4 % len(LANGUAGES_OF_TABLE)
+            changes[number] = partial(recombined, words) if rest else partial(translated, words, language)
+        tried = [change(texts[number]) for number in chosen[:_TRIED] if (change := changes[number]) is not None]
+        readable = [text for text in tried if text is not None]
+        if readable and _are_unknown(tokenizer, tokenizer(readable)["input_ids"]):
+            for number in chosen:
+                changes[number] = None
+    return changes
 
 
 def _ranks_by_hash(texts: Sequence[str], labels: Sequence[int] | None, seed: int) -> list[int]:

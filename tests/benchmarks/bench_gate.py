@@ -147,7 +147,7 @@ def sets_table(args, reader: Reader) -> dict:
         for collection in args.collection.split(",")
         for name, one in prompt_sets(collection, args.size, 1000 + args.seed).items()
         if collection != "held out" or one.kind not in ("seen",)
-        for name in [name if collection == "fresh" else f"{name} ({collection})"]
+        for name in [name if collection in ("fresh", "later") else f"{name} ({collection})"]
     }
     kinds: dict[str, list[float]] = {}
     for name, one in sets.items():

@@ -3,7 +3,8 @@
 
 ``collection="development"`` is what the rule may be developed on. ``collection="held out"`` has other wordings, other
 languages, another maker of typos and other unknown kinds; it was looked at with an earlier rule. ``collection="fresh"``
-has others again, written after the rule of today was fixed.
+has others again, written after the rule of that day was fixed and looked at since; ``collection="later"`` was written
+after translated copies were added.
 Everything follows from the seed. Misspelt words are those of the package codespell (CC BY-SA 3.0).
 """
 
@@ -108,6 +109,35 @@ WORDINGS = {
             "Could you give me a statement to get {x}",
         ),
     },
+    "later": {
+        "numbers": (
+            "Please spell the figure {x} in letters.",
+            "How is {x} pronounced in words?",
+            "{x} -> text",
+            "My bank wants {x} written out.",
+            "What do you call the number {x}?",
+            "Change {x} from digits into words.",
+            "Verbalise {x}.",
+        ),
+        "spelling": (
+            "{x}: what is the proper spelling?",
+            "Please correct {x}.",
+            "I am unsure how to spell {x}.",
+            "Someone typed {x} wrongly. Put it right.",
+            "Spellcheck {x} for me.",
+            "Which word was meant, {x}?",
+            "Show the right letters for {x}.",
+        ),
+        "SQL": (
+            "Compose an SQL statement. {x}",
+            "{x} What query does that?",
+            "For my database I need: {x}",
+            "In SQL, please: {x}",
+            "Make a SELECT or other statement of this. {x}",
+            "MySQL, how? {x}",
+            "Produce the query: {x}",
+        ),
+    },
 }
 LANGUAGES = {
     "development": {
@@ -153,7 +183,30 @@ LANGUAGES = {
             "Escriu una consulta SQL: {b} de la taula {t} on {c} supera {n}.",
         ),
     },
+    "later": {
+        "numbers": ("Napiš číslo {x} slovy.", "Tulis angka {x} dengan huruf.", "Skriv tallet {x} med ord."),
+        "spelling": (
+            "Oprav pravopis tohoto slova: {x}",
+            "Perbaiki ejaan kata ini: {x}",
+            "Rett skrivemåten av dette ordet: {x}",
+        ),
+        "SQL": (
+            "Napiš SQL dotaz: {b} z tabulky {t}, kde {c} je větší než {n}.",
+            "Tulis kueri SQL: {b} dari tabel {t} dengan {c} lebih dari {n}.",
+            "Skriv en SQL-spørring: {b} fra tabellen {t} der {c} er over {n}.",
+        ),
+    },
 }
+KNOWN_LANGUAGES = {
+    "numbers": ("Wie schreibt man {x} aus?", "¿Cómo se escribe {x} en letras?", "{x} in lettere, per favore"),
+    "spelling": ("Wie schreibt man {x} richtig?", "¿Está bien escrito {x}?", "Come si scrive {x} correttamente?"),
+    "SQL": (
+        "Ich brauche SQL: {b} aus {t}, wo {c} über {n} liegt.",
+        "¿Qué consulta SQL da {b} de {t} con {c} menor que {n}?",
+        "Mi serve una query SQL per {b} di {t} con {c} sopra {n}.",
+    ),
+}
+"""Other phrases, in languages that the library's table of words has; part of the collection ``later``."""
 _TABLES = (
     "orders",
     "customers",
@@ -302,7 +355,12 @@ def mistyped_in_haste(text: str, rng: Random) -> str:
 def prompt_sets(collection: str, size: int, seed: int) -> dict[str, PromptSet]:
     """Name → set of at most ``size`` prompts."""
     sets: dict[str, PromptSet] = {}
-    typos = {"development": mistyped, "held out": mistyped_on_keys, "fresh": mistyped_in_haste}[collection]
+    typos = {
+        "development": mistyped,
+        "held out": mistyped_on_keys,
+        "fresh": mistyped_in_haste,
+        "later": mistyped_on_keys,
+    }[collection]
     for number, task in enumerate(TASKS):
 
         def draw(forms: Sequence[str], task: str = task) -> Callable[[Random], str]:
@@ -315,6 +373,8 @@ def prompt_sets(collection: str, size: int, seed: int) -> dict[str, PromptSet]:
             "typos": lambda rng, seen=seen: typos(seen(rng), rng),
             "language": draw(LANGUAGES[collection][task]),
         }
+        if collection == "later":
+            makers["language of the table"] = draw(KNOWN_LANGUAGES[task])
         for kind, maker in makers.items():
             prompts = _distinct(maker, size, f"{seed} {collection} {task} {kind}")
             sets[f"{task}, {kind}"] = PromptSet(kind, number, prompts, ())
@@ -544,6 +604,27 @@ _SENTENCES = (
     "He had worked for the railway all his life.",
     "The price includes breakfast and parking.",
 )
+_CS = ("počasí", "kočce", "dovolené", "zkoušce", "hudbě", "zahradě", "večeři")
+_ID = ("cuaca", "kucing saya", "liburan", "ujian", "musik", "kebun", "makan malam")
+_EL = ("τον καιρό", "τη γάτα μου", "τις διακοπές", "τη μουσική", "τον κήπο", "το δείπνο")
+_BN = ("আবহাওয়া", "বিড়াল", "ছুটি", "পরীক্ষা", "গান", "বাগান")
+_MUSEUM = (
+    "Oil on canvas, about 1640.", "The bowl was found in a grave near the river.", "Gift of the Hartmann family.",
+    "The mask was worn at harvest festivals.", "Only three copies of this print survive.", "Please do not touch the exhibits.",
+    "The sculptor worked in marble and limewood.", "Room 4 shows tools of the late bronze age.",
+)  # fmt: skip
+_CAMPING = (
+    "Pitch the tent on level ground.", "Let the stove cool down before you refill it.", "Tie your food up in a tree.",
+    "A second pair of socks is worth its weight.", "Boil water from the stream for five minutes.",
+    "Check the forecast before you set out.", "Put out the fire with sand.", "Leave nothing behind.",
+)  # fmt: skip
+_DEVICE = (
+    "Set a timer for ten minutes.", "Turn the lights off in the kitchen.", "Play some jazz.", "Call my sister.", "Volume up.",
+    "Wake me at seven.", "Navigate home.", "Add butter to the shopping list.", "Skip this song.", "Lock the front door.",
+    "What is on my calendar today?", "Remind me to call the dentist.", "Stop the vacuum cleaner.", "Take a photo.",
+    "Open the garage.", "Make it warmer in here.", "Silence all calls.", "Read me the news.", "Start the washing machine.",
+    "Find my phone.", "Dim the lamp a little.", "Good night, switch everything off.",
+)  # fmt: skip
 _DA = ("vejret", "min kat", "ferien", "en gave", "eksamen", "musikken", "haven", "middagen")
 _RO = ("vremea", "pisica mea", "vacanța", "un cadou", "examenul", "muzica", "grădina", "cina")
 _UK = ("погоду", "відпустку", "кота", "роботу", "музику", "подарунок", "іспит", "вечерю")
@@ -725,5 +806,46 @@ _UNKNOWN: dict[str, dict[str, tuple[str, Callable[[Random], str], tuple[str, ...
                             "Design a web page that lists {t} by {c}.", "Explain to a manager why {c} of {t} dropped.",
                             "Write an R script that plots {c} against {b}.", "How should we back up the table {t}?",
                             "Should {t} be stored as CSV or JSON?"), ()),
+    },
+    "later": {
+        "Czech": ("far", _filled("Řekni mi něco o {x}.", "Co si myslíš o {x}?", "Napiš {m} řádků o {x}.", "Dnes přemýšlím o {x}.",
+                  x=_CS), ("other Latin script", "slavic in Latin script, Hungarian, Romanian", "requests in Polish and Czech")),
+        "Indonesian": ("far", _filled("Ceritakan tentang {x}.", "Apa pendapatmu tentang {x}?", "Tulis {m} kalimat tentang {x}.",
+                       "Saya tidak mengerti {x}.", "Mengapa {x} penting?", x=_ID),
+                       ("other Latin script", "languages of Africa and Asia in Latin script")),
+        "Greek": ("far", _filled("Πες μου για {x}.", "Τι πιστεύεις για {x};", "Γράψε {m} γραμμές για {x}.", "Σήμερα σκέφτομαι {x}.",
+                  x=_EL), ("Cyrillic and Greek", "requests in Russian")),
+        "Bengali": ("far", _filled("{x} সম্পর্কে বলো।", "{x} কেন গুরুত্বপূর্ণ?", "{x} নিয়ে {m}টি বাক্য লেখো।", "আমি {x} বুঝি না।", x=_BN),
+                    ("Arabic, Hebrew, Devanagari",)),
+        "build and deployment": ("far", _filled("FROM {x}:{m}\nRUN make {y}\nEXPOSE {n}", "mov eax, {m}\nadd eax, {n}\nret",
+                                 "git commit -m 'fix {x}' && git push", "@media ({x}: {n}px) {{ .{y} {{ margin: {m}px }} }}",
+                                 "resource {x} {y} {{ count = {m} }}", x=_THINGS, y=_THINGS),
+                                 ("code", "data and markup", "logs and addresses")),
+        "computer trouble": ("far", _filled("My {y} project about {x} does not compile any more.", "Why is {y} so slow at startup?",
+                             "Which book on {y} do you recommend?", "Can I use {y} to scrape pages on {x}?",
+                             "{y} or {z} for a beginner?", "Segmentation fault in {y} after {m} seconds", x=_THINGS, y=_LANGS, z=_LANGS),
+                             ("questions about code", "code", "programming help", "computers")),
+        "museum labels": ("far", _sampled(_MUSEUM, 2, 4), ("news", "encyclopedic", "narrative", "science and medicine")),
+        "camping": ("far", _sampled(_CAMPING, 2, 4), ("recipes and instructions", "narrative", "advice and opinions")),
+        "voice commands": ("far", lambda rng: rng.choice(_DEVICE), ("very short", "small talk", "everyday statements")),
+        "account numbers": ("far", _characters(string.digits + "  -", 10, 34),
+                            ("random characters", "unknown words", "key mashing", "random tokens")),
+        "brackets": ("far", lambda rng: rng.choice(("()", "[]{}", "<>", "/\\", "=-")) * rng.randint(4, 25), ("repetitions",)),
+        "health questions": ("far", _filled("Is {x} good for my back?", "Can {x} cause headaches?", "My doctor forbids {x}. Why?",
+                             "How much {x} is healthy at {m}?", x=("tea", "running", "cheese", "coffee", "sleep", "rice", "chess",
+                             "swimming", "sugar", "salt", "wine", "yoga")),
+                             ("questions", "advice and opinions", "science and medicine", "facts and people")),
+        "plans": ("far", _filled("{x} and I are going to talk about {y} on Friday.", "I gave {y} up, ask {x}.", "Guess what, {x} sold {m} {y}!",
+                  "Do you remember {x}? The one with {y}.", x=_NAMES, y=_THINGS), ("small talk", "everyday statements")),
+        "on sentences": ("far", _filled("Is this a threat? {x}", "{x} Say that in {m} words.", "Read between the lines: {x}",
+                         "Add an emoji to this: {x}", "Put it as a tweet: {x}", "What language is this? {x}", x=_SENTENCES),
+                         ("requests about a text", "text work")),
+        "near numbers, later": ("near", _on_items("numbers", "What is {x} minus {n}?", "Is {x} a Fibonacci number?", "Write {x} backwards.",
+                                "How many bits does {x} need?", "Convert {x} grams to pounds.", "What happened in {x}?"), ()),
+        "near spelling, later": ("near", _on_items("spelling", "Explain {x} to a child.", "Where is the stress in {x}?", "Rhymes for {x}?",
+                                 "Write a sentence with {x}.", "How often does e occur in {x}?", "What is {x} in German?"), ()),
+        "near SQL, later": ("near", _on_items("SQL", "Which {c} is usual for {t}?", "Write a Java class for {t} with {c} and {b}.",
+                            "Draft a report on {c} of our {t}.", "What is the privacy risk of storing {c} of {t}?",
+                            "Suggest test data for {t} with {c}.", "Sketch a dashboard of {b} per {c}."), ()),
     },
 }  # fmt: skip

@@ -4,10 +4,12 @@ from random import Random
 
 import pytest
 import torch
+from character_tokenizer import character_tokenizer
 from tokenizer import tiny_tokenizer
 
 from mediator_peft.evaluation.fit_and_save import fit_and_save
 from mediator_peft.evaluation.prompts import TaskItem
+from mediator_peft.routing import translation
 from mediator_peft.routing.augmentation import (
     AUGMENTATIONS,
     augment,
@@ -19,6 +21,7 @@ from mediator_peft.routing.augmentation import (
 )
 from mediator_peft.routing.calibration import calibrate, cross_fit
 from mediator_peft.routing.routers import ROUTERS
+from mediator_peft.routing.translation import LANGUAGES_OF_TABLE, in_other_words
 from mediator_peft.tuner import fitting
 from mediator_peft.tuner.fitting import augmented_rows, our_background
 
@@ -207,3 +210,38 @@ def test_copies_beyond_those_that_are_altered_are_the_prompts_themselves(build, 
     assert sum(same) >= 12
     backwards = augmented_rows(model.active.config, tokenizer, rows[::-1], 1000, labels[::-1])
     assert backwards[::-1] == copies
+
+
+def test_the_words_of_a_task_are_translated_and_its_subject_stays():
+    shared = frozenset(("correct", "the", "spelling", "of", "this", "word"))
+    text = "Correct the spelling of this word: recieve"
+    spanish, russian = LANGUAGES_OF_TABLE.index("Spanish"), LANGUAGES_OF_TABLE.index("Russian")
+    assert in_other_words(text, shared, spanish) == "Corrige la ortografía de esta palabra: recieve"
+    assert in_other_words(text, shared, russian) == "Исправь орфографию это слово: recieve"
+    found = {in_other_words(text, shared, number) for number in range(len(LANGUAGES_OF_TABLE))}
+    assert len(found) == len(LANGUAGES_OF_TABLE)
+    assert all(copy.endswith(" recieve") for copy in found)
+
+
+def test_a_text_whose_words_are_not_in_the_table_has_no_translated_copy():
+    assert in_other_words("Fettle the grommet: 12", frozenset(("fettle", "grommet", "the")), 0) is None
+    assert in_other_words("Write 12 in Klingon.", frozenset(("write", "in", "klingon")), 0) == "Schreibe 12 in Klingon."
+    assert in_other_words("12 34", frozenset(), 0) is None
+
+
+def test_each_word_of_the_table_is_there_once_in_every_language():
+    lines = translation._TABLE.strip().splitlines()
+    assert {line.count("|") for line in lines} == {len(LANGUAGES_OF_TABLE)}
+    assert len({line.split("|")[0] for line in lines}) == len(lines)
+
+
+def test_every_fourth_altered_copy_is_translated(build, monkeypatch):
+    monkeypatch.setattr(fitting, "in_other_words", lambda text, words, language: f"{language}: {text}")
+    tokenizer, model = character_tokenizer(), build()
+    rows = tokenizer([f"write {number} in words." for number in range(100, 124)])["input_ids"]
+    copies = [tokenizer.decode(row) for row in augmented_rows(model.active.config, tokenizer, rows, 1000, [0] * 24)]
+    texts = [tokenizer.decode(row) for row in rows]
+    translated = [
+        copy for copy, text in zip(copies, texts, strict=True) if copy.endswith(f": {text}") and copy[1] == ":"
+    ]
+    assert sorted(copy[0] for copy in translated) == ["0", "1", "2", "3", "4", "5"]

@@ -242,3 +242,16 @@ def test_a_user_adds_families_prompts_or_files(tmp_path):
         user_families(tmp_path / "bad.jsonl")
     with pytest.raises(RoutingError, match="no such file"):
         user_families(tmp_path / "none.txt")
+
+
+def test_the_optimum_does_not_depend_on_where_the_search_starts():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(120, 12, generator=generator) * torch.linspace(0.1, 30, 12) + 5
+    targets = (rows[:, 3] + torch.randn(120, generator=generator) > 5).float()
+    shares = torch.full((120,), 1 / 120)
+    for common_scale in (False, True):
+        weight, bias = fit_logistic(rows, targets, shares, 0.03, common_scale)
+        start = fit_logistic(rows[:90], targets[:90], torch.full((90,), 1 / 90), 0.03, common_scale)
+        assert not torch.allclose(rows @ start[0] + start[1], rows @ weight + bias, atol=1e-2)
+        again = fit_logistic(rows, targets, shares, 0.03, common_scale, start)
+        assert torch.allclose(rows @ again[0] + again[1], rows @ weight + bias, atol=1e-3)
