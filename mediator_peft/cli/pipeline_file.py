@@ -146,7 +146,7 @@ def read_pipeline(path: str | os.PathLike[str], overrides: Mapping[str, Any] | N
     if faults:
         raise ConfigError(f"pipeline {str(path)!r}:\n- " + "\n- ".join(faults))
     folder = path.absolute().parent
-    build = BuildSection(**content["build"])
+    build = BuildSection(**_given(content["build"]))
     build.base = _local(build.base, folder)
     build.experts = {name: _local(source, folder) or "" for name, source in build.experts.items()}
     build.output = str(folder / Path(build.output).expanduser())
@@ -155,11 +155,11 @@ def read_pipeline(path: str | os.PathLike[str], overrides: Mapping[str, Any] | N
     build.plan = None if build.plan is None else str(folder / Path(build.plan).expanduser())
     pipeline = Pipeline(build)
     if content.get("calibrate") is not None:
-        pipeline.calibrate = CalibrateSection(**content["calibrate"])
+        pipeline.calibrate = CalibrateSection(**_given(content["calibrate"]))
         if pipeline.calibrate.answered is not None:
             pipeline.calibrate.answered = str(folder / Path(pipeline.calibrate.answered).expanduser())
     if content.get("eval") is not None:
-        pipeline.eval = EvalSection(**content["eval"])
+        pipeline.eval = EvalSection(**_given(content["eval"]))
         if pipeline.eval.report is not None:
             pipeline.eval.report = str(folder / Path(pipeline.eval.report).expanduser())
         if pipeline.eval.include_path is not None:
@@ -181,6 +181,11 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"pipeline {str(path)!r} must hold the sections {', '.join(_SECTIONS)}.")
     return content
+
+
+def _given(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a section that say something: null, or nothing after the colon, means the default."""
+    return {key: value for key, value in section.items() if value is not None}
 
 
 def _put(content: dict[str, Any], keys: list[str], value: Any) -> None:

@@ -186,6 +186,15 @@ def ablation(folder: Root, base: Base = "smollm2", only: Only = None, threads: T
 
 
 @app.command()
+def forms(folder: Root, base: Base = "smollm2", only: Only = None, threads: Threads = 1) -> None:
+    """Measure how near experts come back from each form of their deltas, against bytes, and write the table."""
+    from .forms import FORMS, compare_forms
+
+    bench = _bench(folder, base, threads, only)
+    _keep(bench, "forms", compare_forms(bench, _lab(bench), FORMS, bench.folder.scores / "forms.json"))
+
+
+@app.command()
 def page(
     results: Annotated[Path, typer.Argument(help="Folder of the result files.")] = Path("docs/results"),
     path: Annotated[Path, typer.Option(help="The page.")] = Path("docs/evidence.md"),

@@ -200,6 +200,19 @@ def ablation_table(results: Results, base: str = "") -> str:
     return markdown_table(["ranking", "0", *counts, str(found["num_blocks"])], rows)
 
 
+def forms_table(results: Results, base: str = "") -> str:
+    """Bytes, divergence and loss of each form of a delta: of all experts, and of those that no form was chosen on."""
+    rows = []
+    for name, row in results["forms" + base]["forms"].items():
+        new, every = row["new"], row.get("all")
+        cells = ["–"] if every is None else [f"{every['divergence']:.4f}"]
+        cells += [f"{new['divergence']:.4f}", f"{new['loss']:.4f}", f"{new['same']:.3f}"]
+        rows.append([name, f"{new['bytes']:.3f}", *cells])
+    count = len(results["forms" + base]["num_tokens"])
+    header = ["form", "bytes", f"divergence, {count} experts", "new ones", "loss, new ones", "same token, new ones"]
+    return markdown_table(header, rows)
+
+
 TABLES: dict[str, Callable[[Results, str], str]] = {
     "systems": systems_table,
     "losses": losses_table,
@@ -209,6 +222,7 @@ TABLES: dict[str, Callable[[Results, str], str]] = {
     "conflict": conflict_table,
     "conflict-by-matrix": kinds_table,
     "ablation": ablation_table,
+    "forms": forms_table,
 }
 """Name in the page's markers → what makes the table."""
 
@@ -240,7 +254,27 @@ def draw_figures(results: Results, folder: Path) -> list[Path]:
         _draw_ablation(figure.add_subplot(), results["ablation"])
         drawn.append(folder / "evidence_ablation.png")
         figure.savefig(drawn[-1], dpi=120)
+    if "forms" in results:
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        _draw_forms(figure.add_subplot(), results["forms"]["forms"])
+        drawn.append(folder / "forms_divergence.png")
+        figure.savefig(drawn[-1], dpi=120)
     return drawn
+
+
+def _draw_forms(axes: Any, forms: Results) -> None:
+    kinds: dict[str, list[tuple[float, float]]] = {}
+    for row in forms.values():
+        kinds.setdefault(row["kind"], []).append((row["new"]["bytes"], row["new"]["divergence"]))
+    for kind, points in kinds.items():
+        if len(points) == 1 and points[0][0] > 1:
+            axes.axhline(points[0][1], color="0.5", linestyle="--" if "embedding" in kind else ":", label=kind)
+        else:
+            bytes_, divergences = zip(*sorted(points), strict=True)
+            axes.plot(bytes_, divergences, marker="o", markersize=4, label=kind)
+    axes.set(xscale="log", yscale="log", ylabel="divergence from the expert (nats a token)")
+    axes.set_xlabel("bytes on disk a routed parameter and expert")
+    axes.legend(fontsize=7, frameon=False)
 
 
 def _draw_conflict(axes: Any, found: Results, base: str) -> None:

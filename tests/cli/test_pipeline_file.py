@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 
 from mediator_peft import build_mediator
-from mediator_peft.cli.pipeline_file import read_pipeline
+from mediator_peft.cli.pipeline_file import BuildSection, CalibrateSection, EvalSection, read_pipeline
 from mediator_peft.errors import ConfigError
 from tests.tiny import write_tiny_checkpoints
 
+SECTIONS = {"build": BuildSection, "calibrate": CalibrateSection, "eval": EvalSection}
 GOOD = """
 build:
   base: base
@@ -31,6 +34,16 @@ def test_a_file_says_what_is_built(tmp_path):
     assert pipeline.config.routed_layers == "all"
     assert pipeline.calibrate.data == {"math": "math.jsonl"}
     assert pipeline.eval is None
+
+
+def test_null_means_the_default(tmp_path):
+    text = GOOD + "eval:\n  data: {math: math.jsonl}\n"
+    for name, form in SECTIONS.items():
+        nulls = [item.name for item in fields(form) if item.name not in ("base", "experts", "output", "config", "data")]
+        text = text.replace(f"{name}:\n", f"{name}:\n" + "".join(f"  {key}: null\n" for key in nulls))
+    (tmp_path / "all.yaml").write_text(text)
+    (tmp_path / "plain.yaml").write_text(GOOD + "eval:\n  data: {math: math.jsonl}\n")
+    assert read_pipeline(tmp_path / "all.yaml") == read_pipeline(tmp_path / "plain.yaml")
 
 
 WRONG = {

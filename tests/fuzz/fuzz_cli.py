@@ -147,9 +147,9 @@ def mutated_command(draw: random.Random) -> list[str]:
     for _ in range(draw.randint(1, 3)):
         place = draw.randrange(1, len(parts)) if len(parts) > 1 else 0
         way = draw.randrange(5)
-        if way == 0:
+        if way == 0 and len(parts) > 1:
             del parts[place]
-        elif way == 1:
+        elif way <= 1:
             parts.insert(place, draw.choice(ODD_TEXTS))
         elif way == 2:
             parts[place] = draw.choice(ODD_TEXTS)

@@ -20,10 +20,14 @@ PAGE = DOCS / "evidence.md"
 NAMES = {"135", "95", "3.0", "270"}
 
 
-@pytest.mark.parametrize("page", [PAGE, DOCS.parent / "README.md"], ids=lambda page: page.name)
-def test_every_table_of_the_page_is_that_of_its_result_file(page):
+@pytest.mark.parametrize(
+    ("page", "table"),
+    [(PAGE, "systems"), (DOCS.parent / "README.md", "systems"), (DOCS / "forms.md", "forms")],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_every_table_of_the_page_is_that_of_its_result_file(page, table):
     text = page.read_text(encoding="utf-8")
-    assert "<!-- table: systems -->" in text
+    assert f"<!-- table: {table} -->" in text
     assert fill_page(text, DOCS / "results") == text
 
 
@@ -73,6 +77,10 @@ def test_figures_are_drawn_from_results(tmp_path):
         "conflict": {"sets": {"seed 0": rows}},
         "ablation": {"num_blocks": 3, "none": {"mean": 2.0}, "all": {"mean": 0.1}, "curves": {"sign": curve}},
     }
-    assert [path.name for path in draw_figures(results, tmp_path)] == ["evidence_conflict.png", "evidence_ablation.png"]
+    for name, kind, size in (("sign 0.1", "sign", 0.07), ("sign 0.2", "sign", 0.12), ("whole", "whole", 2.0)):
+        row = {"kind": kind, "new": {"bytes": size, "divergence": 0.001 / size}}
+        results.setdefault("forms", {"forms": {}})["forms"][name] = row
+    names = ["evidence_conflict.png", "evidence_ablation.png", "forms_divergence.png"]
+    assert [path.name for path in draw_figures(results, tmp_path)] == names
     assert all(path.stat().st_size > 1000 for path in tmp_path.iterdir())
     assert draw_figures(json.loads("{}"), tmp_path) == []
