@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
@@ -82,4 +83,6 @@ def _options(
 def main() -> None:
     """Entry point of the command."""
     prepare_streams()
+    # PEFT 0.21 reads a property that transformers 5.24 renames; a user of the command can do nothing about it.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     app()
