@@ -60,7 +60,7 @@ FLOAT_TYPES = {kind.code: kind for kind in (BFLOAT16, FLOAT16, FLOAT32, FLOAT64)
 """By their safetensors names."""
 
 CODES = {"U8": np.dtype(np.uint8), **{code: kind.array for code, kind in FLOAT_TYPES.items()}}
-"""safetensors name → dtype of arrays, for all that the library writes."""
+"""safetensors name → dtype of arrays, of every type that the library writes."""
 
 
 def code_of(array: Array) -> str:

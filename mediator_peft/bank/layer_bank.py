@@ -16,7 +16,7 @@ from ..kernels.dispatch import GroupedProduct, PackedDelta, has_native
 from ..methods.encoding import ENCODINGS
 from ..methods.encoding.bitmaps import decompress_mask
 from ..storage import as_array, to_tensor
-from .packed_arrays import BIAS, MASK, SEPARATOR
+from .packed_arrays import BIAS, MASK, SEPARATOR, stored_parts
 from .sparse_delta import SparseDelta, full_mask
 
 if TYPE_CHECKING:
@@ -239,10 +239,7 @@ class LayerBank(nn.Module):
 
 def delta_buffers(name: str, delta: SparseDelta) -> dict[str, Tensor]:
     """One expert's delta as a bank's buffers: key → tensor."""
-    bias = {} if delta.bias is None else {BIAS: delta.bias}
-    # Every delta has a mask in the bank, an empty one where its coding has no positions.
-    mask = delta.mask if ENCODINGS[delta.coding].has_positions else delta.mask.new_empty(0)
-    return {f"{name}{SEPARATOR}{part}": tensor for part, tensor in {MASK: mask, **delta.parts, **bias}.items()}
+    return {f"{name}{SEPARATOR}{part}": tensor for part, tensor in stored_parts(delta).items()}
 
 
 def from_disk(key: str, stored: Tensor, shape: tuple[int, int]) -> Tensor:

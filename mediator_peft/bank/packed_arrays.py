@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from ..methods.encoding import ENCODINGS
 from ..methods.encoding.bitmaps import compress_mask
 from ..storage import Array, as_array, to_tensor
 from .sparse_delta import SparseDelta, full_mask
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MASK, BIAS = "mask", "bias"
 """Names of the parts that every encoding has or may have."""
@@ -31,10 +35,7 @@ class PackedArrays:
     @classmethod
     def of(cls, delta: SparseDelta) -> PackedArrays:
         """A delta's tensors as arrays that share their memory."""
-        bias = {} if delta.bias is None else {BIAS: delta.bias}
-        mask = delta.mask if ENCODINGS[delta.coding].has_positions else delta.mask.new_empty(0)
-        parts = {MASK: mask, **delta.parts, **bias}
-        return cls(delta.shape, delta.coding, {name: as_array(part) for name, part in parts.items()})
+        return cls(delta.shape, delta.coding, {name: as_array(part) for name, part in stored_parts(delta).items()})
 
     def as_tensors(self) -> SparseDelta:
         """The same in torch, sharing memory."""
@@ -52,6 +53,13 @@ class PackedArrays:
     def buffers(self, expert: str) -> dict[str, Array]:
         """Its parts under the names of a bank's buffers."""
         return {f"{expert}{SEPARATOR}{name}": part for name, part in self.parts.items()}
+
+
+def stored_parts(delta: SparseDelta) -> dict[str, Tensor]:
+    """What is stored of a delta, by name: a mask always, an empty one where its coding has no positions."""
+    bias = {} if delta.bias is None else {BIAS: delta.bias}
+    mask = delta.mask if ENCODINGS[delta.coding].has_positions else delta.mask.new_empty(0)
+    return {MASK: mask, **delta.parts, **bias}
 
 
 def to_disk(key: str, array: Array) -> Array:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..config import CORRECTION, FALLBACK_EXPERT
 from ..errors import AdapterError
@@ -19,49 +19,17 @@ from .adapter_files import (
     find_adapter,
     read_raw_config,
 )
-
-_HEADER_LENGTH_BYTES = 8
-_MAX_HEADER_BYTES = 100_000_000
+from .headers import Stored, read_header
 
 
-class TensorHeader(NamedTuple):
-    """One tensor of a safetensors file, unread."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    num_bytes: int
-
-
-def read_header(path: Path) -> dict[str, TensorHeader]:
-    """Name → header of every tensor in a safetensors file.
-
-    Raises:
-        AdapterError: the file is missing, damaged or cut short.
-    """
+def _stored_in(path: Path) -> dict[str, Stored]:
     try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")
-            if length > min(_MAX_HEADER_BYTES, path.stat().st_size):
-                raise ValueError("its header is longer than the file")
-            entries: dict[str, Any] = json.loads(file.read(length))
-        entries.pop("__metadata__", None)
-        headers = {
-            name: TensorHeader(
-                tuple(entry["shape"]), entry["dtype"], entry["data_offsets"][1] - entry["data_offsets"][0]
-            )
-            for name, entry in entries.items()
-        }
-    except FileNotFoundError:
-        raise AdapterError(f"no {path.name} in {path.parent}. Copy or build it again.") from None
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as fault:
-        raise AdapterError(f"{path} is damaged ({fault}). Copy or build it again.") from fault
-    expected = _HEADER_LENGTH_BYTES + length + sum(header.num_bytes for header in headers.values())
-    if path.stat().st_size != expected:
-        raise AdapterError(
-            f"{path} is cut short or damaged: it has {path.stat().st_size} bytes, {expected} were expected. Copy or "
-            "build it again."
-        )
-    return headers
+        found = read_header(path)[0] if path.exists() else None
+    except (OSError, ValueError) as fault:
+        raise AdapterError(f"{path} is damaged or cut short ({fault}). Copy or build it again.") from fault
+    if found is None:
+        raise AdapterError(f"no {path.name} in {path.parent}. Copy or build it again.")
+    return found
 
 
 @dataclass(frozen=True)
@@ -157,7 +125,7 @@ def read_adapter_info(path: str | Path) -> AdapterInfo:
     """
     folder = find_adapter(Path(path).expanduser())
     config = read_raw_config(folder)
-    headers = read_header(folder / WEIGHTS_FILE)
+    headers = _stored_in(folder / WEIGHTS_FILE)
     column_bytes: dict[str, dict[str, int]] = {}
     router_bytes = 0
     for key, header in headers.items():
@@ -205,16 +173,16 @@ def _read_report(folder: Path) -> dict[str, Any]:
     return loaded if isinstance(loaded, dict) else {}
 
 
-def _backbone_shapes(folder: Path) -> dict[str, TensorHeader]:
+def _backbone_shapes(folder: Path) -> dict[str, Stored]:
     if not folder.is_dir():
         return {}
-    headers: dict[str, TensorHeader] = {}
+    headers: dict[str, Stored] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        headers.update(read_header(path))
+        headers.update(_stored_in(path))
     return headers
 
 
-def _routed_parameters(modules: Iterable[str], shapes: dict[str, TensorHeader], report: dict[str, Any]) -> int | None:
+def _routed_parameters(modules: Iterable[str], shapes: dict[str, Stored], report: dict[str, Any]) -> int | None:
     sizes = [_entries(module, shapes) for module in modules]
     known = [size for size in sizes if size is not None]
     if shapes and len(known) == len(sizes):
@@ -222,7 +190,7 @@ def _routed_parameters(modules: Iterable[str], shapes: dict[str, TensorHeader], 
     return report.get("routed_parameters")
 
 
-def _entries(module: str, shapes: dict[str, TensorHeader]) -> int | None:
+def _entries(module: str, shapes: dict[str, Stored]) -> int | None:
     """Of one matrix, which may be one of a fused tensor (E, O, I); None where the files do not have it."""
     if f"{module}.weight" in shapes:
         return prod(shapes[f"{module}.weight"].shape)

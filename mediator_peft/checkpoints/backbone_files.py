@@ -7,17 +7,12 @@ import os
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..storage import CODES, Array, FloatType
 from .headers import Stored, lay_out, write_from
 from .opening import INDEX_FILE, SINGLE_FILE
-
-if TYPE_CHECKING:
-    pass
-
 
 SHARD_BYTES = 1 << 30
 

@@ -14,7 +14,7 @@ from ..progress import Advance
 from ..ranks import Ranks
 from ..tables import unknown_name
 from .batching import AnyModel, Batch, WeightRow, answered, batches_of_like_length, by_weights, repeat
-from .prompts import pad_left, pad_token_id, render, token_ids
+from .prompts import answer_ids, pad_left, pad_token_id, render, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -239,7 +239,7 @@ def answer_losses(
     memo = Memo.empty() if memo is None else memo
     rows = _resolve(model, tokenizer, prompts, expert_weights, batch_size, use_template, ranks)
     encoded = [token_ids(tokenizer, render(tokenizer, prompt, use_template)) for prompt in prompts]
-    targets = [_answer_ids(tokenizer, answer) for answer in answers]
+    targets = [answer_ids(tokenizer, answer) for answer in answers]
     keys = list(zip(prompts, answers, rows, strict=True))
     groups = _unasked(rows, [key in memo.losses for key in keys], keys)
     repeat(advance, len(prompts) - sum(map(len, groups.values())))
@@ -310,11 +310,6 @@ def _stop_ids(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> list[int] 
     own = getattr(model.generation_config, "eos_token_id", None)
     ids = set(own) if isinstance(own, (list, tuple)) else {own}
     return sorted(int(token) for token in ids | {tokenizer.eos_token_id} if token is not None) or None
-
-
-def _answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
-    ids: list[int] = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
 
 
 def _losses(model: AnyModel, prompts: list[list[int]], targets: list[list[int]]) -> list[float]:

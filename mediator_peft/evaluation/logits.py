@@ -69,8 +69,12 @@ def original_model(path: str, name: str, base: str | os.PathLike[str] | None, al
         base_model = open_checkpoint(str(base), "base", allow_pickle)
         expert.bind(named_as_in_model(base_model, outline_of(base_model)), {})
     expert = named_as_in_model(expert, outline_of(expert))
-    model: nn.Module = auto_class(expert.config).from_config(expert.config, dtype=torch.float32)
-    state = {key: expert.tensor(key).float() for key in expert.tensors}
-    model.load_state_dict(state, strict=False, assign=True)
+    return plain_model(expert.config, {key: expert.tensor(key).float() for key in expert.tensors})
+
+
+def plain_model(config: Any, state: Mapping[str, Tensor]) -> Any:
+    """A model of transformers with these weights, which it takes over, in float32."""
+    model: nn.Module = auto_class(config).from_config(config, dtype=torch.float32)
+    model.load_state_dict(dict(state), strict=False, assign=True)
     model.tie_weights()  # type: ignore[operator]
     return model.eval()

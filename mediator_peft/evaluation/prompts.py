@@ -171,6 +171,12 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> list[in
     return tokenizer(rendered.text, add_special_tokens=rendered.add_special_tokens)["input_ids"]
 
 
+def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
+    """The ids of one answer, with the end of text where the tokenizer has one."""
+    ids: list[int] = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return ids if tokenizer.eos_token_id is None else [*ids, int(tokenizer.eos_token_id)]
+
+
 def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Tensor]:
     """Rows of token ids as one batch that ends where generation begins.
 

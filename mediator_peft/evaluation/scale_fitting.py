@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..bank.sparse_delta import SparseDelta
 from ..checkpoints.adapter_files import find_adapter
-from ..checkpoints.tensor_inventory import auto_class
 from ..data_files import json_lines
 from ..errors import ConfigError, UnsupportedError
 from ..methods.encoding import ENCODINGS
@@ -26,8 +25,8 @@ from ..tables import unknown_name
 from ..tuner.loading import load_mediator
 from .fit_and_save import save_router
 from .generation import answer_prompts
-from .logits import original_model
-from .prompts import read_prompts, render, token_ids
+from .logits import original_model, plain_model
+from .prompts import answer_ids, read_prompts, render, token_ids
 
 Pair = tuple[str, str | None]
 """A prompt, and its answer; None where the expert is asked for one."""
@@ -279,11 +278,10 @@ def _asked(
             expert, tokenizer, missing, max_new_tokens=fit.max_answer_tokens, use_template=use_template
         )
         given |= dict(zip(missing, texts, strict=True))
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rows = [
         (
             list(token_ids(tokenizer, render(tokenizer, prompt, use_template))),
-            [*tokenizer(given[prompt], add_special_tokens=False)["input_ids"], *end][: fit.max_answer_tokens],
+            answer_ids(tokenizer, given[prompt])[: fit.max_answer_tokens],
         )
         for prompt, _ in order
     ]
@@ -321,11 +319,7 @@ def _fit_one(
         full[weight] = full[weight] + deltas[weight]
         if delta.bias is not None:
             full[f"{layer_name}.bias"] = full[f"{layer_name}.bias"] + delta.bias
-    config = AutoConfig.from_pretrained(out)
-    plain: Any = auto_class(config).from_config(config, dtype=torch.float32)
-    plain.load_state_dict(full, strict=False)
-    plain.tie_weights()
-    plain.eval()
+    plain = plain_model(AutoConfig.from_pretrained(out), full)
     fitted, held = known
     with torch.no_grad():
         before = float(divergence(plain, held))

@@ -144,10 +144,8 @@ def sampled(merge: Merge) -> Merge:
     for task in merge.tasks:
         if task.density is None:
             continue
-        # A method that cannot merge a sample, or takes long, is stood for by the average: what is sampled is how large
-        # the entries of the deltas are.
-        is_sampled = merge.method.row.is_sampled and config.depth_scaling is None
-        method = merge.method.of_tensor(task.name, task.is_transposed) if is_sampled else "average"
+        # The average may stand in for the method: what is sampled is how large the entries of the deltas are.
+        method = merge.method_of_sample(task)
         sample = TensorTiles(task.name, checkpoints, job.dtype, method, space, task.is_transposed).sample()
         # Sorted, so that nothing hangs on the order of the experts.
         for column in sorted(deltas_needed(config)):

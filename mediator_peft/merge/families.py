@@ -81,7 +81,7 @@ def column_rows(merge: Merge) -> Rows | None:
 
 def _sampled_products(merge: Merge, names: Sequence[str]) -> tuple[Tensor, list[list[bool]]]:
     """Inner products of the experts' deltas (K, K) float64, and which are equal, by a sample of every matrix."""
-    job, config = merge.job, merge.config
+    job = merge.job
     checkpoints = [job.base, *(job.experts[name] for name in names)]
     space = Workspace()
     gram = torch.zeros(len(names), len(names), dtype=torch.float64)
@@ -89,9 +89,7 @@ def _sampled_products(merge: Merge, names: Sequence[str]) -> tuple[Tensor, list[
     for task in merge.tasks:
         if task.density is None:
             continue
-        # A method that cannot merge a sample, or takes long, is stood for by the average.
-        is_sampled = merge.method.row.is_sampled and config.depth_scaling is None
-        method = merge.method.of_tensor(task.name, task.is_transposed) if is_sampled else "average"
+        method = merge.method_of_sample(task)
         tiles = TensorTiles(task.name, checkpoints, job.dtype, method, space, task.is_transposed)
         sample = tiles.sample()
         deltas = to_tensor(np.stack([sample.delta(1 + number).reshape(-1) for number in range(len(names))])).double()

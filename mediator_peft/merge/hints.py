@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from statistics import median
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,10 +19,6 @@ from ..methods.sparsifying.selection import Floats
 from ..storage import FloatType
 from .compatibility import Job
 from .distance import sampled_differences
-
-if TYPE_CHECKING:
-    pass
-
 
 UNUSUAL_ROW = 30.0
 """Robust z-score from which on an embedding row is listed. See docs/building.md for what fine-tunes have."""

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,10 +37,6 @@ from ..kernels.numpy_kernels import widened
 from ..methods.sparsifying.selection import Floats
 from ..structure import LinearLayer
 from .compatibility import Job
-
-if TYPE_CHECKING:
-    pass
-
 
 Places = NDArray[np.int64]
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..checkpoints.folders import FolderCheckpoint
 from ..config import MediatorSettings
+from ..methods.merging.row import TensorMethod
 from .block_plan import BlockPlan
 from .compatibility import Job
 from .family_packing import NO_GROUPS, Groups
@@ -58,6 +59,11 @@ class Merge:
         is_plain = config.merge_method in ("average", "base") and config.depth_scaling is None and not job.always
         is_by_kernels = is_one_pass(config) and config.for_quantization is None and config.families is None
         return not (is_plain and is_by_kernels and all(type(each) is FolderCheckpoint for each in job.experts.values()))
+
+    def method_of_sample(self, task: Task) -> TensorMethod | str:
+        """How a sample of a tensor is merged: by the average where the method cannot merge one, or takes long."""
+        is_sampled = self.method.row.is_sampled and self.config.depth_scaling is None
+        return self.method.of_tensor(task.name, task.is_transposed) if is_sampled else "average"
 
     def task(self, name: str) -> Task:
         """The task of one tensor."""

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import fields, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoints.adapter_files import SUBFOLDER, WEIGHTS_FILE, write_config
 from ..checkpoints.backbone_files import BackboneFiles
@@ -60,9 +60,6 @@ from .report import BuildReport, write_report
 from .size_prediction import predicted_bytes
 from .tensor_work import TensorWork
 from .workers import check_workers, run_all
-
-if TYPE_CHECKING:
-    pass
 
 
 def build_mediator(

@@ -11,18 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..bank.layer_bank import delta_buffers
-from ..bank.packed_arrays import to_disk
+from ..bank.packed_arrays import PackedArrays, to_disk
 from ..bank.sparse_delta import SparseDelta
 from ..demo.tasks import Item
-from ..evaluation.prompts import render, token_ids
+from ..evaluation.prompts import answer_ids, render, token_ids
 from ..evaluation.scale_fitting import Batch, ScaleFit, fit_factors, log_probabilities
 from ..merge.delta_packing import pack_delta
 from ..methods.encoding.factors_sign import LEVELS, factor_rank, nearest_levels
 from ..methods.encoding.scales import SIGN_SCALES, RowSums
 from ..methods.merging import MERGE_METHODS
 from ..methods.sparsifying.svd import low_rank
-from ..storage import BFLOAT16, as_array
+from ..storage import BFLOAT16
 from ..tuner.config import MediatorConfig
 from .lab import Lab, State, merge_states
 from .systems import Bench
@@ -96,7 +95,7 @@ def packed(density: float, **settings: Any) -> Pack:
 
 def size_on_disk(delta: SparseDelta) -> float:
     """Bytes of a delta in an adapter file."""
-    return float(sum(to_disk(key, as_array(tensor)).nbytes for key, tensor in delta_buffers("expert", delta).items()))
+    return float(sum(to_disk(key, array).nbytes for key, array in PackedArrays.of(delta).buffers("expert").items()))
 
 
 def three_bit_factors(density: float) -> Pack:
@@ -217,7 +216,7 @@ class Trial:
         rows = [
             (
                 list(token_ids(tokenizer, render(tokenizer, item.prompt, True))),
-                [*tokenizer(item.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id],
+                answer_ids(tokenizer, item.answer),
             )
             for item in items
         ]

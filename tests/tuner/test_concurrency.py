@@ -226,14 +226,21 @@ def test_a_streaming_thread_answers_under_its_own_experts(model, tokenizer):
     assert torch.equal(own, model.generate(prompts, expert_weights="math", **SETTINGS))
 
 
-def test_blocks_of_interleaved_generators_end_in_any_order(model):
+def overlapping_blocks(model):
+    """Two generators, each inside its own block, the second begun inside the first."""
+
     def block(name):
         with model.use_experts(name):
             yield
 
-    first, second = block("math"), block("code")
-    next(first)
-    next(second)
+    blocks = block("math"), block("code")
+    for each in blocks:
+        next(each)
+    return blocks
+
+
+def test_blocks_of_interleaved_generators_end_in_any_order(model):
+    first, second = overlapping_blocks(model)
     contextvars.copy_context().run(first.close)
     second.close()
     first.close()
@@ -545,13 +552,7 @@ def test_a_thread_that_does_not_see_the_block_it_was_started_in_says_so_once(mod
 
 
 def test_generators_whose_blocks_overlap_are_told_so(model):
-    def block(name):
-        with model.use_experts(name):
-            yield
-
-    first, second = block("math"), block("code")
-    next(first)
-    next(second)
+    first, second = overlapping_blocks(model)
     with pytest.warns(UserWarning, match="overlapped"):
         first.close()
     with warnings.catch_warnings():

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import ConfigError
-from ..prompts import TaskItem, render, token_ids
+from ..prompts import TaskItem, answer_ids, render, token_ids
 from .merged_model import MergedModel
 
 if TYPE_CHECKING:
@@ -34,12 +34,11 @@ class Example(NamedTuple):
 
 def labelled(tokenizer: PreTrainedTokenizerBase, tasks: Mapping[str, Sequence[TaskItem]]) -> list[Example]:
     """Prompts with answers: the loss is the mean negative log-likelihood of an answer's tokens, its end included."""
-    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     found = []
     for expert, items in tasks.items():
         for item in items:
             prompt = token_ids(tokenizer, render(tokenizer, item.prompt))
-            answer = [*tokenizer(item.answer, add_special_tokens=False)["input_ids"], *end]
+            answer = answer_ids(tokenizer, item.answer)
             if prompt and answer:
                 found.append(Example(expert, (*prompt, *answer), len(prompt) - 1))
     return found

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..sparsifying.magnitude import largest_entries
 from ..sparsifying.selection import Bitmap, Floats, count_ones
-
-if TYPE_CHECKING:
-    pass
-
 
 __all__ = ["Statistics", "count_ones", "task_vector_statistics"]
 
