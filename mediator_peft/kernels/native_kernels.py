@@ -409,10 +409,10 @@ def keep_first(bitmap: NDArray[np.uint8], num_ones: int) -> None:
 
 def ranked(values: NDArray[np.float32], ranks: Sequence[int]) -> list[float]:
     """Numbers at some places of the ascending order; see ``selection.ranked``."""
-    scratch, found = np.empty(values.size, np.uint32), np.empty(len(ranks), np.uint32)
+    scratch, found = np.empty(values.size + 16, np.float32), np.empty(len(ranks), np.float32)
     places = (ctypes.c_int64 * len(ranks))(*ranks)
     library().mediator_find_ranked(
         address(values), values.size, ctypes.addressof(places), len(ranks), address(scratch), address(found)
     )
-    numbers: list[float] = found.view(np.float32).tolist()
+    numbers: list[float] = found.tolist()
     return numbers

@@ -117,7 +117,7 @@ EXPORT void mediator_count_rows(const uint8_t* bitmap, int64_t rows, int64_t row
 EXPORT void mediator_keep_first(uint8_t* bitmap, int64_t num_bytes, int64_t count) {
     chosen->keep_first(bitmap, num_bytes, count);
 }
-EXPORT void mediator_find_ranked(const uint32_t* bits, int64_t count, const int64_t* ranks, int64_t num_ranks, uint32_t* scratch,
-                                 uint32_t* found) {
-    chosen->find_ranked(bits, count, ranks, num_ranks, scratch, found);
+EXPORT void mediator_find_ranked(const float* values, int64_t count, const int64_t* ranks, int64_t num_ranks, float* scratch,
+                                 float* found) {
+    chosen->find_ranked(values, count, ranks, num_ranks, scratch, found);
 }

@@ -22,6 +22,11 @@ namespace {
 inline int64_t take_next(int64_t* next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
 inline int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 inline int count_bits(uint64_t word) { return __builtin_popcountll(word); }
+inline uint32_t bits_of_float(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
 inline float from_scale(uint16_t bits) {
     const uint32_t wide = uint32_t(bits) << 16;
     float value;
@@ -834,40 +839,52 @@ inline uint32_t digit_of_rank(const uint32_t* counts, uint32_t num_digits, int64
     return digit;
 }
 
-// Copies the bits with a digit to `target`, which may be where they are; returns how many.
-inline int64_t keep_digit(const uint32_t* bits, int64_t count, int shift, uint32_t mask, uint32_t digit, uint32_t* target) {
-    int64_t kept = 0;
-    for (int64_t at = 0; at < count; ++at) {
-        const uint32_t value = bits[at];
-        target[kept] = value;
-        kept += (value >> shift & mask) == digit;
+// Copies the numbers whose first digit this is; returns how many. Up to sixteen more numbers are written.
+inline int64_t take_digit(const float* values, int64_t count, uint32_t digit, float* target) {
+    float edges[2];
+    const uint32_t bits[2] = {digit << 20, (digit + 1) << 20};
+    std::memcpy(edges, bits, sizeof edges);
+    const F low = splat(edges[0]), high = splat(edges[1]);
+    int64_t taken = 0;
+    for (int64_t at = 0; at < count; at += 16) {
+        const F some = count - at >= 16 ? load(values + at) : load(Padded<float>(values + at, count - at).numbers);
+        const uint32_t real = count - at >= 16 ? 0xFFFF : (1u << (count - at)) - 1;
+        // From infinity on the next edge is no number, and nothing reaches it.
+        const uint32_t found = (at_least(some, low) ^ at_least(some, high)) & real;
+        if (!found) continue;
+        compress_store(target + taken, some, found);
+        taken += count_bits(found);
     }
-    return kept;
+    return taken;
 }
 
 // Numbers at some places of the ascending order of others, none of them negative: their bits grow with them. Digit by
-// digit: 11, 10 and 10 bits. `bits` are theirs; `scratch` has room for as many.
-void find_ranked(const uint32_t* bits, int64_t count, const int64_t* ranks, int64_t num_ranks, uint32_t* scratch, uint32_t* found) {
+// digit: 11, 10 and 10 bits. `scratch` has room for sixteen more than all.
+void find_ranked(const float* values, int64_t count, const int64_t* ranks, int64_t num_ranks, float* scratch, float* found) {
     // Two tables, since equal numbers that follow each other would wait for each other's count.
     uint32_t counts[2][2048] = {};
-    for (int64_t at = 0; at + 2 <= count; at += 2) {
-        ++counts[0][bits[at] >> 20 & 2047];
-        ++counts[1][bits[at + 1] >> 20 & 2047];
+    for (int64_t at = 0; at < count; ++at) {
+        ++counts[at & 1][bits_of_float(values[at]) >> 20 & 2047];
     }
-    if (count % 2) ++counts[0][bits[count - 1] >> 20 & 2047];
     for (int digit = 0; digit < 2048; ++digit) counts[0][digit] += counts[1][digit];
     for (int64_t number = 0; number < num_ranks; ++number) {
         int64_t rank = ranks[number];
-        uint32_t digit = digit_of_rank(counts[0], 2048, rank);
-        found[number] = digit << 20;
-        int64_t left = keep_digit(bits, count, 20, 2047, digit, scratch);
+        uint32_t digit = digit_of_rank(counts[0], 2048, rank), known = digit << 20;
+        int64_t left = take_digit(values, count, digit, scratch);
         for (int shift = 10; shift >= 0; shift -= 10) {
             uint32_t finer[1024] = {};
-            for (int64_t at = 0; at < left; ++at) ++finer[scratch[at] >> shift & 1023];
+            for (int64_t at = 0; at < left; ++at) ++finer[bits_of_float(scratch[at]) >> shift & 1023];
             digit = digit_of_rank(finer, 1024, rank);
-            found[number] |= digit << shift;
-            left = keep_digit(scratch, left, shift, 1023, digit, scratch);
+            known |= digit << shift;
+            int64_t kept = 0;
+            for (int64_t at = 0; at < left; ++at) {
+                const float value = scratch[at];
+                scratch[kept] = value;
+                kept += (bits_of_float(value) >> shift & 1023) == digit;
+            }
+            left = kept;
         }
+        std::memcpy(found + number, &known, 4);
     }
 }
 
