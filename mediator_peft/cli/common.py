@@ -79,34 +79,53 @@ Raw = Annotated[bool, typer.Option("--raw", help="Use prompts without the tokeni
 class GuardedGroup(TyperGroup):
     """Turns every error into a message and an exit code; a traceback comes with ``--traceback`` alone."""
 
+    def make_context(self, info_name: str | None, args: list[str], *others: Any, **extra: Any) -> Any:
+        # Help and version are printed here, before anything is invoked.
+        with _reporting(lambda: _TRACEBACK in args[: _end_of_options(args)]):
+            return super().make_context(info_name, args, *others, **extra)
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        end = args.index("--") if "--" in args else len(args)
+        end = _end_of_options(args)
         if _TRACEBACK in args[:end]:
             ctx.meta[_TRACEBACK] = True
             args = [argument for argument in args[:end] if argument != _TRACEBACK] + args[end:]
         return super().parse_args(ctx, [_todays_option(argument) for argument in args])
 
     def invoke(self, ctx: Any) -> Any:
+        with _reporting(lambda: bool(ctx.meta.get(_TRACEBACK))):
+            return super().invoke(ctx)
+
+
+def _end_of_options(args: Sequence[str]) -> int:
+    return args.index("--") if "--" in args else len(args)
+
+
+@contextmanager
+def _reporting(wants_traceback: Callable[[], bool]) -> Iterator[None]:
+    """Say what goes wrong inside and end with its exit code; so, too, where the standard output takes no more."""
+    try:
         try:
-            result = super().invoke(ctx)
+            yield
+        except typer.Exit:
             sys.stdout.flush()
-            return result
-        except (_ClickException, typer.Exit, typer.Abort, BrokenPipeError):
             raise
-        except Exception as fault:
-            code = exit_code(fault)
-            if ctx.meta.get(_TRACEBACK) or os.environ.get(_TRACEBACK_VARIABLE, "") not in ("", "0"):
-                traceback.print_exc()
-            if code is None:
-                say(
-                    f"error: {type(fault).__name__}: {explain(fault)}\nThis may be a fault of mediator_peft. Run the "
-                    f"command again with {_TRACEBACK} (or {_TRACEBACK_VARIABLE}=1) and report what it prints."
-                )
-                code = UNEXPECTED
-            else:
-                say(f"error: {explain(fault)}")
-            _drop_output()
-            raise typer.Exit(code) from fault
+        sys.stdout.flush()
+    except (_ClickException, typer.Exit, typer.Abort, BrokenPipeError):
+        raise
+    except Exception as fault:
+        code = exit_code(fault)
+        if wants_traceback() or os.environ.get(_TRACEBACK_VARIABLE, "") not in ("", "0"):
+            traceback.print_exc()
+        if code is None:
+            say(
+                f"error: {type(fault).__name__}: {explain(fault)}\nThis may be a fault of mediator_peft. Run the "
+                f"command again with {_TRACEBACK} (or {_TRACEBACK_VARIABLE}=1) and report what it prints."
+            )
+            code = UNEXPECTED
+        else:
+            say(f"error: {explain(fault)}")
+        _drop_output()
+        raise typer.Exit(code) from fault
 
 
 def _drop_output() -> None:
