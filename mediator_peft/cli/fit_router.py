@@ -119,6 +119,7 @@ def calibrated(
     device: str,
 ) -> dict[str, Any]:
     """Read prompts, fit the router of ``out`` on them and save it there; see :func:`fit_and_save`."""
+    from ..evaluation.batching import PromptSettings
     from ..evaluation.fit_and_save import fit_and_save
     from ..evaluation.prompts import read_prompts, read_task
 
@@ -131,8 +132,7 @@ def calibrated(
         tokenizer,
         prompts,
         find_adapter(out),
-        use_template=not raw,
-        batch_size=batch_size,
+        PromptSettings(batch_size, not raw),
         answered=items,
         background=background,
     )

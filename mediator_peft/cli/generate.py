@@ -58,24 +58,16 @@ def generate(
     """
     import torch
 
-    from ..evaluation.generation import answer_prompts, route_prompts
+    from ..evaluation.batching import PromptSettings
+    from ..evaluation.generation import PromptedModel
     from ..progress import bar_progress
 
     prompts = _prompts(prompt, file)
-    model, tokenizer = load(out, dtype, device, quantize)
-    shared: dict[str, Any] = {"batch_size": batch_size, "use_template": not raw}
-    routes = route_prompts(model, tokenizer, prompts, **shared) if expert is None else None
+    asked = PromptedModel(*load(out, dtype, device, quantize), PromptSettings(batch_size, not raw))
+    routes = asked.routes(prompts) if expert is None else None
     weights = torch.tensor([list(route.expert_weights.values()) for route in routes]) if routes else expert
     with bar_progress("answering", len(prompts)) as advance:
-        answers = answer_prompts(
-            model,
-            tokenizer,
-            prompts,
-            expert_weights=weights,
-            max_new_tokens=max_new_tokens,
-            advance=advance,
-            **shared,
-        )
+        answers = asked.answers(prompts, weights, max_new_tokens, advance)
     records: list[dict[str, Any]] = [
         {"prompt": text, "answer": answer} for text, answer in zip(prompts, answers, strict=True)
     ]
