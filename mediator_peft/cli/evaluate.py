@@ -12,21 +12,16 @@ import typer
 from .common import (
     MOST_TOKENS,
     AsJson,
-    BatchSize,
-    Device,
-    Dtype,
     OutputFolder,
-    Quantize,
-    Raw,
     check_folder,
     check_match,
     console,
-    load,
-    load_plain,
     parse_pairs,
     print_json,
     say,
 )
+from .loading import LOADING, PROMPTING, Loading, Prompting, Quantize, load, load_plain
+from .option_groups import takes_groups
 
 if TYPE_CHECKING:
     from ..evaluation.runner import Scoring, SystemScore
@@ -36,6 +31,7 @@ _UNFINISHED = ".mediator-eval.scores"
 """Folder in that of a report, with the systems that a stopped run had finished."""
 
 
+@takes_groups
 def evaluate(
     out: OutputFolder,
     data: Annotated[
@@ -93,10 +89,8 @@ def evaluate(
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, help="Examples before each item of a harness task.", show_default=False)
     ] = None,
-    raw: Raw = False,
-    batch_size: BatchSize = 16,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    prompting: Prompting = PROMPTING,
+    loading: Loading = LOADING,
     quantize: Quantize = None,
     as_json: AsJson = False,
 ) -> None:
@@ -115,12 +109,12 @@ def evaluate(
             raise typer.BadParameter(f"with --lm-eval, give a checkpoint: --baseline {by_name[0]}=CHECKPOINT.")
         from .evaluate_harness import evaluate_harness
 
-        options = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size, "use_template": not raw}
-        how = (dtype, device, quantize)
+        options = {"limit": limit, "num_fewshot": num_fewshot}
+        options |= {"batch_size": prompting.batch_size, "use_template": not prompting.raw}
+        how = (loading, quantize)
         evaluate_harness(out, lm_eval.split(","), include_path, plain, how, only_routed, report, as_json, options)
         return
     from ..evaluation.baselines import PublishedSystems, check_names
-    from ..evaluation.batching import PromptSettings
     from ..evaluation.comparison import compare, kept_table, runtime_of
     from ..evaluation.prompts import read_task
     from ..evaluation.report import EvaluationReport, accuracy_table, loss_table, routing_table
@@ -136,18 +130,18 @@ def evaluate(
         check_folder(report, "--report")
     # Read before the model is loaded, so that faults are reported at once.
     items = {name: read_task(path, match) for name, path in files.items()}
-    model, tokenizer = load(out, dtype, device, quantize)
+    model, tokenizer = load(out, loading, quantize)
     tasks = [EvalTask.of_items(name, items[name], model.expert_names, tokenizer, max_new_tokens) for name in files]
     result = EvaluationReport(tasks)
-    scoring = Scoring(PromptSettings(batch_size, not raw, Ranks()), progress=bar_progress)
-    store = None if report is None else _store(report, tasks, out, [dtype, quantize, not raw])
+    scoring = Scoring(prompting.settings(Ranks()), progress=bar_progress)
+    store = None if report is None else _store(report, tasks, out, [loading.dtype, quantize, not prompting.raw])
     # The cheap part first: it fails at once where the router has not been fitted.
     result.routing, routes = route_tasks(model, tokenizer, tasks, scoring)
     for name, path in plain.items():
         depends = checkpoint_identity(path)
-        score = bind(_score_plain, name, bind(load_plain, Path(path), dtype, device), tasks, scoring)
+        score = bind(_score_plain, name, bind(load_plain, Path(path), loading), tasks, scoring)
         _once(result, store, name, score, depends)
-    published = PublishedSystems(model.peft_config[model.active_adapter], _loader(dtype, device))
+    published = PublishedSystems(model.peft_config[model.active_adapter], lambda path: load_plain(Path(path), loading))
     for text in by_name:
         _once(result, store, text, bind(published.score, text, tasks, routes, scoring))
         size = published.num_bytes(text)
@@ -170,11 +164,6 @@ def evaluate(
         target.print(routing_table(result.routing, title="Where prompts were routed"))
         if result.routing.overall is not None:
             target.print(f"routing accuracy: {result.routing.overall:.1%}")
-
-
-def _loader(dtype: str, device: str) -> Callable[[str], tuple[Any, Any]]:
-    """Path → plain model and tokenizer."""
-    return lambda path: load_plain(Path(path), dtype, device)
 
 
 def _store(report: Path, tasks: Any, out: Path, settings: list[Any]) -> ScoreStore:

@@ -13,21 +13,18 @@ from ..errors import MediatorError
 from .common import (
     MOST_TOKENS,
     AsJson,
-    BatchSize,
-    Device,
-    Dtype,
     OutputFolder,
-    Quantize,
-    Raw,
     console,
-    load,
     print_json,
 )
+from .loading import LOADING, PROMPTING, Loading, Prompting, Quantize, load
+from .option_groups import takes_groups
 
 _LONGEST_PROMPT = 1 << 24
 """Characters of a prompt on the standard input."""
 
 
+@takes_groups
 def generate(
     out: OutputFolder,
     prompt: Annotated[
@@ -44,10 +41,8 @@ def generate(
         str | None, typer.Option(help="Use this expert for all prompts, without routing.", show_default=False)
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Most tokens of an answer.")] = 128,
-    raw: Raw = False,
-    batch_size: BatchSize = 16,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    prompting: Prompting = PROMPTING,
+    loading: Loading = LOADING,
     quantize: Quantize = None,
     as_json: AsJson = False,
 ) -> None:
@@ -58,12 +53,11 @@ def generate(
     """
     import torch
 
-    from ..evaluation.batching import PromptSettings
     from ..evaluation.generation import PromptedModel
     from ..progress import bar_progress
 
     prompts = _prompts(prompt, file)
-    asked = PromptedModel(*load(out, dtype, device, quantize), PromptSettings(batch_size, not raw))
+    asked = PromptedModel(*load(out, loading, quantize), prompting.settings())
     routes = asked.routes(prompts) if expert is None else None
     weights = torch.tensor([list(route.expert_weights.values()) for route in routes]) if routes else expert
     with bar_progress("answering", len(prompts)) as advance:
