@@ -174,15 +174,11 @@ def conflict(folder: Root, base: Base = "smollm2", only: Only = None, threads: T
 
 @app.command()
 def ablation(folder: Root, base: Base = "smollm2", only: Only = None, threads: Threads = 1) -> None:
-    """Measure answer losses with deltas in a share of the blocks, under each ranking."""
-    from .ablation import score_block_sets
-    from .conflict import conflict_table
-    from .systems import build_default
+    """Measure answer losses with one part of the method changed, and with deltas in a share of the blocks."""
+    from .ablation import ablate
 
     bench = _bench(folder, base, threads, only)
-    lab = _lab(bench)
-    found = score_block_sets(bench, lab, build_default(bench), conflict_table(lab.base, lab.experts))
-    _keep(bench, "ablation", found)
+    ablate(bench, _lab(bench), lambda found: _keep(bench, "ablation", found))
 
 
 @app.command()

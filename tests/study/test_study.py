@@ -23,7 +23,7 @@ from mediator_peft.methods.baselines import BASELINES
 from mediator_peft.methods.baselines.dynamic import sharpened, sharpness
 from mediator_peft.methods.merging import MERGE_METHODS
 from mediator_peft.study import tasks as study_tasks
-from mediator_peft.study.ablation import named_weights, score_block_sets
+from mediator_peft.study.ablation import DEFAULT, Parts, Variant, ablate
 from mediator_peft.study.comparison import Comparison, compare, find_system, score_merges, score_system
 from mediator_peft.study.conflict import (
     block_of,
@@ -34,6 +34,7 @@ from mediator_peft.study.conflict import (
 )
 from mediator_peft.study.dynamic import mixed_weights
 from mediator_peft.study.experts import StudyFolder
+from mediator_peft.study.forms import whole
 from mediator_peft.study.lab import (
     Lab,
     contexts_of,
@@ -278,25 +279,42 @@ def test_every_row_without_data_merges_a_model(lab, name):
 
 
 def test_all_blocks_give_the_named_model_and_none_the_backbone(bench, lab):
-    folder = build_default(bench)
-    model, _ = load_mediator(folder, dtype=torch.float32)
-    backbone, experts = named_weights(folder)
+    parts = Parts(bench, lab)
+    model, _ = load_mediator(build_default(bench), dtype=torch.float32)
     ids = torch.arange(5, 25).view(2, 10)
-    rest = read_state(folder)
-    for name, weights in {"first": experts["first"], None: backbone}.items():
-        with torch.no_grad(), model.use_experts(name), lab.holding({**rest, **weights}) as plain:
+    for name, weights in {"first": parts.weights(DEFAULT, "first", None), None: parts.backbone(DEFAULT)}.items():
+        with torch.no_grad(), model.use_experts(name), lab.holding(weights) as plain:
             torch.testing.assert_close(plain(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_losses_of_block_sets_lie_between_nothing_and_everything(bench, lab):
-    records = conflict_table(lab.base, lab.experts)
-    found = score_block_sets(bench, lab, build_default(bench), records)
+def test_whole_deltas_in_one_block_leave_the_others_to_the_backbone(bench, lab):
+    parts = Parts(bench, lab)
+    state = parts.weights(Variant("whole", whole), "first", (1,))
+    backbone = parts.backbone(DEFAULT)
+    for name in routed_matrices(lab.base):
+        wanted = lab.experts["first"] if block_of(name) == 1 else backbone
+        torch.testing.assert_close(state[name].float(), wanted[name].float(), atol=1e-6, rtol=0)
+
+
+def test_the_ablation_has_every_ranking_at_equal_numbers_and_bytes(bench, lab):
+    saved = []
+    found = ablate(bench, lab, lambda content: saved.append(set(content)))
+    assert [len(keys) for keys in saved] == sorted(len(keys) for keys in saved)
     assert found["num_blocks"] == 3
-    assert set(found["curves"]) == set(rankings(records))
+    curves = found["curves"]
+    assert {"sign", "sign of all entries", "random 2"} <= set(curves)
     assert found["none"]["mean"] != found["all"]["mean"]
     # Two rankings that choose the same blocks have the same loss.
-    curves = found["curves"]
     assert curves["first"]["2"] != curves["last"]["2"]
+    assert found["against_random"]["sign"]["2"]["value"] == pytest.approx(
+        curves["sign"]["2"]["mean"] - sum(curves[f"random {number}"]["2"]["mean"] for number in range(3)) / 3
+    )
+    thin = found["equal_bytes"]
+    for curve in thin["curves"].values():
+        assert all(row["bytes"] <= 1.1 * thin["all"]["bytes"] for row in curve.values())
+        assert curve["2"]["density"] > thin["all"]["density"]
+    assert set(found["num_experts"]) == {"2"}
+    assert found["variants"]["whole deltas, embedding too"]["bytes"] > found["variants"]["whole deltas"]["bytes"]
 
 
 def test_conflict_is_that_of_the_reference(lab):
