@@ -1,4 +1,4 @@
-"""What each part of the method is good for: answer losses with one part changed, and with deltas in some blocks only."""
+"""What each part of the method is good for: answer losses with one part changed, and with deltas in some blocks."""
 
 from __future__ import annotations
 

@@ -39,7 +39,6 @@ from mediator_peft.study.lab import (
     Lab,
     contexts_of,
     merge_states,
-    read_state,
     single_model_rows,
     tensors_with_contexts,
 )
@@ -247,7 +246,9 @@ def test_scores_of_parts_come_back_in_the_order_of_the_items():
 def test_a_block_without_conflict_is_averaged_and_one_at_chance_level_is_the_named_expert(bench, lab):
     folder = build_default(bench)
     model, _ = load_mediator(folder, dtype=torch.float32)
-    backbone, experts = named_weights(folder)
+    parts = Parts(bench, lab)
+    backbone = {name: tensor.float() for name, tensor in parts.backbone(DEFAULT).items()}
+    experts = {name: parts.weights(DEFAULT, name, None) for name in ("first", "second")}
     beta = sharpness(torch.tensor([0.0, 0.25, 0.5]))
     weights = sharpened(torch.tensor([0.8, 0.2]), beta)
     mixed = mixed_weights(model, weights)
