@@ -182,6 +182,16 @@ def ablation(folder: Root, base: Base = "smollm2", only: Only = None, threads: T
 
 
 @app.command()
+def hard(folder: Root, base: Base = "smollm2", only: Only = None, threads: Threads = 1) -> None:
+    """Measure hard cases: experts that share a task, large steps, LoRA, prompts of two tasks, later turns, gates."""
+    from .hard import hard_cases
+    from .systems import build_default
+
+    bench = _bench(folder, base, threads, only)
+    _keep(bench, "hard", hard_cases(bench, _lab(bench), build_default(bench)))
+
+
+@app.command()
 def forms(folder: Root, base: Base = "smollm2", only: Only = None, threads: Threads = 1) -> None:
     """Measure how near experts come back from each form of their deltas, against bytes, and write the table."""
     from .forms import FORMS, compare_forms

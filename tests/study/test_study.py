@@ -22,6 +22,7 @@ from mediator_peft.evaluation.baselines import RestoredExperts
 from mediator_peft.methods.baselines import BASELINES
 from mediator_peft.methods.baselines.dynamic import sharpened, sharpness
 from mediator_peft.methods.merging import MERGE_METHODS
+from mediator_peft.study import hard
 from mediator_peft.study import tasks as study_tasks
 from mediator_peft.study.ablation import DEFAULT, Parts, Variant, ablate
 from mediator_peft.study.comparison import Comparison, compare, find_system, score_merges, score_system
@@ -43,8 +44,8 @@ from mediator_peft.study.lab import (
     tensors_with_contexts,
 )
 from mediator_peft.study.page import comparison_table
-from mediator_peft.study.scores import ScoreBook, Scores, Sizes, put_together
-from mediator_peft.study.settings import FULL_STUDY, StudyRecipe
+from mediator_peft.study.scores import ScoreBook, Scores, Sizes, put_together, score_items
+from mediator_peft.study.settings import FULL_STUDY, StudyExpert, StudyRecipe
 from mediator_peft.study.systems import (
     NAMED,
     ROUTED_SYSTEM,
@@ -260,6 +261,40 @@ def test_a_block_without_conflict_is_averaged_and_one_at_chance_level_is_the_nam
             for share, expert in zip(shares, ("first", "second"), strict=True)
         )
         torch.testing.assert_close(mixed[key], expected)
+
+
+def test_prompts_of_two_tasks_and_variants_of_the_gate(bench, lab):
+    model, tokenizer = load_mediator(build_default(bench), dtype=torch.float32)
+    for found in (hard.two_tasks(bench, model, tokenizer), hard.later_turns(bench, model, tokenizer)):
+        assert found["prompts"] == 8
+        assert sum(found[kind] for kind in ("first", "second", "other expert", "base")) == pytest.approx(1)
+    gates = hard.gates(bench, model, tokenizer)
+    assert gates["no base"]["base, unknown"] == 0 <= gates["default"]["base, unknown"]
+    assert gates["default"]["right expert"] <= gates["no base"]["right expert"] + 1e-6
+    assert gates["all experts by probability"]["right expert"] <= gates["likeliest expert alone"]["right expert"] + 1e-6
+
+
+@pytest.mark.slow
+def test_an_extra_expert_has_its_own_calibration_and_the_test_items_of_its_task(bench, lab, monkeypatch):
+    own = [Item(f"extra {number}", str(number)) for number in range(12)]
+    recipe = StudyRecipe(1)
+    experts = {name: StudyExpert(task, recipe) for name, task in (("first", "first"), ("spelling-other", "first"))}
+    settings = replace(bench.settings, experts=experts | {"second": StudyExpert("second", recipe)})
+    second = bench.experts["second"]
+    monkeypatch.setattr(hard, "trained_experts", lambda *_: {"spelling-other": second})
+    monkeypatch.setattr(hard, "load_tasks", lambda *_: {})
+    monkeypatch.setattr(hard, "training_items", lambda *_: own)
+    wide = hard.with_extra(replace(bench, settings=settings))
+    assert list(wide.sample.tasks) == ["first", "second", "spelling-other", "other"]
+    assert wide.sample.tasks["spelling-other"].calibration == own
+    found = hard.related_experts(replace(bench, settings=settings), lab)
+    assert found["names"] == ["first", "spelling-other"]
+    with lab.holding(lab.experts["second"]) as model:
+        items = bench.sample.tasks["first"].test
+        expected = score_items(model, lab.tokenizer, items, "exact", bench.sample.sizes["first"])
+    assert found["own"]["tasks"]["spelling-other"]["loss"] == pytest.approx(expected.loss, abs=1e-4)
+    assert all(sum(share for name, share in row.items() if name != "flagged") == pytest.approx(1)
+               for row in found["routing"].values())  # fmt: skip
 
 
 def test_merged_states_are_the_methods_on_each_tensor(lab):
