@@ -43,7 +43,7 @@ from mediator_peft.study.lab import (
     single_model_rows,
     tensors_with_contexts,
 )
-from mediator_peft.study.page import comparison_table
+from mediator_peft.study.page_tables import comparison_table
 from mediator_peft.study.scores import ScoreBook, Scores, Sizes, put_together, score_items
 from mediator_peft.study.settings import FULL_STUDY, StudyExpert, StudyRecipe
 from mediator_peft.study.systems import (
