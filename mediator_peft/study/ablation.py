@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -10,15 +11,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..evaluation.report import write_json
 from ..evaluation.statistics import bootstrap_mean
 from ..methods.merging import MERGE_METHODS
+from .conflict import DENSITY as CONFLICT_DENSITY
 from .conflict import conflict_table, rankings, routed_matrices
 from .forms import Pack, packed, whole
 from .lab import Lab, State, block_of, merge_states
 from .scores import Scores, Sizes
 from .systems import Bench
 
-SHARES = (0.5, 0.25, 0.75, 0.1)
+SHARES = (0.5, 0.25)
 """Shares of blocks that are routed, beside none and all; the most important first."""
 
 DENSITY = 0.2
@@ -27,7 +30,7 @@ DENSITY = 0.2
 THIN = 0.05
 """Density of all blocks whose bytes fewer blocks may take."""
 
-NUM_LOSSES, NUM_LONG = 20, 10
+NUM_LOSSES, NUM_LONG = 20, 5
 """Items of a task, and of word problems, which are long."""
 
 OWN = "experts themselves"
@@ -58,15 +61,12 @@ class Variant:
 DEFAULT = Variant(f"sign {DENSITY}", packed(DENSITY))
 VARIANTS = (
     DEFAULT,
-    Variant("sign 0.05", packed(0.05)),
     Variant("sign 0.1", packed(0.1)),
     Variant("sign 0.4", packed(0.4)),
     Variant("whole deltas", whole),
     Variant("whole deltas, embedding too", whole, embedding=whole),
     Variant("backbone is the base", packed(DENSITY), "base"),
-    Variant("backbone by ties", packed(DENSITY), "ties"),
     Variant("scale of the mean", packed(DENSITY, rescale="mean")),
-    Variant("scale of the norm", packed(DENSITY, rescale="norm")),
     Variant("random entries", packed(DENSITY, sparsifier="dare", encoding="float")),
     Variant("encoding nf4", packed(DENSITY, encoding="nf4")),
     Variant("encoding factors_sign 0.04", packed(0.04, encoding="factors_sign")),
@@ -172,7 +172,7 @@ def ablate(bench: Bench, lab: Lab, save: Callable[[dict[str, Any]], object]) -> 
         "num_losses": {task: num_losses(task) for task in bench.sample.known},
         "num_blocks": parts.num_blocks,
     }
-    orders = all_rankings(lab)
+    orders = all_rankings(bench, lab)
     for step in (
         lambda: block_curves(parts, orders),
         lambda: {"variants": variants(parts)},
@@ -184,11 +184,22 @@ def ablate(bench: Bench, lab: Lab, save: Callable[[dict[str, Any]], object]) -> 
     return found
 
 
-def all_rankings(lab: Lab) -> dict[str, list[int]]:
+def all_rankings(bench: Bench, lab: Lab) -> dict[str, list[int]]:
     """Ranking → blocks; beside those of the conflict table, sign conflict of all entries (without denoising)."""
-    dense = rankings(conflict_table(lab.base, lab.experts, density=1.0))["sign"]
-    found = rankings(conflict_table(lab.base, lab.experts), num_random=3)
+    found = rankings(_conflicts(bench, lab, CONFLICT_DENSITY), num_random=3)
+    dense = rankings(_conflicts(bench, lab, 1.0))["sign"]
     return {"sign": found.pop("sign"), "sign of all entries": dense, **found}
+
+
+def _conflicts(bench: Bench, lab: Lab, density: float) -> list[dict[str, object]]:
+    """The conflict table, kept in the study's folder."""
+    path, key = bench.folder.scores / f"conflict-{density}.json", [bench.hashes, density]
+    if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8")))["key"] == key:
+        table: list[dict[str, object]] = kept["table"]
+        return table
+    table = conflict_table(lab.base, lab.experts, density)
+    write_json({"key": key, "table": table}, path)
+    return table
 
 
 def block_sets(orders: Mapping[str, Sequence[int]], num_blocks: int) -> dict[str, dict[int, Blocks]]:
