@@ -23,12 +23,15 @@ from ..tuner.config import FALLBACK_EXPERT, MediatorConfig
 from .dynamic import expert_probabilities
 from .experts import load_tasks, trained_experts, training_items
 from .lab import Lab
-from .scores import Scores
+from .scores import Scores, Sizes
 from .systems import Bench, Sample, built_model, load_built, routing_shares
 from .tables import system_row
 
 EXTRA = ("spelling-other", "spelling-large-step", "wordnet-lora")
 """Experts that share their task with another one."""
+
+FAMILY_ANSWERS, FAMILY_LOSSES = 100, 20
+"""Test items of each expert that shares its task."""
 
 NUM_PAIRS = 6
 """Prompts of two tasks, and chats of two turns, for each ordered pair of tasks."""
@@ -71,7 +74,10 @@ def related_experts(bench: Bench, lab: Lab) -> dict[str, Any]:
     folder = built_model(wide, f"hard-{len(wide.experts)}", MediatorConfig())
     shared = {bench.settings.experts[name].task for name in wide.experts if name not in bench.experts}
     names = [name for name in wide.experts if bench.settings.experts[name].task in shared]
-    own = {name: _own_scores(wide, lab, name) for name in names}
+    own = {
+        name: _own_scores(bench if name in bench.experts else wide, lab, name).first(wide.sample.sizes[name])
+        for name in names
+    }
     found: dict[str, dict[str, Scores]] = {"own": own, "named": {}, "routed": {}}
     loaded, memo = load_built(folder), Memo.empty()
     key = [wide.hashes, (folder / "study.json").read_text(encoding="utf-8")]
@@ -100,7 +106,9 @@ def with_extra(bench: Bench) -> Bench:
         own = training_items(bench.settings.experts[name], raw, bench.folder)
         parent = tasks[of]
         tasks[name] = Task(own, own[: bench.settings.num_calibration], parent.test, parent.match)
-        sizes[name], experts[name] = sizes[of], trained[name]
+        experts[name] = trained[name]
+        for each in (of, name):
+            sizes[each] = Sizes(min(FAMILY_ANSWERS, sizes[of].answers), min(FAMILY_LOSSES, sizes[of].losses))
     known = list(experts)
     ordered = {name: tasks[name] for name in [*known, *(name for name in tasks if name not in experts)]}
     return replace(bench, experts=experts, sample=Sample(ordered, known, sizes))

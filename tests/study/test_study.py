@@ -213,9 +213,13 @@ def test_presets_are_built_and_fitted_and_statistics_measured(bench, lab, table)
     assert (bench.folder.root / "statistics" / "gram" / "first.safetensors").exists()
 
 
-def test_whole_experts_that_are_named_score_as_by_themselves(bench, lab, table):
+def test_whole_experts_that_are_named_score_as_by_themselves(bench, lab, table, monkeypatch):
     run = Comparison(bench, lab)
     found = score_system(run, "experts")
+    # A run on fewer items takes the first ones.
+    monkeypatch.setattr("mediator_peft.study.systems.score_items", None)
+    few = score_system(Comparison(bench, lab, Sizes(1, 2)), "experts")
+    assert few == {task: scores.first(Sizes(1, 2)) for task, scores in found.items()}
     assert {task: scores.losses for task, scores in found.items()} == {
         task: table[f"expert {task}"][task].losses for task in ("first", "second")
     }
