@@ -21,7 +21,7 @@ from .lab import Lab, State, block_of, merge_states
 from .scores import Scores, Sizes
 from .systems import Bench
 
-SHARES = (0.5, 0.25)
+SHARES = (0.5, 0.25, 0.1, 0.75)
 """Shares of blocks that are routed, beside none and all; the most important first."""
 
 DENSITY = 0.2
@@ -279,7 +279,8 @@ def equal_bytes(parts: Parts, orders: Mapping[str, Sequence[int]]) -> dict[str, 
     """
     thin = Variant(f"sign {THIN}", packed(THIN))
     size = _sizes(parts)
-    chosen = {name: orders[name] for name in ("sign", "sign reversed", *(n for n in orders if n.startswith(RANDOM)))}
+    drawn = [name for name in orders if name.startswith(RANDOM)]
+    chosen = {name: orders[name] for name in ("sign", "sign reversed", "spread", *drawn)}
     sets = block_sets(chosen, parts.num_blocks)
     found: dict[str, dict[str, Any]] = {name: {} for name in sets}
     whole_model = {**_mean(parts.measured(thin)), "density": THIN, "bytes": parts.num_bytes(thin)}

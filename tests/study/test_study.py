@@ -399,6 +399,8 @@ def test_rankings_hold_every_block_once():
     assert found["sign"] == [1, 2, 0] == found["sign reversed"][::-1]
     assert found["energy"] == [0, 2, 1]
     assert all(sorted(order) == [0, 1, 2] for order in found.values())
+    longer = [{**table[0], "block": block} for block in range(30)]
+    assert sorted(rankings(longer)["spread"][:8]) == list(range(0, 30, 4))
 
 
 def test_conflict_results_hold_each_choice_of_seeds(bench, monkeypatch):
