@@ -21,6 +21,8 @@ from .loading import LOADING, Loading, load
 from .option_groups import takes_groups
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rich.console import Console
 
     from ..evaluation.cache_planning import CachePlan
@@ -114,19 +116,22 @@ def _plan_cache(routes: Path, out: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(plan.to_dict())
     else:
-        print_cache_plan(plan, console())
+        print_cache_plan(plan, console(), None if info is None else info.config.get("column_map"))
 
 
-def print_cache_plan(plan: CachePlan, target: Console) -> None:
-    """The hit rates as a table."""
+def print_cache_plan(plan: CachePlan, target: Console, rows: Mapping[str, Mapping[str, float]] | None = None) -> None:
+    """The hit rates as a table; ``rows`` is the bank's column map, which says who shares what."""
     from rich.table import Table
 
+    from ..bank.column_map import families
     from ..checkpoints.adapter_sizes import format_bytes
 
-    used = ", ".join(f"{name} {number}" for name, number in plan.experts.items())
-    target.print(f"{plan.num_requests} requests; experts by requests: {used}")
-    table = Table(pad_edge=False)
-    for heading in ("experts", "last used", "best pinned", "16 known ahead", "optimal", "loads a request", "memory"):
+    labels = {name: f"what {' and '.join(users)} share" for name, users in families(rows or {}).items()}
+    used = ", ".join(f"{labels.get(name, name)} {number}" for name, number in plan.experts.items())
+    target.print(f"{plan.num_requests} requests; how many used each delta: {used}")
+    table = Table(title="Share of accesses that find their delta in memory", title_justify="left", pad_edge=False)
+    headings = ("deltas held", "last used", "some pinned", "16 known ahead", "optimal", "loads a request", "memory")
+    for heading in headings:
         table.add_column(heading, justify="right")
     for size in plan.sizes:
         rates = (f"{rate:.1%}" for rate in (size.lru, size.lookahead, size.optimal))
@@ -140,6 +145,10 @@ def print_cache_plan(plan: CachePlan, target: Console) -> None:
         said = ", ".join(f"{value:.2f} over {window}" for window, value in plan.persistence.items())
         target.print(f"routing persistence (SRP) {said} requests; 1 means that neighbours use the same experts")
     target.print(f"recommended: max_resident_experts={plan.recommended}")
+    best = plan.sizes[plan.recommended - 1]
+    names = [name for name in best.pinned if name not in labels]
+    if names and len(names) == len(best.pinned):
+        target.print(f"with pinned_experts={names} as well: {best.with_pinned:.1%} in place of {best.lru:.1%}")
 
 
 def print_speed(report: SpeedReport, target: Console) -> None:

@@ -81,3 +81,17 @@ def _print_plan(found: Any) -> None:
     table.add_row("time", f"about {found.seconds:.0f} s")
     table.add_row("largest memory", f"about {found.peak_memory_bytes / 1e9:.1f} GB")
     console().print(table)
+    _print_alternatives(found)
+
+
+def _print_alternatives(found: Any) -> None:
+    """What other families and encodings would take."""
+    adapter, shared = found.bytes["adapter"], found.bytes_with_families
+    would = "with --families auto: " if shared not in (None, adapter) else "families: "
+    for note in found.sharing:
+        say(would + note)
+    if shared not in (None, adapter):
+        say(f"with --families auto the adapter takes {shared / 1e6:,.1f} MB in place of {adapter / 1e6:,.1f} MB")
+    if found.bytes_by_encoding:
+        sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in found.bytes_by_encoding.items())
+        say(f"adapter by --encoding, all at density {found.density:.4g}: {sizes}; how accurate they are: docs/forms.md")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..bank.sparse_delta import SparseDelta
 from ..checkpoints.adapter_files import find_adapter
+from ..config import ALWAYS_PREFIX
 from ..data_files import json_lines
 from ..errors import ConfigError, UnsupportedError
 from ..methods.encoding import ENCODINGS
@@ -163,7 +164,7 @@ def fit_scales(
 
     Raises:
         ConfigError: an expert is unknown, or has no data.
-        UnsupportedError: experts share deltas, or the encoding has no scales.
+        UnsupportedError: an expert shares its delta, deltas are always on, or the encoding has no scales.
         DataFileError, CheckpointError: something cannot be read.
     """
     fit = fit or ScaleFit()
@@ -211,8 +212,20 @@ def _check(model: Any, experts: Mapping[str, Any], data: Mapping[str, Any]) -> N
             raise ConfigError(unknown_name(name, config.expert_names or (), "expert"))
         if name not in data:
             raise ConfigError(f"expert {name!r} has no data: give prompts of its task.")
-    if config.column_map is not None:
-        raise UnsupportedError("experts of this model share deltas: fit the scales before they do (condense).")
+    rows = config.column_map or {}
+    always = [stored.removeprefix(ALWAYS_PREFIX) for stored in rows if stored.startswith(ALWAYS_PREFIX)]
+    if always:
+        raise UnsupportedError(
+            f"this model has always-on deltas ({', '.join(always)}), which the original experts have not: fitted "
+            "scales would work against them. Build without --always to fit scales."
+        )
+    for name in experts:
+        users = sorted({user for row in rows.values() if name in row for user in row} - {name})
+        if users:
+            raise UnsupportedError(
+                f"expert {name!r} shares a delta with {', '.join(users)}, so its scales are not its own. Fit the "
+                "scales of a build without --families, then share deltas with `condense`."
+            )
     if not ENCODINGS[config.encoding].has_scales:
         raise UnsupportedError(f"encoding {config.encoding!r} has no scales that can be fitted.")
 

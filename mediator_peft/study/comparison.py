@@ -281,7 +281,8 @@ def score_system(run: Comparison, name: str) -> dict[str, Scores]:
     """Task → scores of one system, measured or found."""
     system = find_system(run, name)
     return {
-        task: run.bench.scored_in_parts(name, task, run.sizes(task), system.depends, system.parts(task))
+        task: _known(run, name, task, system)
+        or run.bench.scored_in_parts(name, task, run.sizes(task), system.depends, system.parts(task))
         for task in _tasks(run, system)
     }
 
@@ -291,11 +292,20 @@ def known_scores(run: Comparison, name: str) -> dict[str, Scores] | None:
     system = find_system(run, name)
     found = {}
     for task in _tasks(run, system):
-        scores = run.bench.book.find(name, task, run.bench.key(task, run.sizes(task), system.depends))
+        scores = _known(run, name, task, system)
         if scores is None:
             return None
         found[task] = scores
     return found
+
+
+def _known(run: Comparison, name: str, task: str, system: System) -> Scores | None:
+    """Scores of the wanted items, or the first ones of those of all items."""
+    for sizes in dict.fromkeys((run.sizes(task), run.bench.sample.sizes[task])):
+        scores = run.bench.book.find(name, task, run.bench.key(task, sizes, system.depends))
+        if scores is not None:
+            return scores.first(run.sizes(task))
+    return None
 
 
 def _tasks(run: Comparison, system: System) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -147,3 +148,11 @@ def test_what_cannot_be_fitted_is_refused(tmp_path):
     other, _ = built(tmp_path / "float", encoding="float")
     with pytest.raises(UnsupportedError, match="no scales"):
         fit_scales(other, {"math": paths["math"]}, {"math": pairs})
+    shutil.copytree(paths["code"], tmp_path / "copy")
+    experts = {name: paths[name] for name in ("math", "code")} | {"copy": tmp_path / "copy"}
+    build_mediator(paths["base"], experts, tmp_path / "shared", MediatorConfig(families="auto"))
+    with pytest.raises(UnsupportedError, match="'code' shares a delta with copy"):
+        fit_scales(tmp_path / "shared", {"code": paths["code"]}, {"code": pairs})
+    # The others may be fitted: what comes next is looked at.
+    with pytest.raises(ConfigError, match="7 prompts; give 8"):
+        fit_scales(tmp_path / "shared", {"math": paths["math"]}, {"math": pairs[:7]})
