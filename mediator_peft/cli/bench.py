@@ -12,14 +12,13 @@ from .common import (
     MOST_ROWS,
     MOST_TOKENS,
     AsJson,
-    Device,
-    Dtype,
     check_folder,
     console,
-    load,
     print_json,
     usable_cpus,
 )
+from .loading import LOADING, Loading, load
+from .option_groups import takes_groups
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from ..evaluation.speed import SpeedReport
 
 
+@takes_groups
 def bench(
     out: Annotated[
         Path | None, typer.Argument(metavar="OUT", help="Output folder of `build`.", show_default=False)
@@ -62,8 +62,7 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option(help="Draw the ratios to this file (.png, .svg or .pdf).", show_default=False)
     ] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    loading: Loading = LOADING,
     as_json: AsJson = False,
 ) -> None:
     """Time prefill and decode of OUT against its plain backbone: one expert, mixed batches, switching, routing, memory.
@@ -94,7 +93,7 @@ def bench(
         raise typer.BadParameter(f"this process may use {usable_cpus()} CPUs, not {threads}.", param_hint="--threads")
     torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cpus()))
     settings = SpeedSettings(prompt_tokens, context, batch_size, num_experts, rounds)
-    model, _ = load(out, dtype, device)
+    model, _ = load(out, loading)
     with bar_progress("timing", num_rounds(settings)) as advance:
         report = measure_speed(model, settings, advance)
     if plot is not None:

@@ -24,6 +24,7 @@ from ..errors import ConfigError, UnsupportedError
 from ..methods.encoding import ENCODINGS
 from ..tables import unknown_name
 from ..tuner.loading import load_mediator
+from .answer_batches import AnswerBatch, answer_logits
 from .fit_and_save import save_router
 from .generation import answer_prompts
 from .logits import original_model, plain_model
@@ -73,51 +74,13 @@ class ScaleReport:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Prompts with their answers, padded on the right."""
-
-    ids: Tensor
-    """(B, T)"""
-
-    mask: Tensor
-    """(B, T)"""
-
-    starts: tuple[int, ...]
-    """(B,) position before the first token of each answer."""
-
-    answers: tuple[Tensor, ...]
-    """(B,) token ids of each answer, (n,)."""
-
-    @classmethod
-    def of(cls, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:
-        """From (token ids of the prompt, of the answer)."""
-        width = max(len(prompt) + len(answer) for prompt, answer in rows)
-        ids = torch.tensor([[*prompt, *answer, *[0] * (width - len(prompt) - len(answer))] for prompt, answer in rows])
-        lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in rows])
-        mask = (torch.arange(width) < lengths[:, None]).long()
-        starts = tuple(len(prompt) - 1 for prompt, _ in rows)
-        return cls(ids, mask, starts, tuple(torch.tensor(list(answer)) for _, answer in rows))
-
-    @property
-    def num_tokens(self) -> int:
-        """Of all answers."""
-        return sum(map(len, self.answers))
-
-
-Known = tuple[Batch, Sequence[Tensor]]
+Known = tuple[AnswerBatch, Sequence[Tensor]]
 """A batch, and the expert's log probabilities before each token of its answers: (n, V) for each row."""
 
 
-def log_probabilities(model: Any, batch: Batch) -> list[Tensor]:
+def log_probabilities(model: Any, batch: AnswerBatch) -> list[Tensor]:
     """Of all tokens before each token of an answer: (n, V) for each row, float32."""
-    first = min(batch.starts)
-    kept = batch.ids.shape[1] - first
-    logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, logits_to_keep=kept).logits
-    return [
-        logits[row, start - first : start - first + len(answer)].float().log_softmax(-1)
-        for row, (start, answer) in enumerate(zip(batch.starts, batch.answers, strict=True))
-    ]
+    return [logits.log_softmax(-1) for logits in answer_logits(model, batch)]
 
 
 def divergence(model: Any, batches: Sequence[Known]) -> Tensor:
@@ -302,7 +265,9 @@ def _asked(
     num_held = max(1, round(fit.held_out * len(rows)))
     found: list[list[Known]] = []
     for part in (rows[num_held:], rows[:num_held]):
-        batches = [Batch.of(part[start : start + fit.batch_size]) for start in range(0, len(part), fit.batch_size)]
+        batches = [
+            AnswerBatch.of(part[start : start + fit.batch_size]) for start in range(0, len(part), fit.batch_size)
+        ]
         with torch.no_grad():
             found.append([(batch, log_probabilities(expert, batch)) for batch in batches])
     return found[0], found[1]

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from mediator_peft import MediatorConfig, build_mediator, load_mediator, verify_mediator
 from mediator_peft.cli.app import app
 from mediator_peft.errors import ConfigError, UnsupportedError
+from mediator_peft.evaluation.answer_batches import AnswerBatch
 from mediator_peft.evaluation.scale_fitting import (
-    Batch,
     ScaleFit,
     divergence,
     fit_factors,
@@ -103,7 +103,7 @@ def test_factors_follow_the_slope():
     """The first step of Adam goes by the learning rate, down the slope that differences show."""
     model, expert = tiny_model().eval(), tiny_model(seed=1).eval()
     rows = [([5, 6, 7], [8, 9]), ([10, 11], [12, 13, 14])]
-    batch = Batch.of(rows)
+    batch = AnswerBatch.of(rows)
     with torch.no_grad():
         known = [(batch, log_probabilities(expert, batch))]
     names = [f"model.layers.{block}.mlp.{part}_proj.weight" for block in (0, 2) for part in ("up", "down")]
