@@ -43,7 +43,7 @@ def _types(group: Any) -> dict[str, Any]:
 def _options(parameter: Parameter) -> Iterator[Parameter]:
     """A parameter, or one for each field of a group."""
     group = parameter.annotation
-    if not is_dataclass(group):
+    if not isinstance(group, type) or not is_dataclass(group):
         yield parameter.replace(kind=Parameter.KEYWORD_ONLY)
         return
     types = _types(group)
