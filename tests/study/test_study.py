@@ -189,7 +189,9 @@ ALL_KINDS = ("experts@router", "emr", "weighted", "dynamic")
 def test_baselines_and_merges_are_compared_on_the_items_of_the_table(bench, lab, table, monkeypatch):
     run = Comparison(bench, lab, Sizes(2, 3))
     first = compare(run, ALL_KINDS)
-    assert set(first["systems"]) == set(ALL_KINDS)
+    assert set(first["systems"]) == {*ALL_KINDS, NAMED, ROUTED_SYSTEM}
+    whole = table[ROUTED_SYSTEM]["first"].first(Sizes(2, 3))
+    assert first["systems"][ROUTED_SYSTEM]["tasks"]["first"]["loss"] == whole.loss
     assert first["left_out"]["tall"] == "not scored"
     assert first["num_items"]["first"] == {"answers": 2, "losses": 3}
     one = first["bytes_of_one_model"]
