@@ -20,21 +20,20 @@ from ..config import MediatorSettings
 from ..demo.tasks import Item
 from ..evaluation.baselines import (
     NAMED_ROUTE,
-    RANDOM_ROUTE,
     ROUTER_ROUTE,
     RestoredExperts,
     by_choice,
+    chosen_experts,
     parse_baseline,
-    random_route,
 )
-from ..evaluation.generation import ROUTED, Memo, backbone_name, route_prompts
+from ..evaluation.generation import ROUTED, Memo, route_prompts
 from ..evaluation.measuring import measure_statistics
 from ..evaluation.report import write_json
 from ..merge.plain_merge import merge_models
 from ..methods.baselines import BASELINES
 from ..methods.merging import MERGE_METHODS
 from ..presets import PRESETS, preset_settings
-from ..tuner.config import FALLBACK_EXPERT, MediatorConfig
+from ..tuner.config import MediatorConfig
 from .dynamic import dynamic_parts
 from .lab import (
     Lab,
@@ -185,15 +184,8 @@ def _restored(run: Comparison, name: str, route: str) -> System:
 
 def _choices(run: Comparison, task: str, route: str, items: Sequence[Item]) -> list[str | None]:
     """Which expert answers each item; None for the base."""
-    experts = sorted(run.lab.experts)
-    if route == NAMED_ROUTE:
-        return [task] * len(items)
-    if route == RANDOM_ROUTE:
-        return [random_route(item.prompt, experts) for item in items]
-    model, tokenizer = run.default_model()
-    routes = route_prompts(model, tokenizer, [item.prompt for item in items])
-    none = {FALLBACK_EXPERT, backbone_name(model.expert_names)}
-    return [None if found.expert in none else found.expert for found in routes]
+    prompts = [item.prompt for item in items]
+    return chosen_experts(route, prompts, run.lab.experts, task, lambda: route_prompts(*run.default_model(), prompts))
 
 
 def _preset(run: Comparison, name: str) -> System:
