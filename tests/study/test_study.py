@@ -273,7 +273,7 @@ def test_a_block_without_conflict_is_averaged_and_one_at_chance_level_is_the_nam
 def test_prompts_of_two_tasks_and_variants_of_the_gate(bench, lab):
     model, tokenizer = load_mediator(build_default(bench), dtype=torch.float32)
     for found in (hard.two_tasks(bench, model, tokenizer), hard.later_turns(bench, model, tokenizer)):
-        assert found["prompts"] == 8
+        assert found["prompts"] == 6
         assert sum(found[kind] for kind in ("first", "second", "other expert", "base")) == pytest.approx(1)
     gates = hard.gates(bench, model, tokenizer)
     assert gates["no base"]["base, unknown"] == 0 <= gates["default"]["base, unknown"]
