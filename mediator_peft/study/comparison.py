@@ -20,21 +20,20 @@ from ..config import MediatorSettings
 from ..demo.tasks import Item
 from ..evaluation.baselines import (
     NAMED_ROUTE,
-    RANDOM_ROUTE,
     ROUTER_ROUTE,
     RestoredExperts,
     by_choice,
+    chosen_experts,
     parse_baseline,
-    random_route,
 )
-from ..evaluation.generation import ROUTED, Memo, backbone_name, route_prompts
+from ..evaluation.generation import ROUTED, Memo, route_prompts
 from ..evaluation.measuring import measure_statistics
 from ..evaluation.report import write_json
 from ..merge.plain_merge import merge_models
 from ..methods.baselines import BASELINES
 from ..methods.merging import MERGE_METHODS
 from ..presets import PRESETS, preset_settings
-from ..tuner.config import FALLBACK_EXPERT, MediatorConfig
+from ..tuner.config import MediatorConfig
 from .dynamic import dynamic_parts
 from .lab import (
     Lab,
@@ -47,12 +46,16 @@ from .lab import (
 )
 from .scores import Scores, Sizes
 from .systems import (
+    NAMED,
+    ROUTED_SYSTEM,
     Bench,
     Part,
     Parts,
     Table,
     build_default,
     built_model,
+    default_name,
+    is_built,
     load_built,
     model_key,
     score_alone,
@@ -181,15 +184,8 @@ def _restored(run: Comparison, name: str, route: str) -> System:
 
 def _choices(run: Comparison, task: str, route: str, items: Sequence[Item]) -> list[str | None]:
     """Which expert answers each item; None for the base."""
-    experts = sorted(run.lab.experts)
-    if route == NAMED_ROUTE:
-        return [task] * len(items)
-    if route == RANDOM_ROUTE:
-        return [random_route(item.prompt, experts) for item in items]
-    model, tokenizer = run.default_model()
-    routes = route_prompts(model, tokenizer, [item.prompt for item in items])
-    none = {FALLBACK_EXPERT, backbone_name(model.expert_names)}
-    return [None if found.expert in none else found.expert for found in routes]
+    prompts = [item.prompt for item in items]
+    return chosen_experts(route, prompts, run.lab.experts, task, lambda: route_prompts(*run.default_model(), prompts))
 
 
 def _preset(run: Comparison, name: str) -> System:
@@ -289,7 +285,8 @@ def score_system(run: Comparison, name: str) -> dict[str, Scores]:
     """Task → scores of one system, measured or found."""
     system = find_system(run, name)
     return {
-        task: run.bench.scored_in_parts(name, task, run.sizes(task), system.depends, system.parts(task))
+        task: _known(run, name, task, system)
+        or run.bench.scored_in_parts(name, task, run.sizes(task), system.depends, system.parts(task))
         for task in _tasks(run, system)
     }
 
@@ -299,11 +296,20 @@ def known_scores(run: Comparison, name: str) -> dict[str, Scores] | None:
     system = find_system(run, name)
     found = {}
     for task in _tasks(run, system):
-        scores = run.bench.book.find(name, task, run.bench.key(task, run.sizes(task), system.depends))
+        scores = _known(run, name, task, system)
         if scores is None:
             return None
         found[task] = scores
     return found
+
+
+def _known(run: Comparison, name: str, task: str, system: System) -> Scores | None:
+    """Scores of the wanted items, or the first ones of those of all items."""
+    for sizes in dict.fromkeys((run.sizes(task), run.bench.sample.sizes[task])):
+        scores = run.bench.book.find(name, task, run.bench.key(task, sizes, system.depends))
+        if scores is not None:
+            return scores.first(run.sizes(task))
+    return None
 
 
 def _tasks(run: Comparison, system: System) -> list[str]:
@@ -343,6 +349,9 @@ def compare(run: Comparison, names: Sequence[str]) -> dict[str, Any]:
             continue
         table[name] = system_row(known, found, own, find_system(run, name).num_bytes() or one)
         table[name]["against_experts"] = paired_tests(own, found)
+    for name, (found, num_bytes) in _mediator_scores(run).items():
+        table[name] = system_row(known, found, own, num_bytes)
+        table[name]["against_experts"] = paired_tests(own, found)
     return {
         "tasks": list(known),
         "num_items": {task: asdict(run.sizes(task)) for task in known},
@@ -350,3 +359,18 @@ def compare(run: Comparison, names: Sequence[str]) -> dict[str, Any]:
         "left_out": left_out,
         "bytes_of_one_model": one,
     }
+
+
+def _mediator_scores(run: Comparison) -> dict[str, tuple[dict[str, Scores], int]]:
+    """System → scores and bytes of the Mediator model, where the table of systems has been measured."""
+    depends = model_key(run.bench, MediatorConfig())
+    folder = run.bench.folder.models / default_name(run.bench)
+    system = System(depends, lambda task: lambda items: iter(()), lambda: None)
+    rows = {}
+    for name in (NAMED, ROUTED_SYSTEM):
+        scores = {task: _known(run, name, task, system) for task in run.bench.sample.known}
+        found = {task: each for task, each in scores.items() if each is not None}
+        if len(found) == len(scores) and is_built(folder, depends):
+            info = read_adapter_info(folder)
+            rows[name] = found, (info.backbone_bytes or 0) + info.adapter_bytes
+    return rows
