@@ -16,6 +16,7 @@ from ..checkpoints.adapter_files import find_adapter
 from ..checkpoints.adapter_sizes import read_adapter_info
 from ..demo.tasks import Task
 from ..demo.training import TrainedExpert
+from ..evaluation.batching import AS_USUAL
 from ..evaluation.generation import ROUTED, Memo, Route, route_prompts, route_token_rows
 from ..evaluation.prompts import pad_token_id
 from ..routing.gate import smallest_sufficient_set
@@ -155,7 +156,7 @@ def later_turns(bench: Bench, model: Any, tokenizer: Any) -> dict[str, float] | 
         messages = [{"role": role, "content": content} for role, content in turns]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         rows.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-    routes = route_token_rows(model, rows, pad_token_id(tokenizer))
+    routes = route_token_rows(model, rows, pad_token_id(tokenizer), AS_USUAL)
     return _shares([(one, two) for one, two, _, _ in pairs], routes)
 
 

@@ -150,7 +150,9 @@ def _kept_of(results: Results, base: str) -> dict[str, dict[str, Any]]:
     """System → its row with the number of models that its bytes are, of both tables of a base."""
     found: dict[str, dict[str, Any]] = {}
     for table in (results.get(f"comparison{base}"), results[f"systems{base}"]):
-        for name, row in (table or {"systems": {}})["systems"].items():
+        if table is None:
+            continue
+        for name, row in table["systems"].items():
             if row.get("kept") is not None and name != "experts":
                 found[name] = {**row, "models": row["bytes"] / table["bytes_of_one_model"]}
     return found
