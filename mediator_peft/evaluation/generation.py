@@ -14,7 +14,7 @@ from ..progress import Advance
 from ..ranks import Ranks
 from ..tables import unknown_name
 from .batching import AnyModel, Batch, WeightRow, answered, batches_of_like_length, by_weights, repeat
-from .prompts import answer_ids, pad_left, pad_token_id, render, token_ids
+from .prompts import answer_ids, pad_left, pad_token_id, prompt_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,7 +86,7 @@ def route_prompts(
     ranks: Ranks | None = None,
 ) -> list[Route]:
     """Ask a Mediator model's router where it would send each prompt, without generating."""
-    rows = [token_ids(tokenizer, render(tokenizer, prompt, use_template)) for prompt in prompts]
+    rows = prompt_rows(model, tokenizer, prompts, use_template)
     return route_token_rows(model, rows, pad_token_id(tokenizer), batch_size=batch_size, advance=advance, ranks=ranks)
 
 
@@ -204,7 +204,7 @@ def answer_prompts(
     """
     memo = Memo.empty() if memo is None else memo
     rows = _resolve(model, tokenizer, prompts, expert_weights, batch_size, use_template, ranks)
-    encoded = [token_ids(tokenizer, render(tokenizer, prompt, use_template)) for prompt in prompts]
+    encoded = prompt_rows(model, tokenizer, prompts, use_template, max_new_tokens)
     keys = [(prompt, row, max_new_tokens) for prompt, row in zip(prompts, rows, strict=True)]
     groups = _unasked(rows, [key in memo.answers for key in keys], keys)
     repeat(advance, len(prompts) - sum(map(len, groups.values())))
@@ -238,8 +238,8 @@ def answer_losses(
     """
     memo = Memo.empty() if memo is None else memo
     rows = _resolve(model, tokenizer, prompts, expert_weights, batch_size, use_template, ranks)
-    encoded = [token_ids(tokenizer, render(tokenizer, prompt, use_template)) for prompt in prompts]
     targets = [answer_ids(tokenizer, answer) for answer in answers]
+    encoded = prompt_rows(model, tokenizer, prompts, use_template, list(map(len, targets)))
     keys = list(zip(prompts, answers, rows, strict=True))
     groups = _unasked(rows, [key in memo.losses for key in keys], keys)
     repeat(advance, len(prompts) - sum(map(len, groups.values())))

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..checkpoints.fingerprint import fingerprint_of
 from ..checkpoints.headers import lay_out
 from ..checkpoints.output_folder import check_space
+from ..context_length import table_of_positions
 from ..data_files import DataFileError
 from ..errors import CheckpointError, ConfigError, OutputError, OutputExistsError
 from ..merge.builder import peak_memory
@@ -114,6 +115,7 @@ def measure_statistics(
     texts = read_prompts(Path(prompts), text_column)[:max_sequences]
     answers = None if answer_column is None else read_prompts(Path(prompts), answer_column)[:max_sequences]
     model, tokenizer = load_plain(str(model_path))
+    max_tokens = min(max_tokens, table_of_positions(model) or max_tokens)
     sequences = _sequences(tokenizer, texts, answers, use_template, max_tokens)
     measured = STATISTICS[statistic](model, find_structure(model), seed)
     header = _header(measured, str(model_path), sequences, shared_inputs(measured, sequences))

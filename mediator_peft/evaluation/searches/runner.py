@@ -74,7 +74,7 @@ def search_coefficients(
     merged = MergedModel(base, experts)
     tokenizer = AutoTokenizer.from_pretrained(str(base))
     if with_answers:
-        examples = labelled(tokenizer, items)
+        examples = labelled(merged, tokenizer, items)
     else:
         examples = imitated(merged, tokenizer, prompts, options.get("hidden_blocks", ()))
     found = search.run(merged, examples, progress=progress, **options)
