@@ -37,7 +37,8 @@ def extend_peft() -> None:
     plain: dict[str, Callable[[], Any]] = {"active_peft_config": MediatorConfig, "has_active_enabled_adapter": bool}
     for name, otherwise in plain.items():
         setattr(PeftModel, name, property(_unless_all_deleted(getattr(PeftModel, name).fget, otherwise)))
-    PeftModel.disable_adapter = _unless_all_deleted(PeftModel.disable_adapter, nullcontext)  # type: ignore[method-assign]
+    disabling: Callable[[Any], Any] = PeftModel.disable_adapter
+    PeftModel.disable_adapter = _unless_all_deleted(disabling, nullcontext)  # type: ignore
     class_methods: dict[type, Callable[..., Any]] = {PeftConfigMixin: _reading, _BaseAutoPeftModel: _loading}
     for owner, extended in class_methods.items():
         owner.from_pretrained = classmethod(extended(owner.from_pretrained.__func__))  # type: ignore[attr-defined]
