@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .deferred import nn
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")
 _TABLE = re.compile(r"(^|\.)(wpe|[a-z_]*position[a-z_]*)$")
 
 
-def context_length(config: PretrainedConfig | None) -> int | None:
+def context_length(config: Any) -> int | None:
     """Positions of a model, times the factor of its RoPE scaling; None where the configuration names none.
 
     Where a configuration leaves open whether its number of positions counts the scaling already, the larger number.
     """
-    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = (getattr(text, name, None) for name in _POSITIONS)
     positions = next((value for value in found if isinstance(value, int) and value > 0), None)
     if positions is None:

@@ -16,6 +16,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from ..config import ALWAYS, FAMILY_PREFIX
 from ..deferred import torch
 
@@ -92,7 +95,7 @@ def new_family(rows: Rows) -> str:
     return f"{FAMILY_PREFIX}{number}"
 
 
-def average_linkage(cosines: Tensor, names: Sequence[str], least: float) -> list[list[str]]:
+def average_linkage(cosines: ArrayLike, names: Sequence[str], least: float) -> list[list[str]]:
     """Groups of experts whose mean pairwise cosine is at least ``least``: clusters by average linkage.
 
     The two clusters with the highest mean cosine between their members are joined, as long as it reaches ``least``.
@@ -108,7 +111,7 @@ def average_linkage(cosines: Tensor, names: Sequence[str], least: float) -> list
     """
     order = sorted(range(len(names)), key=lambda number: names[number])
     clusters = [[number] for number in order]
-    table = cosines.double()
+    table = np.asarray(cosines, dtype=np.float64)
     while len(clusters) > 1:
         best: tuple[float, int, int] | None = None
         for first in range(len(clusters)):

@@ -55,7 +55,8 @@ class ExpertStore:
         self.pinned = tuple(dict.fromkeys(pinned))
         if len(self.pinned) >= max_resident:
             raise ConfigError(
-                f"{len(self.pinned)} pinned experts leave no room for others in max_resident_experts={max_resident}. "
+                f"{len(self.pinned)} pinned deltas leave no room for others in max_resident_experts={max_resident} (an "
+                "expert of a family has two, its own and the shared one). "
                 f"Pin fewer, or hold {len(self.pinned) + 1} or more."
             )
         try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +23,11 @@ MASK, BIAS = "mask", "bias"
 # A colon cannot stand in an expert's name, and unlike a dot it can stand in a buffer's.
 SEPARATOR = ":"
 """Between an expert's name and the part's in the name of a buffer: ``expert:part``."""
+
+_LONGEST_NAME = 1024
+
+_FACTORS = ("left", "right")
+"""Parts that several experts may have in common, as LoRAs with one frozen A do."""
 
 
 @dataclass(frozen=True)
@@ -67,3 +74,35 @@ def to_disk(key: str, array: Array) -> Array:
     if key.endswith(SEPARATOR + MASK):
         return compress_mask(array) if array.size else array
     return np.ascontiguousarray(array.reshape(-1))
+
+
+def all_to_disk(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Buffers of one layer's bank in the form in which they are written: factors that are equal are stored once.
+
+    In place of a factor that an expert before has, by name, stands that expert's name, as bytes (uint8).
+
+    Args:
+        arrays: name of a buffer (``expert:part``) → what it holds.
+    """
+    written, owners = {}, dict[tuple[str, bytes], str]()
+    for key in sorted(arrays):
+        expert, _, part = key.rpartition(SEPARATOR)
+        stored = to_disk(key, arrays[key])
+        if part in _FACTORS and stored.nbytes > len(expert):
+            digest = sha256(f"{stored.dtype} ".encode() + stored.tobytes()).digest()
+            owner = owners.setdefault((part, digest), expert)
+            stored = stored if owner == expert else np.frombuffer(owner.encode(), np.uint8).copy()
+        written[key] = stored
+    return {key: written[key] for key in arrays}
+
+
+def place_of(key: str, stored: Array | Tensor) -> str:
+    """Where the numbers of a buffer are written: under its own name, or that of an expert with an equal factor.
+
+    Args:
+        key: name of the buffer (``expert:part``).
+        stored: what the file has under it.
+    """
+    part = key.rpartition(SEPARATOR)[2]
+    is_name = part in _FACTORS and str(stored.dtype).endswith("uint8") and 0 < len(stored) <= _LONGEST_NAME
+    return f"{bytes(as_array(stored)).decode(errors='replace')}{SEPARATOR}{part}" if is_name else key

@@ -12,22 +12,24 @@ from .common import (
     MOST_ROWS,
     MOST_TOKENS,
     AsJson,
-    Device,
-    Dtype,
     check_folder,
     console,
-    load,
     print_json,
     usable_cpus,
 )
+from .loading import LOADING, Loading, load
+from .option_groups import takes_groups
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rich.console import Console
 
     from ..evaluation.cache_planning import CachePlan
     from ..evaluation.speed import SpeedReport
 
 
+@takes_groups
 def bench(
     out: Annotated[
         Path | None, typer.Argument(metavar="OUT", help="Output folder of `build`.", show_default=False)
@@ -60,8 +62,7 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option(help="Draw the ratios to this file (.png, .svg or .pdf).", show_default=False)
     ] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    loading: Loading = LOADING,
     as_json: AsJson = False,
 ) -> None:
     """Time prefill and decode of OUT against its plain backbone: one expert, mixed batches, switching, routing, memory.
@@ -92,7 +93,7 @@ def bench(
         raise typer.BadParameter(f"this process may use {usable_cpus()} CPUs, not {threads}.", param_hint="--threads")
     torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cpus()))
     settings = SpeedSettings(prompt_tokens, context, batch_size, num_experts, rounds)
-    model, _ = load(out, dtype, device)
+    model, _ = load(out, loading)
     with bar_progress("timing", num_rounds(settings)) as advance:
         report = measure_speed(model, settings, advance)
     if plot is not None:
@@ -115,19 +116,22 @@ def _plan_cache(routes: Path, out: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(plan.to_dict())
     else:
-        print_cache_plan(plan, console())
+        print_cache_plan(plan, console(), None if info is None else info.config.get("column_map"))
 
 
-def print_cache_plan(plan: CachePlan, target: Console) -> None:
-    """The hit rates as a table."""
+def print_cache_plan(plan: CachePlan, target: Console, rows: Mapping[str, Mapping[str, float]] | None = None) -> None:
+    """The hit rates as a table; ``rows`` is the bank's column map, which says who shares what."""
     from rich.table import Table
 
+    from ..bank.column_map import families
     from ..checkpoints.adapter_sizes import format_bytes
 
-    used = ", ".join(f"{name} {number}" for name, number in plan.experts.items())
-    target.print(f"{plan.num_requests} requests; experts by requests: {used}")
-    table = Table(pad_edge=False)
-    for heading in ("experts", "last used", "best pinned", "16 known ahead", "optimal", "loads a request", "memory"):
+    labels = {name: f"what {' and '.join(users)} share" for name, users in families(rows or {}).items()}
+    used = ", ".join(f"{labels.get(name, name)} {number}" for name, number in plan.experts.items())
+    target.print(f"{plan.num_requests} requests; how many used each delta: {used}")
+    table = Table(title="Share of accesses that find their delta in memory", title_justify="left", pad_edge=False)
+    headings = ("deltas held", "last used", "some pinned", "16 known ahead", "optimal", "loads a request", "memory")
+    for heading in headings:
         table.add_column(heading, justify="right")
     for size in plan.sizes:
         rates = (f"{rate:.1%}" for rate in (size.lru, size.lookahead, size.optimal))
@@ -141,6 +145,10 @@ def print_cache_plan(plan: CachePlan, target: Console) -> None:
         said = ", ".join(f"{value:.2f} over {window}" for window, value in plan.persistence.items())
         target.print(f"routing persistence (SRP) {said} requests; 1 means that neighbours use the same experts")
     target.print(f"recommended: max_resident_experts={plan.recommended}")
+    best = plan.sizes[plan.recommended - 1]
+    names = [name for name in best.pinned if name not in labels]
+    if names and len(names) == len(best.pinned):
+        target.print(f"with pinned_experts={names} as well: {best.with_pinned:.1%} in place of {best.lru:.1%}")
 
 
 def print_speed(report: SpeedReport, target: Console) -> None:

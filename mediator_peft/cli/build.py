@@ -7,13 +7,18 @@ from typing import Annotated
 
 import typer
 
-from . import merge_options as merge
 from .common import AsJson, console, print_json, quiet_transformers, say
+from .merge_options import MergeOptions, Sources, WorkOptions, merge_settings
+from .option_groups import takes_groups
 
 
-@merge.takes_merge_options
+@takes_groups
 def build(
     ctx: typer.Context,
+    *,
+    sources: Sources,
+    merging: MergeOptions,
+    work: WorkOptions,
     output: Annotated[Path, typer.Option(help="Output folder; must not exist.", show_default=False)],
     hash_inputs: Annotated[bool, typer.Option(help="Record the SHA-256 of every input file.")] = True,
     dry_run: Annotated[
@@ -32,14 +37,23 @@ def build(
     from ..merge.offline import build_mediator
 
     quiet_transformers()
-    inputs, config = merge.merge_inputs(ctx), merge.merge_settings(ctx)
+    experts, config = sources.experts, merge_settings(ctx, sources.base, merging)
+    options = {"plan": merging.plan_file, **work.arguments()}
     if dry_run:
         from ..merge.preflight import plan_mediator
         from .plan import show_plan
 
-        show_plan(plan_mediator(output=output, config=config, **inputs), as_json)
+        show_plan(plan_mediator(base=sources.base, experts=experts, output=output, config=config, **options), as_json)
         return
-    report = build_mediator(output=output, config=config, show_progress=True, hash_inputs=hash_inputs, **inputs)
+    report = build_mediator(
+        base=sources.base,
+        experts=experts,
+        output=output,
+        config=config,
+        show_progress=True,
+        hash_inputs=hash_inputs,
+        **options,
+    )
     if as_json:
         print_json(report.to_dict())
         return
@@ -50,5 +64,5 @@ def build(
     say(f"built in {report.seconds:.0f} s; largest resident memory {report.peak_memory_bytes / 1e9:.1f} GB")
     for note in report.notes:
         say(f"note: {note}")
-    data = " ".join(f"--data {name}={name}.jsonl" for name in inputs["experts"])
+    data = " ".join(f"--data {name}={name}.jsonl" for name in experts)
     say(f"next: mediator-peft fit-router {output} {data}")

@@ -1,4 +1,4 @@
-"""What all commands share: options, consoles, exit codes, loading a model."""
+"""What all commands share: consoles, messages, exit codes, checks of what is given."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from typer.core import TyperGroup
 from ..checkpoints.adapter_files import CONFIG_FILE, backbone_of, find_adapter, read_raw_config
 from ..data_files import DataFileError, MalformedJsonError, parse_json, read_text, special_files
 from ..errors import AdapterError, MediatorError, OutputError
-from ..optional import bitsandbytes_functional
 from ..tables import unknown_name
 
 if TYPE_CHECKING:
@@ -65,48 +64,58 @@ _WIDTH_OF_FILES = 140
 
 OutputFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Output folder of `build`.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output; messages go to standard error.")]
-Dtype = Annotated[
-    str, typer.Option(help="float32, bfloat16, float16, or auto: float32 on a CPU, the stored dtype on a GPU.")
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …, or auto: a GPU if there is one.")]
-Quantize = Annotated[
-    str | None, typer.Option(help="Load the backbone in nf4, fp4 or int8 (needs bitsandbytes).", show_default=False)
-]
-BatchSize = Annotated[int, typer.Option(min=1, max=MOST_ROWS, help="Prompts in one batch.")]
-Raw = Annotated[bool, typer.Option("--raw", help="Use prompts without the tokenizer's chat template.")]
 
 
 class GuardedGroup(TyperGroup):
     """Turns every error into a message and an exit code; a traceback comes with ``--traceback`` alone."""
 
+    def make_context(self, info_name: str | None, args: list[str], *others: Any, **extra: Any) -> Any:
+        # Help and version are printed here, before anything is invoked.
+        with _reporting(lambda: _TRACEBACK in args[: _end_of_options(args)]):
+            return super().make_context(info_name, args, *others, **extra)
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        end = args.index("--") if "--" in args else len(args)
+        end = _end_of_options(args)
         if _TRACEBACK in args[:end]:
             ctx.meta[_TRACEBACK] = True
             args = [argument for argument in args[:end] if argument != _TRACEBACK] + args[end:]
         return super().parse_args(ctx, [_todays_option(argument) for argument in args])
 
     def invoke(self, ctx: Any) -> Any:
+        with _reporting(lambda: bool(ctx.meta.get(_TRACEBACK))):
+            return super().invoke(ctx)
+
+
+def _end_of_options(args: Sequence[str]) -> int:
+    return args.index("--") if "--" in args else len(args)
+
+
+@contextmanager
+def _reporting(wants_traceback: Callable[[], bool]) -> Iterator[None]:
+    """Say what goes wrong inside and end with its exit code; so, too, where the standard output takes no more."""
+    try:
         try:
-            result = super().invoke(ctx)
+            yield
+        except typer.Exit:
             sys.stdout.flush()
-            return result
-        except (_ClickException, typer.Exit, typer.Abort, BrokenPipeError):
             raise
-        except Exception as fault:
-            code = exit_code(fault)
-            if ctx.meta.get(_TRACEBACK) or os.environ.get(_TRACEBACK_VARIABLE, "") not in ("", "0"):
-                traceback.print_exc()
-            if code is None:
-                say(
-                    f"error: {type(fault).__name__}: {explain(fault)}\nThis may be a fault of mediator_peft. Run the "
-                    f"command again with {_TRACEBACK} (or {_TRACEBACK_VARIABLE}=1) and report what it prints."
-                )
-                code = UNEXPECTED
-            else:
-                say(f"error: {explain(fault)}")
-            _drop_output()
-            raise typer.Exit(code) from fault
+        sys.stdout.flush()
+    except (_ClickException, typer.Exit, typer.Abort, BrokenPipeError):
+        raise
+    except Exception as fault:
+        code = exit_code(fault)
+        if wants_traceback() or os.environ.get(_TRACEBACK_VARIABLE, "") not in ("", "0"):
+            traceback.print_exc()
+        if code is None:
+            say(
+                f"error: {type(fault).__name__}: {explain(fault)}\nThis may be a fault of mediator_peft. Run the "
+                f"command again with {_TRACEBACK} (or {_TRACEBACK_VARIABLE}=1) and report what it prints."
+            )
+            code = UNEXPECTED
+        else:
+            say(f"error: {explain(fault)}")
+        _drop_output()
+        raise typer.Exit(code) from fault
 
 
 def _drop_output() -> None:
@@ -236,51 +245,6 @@ def parse_pairs(values: Sequence[str], option: str, form: str = "NAME=PATH") -> 
     return pairs
 
 
-def load(path: Path, dtype: str, device: str, quantize: str | None = None) -> tuple[Any, Any]:
-    """Model and tokenizer of an output folder, ready to generate.
-
-    Raises:
-        MediatorError: the folder holds no adapter, or a damaged one; there is no tokenizer, or an unusable one.
-        typer.BadParameter: the dtype, the device or the quantisation is unknown.
-    """
-    from ..evaluation.prompts import check_template
-    from ..tuner.loading import load_mediator
-
-    quiet_transformers()
-    place = pick_device(device)
-    kind = pick_dtype(dtype, place.type)
-    how = {} if quantize is None else {"quantization_config": _quantization(quantize, kind), "device_map": place}
-    check_output(path)
-    say(f"loading {path}")
-    with reading_output(path):
-        model, tokenizer = load_mediator(path, dtype=kind, **how)
-    if tokenizer is None:
-        raise MissingTokenizerError(
-            f"the backbone of {str(path)!r} has no tokenizer files, or damaged ones. Save the base model's tokenizer "
-            "there: tokenizer.save_pretrained(folder)."
-        )
-    check_template(tokenizer)
-    return (model.to(place) if quantize is None else model), tokenizer
-
-
-def load_plain(path: Path, dtype: str, device: str) -> tuple[Any, Any]:
-    """Model and tokenizer of a plain checkpoint.
-
-    Raises:
-        DataFileError: it cannot be loaded.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    quiet_transformers()
-    place = pick_device(device)
-    say(f"loading {path}")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(dtype, place.type))
-        return model.to(place), AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as fault:
-        raise DataFileError(f"the checkpoint {str(path)!r} cannot be loaded: {fault}") from fault
-
-
 @contextmanager
 def reading_output(path: Path) -> Iterator[None]:
     """Name the folder in errors that damaged files of an output cause in other packages.
@@ -358,31 +322,6 @@ def _part_counts(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from _part_counts(value)
 
 
-def pick_device(name: str) -> Any:
-    """A device of torch by name; ``auto`` is a GPU if there is one.
-
-    Raises:
-        typer.BadParameter: it is unknown, or not there.
-    """
-    import torch
-
-    has_gpu = torch.cuda.is_available()
-    try:
-        place = torch.device(("cuda" if has_gpu else "cpu") if name == "auto" else name)
-    except (RuntimeError, ValueError, OverflowError):
-        raise typer.BadParameter(f"{name!r} is no device. Take cpu, cuda or auto.", param_hint="--device") from None
-    if place.type == "cuda" and not has_gpu:
-        raise typer.BadParameter("there is no GPU that torch can use here.", param_hint="--device")
-    try:
-        torch.ones(1, device=place).item()  # ``meta`` has no values
-    except (RuntimeError, NotImplementedError, AssertionError, ImportError) as fault:
-        reason = str(fault).strip().partition("\n")[0]
-        raise typer.BadParameter(
-            f"{name!r} cannot be computed on here ({reason}). Take cpu, cuda or auto.", param_hint="--device"
-        ) from None
-    return place
-
-
 def usable_cpus() -> int:
     """Processors that this process may use: its affinity, and the quota of its control group (cgroup v2)."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -417,42 +356,6 @@ def check_folder(path: Path, what: str) -> None:
         raise OutputError(
             f"{what} {str(path)!r} cannot be written: {str(existing)!r} is read-only. Choose another path."
         )
-
-
-class MissingTokenizerError(MediatorError, ValueError):
-    """Prompts cannot be read, for the tokenizer is missing."""
-
-
-def pick_dtype(name: str, device_type: str) -> Any:
-    """A dtype of torch by name, or ``"auto"``, which takes the stored one.
-
-    Raises:
-        typer.BadParameter: it is unknown.
-    """
-    import torch
-
-    choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name == "auto":
-        # Many processors multiply bfloat16 several times slower than float32.
-        return torch.float32 if device_type == "cpu" else "auto"
-    if name not in choices:
-        raise typer.BadParameter(unknown_name(name, [*choices, "auto"], "dtype"), param_hint="--dtype")
-    return choices[name]
-
-
-def _quantization(name: str, dtype: Any) -> Any:
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    from ..methods.rounding import ROUNDINGS
-
-    if name not in ROUNDINGS:
-        raise typer.BadParameter(unknown_name(name, ROUNDINGS, "quantisation"), param_hint="--quantize")
-    bitsandbytes_functional("--quantize")
-    if name == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    computes_in = torch.bfloat16 if dtype == "auto" else dtype
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=name, bnb_4bit_compute_dtype=computes_in)
 
 
 def quiet_transformers() -> None:

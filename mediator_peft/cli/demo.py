@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .common import AsJson, Device, check_folder, console, pick_device, print_json, quiet_transformers, say
+from .common import AsJson, check_folder, console, print_json, quiet_transformers, say
+from .loading import Device, pick_device
 
 _GPU_BATCH = 256
 """Prompts at once on a GPU, whose steps take as long for many rows as for few."""

@@ -12,29 +12,26 @@ import typer
 from .common import (
     MOST_TOKENS,
     AsJson,
-    BatchSize,
-    Device,
-    Dtype,
     OutputFolder,
-    Quantize,
-    Raw,
     check_folder,
     check_match,
     console,
-    load,
-    load_plain,
     parse_pairs,
     print_json,
     say,
 )
+from .loading import LOADING, PROMPTING, Loading, Prompting, Quantize, load, load_plain
+from .option_groups import takes_groups
 
 if TYPE_CHECKING:
+    from ..evaluation.runner import Scoring, SystemScore
     from ..evaluation.score_store import ScoreStore
 
 _UNFINISHED = ".mediator-eval.scores"
 """Folder in that of a report, with the systems that a stopped run had finished."""
 
 
+@takes_groups
 def evaluate(
     out: OutputFolder,
     data: Annotated[
@@ -92,10 +89,8 @@ def evaluate(
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, help="Examples before each item of a harness task.", show_default=False)
     ] = None,
-    raw: Raw = False,
-    batch_size: BatchSize = 16,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    prompting: Prompting = PROMPTING,
+    loading: Loading = LOADING,
     quantize: Quantize = None,
     as_json: AsJson = False,
 ) -> None:
@@ -114,15 +109,16 @@ def evaluate(
             raise typer.BadParameter(f"with --lm-eval, give a checkpoint: --baseline {by_name[0]}=CHECKPOINT.")
         from .evaluate_harness import evaluate_harness
 
-        options = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size, "use_template": not raw}
-        how = (dtype, device, quantize)
+        options = {"limit": limit, "num_fewshot": num_fewshot}
+        options |= {"batch_size": prompting.batch_size, "use_template": not prompting.raw}
+        how = (loading, quantize)
         evaluate_harness(out, lm_eval.split(","), include_path, plain, how, only_routed, report, as_json, options)
         return
     from ..evaluation.baselines import PublishedSystems, check_names
     from ..evaluation.comparison import compare, kept_table, runtime_of
     from ..evaluation.prompts import read_task
     from ..evaluation.report import EvaluationReport, accuracy_table, loss_table, routing_table
-    from ..evaluation.runner import EvalTask, score_routing
+    from ..evaluation.runner import EvalTask, Scoring, route_tasks
     from ..evaluation.score_store import checkpoint_identity
     from ..progress import bar_progress
     from ..ranks import Ranks
@@ -134,20 +130,24 @@ def evaluate(
         check_folder(report, "--report")
     # Read before the model is loaded, so that faults are reported at once.
     items = {name: read_task(path, match) for name, path in files.items()}
-    model, tokenizer = load(out, dtype, device, quantize)
+    model, tokenizer = load(out, loading, quantize)
     tasks = [EvalTask.of_items(name, items[name], model.expert_names, tokenizer, max_new_tokens) for name in files]
     result = EvaluationReport(tasks)
-    shared: dict[str, Any] = {"batch_size": batch_size, "use_template": not raw}
-    store = None if report is None else _store(report, tasks, out, [dtype, quantize, not raw])
+    scoring = Scoring(prompting.settings(Ranks()), progress=bar_progress)
+    store = None if report is None else _store(report, tasks, out, [loading.dtype, quantize, not prompting.raw])
     # The cheap part first: it fails at once where the router has not been fitted.
-    result.routing, routes = score_routing(model, tokenizer, tasks, **shared, progress=bar_progress, ranks=Ranks())
+    result.routing, routes = route_tasks(model, tokenizer, tasks, scoring)
     for name, path in plain.items():
         depends = checkpoint_identity(path)
-        _once(result, store, name, depends, lambda path=path: load_plain(Path(path), dtype, device), tasks, shared)
-    published = PublishedSystems(model.peft_config[model.active_adapter], _loader(dtype, device))
+        score = bind(_score_plain, name, bind(load_plain, Path(path), loading), tasks, scoring)
+        _once(result, store, name, score, depends)
+    published = PublishedSystems(model.peft_config[model.active_adapter], lambda path: load_plain(Path(path), loading))
     for text in by_name:
-        _score_published(result, store, text, published, routes, shared)
-    _score(result, model, tokenizer, only_routed, shared, store)
+        _once(result, store, text, bind(published.score, text, tasks, routes, scoring))
+        size = published.num_bytes(text)
+        if size is not None:
+            result.extra.setdefault("baseline_bytes", {})[text] = size
+    _score(result, model, tokenizer, only_routed, scoring, store)
     result.extra["comparison"] = compare(result, plain, runtime_of(out))
     if report is not None:
         Ranks().first(bind(_write, result, report, store))
@@ -166,30 +166,6 @@ def evaluate(
             target.print(f"routing accuracy: {result.routing.overall:.1%}")
 
 
-def _loader(dtype: str, device: str) -> Callable[[str], tuple[Any, Any]]:
-    """Path → plain model and tokenizer."""
-    return lambda path: load_plain(Path(path), dtype, device)
-
-
-def _score_published(
-    result: Any, store: ScoreStore | None, text: str, published: Any, routes: Any, scoring: dict[str, Any]
-) -> None:
-    """Add a baseline that is made from the experts: scores of a run that was stopped, or new ones."""
-    from ..progress import bar_progress
-    from ..ranks import Ranks
-
-    found = None if store is None else Ranks().first(lambda: store.find(text))
-    if found is None:
-        options = {"progress": bar_progress, "ranks": Ranks(), **scoring}
-        found = published.score(text, result.tasks, routes, **options)
-        if store is not None:
-            Ranks().first(bind(store.keep, found))
-    result.systems.append(found)
-    size = published.num_bytes(text)
-    if size is not None:
-        result.extra.setdefault("baseline_bytes", {})[text] = size
-
-
 def _store(report: Path, tasks: Any, out: Path, settings: list[Any]) -> ScoreStore:
     """Where finished systems are kept until the report is written, so that a stopped run goes on."""
     from ..evaluation.score_store import ScoreStore, checkpoint_identity
@@ -199,38 +175,40 @@ def _store(report: Path, tasks: Any, out: Path, settings: list[Any]) -> ScoreSto
 
 
 def _once(
-    result: Any, store: ScoreStore | None, name: str, depends: Any, load_model: Any, tasks: Any, scoring: dict[str, Any]
+    result: Any, store: ScoreStore | None, name: str, score: Callable[[], SystemScore], depends: Any = ""
 ) -> None:
     """Add a system's scores to the report: those of a run that was stopped, or new ones."""
-    from ..evaluation.runner import score_system
-    from ..progress import bar_progress
     from ..ranks import Ranks
 
     found = None if store is None else Ranks().first(lambda: store.find(name, depends))
     if found is None:
-        options = {"progress": bar_progress, "ranks": Ranks(), **scoring}
-        model, tokenizer = load_model()
-        found = score_system(name, model, tokenizer, tasks, **options)
+        found = score()
         if store is not None:
             Ranks().first(bind(store.keep, found, depends))
     result.systems.append(found)
 
 
+def _score_plain(name: str, load_model: Callable[[], tuple[Any, Any]], tasks: Any, scoring: Scoring) -> SystemScore:
+    from ..evaluation.runner import score_tasks
+
+    model, tokenizer = load_model()
+    return score_tasks(name, model, tokenizer, tasks, scoring)
+
+
 def _score(
-    result: Any, model: Any, tokenizer: Any, only_routed: bool, shared: dict[str, Any], store: ScoreStore | None
+    result: Any, model: Any, tokenizer: Any, only_routed: bool, scoring: Scoring, store: ScoreStore | None
 ) -> None:
     from ..evaluation.generation import ROUTED, Memo
-    from ..evaluation.runner import NAMED
+    from ..evaluation.runner import NAMED, score_tasks
 
-    scored: dict[str, Any] = {**shared, "memo": Memo.empty()}
+    memo = Memo.empty()
     known = [task for task in result.tasks if task.expert]
     systems: list[tuple[str, Any, Any]] = [("routed", ROUTED, result.tasks)]
     if not only_routed:
         named = [("expert named", NAMED, known)] if known else []
         systems = [("averaged backbone", None, result.tasks), *named, *systems]
     for name, choice, tasks in systems:
-        scoring = {**scored, "expert_weights": choice}
-        _once(result, store, name, "", lambda: (model, tokenizer), tasks, scoring)
+        _once(result, store, name, bind(score_tasks, name, model, tokenizer, tasks, scoring, choice, memo))
 
 
 def _write(result: Any, folder: Path, store: ScoreStore | None) -> None:

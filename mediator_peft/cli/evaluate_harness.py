@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .common import check_folder, console, load, load_plain, print_json, say
+from .common import check_folder, console, print_json, say
+from .loading import Loading, load, load_plain
 
 _STDERR = "_stderr"
 
@@ -16,7 +17,7 @@ def evaluate_harness(
     tasks: Sequence[str],
     include_path: Path | None,
     baselines: Mapping[str, str],
-    how: tuple[str, str, str | None],
+    how: tuple[Loading, str | None],
     only_routed: bool,
     report: Path | None,
     as_json: bool,
@@ -29,7 +30,7 @@ def evaluate_harness(
         tasks: names of harness tasks.
         include_path: folder of own tasks.
         baselines: name → checkpoint, measured beside the output.
-        how: dtype, device and quantisation of the output.
+        how: models are loaded; quantisation of the output.
         only_routed: leave out backbone and named experts.
         report: folder for ``lm_eval.json``.
         as_json: print JSON in place of the table.
@@ -44,7 +45,7 @@ def evaluate_harness(
     manager = task_manager(names, include_path)
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name, path in baselines.items():
-        found[name] = run_harness(*load_plain(Path(path), *how[:2]), manager, names, **options)
+        found[name] = run_harness(*load_plain(Path(path), how[0]), manager, names, **options)
     model, tokenizer = load(out, *how)
     routed: dict[str, str | None] = {"routed": None}
     others = {} if only_routed else {BACKBONE: BACKBONE, **{f"expert {name}": name for name in model.expert_names}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,20 +15,32 @@ from ..routing.calibration_data import content_hash
 from ..tables import unknown_name
 from .common import (
     AsJson,
-    BatchSize,
-    Device,
-    Dtype,
     OutputFolder,
-    Raw,
     check_match,
     console,
-    load,
     parse_pairs,
     print_json,
     say,
 )
+from .loading import LOADING, PROMPTING, Loading, Prompting, load
+from .option_groups import takes_groups
 
 
+@dataclass(frozen=True)
+class RouterPrompts:
+    """What a router is fitted on."""
+
+    data: dict[str, str] = field(default_factory=dict)
+    """Expert name → file of prompts."""
+
+    text_column: str = "prompt"
+    answered: str | None = None
+    """File of other prompts, with answers."""
+
+    match: str = "exact"
+
+
+@takes_groups
 def fit_router(
     out: OutputFolder,
     data: Annotated[
@@ -49,10 +62,8 @@ def fit_router(
         Path | None,
         typer.Option(help="A JSONL or text file of prompts that belong to no expert, added to the library's families."),
     ] = None,
-    raw: Raw = False,
-    batch_size: BatchSize = 16,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    prompting: Prompting = PROMPTING,
+    loading: Loading = LOADING,
     as_json: AsJson = False,
 ) -> None:
     """Fit the router of OUT on prompts of each expert, preferably 50 or more, and save it in OUT.
@@ -63,18 +74,9 @@ def fit_router(
       mediator-peft fit-router out --data math=math.jsonl --data cron=cron.jsonl --answered others.jsonl
     """
     check_match(match)
-    report = calibrated(
-        out,
-        data=parse_pairs(data, "--data"),
-        text_column=text_column,
-        answered=None if answered is None else str(answered),
-        match=match,
-        background=None if background is None else str(background),
-        raw=raw,
-        batch_size=batch_size,
-        dtype=dtype,
-        device=device,
-    )
+    files = None if answered is None else str(answered)
+    prompts = RouterPrompts(parse_pairs(data, "--data"), text_column, files, match)
+    report = calibrated(out, prompts, prompting, loading, None if background is None else str(background))
     if as_json:
         print_json(report)
         return
@@ -106,35 +108,18 @@ def fit_router(
 
 
 def calibrated(
-    out: Path,
-    *,
-    data: Mapping[str, str],
-    text_column: str,
-    answered: str | None,
-    match: str,
-    background: str | None = None,
-    raw: bool,
-    batch_size: int,
-    dtype: str,
-    device: str,
+    out: Path, prompts: RouterPrompts, prompting: Prompting, loading: Loading, background: str | None = None
 ) -> dict[str, Any]:
     """Read prompts, fit the router of ``out`` on them and save it there; see :func:`fit_and_save`."""
     from ..evaluation.fit_and_save import fit_and_save
     from ..evaluation.prompts import read_prompts, read_task
 
-    prompts = {name: read_prompts(Path(path), text_column) for name, path in data.items()}
-    items = [] if answered is None else read_task(answered, match, text_column)
-    check_prompts(prompts, saved_experts(out))
-    model, tokenizer = load(out, dtype, device)
+    texts = {name: read_prompts(Path(path), prompts.text_column) for name, path in prompts.data.items()}
+    items = [] if prompts.answered is None else read_task(prompts.answered, prompts.match, prompts.text_column)
+    check_prompts(texts, saved_experts(out))
+    model, tokenizer = load(out, loading)
     return fit_and_save(
-        model,
-        tokenizer,
-        prompts,
-        find_adapter(out),
-        use_template=not raw,
-        batch_size=batch_size,
-        answered=items,
-        background=background,
+        model, tokenizer, texts, find_adapter(out), prompting.settings(), answered=items, background=background
     )
 
 

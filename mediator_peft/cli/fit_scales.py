@@ -10,7 +10,6 @@ import typer
 from .common import (
     AsJson,
     OutputFolder,
-    Raw,
     check_output,
     console,
     parse_pairs,
@@ -19,6 +18,7 @@ from .common import (
     reading_output,
     say,
 )
+from .loading import Raw
 
 
 def fit_scales(

@@ -13,21 +13,18 @@ from ..errors import MediatorError
 from .common import (
     MOST_TOKENS,
     AsJson,
-    BatchSize,
-    Device,
-    Dtype,
     OutputFolder,
-    Quantize,
-    Raw,
     console,
-    load,
     print_json,
 )
+from .loading import LOADING, PROMPTING, Loading, Prompting, Quantize, load
+from .option_groups import takes_groups
 
 _LONGEST_PROMPT = 1 << 24
 """Characters of a prompt on the standard input."""
 
 
+@takes_groups
 def generate(
     out: OutputFolder,
     prompt: Annotated[
@@ -44,10 +41,8 @@ def generate(
         str | None, typer.Option(help="Use this expert for all prompts, without routing.", show_default=False)
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Most tokens of an answer.")] = 128,
-    raw: Raw = False,
-    batch_size: BatchSize = 16,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    prompting: Prompting = PROMPTING,
+    loading: Loading = LOADING,
     quantize: Quantize = None,
     as_json: AsJson = False,
 ) -> None:
@@ -58,27 +53,18 @@ def generate(
     """
     import torch
 
-    from ..evaluation.generation import answer_prompts, route_prompts
+    from ..evaluation.generation import PromptedModel
     from ..evaluation.prompts import PromptLengthError
     from ..progress import bar_progress
 
     numbered = _prompts(prompt, file)
     prompts = [text for _, text in numbered]
-    model, tokenizer = load(out, dtype, device, quantize)
-    shared: dict[str, Any] = {"batch_size": batch_size, "use_template": not raw}
+    asked = PromptedModel(*load(out, loading, quantize), prompting.settings())
     try:
-        routes = route_prompts(model, tokenizer, prompts, **shared) if expert is None else None
+        routes = asked.routes(prompts) if expert is None else None
         weights = torch.tensor([list(route.expert_weights.values()) for route in routes]) if routes else expert
         with bar_progress("answering", len(prompts)) as advance:
-            answers = answer_prompts(
-                model,
-                tokenizer,
-                prompts,
-                expert_weights=weights,
-                max_new_tokens=max_new_tokens,
-                advance=advance,
-                **shared,
-            )
+            answers = asked.answers(prompts, weights, max_new_tokens, advance)
     except PromptLengthError as fault:
         where = "the prompt" if file is None else f"{file}, line {numbered[fault.number][0]}"
         raise DataFileError(f"{where}: {fault.reason}") from fault

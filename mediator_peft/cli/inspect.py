@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..config import ALWAYS, CORRECTION, FAMILY_PREFIX
+from ..config import ALWAYS, ALWAYS_PREFIX, CORRECTION, FAMILY_PREFIX
 from .common import AsJson, OutputFolder, check_output, console, print_json, reading_output
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def _label(name: str, rows: dict[str, dict[str, float]]) -> str:
         return f"shared by {', '.join(users)}"
     is_in_family = any(set(users) & set(row) for other, row in rows.items() if other.startswith(FAMILY_PREFIX))
     what = "residual of" if is_in_family else "delta of"
-    return f"{what} {', '.join(users)}" if users else f"always on: {name}"
+    return f"{what} {', '.join(users)}" if users else f"always on: {name.removeprefix(ALWAYS_PREFIX)}"
 
 
 def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
@@ -79,7 +79,7 @@ def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("backbone", str(facts["backbone"])),
         ("base", str(provenance.get("base", "unknown"))),
         *((f"expert {name}", str(path)) for name, path in (provenance.get("experts") or {}).items()),
-        ("columns", ", ".join(facts["columns"])),
+        ("routed to", ", ".join(facts["columns"])),
         (
             "deltas",
             f"{settings['density']:.0%} of entries by {settings['sparsifier']}, stored as {settings['encoding']}",

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .common import AsJson, print_json, quiet_transformers, say
+from .loading import Raw
 
 
 def measure(
@@ -24,7 +25,7 @@ def measure(
     answer_column: Annotated[
         str | None, typer.Option(help="Column that holds an answer; with fisher, its positions alone count.")
     ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Use prompts as they are, without the chat template.")] = False,
+    raw: Raw = False,
     max_sequences: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="A sequence is cut off after so many tokens.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the labels that fisher draws.")] = 0,

@@ -8,27 +8,25 @@ from typing import Annotated
 import typer
 
 from . import merge_options as options
-from .common import AsJson, parse_pairs, print_json, quiet_transformers, say
+from .common import AsJson, print_json, quiet_transformers, say
+from .option_groups import takes_groups
 
 Method = Annotated[
     str, typer.Option(help="Merge method; `mediator-peft methods` lists all.", rich_help_panel=options.HOW_TO_MERGE)
 ]
 
 
+@takes_groups
 def merge(
-    base: options.Base,
-    expert: options.Expert,
+    *,
+    sources: options.Sources,
     output: Annotated[Path, typer.Option("--output", "-o", help="Output folder; must not exist.", show_default=False)],
     method: Method = options.DEFAULTS.merge_method,
     merge_parameter: options.MergeParameter = None,
     merge_data: options.MergeData = None,
     depth_scaling: options.DepthScaling = None,
     seed: options.Seed = options.DEFAULTS.seed,
-    workers: options.Workers = 1,
-    max_memory: options.MaxMemory = None,
-    allow_pickle: options.AllowPickle = False,
-    dequantize: options.Dequantize = False,
-    allow_distant: options.AllowDistant = False,
+    work: options.WorkOptions,
     hash_inputs: Annotated[bool, typer.Option(help="Record the SHA-256 of every input file.")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -52,17 +50,13 @@ def merge(
         seed=seed,
     )
     report = merge_models(
-        base,
-        parse_pairs(expert, "--expert"),
+        sources.base,
+        sources.experts,
         output,
         config,
         show_progress=True,
-        workers=workers,
-        max_memory=max_memory,
-        allow_pickle=allow_pickle,
         hash_inputs=hash_inputs,
-        dequantize=dequantize,
-        allow_distant=allow_distant,
+        **work.arguments(),
     )
     if as_json:
         print_json(report.to_dict())

@@ -13,7 +13,8 @@ from ..checkpoints.adapter_files import find_adapter
 from ..data_files import DataFileError, MalformedJsonError, parse_json, read_text
 from ..errors import AdapterError, ConfigError, MediatorError, OutputExistsError
 from .bounded_yaml import MalformedYamlError, parse_yaml
-from .common import check_folder, check_match, check_output, pick_device, reading_output
+from .common import check_folder, check_match, check_output, reading_output
+from .loading import Loading
 
 if TYPE_CHECKING:
     from ..merge.merge_job import Merge
@@ -135,12 +136,7 @@ def _evaluation_faults(section: EvalSection) -> list[str]:
 
 
 def _check_machine(faults: list[str], name: str, section: Any) -> None:
-    from .common import pick_dtype
-
-    def check() -> None:
-        pick_dtype(section.dtype, pick_device(section.device).type)
-
-    _collect(faults, f"{name}.device or {name}.dtype", check)
+    _collect(faults, f"{name}.device or {name}.dtype", Loading(section.dtype, section.device).picked)
 
 
 def _is_built(pipeline: Pipeline, output: Path) -> bool:

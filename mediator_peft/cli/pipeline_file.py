@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
+from typing import Any, get_type_hints
 
 from ..config import OLD_FIELDS, SETTABLE, MediatorSettings
 from ..data_files import DataFileError, read_text, surrogate_fault
@@ -17,6 +17,8 @@ from ..merge.memory import parse_bytes
 from ..tables import unknown_name
 from .bounded_yaml import LARGEST_FILE, MalformedYamlError, parse_yaml
 from .common import MOST_ROWS, MOST_TOKENS, MOST_WORKERS
+from .fit_router import RouterPrompts
+from .loading import Loading, Prompting
 
 _SECTIONS = ("build", "calibrate", "eval")
 _MOST = {"batch_size": MOST_ROWS, "max_new_tokens": MOST_TOKENS, "workers": MOST_WORKERS}
@@ -51,27 +53,14 @@ class BuildSection:
     allow_distant: bool = False
 
 
-@dataclass
-class CalibrateSection:
+@dataclass(frozen=True)
+class CalibrateSection(Loading, Prompting, RouterPrompts):
     """Options of ``mediator-peft fit-router``."""
 
-    data: dict[str, str] = field(default_factory=dict)
-    """Expert name → file of prompts."""
 
-    text_column: str = "prompt"
-    answered: str | None = None
-    """File of other prompts, with answers."""
-
-    match: str = "exact"
-    raw: bool = False
-    batch_size: int = 16
-    dtype: str = "auto"
-    device: str = "auto"
-
-
-@dataclass
-class EvalSection:
-    """Options of ``mediator-peft eval``."""
+@dataclass(frozen=True)
+class EvalItems:
+    """What is measured."""
 
     data: dict[str, str] = field(default_factory=dict)
     """Task → file of prompts and answers; a task named like an expert is that expert's task."""
@@ -89,10 +78,11 @@ class EvalSection:
     max_new_tokens: int | None = None
     report: str | None = None
     only_routed: bool = False
-    raw: bool = False
-    batch_size: int = 16
-    dtype: str = "auto"
-    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class EvalSection(Loading, Prompting, EvalItems):
+    """Options of ``mediator-peft eval``."""
 
 
 @dataclass
@@ -155,22 +145,22 @@ def read_pipeline(path: str | os.PathLike[str], overrides: Mapping[str, Any] | N
     build.plan = None if build.plan is None else str(folder / Path(build.plan).expanduser())
     pipeline = Pipeline(build)
     if content.get("calibrate") is not None:
-        pipeline.calibrate = CalibrateSection(**_given(content["calibrate"]))
-        if pipeline.calibrate.answered is not None:
-            pipeline.calibrate.answered = str(folder / Path(pipeline.calibrate.answered).expanduser())
+        pipeline.calibrate = CalibrateSection(**_located(content["calibrate"], folder))
     if content.get("eval") is not None:
-        pipeline.eval = EvalSection(**_given(content["eval"]))
-        if pipeline.eval.report is not None:
-            pipeline.eval.report = str(folder / Path(pipeline.eval.report).expanduser())
-        if pipeline.eval.include_path is not None:
-            pipeline.eval.include_path = str(folder / Path(pipeline.eval.include_path).expanduser())
-        pipeline.eval.baselines = {
-            name: _local(source, folder) or "" for name, source in pipeline.eval.baselines.items()
-        }
-    for section in (pipeline.calibrate, pipeline.eval):
-        if section is not None:
-            section.data = {key: _local(source, folder) or "" for key, source in section.data.items()}
+        pipeline.eval = EvalSection(**_located(content["eval"], folder))
     return pipeline
+
+
+def _located(section: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What a section says, its files and checkpoints counted from the pipeline's folder."""
+    found = _given(section)
+    for name in ("answered", "report", "include_path"):
+        if name in found:
+            found[name] = str(folder / Path(found[name]).expanduser())
+    for name in ("data", "baselines"):
+        if name in found:
+            found[name] = {key: _local(source, folder) or "" for key, source in found[name].items()}
+    return found
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -249,7 +239,7 @@ def _unwritable(value: Any, place: str = "") -> list[str]:
 
 
 def _section_faults(name: str, section: Mapping[str, Any], form: type) -> list[str]:
-    known = {item.name: item for item in fields(form)}
+    known, types = {item.name: item for item in fields(form)}, get_type_hints(form)
     faults = [unknown_name(key, known, f"key of {name}") for key in section if key not in known]
     for key, value in section.items():
         if key not in known or value is None:
@@ -258,13 +248,13 @@ def _section_faults(name: str, section: Mapping[str, Any], form: type) -> list[s
         default = item.default_factory() if item.default_factory is not MISSING else item.default
         if isinstance(default, dict) and not isinstance(value, dict):
             faults.append(f"{name}.{key} must be pairs of name and value, got {short(value)}")
-        elif item.type == "dict[str, str]":
+        elif types[key] == dict[str, str]:
             odd = {inner: path for inner, path in value.items() if not (isinstance(path, str) and path)}
             faults += [f"{name}.{key}.{inner} must be a path, got {short(path)}" for inner, path in odd.items()]
         elif key in ("limit", "num_fewshot"):
             if isinstance(value, bool) or not isinstance(value, int) or value < (key == "limit"):
                 faults.append(f"{name}.{key} must be a whole number, got {short(value)}")
-        elif item.type in ("str", "str | None") and not isinstance(value, str):
+        elif types[key] in (str, str | None) and not isinstance(value, str):
             faults.append(f"{name}.{key} must be text, got {short(value)}")
         elif key in _MOST:
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST[key]:

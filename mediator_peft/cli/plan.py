@@ -7,13 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from . import merge_options as merge
 from .common import BAD_INPUT, AsJson, check_folder, console, print_json, quiet_transformers, say
+from .merge_options import MergeOptions, Sources, WorkOptions, merge_settings
+from .option_groups import takes_groups
 
 
-@merge.takes_merge_options
+@takes_groups
 def plan(
     ctx: typer.Context,
+    *,
+    sources: Sources,
+    merging: MergeOptions,
+    work: WorkOptions,
     output: Annotated[
         Path | None, typer.Option(help="Where the build would write; the space on its disk is checked.")
     ] = None,
@@ -36,7 +41,10 @@ def plan(
         check_folder(save.absolute().parent, "--save's folder")
         if save.is_dir():
             raise typer.BadParameter(f"{str(save)!r} is a folder; give a file.", param_hint="--save")
-    found = plan_mediator(output=output, config=merge.merge_settings(ctx), **merge.merge_inputs(ctx))
+    config, experts = merge_settings(ctx, sources.base, merging), sources.experts
+    found = plan_mediator(
+        base=sources.base, experts=experts, output=output, config=config, plan=merging.plan_file, **work.arguments()
+    )
     if save is not None and found.is_ok:
         found.save(save)
         say(f"plan written to {save}; edit it and give it to `build --plan`")
@@ -73,3 +81,17 @@ def _print_plan(found: Any) -> None:
     table.add_row("time", f"about {found.seconds:.0f} s")
     table.add_row("largest memory", f"about {found.peak_memory_bytes / 1e9:.1f} GB")
     console().print(table)
+    _print_alternatives(found)
+
+
+def _print_alternatives(found: Any) -> None:
+    """What other families and encodings would take."""
+    adapter, shared = found.bytes["adapter"], found.bytes_with_families
+    would = "with --families auto: " if shared not in (None, adapter) else "families: "
+    for note in found.sharing:
+        say(would + note)
+    if shared not in (None, adapter):
+        say(f"with --families auto the adapter takes {shared / 1e6:,.1f} MB in place of {adapter / 1e6:,.1f} MB")
+    if found.bytes_by_encoding:
+        sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in found.bytes_by_encoding.items())
+        say(f"adapter by --encoding, all at density {found.density:.4g}: {sizes}; how accurate they are: docs/forms.md")

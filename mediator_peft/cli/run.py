@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 from reprlib import repr as short
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .common import AsJson, print_json, quiet_transformers, say
+
+if TYPE_CHECKING:
+    from .pipeline_file import BuildSection, CalibrateSection
 
 _STEPS = ("build", "calibrate", "eval")
 
@@ -65,7 +68,7 @@ def run(
     done: dict[str, Any] = {}
     if "build" in steps:
         done["build"] = _report_of(output) if is_built else _build(pipeline)
-    if "calibrate" in steps:
+    if "calibrate" in steps and pipeline.calibrate is not None:
         done["calibrate"] = _calibrate(pipeline.calibrate, output)
         Ranks().first(lambda: _keep(pipeline, ["calibrate"], output))
     if "eval" in steps and pipeline.eval is not None:
@@ -110,28 +113,24 @@ def _plan(pipeline: Any) -> Any:
     from ..merge.preflight import plan_mediator
 
     build = pipeline.build
-    return plan_mediator(
-        build.base,
-        build.experts,
-        build.output,
-        pipeline.config,
-        plan=build.plan,
-        workers=build.workers,
-        max_memory=build.max_memory,
-        allow_pickle=build.allow_pickle,
-        dequantize=build.dequantize,
-        allow_distant=build.allow_distant,
-    )
+    return plan_mediator(build.base, build.experts, build.output, pipeline.config, **_options(build, "hash_inputs"))
 
 
 def _build(pipeline: Any) -> dict[str, Any]:
     from ..merge.offline import build_mediator
 
-    options = {key: value for key, value in asdict(pipeline.build).items() if key not in ("config", "experts")}
-    base, output = options.pop("base"), options.pop("output")
-    report = build_mediator(base, pipeline.build.experts, output, pipeline.config, show_progress=True, **options)
-    say(f"built {output} in {report.seconds:.0f} s")
+    build = pipeline.build
+    report = build_mediator(
+        build.base, build.experts, build.output, pipeline.config, show_progress=True, **_options(build)
+    )
+    say(f"built {build.output} in {report.seconds:.0f} s")
     return report.to_dict()
+
+
+def _options(build: BuildSection, *left_out: str) -> dict[str, Any]:
+    """What a section says beside base, experts, output and settings, as keywords of the library."""
+    named = ("base", "experts", "output", "config", *left_out)
+    return {key: value for key, value in asdict(build).items() if key not in named}
 
 
 def _report_of(output: Path) -> dict[str, Any]:
@@ -143,10 +142,10 @@ def _report_of(output: Path) -> dict[str, Any]:
     return read_json(find_adapter(output) / "report" / "report.json")
 
 
-def _calibrate(section: Any, output: Path) -> dict[str, Any]:
+def _calibrate(section: CalibrateSection, output: Path) -> dict[str, Any]:
     from .fit_router import calibrated
 
-    report = calibrated(output, **asdict(section))
+    report = calibrated(output, prompts=section, prompting=section, loading=section)
     say(f"router fitted and saved; {report['accuracy']:.1%} of held-out prompts are routed to their expert")
     return report
 

@@ -9,12 +9,14 @@ import typer
 
 from . import merge_options as options
 from .common import AsJson, parse_pairs, print_json, quiet_transformers, say
+from .option_groups import takes_groups
 
 
+@takes_groups
 def search(
+    *,
     method: Annotated[str, typer.Argument(help="expert_merging, map, frank_wolfe or evolution.", show_default=False)],
-    base: options.Base,
-    expert: options.Expert,
+    sources: options.Sources,
     data: Annotated[
         list[str],
         typer.Option(metavar="NAME=FILE", help="JSONL file of prompts of an expert; repeatable.", show_default=False),
@@ -44,8 +46,8 @@ def search(
     settings: dict[str, Any] = options.parse_parameters(option or ())
     content = search_coefficients(
         method,
-        base,
-        parse_pairs(expert, "--expert"),
+        sources.base,
+        sources.experts,
         parse_pairs(data, "--data"),
         output,
         with_answers=with_answers,

@@ -21,11 +21,11 @@ from ..evaluation import (
     Route,
     SystemScore,
     TaskItem,
-    score_routing,
-    score_system,
     write_json,
 )
+from ..evaluation.batching import PromptSettings
 from ..evaluation.fit_and_save import fit_and_save
+from ..evaluation.runner import Scoring, route_tasks, score_tasks
 from ..merge.offline import build_mediator
 from ..progress import bar_progress
 from ..tuner.config import MediatorConfig
@@ -157,30 +157,25 @@ def _evaluate(
     settings: DemoSettings,
 ) -> dict[str, list[Route]]:
     """Fill in systems and routing; one plain model at a time lies in memory beside the Mediator model."""
-    shared: dict[str, Any] = {"batch_size": settings.batch_size, "progress": bar_progress}
-    scoring: dict[str, Any] = {**shared, "num_losses": settings.num_losses}
+    scoring = Scoring(PromptSettings(settings.batch_size), settings.num_losses, bar_progress)
     known = [task for task in report.tasks if task.expert]
     unknown = [task for task in report.tasks if not task.expert]
     few = [_first(task, settings.num_elsewhere) for task in known]
     device = model.device
     plain = _load(base, device)
-    report.systems.append(score_system(BASE, plain, tokenizer, [*few, *unknown], **scoring))
+    report.systems.append(score_tasks(BASE, plain, tokenizer, [*few, *unknown], scoring))
     for name, path in experts.items():
         own = [task if task.expert == name else other for task, other in zip(known, few, strict=True)]
         plain = _load(path, device)
-        report.systems.append(score_system(expert_system(name), plain, tokenizer, own, **scoring))
+        report.systems.append(score_tasks(expert_system(name), plain, tokenizer, own, scoring))
     # The output folder is an ordinary checkpoint, too: loaded so, it is the averaged model.
     plain = _load(folder, device)
-    report.systems.append(score_system(AVERAGE, plain, tokenizer, report.tasks, **scoring))
+    report.systems.append(score_tasks(AVERAGE, plain, tokenizer, report.tasks, scoring))
     del plain
     memo = Memo.empty()
-    report.systems.append(
-        score_system(NAMED_EXPERT, model, tokenizer, known, expert_weights=NAMED, memo=memo, **scoring)
-    )
-    report.systems.append(
-        score_system(ROUTED_EXPERT, model, tokenizer, report.tasks, expert_weights=ROUTED, memo=memo, **scoring)
-    )
-    report.routing, routes = score_routing(model, tokenizer, report.tasks, **shared)
+    report.systems.append(score_tasks(NAMED_EXPERT, model, tokenizer, known, scoring, NAMED, memo))
+    report.systems.append(score_tasks(ROUTED_EXPERT, model, tokenizer, report.tasks, scoring, ROUTED, memo))
+    report.routing, routes = route_tasks(model, tokenizer, report.tasks, scoring)
     return routes
 
 

@@ -26,7 +26,7 @@ from ..methods.baselines import BASELINES, Baseline
 from ..methods.merging import MERGE_METHODS, TensorContext
 from ..tables import unknown_name
 from .generation import Route
-from .runner import AnsweredItem, EvalTask, SystemScore, score_system, task_score
+from .runner import AnsweredItem, EvalTask, Scoring, SystemScore, score_tasks, task_score
 
 NAMED_ROUTE, ROUTER_ROUTE, RANDOM_ROUTE = "named", "router", "random"
 ROUTES = (NAMED_ROUTE, ROUTER_ROUTE, RANDOM_ROUTE)
@@ -129,6 +129,30 @@ def random_route(prompt: str, experts: Sequence[str], seed: int = 0) -> str:
     return Random(f"{seed} {prompt}").choice(sorted(experts))
 
 
+def chosen_experts(
+    route: str,
+    prompts: Sequence[str],
+    experts: Iterable[str],
+    named: str | None,
+    routes: Callable[[], Sequence[Route]],
+) -> list[str | None]:
+    """Which expert answers each prompt; None for the base.
+
+    Args:
+        route: one of ``ROUTES``.
+        prompts: of one task.
+        experts: names.
+        named: the task's own expert.
+        routes: gives where a fitted router sends each prompt; called for ``ROUTER_ROUTE`` alone.
+    """
+    known = set(experts)
+    if route == NAMED_ROUTE:
+        return [named] * len(prompts)
+    if route == RANDOM_ROUTE:
+        return [random_route(prompt, sorted(known)) for prompt in prompts]
+    return [found.expert if found.expert in known else None for found in routes()]
+
+
 def by_choice(choices: Sequence[str | None]) -> dict[str | None, list[int]]:
     """Expert (None: the base) → places of the prompts that it answers, ascending."""
     groups: dict[str | None, list[int]] = {}
@@ -182,7 +206,7 @@ class PublishedSystems:
         self._restored: dict[str, RestoredExperts] = {}
 
     def score(
-        self, text: str, tasks: Sequence[EvalTask], routes: Mapping[str, Sequence[Route]], **scoring: Any
+        self, text: str, tasks: Sequence[EvalTask], routes: Mapping[str, Sequence[Route]], scoring: Scoring
     ) -> SystemScore:
         """Scores of one system.
 
@@ -190,7 +214,7 @@ class PublishedSystems:
             text: ``NAME`` or ``NAME@ROUTE``.
             tasks: what is answered; without a route, those with an expert.
             routes: task → where the evaluated model's router sends each prompt.
-            **scoring: for ``score_system``.
+            scoring: how.
 
         Raises:
             ConfigError: the model does not say what it was built from.
@@ -208,7 +232,7 @@ class PublishedSystems:
             model.load_state_dict(restored.state(expert), strict=False)
             return model
 
-        return score_by_choice(text, hold, tokenizer, asked, choices, **scoring)
+        return score_by_choice(text, hold, tokenizer, asked, choices, scoring)
 
     def num_bytes(self, text: str) -> int | None:
         """Of all weights of a baseline, the base among them; None for a merge method."""
@@ -223,11 +247,7 @@ class PublishedSystems:
         return self._restored[name]
 
     def _choices(self, task: EvalTask, route: str, routes: Sequence[Route]) -> list[str | None]:
-        if route == NAMED_ROUTE:
-            return [task.expert] * len(task.items)
-        if route == RANDOM_ROUTE:
-            return [random_route(item.prompt, sorted(self._experts)) for item in task.items]
-        return [found.expert if found.expert in self._experts else None for found in routes]
+        return chosen_experts(route, [item.prompt for item in task.items], self._experts, task.expert, lambda: routes)
 
     def _open(self) -> tuple[Job, Any, Any]:
         if self._opened is None:
@@ -244,14 +264,14 @@ class PublishedSystems:
                 "Give checkpoints: --baseline NAME=CHECKPOINT."
             )
 
-    def _score_merged(self, name: str, tasks: Sequence[EvalTask], scoring: Mapping[str, Any]) -> SystemScore:
+    def _score_merged(self, name: str, tasks: Sequence[EvalTask], scoring: Scoring) -> SystemScore:
         self._check()
         with TemporaryDirectory() as folder:
             output = Path(folder, "merged")
             settings = MediatorSettings(merge_method=name)
             merge_models(self._base, self._experts, output, settings, hash_inputs=False)
             model, tokenizer = self._load_plain(str(output))
-            return score_system(name, model, tokenizer, tasks, **scoring)
+            return score_tasks(name, model, tokenizer, tasks, scoring)
 
 
 def score_by_choice(
@@ -260,7 +280,7 @@ def score_by_choice(
     tokenizer: Any,
     tasks: Sequence[EvalTask],
     choices: Mapping[str, Sequence[str | None]],
-    **scoring: Any,
+    scoring: Scoring,
 ) -> SystemScore:
     """Let each item be answered by the weights that were chosen for it.
 
@@ -270,7 +290,7 @@ def score_by_choice(
         tokenizer: of the model.
         tasks: what to answer.
         choices: task → expert of each item.
-        **scoring: for ``score_system``.
+        scoring: how.
     """
     found: dict[str, dict[int, AnsweredItem]] = {task.name: {} for task in tasks}
     seconds = dict.fromkeys(found, 0.0)
@@ -281,7 +301,7 @@ def score_by_choice(
             for task in tasks
             if expert in groups[task.name]
         ]
-        scores = score_system(name, hold(expert), tokenizer, parts, **scoring)
+        scores = score_tasks(name, hold(expert), tokenizer, parts, scoring)
         for task_name, score in scores.tasks.items():
             found[task_name].update(zip(groups[task_name][expert], score.items, strict=True))
             seconds[task_name] += score.seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -25,6 +26,23 @@ Result = TypeVar("Result")
 
 _FEW = 4
 """Groups of fewer rows are answered together, each row with weights of its own, where there are kernels for that."""
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """How prompts are put to a model; no answer depends on the first and the last."""
+
+    batch_size: int = 16
+    """Rows at once."""
+
+    use_template: bool = True
+    """Whether prompts are rendered with the tokenizer's chat template, where it has one."""
+
+    ranks: Ranks | None = None
+    """Processes that share the batches; each must ask the same, and gets all results. None is this one alone."""
+
+
+AS_USUAL = PromptSettings()
 
 
 def batches_of_like_length(indices: Sequence[int], lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ..checkpoints.replacing import replaced_together
 from ..progress import bar_progress
 from ..ranks import Ranks
 from ..routing.background import families_by_hash, user_families
+from .batching import AS_USUAL, PromptSettings
 from .outcomes import judge_outcomes
 from .prompts import TaskItem, render
 from .routing_report import write_routing_report
@@ -26,8 +28,7 @@ def fit_and_save(
     tokenizer: Any,
     prompts: Mapping[str, Sequence[str]],
     adapter: Path,
-    use_template: bool = True,
-    batch_size: int = 16,
+    settings: PromptSettings = AS_USUAL,
     answered: Sequence[TaskItem] = (),
     background: str | None = None,
 ) -> dict[str, Any]:
@@ -40,8 +41,7 @@ def fit_and_save(
         tokenizer: of its backbone.
         prompts: expert → what users would write.
         adapter: the adapter's folder.
-        use_template: whether prompts are rendered with the tokenizer's chat template, where it has one.
-        batch_size: prompts at once.
+        settings: how prompts are put to the model; all ranks share them.
         answered: other prompts, with answers. The router is first fitted without them, then again with those that the
             nearest expert answers right and the fallback does not among its prompts, and those of which the opposite
             is true among the background prompts, as a family of their own.
@@ -52,20 +52,20 @@ def fit_and_save(
     """
     # A template writes the special tokens itself; they must not come twice.
     some = next((text for texts in prompts.values() for text in texts), "")
-    encode = partial(tokenizer, add_special_tokens=render(tokenizer, some, use_template).add_special_tokens)
+    form = partial(render, tokenizer, use_template=settings.use_template)
+    encode = partial(tokenizer, add_special_tokens=form(some).add_special_tokens)
 
     own = {} if background is None else user_families(background)
 
     def fit(prompts: Mapping[str, Sequence[str]], background: Mapping[str, Sequence[str]]) -> Any:
-        texts = {name: [render(tokenizer, text, use_template).text for text in some] for name, some in prompts.items()}
-        options: dict[str, Any] = {"batch_size": batch_size, "show_progress": True, "over_ranks": True}
+        texts = {name: [form(text).text for text in some] for name, some in prompts.items()}
+        options: dict[str, Any] = {"batch_size": settings.batch_size, "show_progress": True, "over_ranks": True}
         return model.fit_router(texts, encode, background=background or None, **options)
 
     report, outcomes = fit(prompts, own), None
     if answered:
         with bar_progress("answering prompts", 2 * len(answered)) as advance:
-            shared: dict[str, Any] = {"use_template": use_template, "batch_size": batch_size, "ranks": Ranks()}
-            outcomes = judge_outcomes(model, tokenizer, answered, advance=advance, **shared)
+            outcomes = judge_outcomes(model, tokenizer, answered, replace(settings, ranks=Ranks()), advance=advance)
         more = {name: [*texts, *outcomes.experts[name]] for name, texts in prompts.items()}
         report = fit(more, {**own, **families_by_hash(outcomes.ordinary, "answered by the base alone")})
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,18 @@ from ..errors import RoutingError
 from ..progress import Advance
 from ..ranks import Ranks
 from ..tables import unknown_name
-from .batching import AnyModel, Batch, WeightRow, answered, batches_of_like_length, by_weights, repeat
+from .answer_batches import AnswerBatch, answer_logits
+from .batching import (
+    AS_USUAL,
+    AnyModel,
+    Batch,
+    PromptSettings,
+    WeightRow,
+    answered,
+    batches_of_like_length,
+    by_weights,
+    repeat,
+)
 from .prompts import answer_ids, pad_left, pad_token_id, prompt_rows
 
 if TYPE_CHECKING:
@@ -24,6 +36,9 @@ ROUTED = "<routed>"
 
 ExpertChoice = str | Tensor | None
 """An expert's name, ``ROUTED``, weights of shape (K,) or (B, K), or None: the backbone alone."""
+
+Question = TypeVar("Question", bound=Hashable)
+Result = TypeVar("Result")
 
 _DIGITS = 2
 
@@ -62,6 +77,94 @@ class Memo(NamedTuple):
         return cls({}, {})
 
 
+@dataclass(frozen=True)
+class PromptedModel:
+    """A model with its tokenizer, how prompts are put to it, and what it was asked before."""
+
+    model: AnyModel
+    """A Mediator model, or any causal language model."""
+
+    tokenizer: PreTrainedTokenizerBase
+    """The model's; it is left as it is."""
+
+    settings: PromptSettings = AS_USUAL
+    memo: Memo = field(default_factory=Memo.empty)
+
+    def routes(self, prompts: Sequence[str], advance: Advance = lambda: None) -> list[Route]:
+        """Where the router of a Mediator model sends each prompt; see :func:`route_prompts`."""
+        return route_token_rows(
+            self.model, self._encoded(prompts), pad_token_id(self.tokenizer), self.settings, advance=advance
+        )
+
+    def answers(
+        self,
+        prompts: Sequence[str],
+        expert_weights: ExpertChoice = None,
+        max_new_tokens: int = 64,
+        advance: Advance = lambda: None,
+    ) -> list[str]:
+        """Greedy answers; see :func:`answer_prompts`."""
+        rows, encoded = self._weight_rows(prompts, expert_weights), self._encoded(prompts, max_new_tokens)
+        keys = [(prompt, row, max_new_tokens) for prompt, row in zip(prompts, rows, strict=True)]
+
+        def generate(batch: list[int]) -> list[str]:
+            inputs = _to(self.model, pad_left([encoded[index] for index in batch], pad_token_id(self.tokenizer)))
+            return _generate(self.model, self.tokenizer, inputs, max_new_tokens)
+
+        return self._remembered(self.memo.answers, keys, rows, [len(ids) for ids in encoded], generate, advance)
+
+    def losses(
+        self,
+        prompts: Sequence[str],
+        answers: Sequence[str],
+        expert_weights: ExpertChoice = None,
+        advance: Advance = lambda: None,
+    ) -> list[float]:
+        """Mean negative log-likelihood of each answer's tokens; see :func:`answer_losses`."""
+        targets = [answer_ids(self.tokenizer, answer) for answer in answers]
+        rows, encoded = self._weight_rows(prompts, expert_weights), self._encoded(prompts, list(map(len, targets)))
+        lengths = [len(ids) + len(target) for ids, target in zip(encoded, targets, strict=True)]
+        keys = list(zip(prompts, answers, rows, strict=True))
+
+        def measure(batch: list[int]) -> list[float]:
+            return _losses(self.model, [(encoded[index], targets[index]) for index in batch])
+
+        return self._remembered(self.memo.losses, keys, rows, lengths, measure, advance)
+
+    def _encoded(self, prompts: Sequence[str], num_new: int | Sequence[int] = 0) -> list[list[int]]:
+        return prompt_rows(self.model, self.tokenizer, prompts, self.settings.use_template, num_new)
+
+    def _weight_rows(self, prompts: Sequence[str], choice: ExpertChoice) -> list[WeightRow | None]:
+        is_by_router = isinstance(choice, str) and choice == ROUTED and is_routed(self.model)
+        return weight_rows(self.model, choice, len(prompts), self.routes(prompts) if is_by_router else [])
+
+    def _remembered(
+        self,
+        known: dict[Question, Result],
+        keys: Sequence[Question],
+        rows: Sequence[WeightRow | None],
+        lengths: Sequence[int],
+        work: Callable[[list[int]], list[Result]],
+        advance: Advance,
+    ) -> list[Result]:
+        """What is known of each key; what is not is computed once and remembered, in batches of equal expert weights.
+
+        Args:
+            known: results by key, added to.
+            keys: of each prompt.
+            rows: expert weights of each prompt.
+            lengths: of each prompt, in tokens.
+            work: indices of prompts → their results.
+            advance: called once for every prompt done.
+        """
+        groups = _unasked(rows, [key in known for key in keys], keys)
+        repeat(advance, len(keys) - sum(map(len, groups.values())))
+        batches = by_weights(groups, lengths, self.settings.batch_size)
+        for batch, results in answered(self.model, batches, work, advance, self.settings.ranks):
+            known.update((keys[index], result) for index, result in zip(batch, results, strict=True))
+        return [known[key] for key in keys]
+
+
 def is_routed(model: AnyModel) -> bool:
     """Whether a model takes expert weights."""
     return hasattr(model, "expert_names") and hasattr(model, "route")
@@ -86,18 +189,15 @@ def route_prompts(
     ranks: Ranks | None = None,
 ) -> list[Route]:
     """Ask a Mediator model's router where it would send each prompt, without generating."""
-    rows = prompt_rows(model, tokenizer, prompts, use_template)
-    return route_token_rows(model, rows, pad_token_id(tokenizer), batch_size=batch_size, advance=advance, ranks=ranks)
+    return PromptedModel(model, tokenizer, PromptSettings(batch_size, use_template, ranks)).routes(prompts, advance)
 
 
 def route_token_rows(
     model: AnyModel,
     rows: Sequence[Sequence[int]],
     pad_id: int,
-    *,
-    batch_size: int = 16,
+    settings: PromptSettings,
     advance: Advance = lambda: None,
-    ranks: Ranks | None = None,
 ) -> list[Route]:
     """Where a Mediator model's router sends prompts that are encoded already.
 
@@ -105,9 +205,8 @@ def route_token_rows(
         model: a Mediator model.
         rows: token ids of each prompt, one at least.
         pad_id: what shorter rows are padded with.
-        batch_size: rows at once.
+        settings: how they are put to the model.
         advance: called once for every prompt.
-        ranks: processes that share the batches.
     """
     lengths = [len(row) for row in rows]
     names: list[str] = list(model.expert_names)
@@ -120,8 +219,9 @@ def route_token_rows(
             decided = model.route(**inputs)
         return [_route(names, rest, decided, place) for place in range(len(batch))]
 
-    batches: list[Batch] = [(None, batch) for batch in batches_of_like_length(range(len(rows)), lengths, batch_size)]
-    for batch, found in answered(model, batches, decide, advance, ranks):
+    some = batches_of_like_length(range(len(rows)), lengths, settings.batch_size)
+    batches: list[Batch] = [(None, batch) for batch in some]
+    for batch, found in answered(model, batches, decide, advance, settings.ranks):
         routes.update(zip(batch, found, strict=True))
     return [routes[index] for index in range(len(rows))]
 
@@ -202,21 +302,8 @@ def answer_prompts(
         advance: called once for every prompt done.
         ranks: processes that share the batches; each must ask the same, and gets all answers. None is this one alone.
     """
-    memo = Memo.empty() if memo is None else memo
-    rows = _resolve(model, tokenizer, prompts, expert_weights, batch_size, use_template, ranks)
-    encoded = prompt_rows(model, tokenizer, prompts, use_template, max_new_tokens)
-    keys = [(prompt, row, max_new_tokens) for prompt, row in zip(prompts, rows, strict=True)]
-    groups = _unasked(rows, [key in memo.answers for key in keys], keys)
-    repeat(advance, len(prompts) - sum(map(len, groups.values())))
-    lengths = [len(ids) for ids in encoded]
-
-    def generate(batch: list[int]) -> list[str]:
-        inputs = _to(model, pad_left([encoded[index] for index in batch], pad_token_id(tokenizer)))
-        return _generate(model, tokenizer, inputs, max_new_tokens)
-
-    for batch, texts in answered(model, by_weights(groups, lengths, batch_size), generate, advance, ranks):
-        memo.answers.update((keys[index], text) for index, text in zip(batch, texts, strict=True))
-    return [memo.answers[key] for key in keys]
+    asked = PromptedModel(model, tokenizer, PromptSettings(batch_size, use_template, ranks), memo or Memo.empty())
+    return asked.answers(prompts, expert_weights, max_new_tokens, advance)
 
 
 def answer_losses(
@@ -236,37 +323,8 @@ def answer_losses(
 
     Prompts are routed by themselves, the answer unseen. Grouped and remembered as in :func:`answer_prompts`.
     """
-    memo = Memo.empty() if memo is None else memo
-    rows = _resolve(model, tokenizer, prompts, expert_weights, batch_size, use_template, ranks)
-    targets = [answer_ids(tokenizer, answer) for answer in answers]
-    encoded = prompt_rows(model, tokenizer, prompts, use_template, list(map(len, targets)))
-    keys = list(zip(prompts, answers, rows, strict=True))
-    groups = _unasked(rows, [key in memo.losses for key in keys], keys)
-    repeat(advance, len(prompts) - sum(map(len, groups.values())))
-    lengths = [len(ids) + len(target) for ids, target in zip(encoded, targets, strict=True)]
-
-    def measure(batch: list[int]) -> list[float]:
-        return _losses(model, [encoded[i] for i in batch], [targets[i] for i in batch])
-
-    for batch, losses in answered(model, by_weights(groups, lengths, batch_size), measure, advance, ranks):
-        memo.losses.update((keys[index], loss) for index, loss in zip(batch, losses, strict=True))
-    return [memo.losses[key] for key in keys]
-
-
-def _resolve(
-    model: AnyModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    choice: ExpertChoice,
-    batch_size: int,
-    use_template: bool,
-    ranks: Ranks | None,
-) -> list[WeightRow | None]:
-    routes: list[Route] = []
-    if isinstance(choice, str) and choice == ROUTED and is_routed(model):
-        shared: dict[str, Any] = {"batch_size": batch_size, "use_template": use_template, "ranks": ranks}
-        routes = route_prompts(model, tokenizer, prompts, **shared)
-    return weight_rows(model, choice, len(prompts), routes)
+    asked = PromptedModel(model, tokenizer, PromptSettings(batch_size, use_template, ranks), memo or Memo.empty())
+    return asked.losses(prompts, answers, expert_weights, advance)
 
 
 def _unasked(
@@ -312,21 +370,11 @@ def _stop_ids(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> list[int] 
     return sorted(int(token) for token in ids | {tokenizer.eos_token_id} if token is not None) or None
 
 
-def _losses(model: AnyModel, prompts: list[list[int]], targets: list[list[int]]) -> list[float]:
-    width = max(len(prompt) + len(target) for prompt, target in zip(prompts, targets, strict=True))
-    # Padded on the right, so that positions count from 0 in every architecture without being told.
-    ids = torch.tensor([p + t + [0] * (width - len(p) - len(t)) for p, t in zip(prompts, targets, strict=True)])
-    mask = torch.tensor(
-        [[1] * (len(p) + len(t)) + [0] * (width - len(p) - len(t)) for p, t in zip(prompts, targets, strict=True)]
-    )
-    inputs = _to(model, {"input_ids": ids, "attention_mask": mask})
-    # The head over the whole vocabulary is dear: only positions from the shortest prompt's end on are needed.
-    num_skipped = min(map(len, prompts)) - 1
+def _losses(model: AnyModel, rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+    batch = AnswerBatch.of(rows)
     with torch.no_grad():
-        logits = model(**inputs, use_cache=False, logits_to_keep=width - num_skipped).logits
-    losses = []
-    for place, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
-        start = logits.shape[1] - width + len(prompt) - 1
-        predicted = logits[place, start : start + len(target)].float()
-        losses.append(F.cross_entropy(predicted, torch.tensor(target, device=predicted.device)).item())
-    return losses
+        logits = answer_logits(model, batch)
+    return [
+        F.cross_entropy(predicted, answer.to(predicted.device)).item()
+        for predicted, answer in zip(logits, batch.answers, strict=True)
+    ]

@@ -17,9 +17,9 @@ from ..checkpoints.adapter_files import CONFIG_FILE
 from ..context_length import context_length
 from ..errors import MediatorError, MissingPackageError
 from ..tables import unknown_name
-from .batching import AnyModel, WeightRow, answered, by_weights
+from .batching import AnyModel, PromptSettings, WeightRow, answered, by_weights
 from .generation import ROUTED, ExpertChoice, is_routed, route_token_rows, weight_rows
-from .prompts import pad_left, pad_token_id
+from .prompts import pad_left, pad_right, pad_token_id
 
 try:
     from lm_eval import simple_evaluate
@@ -203,7 +203,7 @@ class MediatorLM(TemplateLM):
         if self._choice != ROUTED:
             return weight_rows(self.model, self._choice, len(contexts))
         unique = list(dict.fromkeys(map(tuple, contexts)))
-        routes = route_token_rows(self.model, unique, pad_token_id(self.tokenizer), batch_size=self.batch_size)
+        routes = route_token_rows(self.model, unique, pad_token_id(self.tokenizer), PromptSettings(self.batch_size))
         rows = weight_rows(self.model, ROUTED, len(unique), routes)
         found = dict(zip(unique, rows, strict=True))
         return [found[tuple(context)] for context in contexts]
@@ -289,13 +289,10 @@ def _groups(weights: Sequence[WeightRow | None]) -> dict[WeightRow | None, list[
 
 
 def _score(model: AnyModel, pairs: Sequence[tuple[list[int], list[int]]], device: Any) -> list[tuple[float, bool]]:
-    rows = [(context + continuation)[:-1] for context, continuation in pairs]
-    width = max(map(len, rows))
-    # Padded on the right, so that positions count from 0 in every architecture without being told.
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    inputs = pad_right([(context + continuation)[:-1] for context, continuation in pairs])
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits = model(**inputs, use_cache=False).logits
     found = []
     for place, (context, continuation) in enumerate(pairs):
         start = len(context) - 1

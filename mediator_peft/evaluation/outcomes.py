@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import FALLBACK_EXPERT
 from ..progress import Advance
-from ..ranks import Ranks
-from .generation import Memo, answer_prompts, route_prompts
+from .batching import AS_USUAL, PromptSettings
+from .generation import PromptedModel
 from .prompts import TaskItem
 from .scoring import MATCHERS
 
@@ -33,12 +33,10 @@ def judge_outcomes(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[TaskItem],
+    settings: PromptSettings = AS_USUAL,
     *,
     max_new_tokens: int = 64,
-    batch_size: int = 16,
-    use_template: bool = True,
     advance: Advance = lambda: None,
-    ranks: Ranks | None = None,
 ) -> Outcomes:
     """Answer each prompt once by its nearest expert and once by the fallback, greedily.
 
@@ -49,32 +47,19 @@ def judge_outcomes(
         model: a Mediator model whose router is fitted; that says which expert is the nearest.
         tokenizer: of its backbone.
         items: prompts of any kind, with reference answers.
+        settings: how they are put to the model.
         max_new_tokens: an answer is cut off here.
-        batch_size: prompts generated at once.
-        use_template: whether prompts are rendered with the tokenizer's chat template, where it has one.
         advance: called twice for every prompt.
-        ranks: processes that share the batches.
 
     Raises:
         RoutingError: the router is not fitted.
     """
-    prompts, memo = [item.prompt for item in items], Memo.empty()
-    routes = route_prompts(model, tokenizer, prompts, batch_size=batch_size, use_template=use_template, ranks=ranks)
+    prompts, asked = [item.prompt for item in items], PromptedModel(model, tokenizer, settings)
+    routes = asked.routes(prompts)
     fallback = FALLBACK_EXPERT if FALLBACK_EXPERT in model.expert_names else None
 
     def right(expert: str | None, places: Sequence[int]) -> list[bool]:
-        answers = answer_prompts(
-            model,
-            tokenizer,
-            [prompts[place] for place in places],
-            expert_weights=expert,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            use_template=use_template,
-            memo=memo,
-            advance=advance,
-            ranks=ranks,
-        )
+        answers = asked.answers([prompts[place] for place in places], expert, max_new_tokens, advance)
         return [
             MATCHERS[items[place].match](answer, items[place].answer)
             for place, answer in zip(places, answers, strict=True)

@@ -272,6 +272,19 @@ def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Tens
     }
 
 
+def pad_right(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Rows of token ids as one batch whose positions count from 0 in every architecture without being told.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, both (B, T) int64.
+    """
+    width = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([list(row) + [0] * (width - len(row)) for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+    }
+
+
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id to pad with: the tokenizer's own, else its end of text, else 0. Padding is masked, so any will do."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):

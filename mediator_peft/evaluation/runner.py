@@ -10,16 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..progress import Progress, no_progress
 from ..ranks import Ranks
-from .generation import (
-    AnyModel,
-    ExpertChoice,
-    Memo,
-    Route,
-    answer_losses,
-    answer_prompts,
-    backbone_name,
-    route_prompts,
-)
+from .batching import AS_USUAL, AnyModel, PromptSettings
+from .generation import ExpertChoice, Memo, PromptedModel, Route, backbone_name
 from .prompts import TaskItem
 from .scoring import MATCHERS, Interval, wilson_interval
 
@@ -28,6 +20,18 @@ if TYPE_CHECKING:
 
 NAMED = "<named>"
 """In place of an expert's name: each task is answered by the expert it names. No expert can have this name."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How systems are scored, the same for all of a report."""
+
+    settings: PromptSettings = AS_USUAL
+    num_losses: int | None = None
+    """On how many items of a task, its first ones, answer losses are measured; None takes all."""
+
+    progress: Progress = no_progress
+    """Told of each prompt done."""
 
 
 @dataclass(frozen=True)
@@ -197,29 +201,36 @@ def score_system(
         progress: told of each prompt done.
         ranks: processes that share the batches; each must call this with the same arguments. None is this one alone.
     """
-    memo = Memo.empty() if memo is None else memo
+    scoring = Scoring(PromptSettings(batch_size, use_template, ranks), num_losses, progress)
+    return score_tasks(name, model, tokenizer, tasks, scoring, expert_weights, memo)
+
+
+def score_tasks(
+    name: str,
+    model: AnyModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[EvalTask],
+    scoring: Scoring,
+    expert_weights: ExpertChoice = None,
+    memo: Memo | None = None,
+) -> SystemScore:
+    """:func:`score_system`, with what says how in one object."""
+    asked = PromptedModel(model, tokenizer, scoring.settings, memo or Memo.empty())
     was_training = model.training
     model.eval()
     scores = {}
-    measured = {task.name: list(task.items)[:num_losses] for task in tasks}
+    measured = {task.name: list(task.items)[: scoring.num_losses] for task in tasks}
     total = sum(len(task.items) + len(measured[task.name]) for task in tasks)
-    with progress(name, total) as advance:
+    with scoring.progress(name, total) as advance:
         for task in tasks:
             named = isinstance(expert_weights, str) and expert_weights == NAMED
-            shared: dict[str, Any] = {
-                "expert_weights": task.expert if named else expert_weights,
-                "batch_size": batch_size,
-                "use_template": use_template,
-                "memo": memo,
-                "advance": advance,
-                "ranks": ranks,
-            }
+            choice = task.expert if named else expert_weights
             prompts = [item.prompt for item in task.items]
             references = [item.answer for item in measured[task.name]]
             started = perf_counter()
-            outputs = answer_prompts(model, tokenizer, prompts, max_new_tokens=task.max_new_tokens, **shared)
+            outputs = asked.answers(prompts, choice, task.max_new_tokens, advance)
             seconds = perf_counter() - started
-            losses = answer_losses(model, tokenizer, prompts[: len(references)], references, **shared)
+            losses = asked.losses(prompts[: len(references)], references, choice, advance)
             scores[task.name] = _judge(task, outputs, losses, seconds)
     model.train(was_training)
     return SystemScore(name, scores)
@@ -257,18 +268,18 @@ def score_routing(
     ranks: Ranks | None = None,
 ) -> tuple[RoutingScore, dict[str, list[Route]]]:
     """Where the router of a Mediator model sends the prompts of each task: in numbers, and prompt by prompt."""
-    routes = {}
-    with progress("routing", sum(len(task.items) for task in tasks)) as advance:
+    scoring = Scoring(PromptSettings(batch_size, use_template, ranks), progress=progress)
+    return route_tasks(model, tokenizer, tasks, scoring)
+
+
+def route_tasks(
+    model: AnyModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[EvalTask], scoring: Scoring
+) -> tuple[RoutingScore, dict[str, list[Route]]]:
+    """:func:`score_routing`, with what says how in one object."""
+    asked, routes = PromptedModel(model, tokenizer, scoring.settings), {}
+    with scoring.progress("routing", sum(len(task.items) for task in tasks)) as advance:
         for task in tasks:
-            routes[task.name] = route_prompts(
-                model,
-                tokenizer,
-                [item.prompt for item in task.items],
-                batch_size=batch_size,
-                use_template=use_template,
-                advance=advance,
-                ranks=ranks,
-            )
+            routes[task.name] = asked.routes([item.prompt for item in task.items], advance)
     return summarise_routes(list(model.expert_names), tasks, routes), routes
 
 

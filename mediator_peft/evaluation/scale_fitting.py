@@ -18,11 +18,13 @@ from torch import Tensor
 
 from ..bank.sparse_delta import SparseDelta
 from ..checkpoints.adapter_files import find_adapter
+from ..config import ALWAYS_PREFIX
 from ..data_files import json_lines
 from ..errors import ConfigError, UnsupportedError
 from ..methods.encoding import ENCODINGS
 from ..tables import unknown_name
 from ..tuner.loading import load_mediator
+from .answer_batches import AnswerBatch, answer_logits
 from .fit_and_save import save_router
 from .generation import answer_prompts
 from .logits import original_model, plain_model
@@ -72,51 +74,13 @@ class ScaleReport:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Prompts with their answers, padded on the right."""
-
-    ids: Tensor
-    """(B, T)"""
-
-    mask: Tensor
-    """(B, T)"""
-
-    starts: tuple[int, ...]
-    """(B,) position before the first token of each answer."""
-
-    answers: tuple[Tensor, ...]
-    """(B,) token ids of each answer, (n,)."""
-
-    @classmethod
-    def of(cls, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:
-        """From (token ids of the prompt, of the answer)."""
-        width = max(len(prompt) + len(answer) for prompt, answer in rows)
-        ids = torch.tensor([[*prompt, *answer, *[0] * (width - len(prompt) - len(answer))] for prompt, answer in rows])
-        lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in rows])
-        mask = (torch.arange(width) < lengths[:, None]).long()
-        starts = tuple(len(prompt) - 1 for prompt, _ in rows)
-        return cls(ids, mask, starts, tuple(torch.tensor(list(answer)) for _, answer in rows))
-
-    @property
-    def num_tokens(self) -> int:
-        """Of all answers."""
-        return sum(map(len, self.answers))
-
-
-Known = tuple[Batch, Sequence[Tensor]]
+Known = tuple[AnswerBatch, Sequence[Tensor]]
 """A batch, and the expert's log probabilities before each token of its answers: (n, V) for each row."""
 
 
-def log_probabilities(model: Any, batch: Batch) -> list[Tensor]:
+def log_probabilities(model: Any, batch: AnswerBatch) -> list[Tensor]:
     """Of all tokens before each token of an answer: (n, V) for each row, float32."""
-    first = min(batch.starts)
-    kept = batch.ids.shape[1] - first
-    logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, logits_to_keep=kept).logits
-    return [
-        logits[row, start - first : start - first + len(answer)].float().log_softmax(-1)
-        for row, (start, answer) in enumerate(zip(batch.starts, batch.answers, strict=True))
-    ]
+    return [logits.log_softmax(-1) for logits in answer_logits(model, batch)]
 
 
 def divergence(model: Any, batches: Sequence[Known]) -> Tensor:
@@ -200,7 +164,7 @@ def fit_scales(
 
     Raises:
         ConfigError: an expert is unknown, or has no data.
-        UnsupportedError: experts share deltas, or the encoding has no scales.
+        UnsupportedError: an expert shares its delta, deltas are always on, or the encoding has no scales.
         DataFileError, CheckpointError: something cannot be read.
     """
     fit = fit or ScaleFit()
@@ -248,8 +212,20 @@ def _check(model: Any, experts: Mapping[str, Any], data: Mapping[str, Any]) -> N
             raise ConfigError(unknown_name(name, config.expert_names or (), "expert"))
         if name not in data:
             raise ConfigError(f"expert {name!r} has no data: give prompts of its task.")
-    if config.column_map is not None:
-        raise UnsupportedError("experts of this model share deltas: fit the scales before they do (condense).")
+    rows = config.column_map or {}
+    always = [stored.removeprefix(ALWAYS_PREFIX) for stored in rows if stored.startswith(ALWAYS_PREFIX)]
+    if always:
+        raise UnsupportedError(
+            f"this model has always-on deltas ({', '.join(always)}), which the original experts have not: fitted "
+            "scales would work against them. Build without --always to fit scales."
+        )
+    for name in experts:
+        users = sorted({user for row in rows.values() if name in row for user in row} - {name})
+        if users:
+            raise UnsupportedError(
+                f"expert {name!r} shares a delta with {', '.join(users)}, so its scales are not its own. Fit the "
+                "scales of a build without --families, then share deltas with `condense`."
+            )
     if not ENCODINGS[config.encoding].has_scales:
         raise UnsupportedError(f"encoding {config.encoding!r} has no scales that can be fitted.")
 
@@ -284,7 +260,9 @@ def _asked(
     num_held = max(1, round(fit.held_out * len(rows)))
     found: list[list[Known]] = []
     for part in (rows[num_held:], rows[:num_held]):
-        batches = [Batch.of(part[start : start + fit.batch_size]) for start in range(0, len(part), fit.batch_size)]
+        batches = [
+            AnswerBatch.of(part[start : start + fit.batch_size]) for start in range(0, len(part), fit.batch_size)
+        ]
         with torch.no_grad():
             found.append([(batch, log_probabilities(expert, batch)) for batch in batches])
     return found[0], found[1]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bank.packed_arrays import to_disk
+from ..bank.packed_arrays import all_to_disk
 from ..checkpoints.adapter_files import bank_key
 from ..checkpoints.headers import Stored, lay_out, read_header, read_into
 from ..storage import code_of
@@ -79,11 +79,8 @@ class JournalStore:
 
     def put(self, number: int, layer: str, result: TensorResult, info: Finished) -> None:
         """Keep one tensor's result."""
-        tensors = {
-            bank_key(layer, key): to_disk(key, array)
-            for column, delta in result.deltas.items()
-            for key, array in delta.buffers(column).items()
-        }
+        arrays = {key: array for column, delta in result.deltas.items() for key, array in delta.buffers(column).items()}
+        tensors = {bank_key(layer, key): array for key, array in all_to_disk(arrays).items()}
         shapes = {name: (code_of(array), array.shape) for name, array in tensors.items()}
         head, places = lay_out(shapes, {_META: info.to_json()})
         target = self.path(number)

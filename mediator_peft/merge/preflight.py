@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from ..checkpoints.output_folder import check_free, check_working_folders, free_
 from ..checkpoints.side_files import compare_side_files
 from ..config import MediatorSettings
 from ..errors import ConfigError, MediatorError, OutputError
+from ..methods.encoding import ENCODINGS
+from ..methods.sparsifying import SPARSIFIERS
 from ..structure import OUTSIDE
 from .always_on import with_always
 from .block_plan import PLAN_VERSION, choose_blocks, read_plan, settings_to_keep
@@ -22,6 +24,8 @@ from .budget import block_densities, estimated_scores, sampled, shared_out
 from .builder import plan_merge, require_experts, single_thread
 from .compatibility import Job, examine_job
 from .distance import check_distances
+from .families import find_groups
+from .family_packing import NO_GROUPS
 from .hints import hints
 from .locks import lock_faults
 from .memory import parse_bytes, predicted_memory, workers_within
@@ -58,6 +62,17 @@ class BuildPlan:
 
     bytes: dict[str, int] = field(default_factory=dict)
     """Predicted bytes on disk: ``backbone``, ``adapter``, ``other`` and their ``total``."""
+
+    sharing: list[str] = field(default_factory=list)
+    """Which experts are equal or near enough to share a delta, by a sample: what ``families="auto"`` would do, or does.
+    """
+
+    bytes_with_families: int | None = None
+    """Predicted bytes of the adapter with ``families="auto"``; None where families were not looked for."""
+
+    bytes_by_encoding: dict[str, int] = field(default_factory=dict)
+    """Encoding → predicted bytes of the adapter at the same density, the chosen one among them; empty with a budget and
+    for low-rank deltas. Encodings differ in accuracy (docs/forms.md)."""
 
     seconds: float = 0.0
     """Rough: it depends on the machine."""
@@ -145,10 +160,13 @@ def plan_mediator(
             scores = estimated_scores(merge)
             merge = shared_out(merge, scores)
             merge = merge if merge.samples else sampled(merge)
+            preview = _with_families(merge)
     except MediatorError as fault:
         found.problems.append(str(fault))
         return found
+    merge = preview if preview is not None and config.families is not None else merge
     _decide(merge, scores, found)
+    _preview(merge, preview, found)
     _resources(merge, found, limit, None if output is None else target)
     return found
 
@@ -216,6 +234,33 @@ def _decide(merge: Merge, scores: list[float], found: BuildPlan) -> None:
     found.bytes = {**sizes, "total": sum(sizes.values())}
     found.density = config.density if merge.density is None else merge.density
     found.settings = settings_to_keep(config, found.density)
+
+
+def _with_families(merge: Merge) -> Merge | None:
+    """The same work with equal experts stored once and families; None where no families can be."""
+    config = merge.config
+    shares = config.budget is None and config.density_scope == "matrix" and ENCODINGS[config.encoding].has_positions
+    if not shares or len(merge.job.experts) < 2:
+        return None
+    return replace(merge, groups=find_groups(merge, by_sample=True))
+
+
+def _preview(merge: Merge, preview: Merge | None, found: BuildPlan) -> None:
+    """What other families and encodings would take."""
+    config = merge.config
+    routed = frozenset({block["block"] for block in found.blocks if block["routed"]} | {OUTSIDE})
+    if preview is not None:
+        found.sharing = list(preview.groups.notes)
+        found.bytes_with_families = adapter_bytes(preview, routed)
+    if config.budget is None and not SPARSIFIERS[config.sparsifier].is_low_rank:
+        for name, encoding in ENCODINGS.items():
+            other = merge if encoding.has_positions else replace(merge, groups=NO_GROUPS)
+            if name != "factors":
+                changed = MediatorSettings(
+                    **{item.name: getattr(config, item.name) for item in fields(MediatorSettings)}
+                    | {"encoding": name, "families": config.families if encoding.has_positions else None}
+                )
+                found.bytes_by_encoding[name] = adapter_bytes(replace(other, config=changed), routed)
 
 
 def _resources(merge: Merge, found: BuildPlan, limit: int | None, target: Path | None) -> None:

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 
 from ..checkpoints.adapter_files import bank_key
 from ..checkpoints.output_folder import side_files_size
-from ..config import CORRECTION, FALLBACK_EXPERT
+from ..config import ALWAYS_PREFIX, CORRECTION, FALLBACK_EXPERT
 from ..methods.encoding import ENCODINGS
 from ..methods.sparsifying import SPARSIFIERS
 from .delta_packing import factor_dtype, own_factors, rank_of
+from .family_packing import residual_density
 from .merge_job import Merge
 from .tensor_work import Task, deltas_stored
 
@@ -67,7 +68,7 @@ def adapter_bytes(merge: Merge, routed: frozenset[int] | None = None) -> int:
         merge: the work.
         routed: blocks that will be routed; None for all that may be.
     """
-    total = 0.0
+    total, columns = 0.0, _columns(merge)
     for task in merge.tasks:
         if task.density is None or (
             routed is not None and merge.blocks[task.name.removesuffix(".weight")] not in routed
@@ -76,10 +77,17 @@ def adapter_bytes(merge: Merge, routed: frozenset[int] | None = None) -> int:
         bias_bytes = 4 * _shape(merge, task)[0] if task.bias else 0
         parts = ["mask", *ENCODINGS[merge.config.encoding].part_names, *(["bias"] if task.bias else [])]
         layer = task.name.removesuffix(".weight")
-        for column in deltas_stored(merge.config):
+        for column in columns:
             names = sum(len(bank_key(layer, f"{column}:{part}")) + _BYTES_BESIDE_NAME for part in parts)
             total += _column_bytes(merge, task, column) + bias_bytes + names
     return int(total)
+
+
+def _columns(merge: Merge) -> list[str]:
+    """Names of all deltas that will be stored, shared and always-on ones among them."""
+    groups = merge.groups
+    own = [column for column in deltas_stored(merge.config) if column not in groups.aliases]
+    return [*groups.families, *own, *(ALWAYS_PREFIX + name for name in merge.job.always)]
 
 
 def _shape(merge: Merge, task: Task) -> tuple[int, int]:
@@ -94,8 +102,12 @@ def _column_bytes(merge: Merge, task: Task, column: str) -> float:
     config, shape, itemsize = merge.config, _shape(merge, task), merge.job.dtype.itemsize
     if column == CORRECTION:
         return delta_bytes(prod(shape), shape[0], config.correction_density, config.encoding, itemsize)
-    density = task.density_of(column)
-    magnitudes = merge.samples.get(task.name, {}).get(column)
+    # What is shared, a residual or always on was not sampled: its positions count as random ones.
+    is_residual = column in merge.groups.members
+    magnitudes = None if is_residual else merge.samples.get(task.name, {}).get(column)
+    is_own = column in merge.job.experts or column == FALLBACK_EXPERT
+    density = task.density_of(column) if is_own else task.density or 0.0
+    density = residual_density(density) if is_residual else density
     nonzero = 1.0 if magnitudes is None else 1 - int(np.searchsorted(magnitudes, 0, "right")) / magnitudes.size
     if SPARSIFIERS[config.sparsifier].is_low_rank:
         checkpoint = merge.job.base if column == FALLBACK_EXPERT else merge.job.experts[column]

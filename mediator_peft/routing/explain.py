@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .gate import GateSettings, gate
-from .ood import Known, fit_tail, gate_coefficients, threshold
+from .ood import Known, gate_coefficients, ood_threshold
 from .uncertainty import normalised_entropy
 from .unreadable import to_the_base
 
@@ -34,7 +34,7 @@ class Explanation(NamedTuple):
     """How much more it looks like a background prompt than like the nearest expert's; its unit is the router's."""
 
     threshold: float
-    """The OOD score above which a prompt of this expert is flagged as unknown."""
+    """The OOD score above which a prompt of this expert is OOD."""
 
     tail_share: float
     """Share of the nearest expert's known prompts that are at least as novel."""
@@ -46,8 +46,8 @@ class Explanation(NamedTuple):
     """In [0, 1], larger is less sure."""
 
     is_ood: bool
-    """Whether the OOD score is above the threshold. ``is_ood`` alone does not
-    force the fallback: see ``gate_coefficient``."""
+    """Whether the fallback gets more than the experts; the OOD score is above the threshold then. Routers that were
+    fitted without a decision rule: whether the OOD score is above the threshold, whatever the weights are."""
 
     expert_weights: dict[str, float]
     """What is mixed; columns of no weight are left out."""
@@ -55,6 +55,10 @@ class Explanation(NamedTuple):
     times_usual: float | None = None
     """Distance to the nearest expert's texts over the median distance of its own known prompts; None where the
     router's distance has no such scale."""
+
+    like_calibration: bool = True
+    """Whether the nearest expert's known prompts are as novel in a share ``ood_alpha`` of cases at least. Most prompts
+    in a wording that no calibration text has are not, and may belong to the expert all the same: see ``is_ood``."""
 
     @property
     def novelty(self) -> float:
@@ -81,7 +85,7 @@ class Explanation(NamedTuple):
             return f"unlike every calibration text (closest: {self.nearest}{times})"
         if self.gate_coefficient < 1 - _LITTLE:
             return f"between the calibration texts of {self.nearest}{times} and background prompts"
-        if self.is_ood:
+        if not self.like_calibration:
             return f"unlike the calibration texts of {self.nearest}{times}, but more like them than background prompts"
         return f"like the calibration texts of {self.nearest}"
 
@@ -125,10 +129,9 @@ def explain_rows(
         decided = to_the_base(decided, unreadable, settings.fallback_column)
         scores = torch.where(unreadable[:, None], 0.0, scores)
         ood_score = torch.where(unreadable, torch.inf, ood_score)
-    tail = fit_tail(known.ood_score, known.labels, scores.shape[1])
     nearest = scores.argmax(dim=1)
     trusted = gate_coefficients(ood_score, distance, nearest, known, settings.ood_alpha, settings.ood_beta)
-    limits = threshold(tail, settings.ood_alpha)[nearest]
+    limits = ood_threshold(known, settings.ood_alpha, settings.ood_beta)[nearest]
     ambiguity = normalised_entropy(scores.float().softmax(dim=1))
     usual = torch.stack([known.distance[known.labels == k].median() for k in range(scores.shape[1])])
     times = None if times_usual is None else times_usual(distance, usual[nearest])
@@ -150,6 +153,7 @@ def explain_rows(
                 is_ood=bool(decided.is_ood[row]),
                 expert_weights={name: weight for name, weight in weights if weight > 0},
                 times_usual=None if times is None else float(times[row]),
+                like_calibration=bool(trusted.tail_share[row] >= settings.ood_alpha),
             )
         )
     return explanations

@@ -41,8 +41,8 @@ class RouteOutput(NamedTuple):
     """(B,) in [0, 1]: ``1 - gate_coefficient * (1 - ambiguity)``; 0 for a clear known prompt, 1 for an unknown one."""
 
     is_ood: Tensor
-    """(B,) bool, True where the prompt is more novel than all but a share ``ood_alpha`` of its nearest expert's known
-    prompts. ``is_ood`` alone does not force the fallback: see :func:`~mediator_peft.routing.ood.gate_coefficients`."""
+    """(B,) bool, True where the fallback gets more than the experts: the gate coefficient is below one half. For
+    routers without a decision rule see :func:`~mediator_peft.routing.ood.gate_coefficients`."""
 
 
 def smallest_sufficient_set(probabilities: Tensor, routing_top_p: float) -> Tensor:

@@ -90,7 +90,8 @@ def fit_temperature(scores: Tensor, labels: Tensor) -> float:
 
     Temperature scaling, Guo et al. 2017 (https://arxiv.org/abs/1706.04599), every class weighing the same. Where all
     held-out prompts are right, the likelihood has no maximum; so the targets are those of Platt 1999: a class with n
-    prompts is taken for certain to :math:`(n + 1) / (n + K)` only, and the rest is shared by the others.
+    prompts is taken for certain to :math:`(n + 1) / (n + 2)` only, and the rest is shared by the others. With K instead
+    of 2, many experts of few prompts would be mixed although each prompt is clear.
 
     Args:
         scores: (N, K) of prompts the router was not fitted on.
@@ -104,7 +105,7 @@ def fit_temperature(scores: Tensor, labels: Tensor) -> float:
     if num_classes == 1:
         return 1.0
     counts = torch.bincount(labels, minlength=num_classes).double()
-    certainty = ((counts + 1) / (counts + num_classes))[labels].unsqueeze(1)
+    certainty = ((counts + 1) / (counts + 2))[labels].unsqueeze(1)
     truth = torch.nn.functional.one_hot(labels, num_classes).double()
     targets = truth * certainty + (1 - truth) * (1 - certainty) / (num_classes - 1)
     balance = (1 / counts.clamp(min=1))[labels]

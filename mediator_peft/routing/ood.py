@@ -106,7 +106,8 @@ class Trust(NamedTuple):
     """(B,) share of the nearest expert's known prompts that are at least as novel."""
 
     is_ood: Tensor
-    """(B,) bool, whether that share is below ``ood_alpha``, or the prompt is farther off than any ordinary one."""
+    """(B,) bool, whether the fallback gets more than the experts. Routers that were fitted without a decision rule:
+    whether that share is below ``ood_alpha``, or the prompt is farther off than any ordinary one."""
 
     gate_coefficient: Tensor
     """(B,) in [0, 1]"""
@@ -122,8 +123,8 @@ def gate_coefficients(
     :math:`\pi` is the share of the nearest expert's known prompts with at least this OOD score, so known prompts go to
     their expert except for a share :math:`\alpha`. :math:`\beta(x)` is the share of held-out background prompts with
     at most this OOD score, each from a family that the rule was not fitted on; over these prompts the mean of the
-    second term is :math:`\beta`. Where both rates cannot be held, the first one is. Our choice, measured in
-    ``docs/routing.md``.
+    second term is :math:`\beta`. Where both rates cannot be held, the first one is. A prompt is OOD where
+    :math:`t < \tfrac12`. Our choice, measured in ``docs/routing.md``.
 
     Args:
         ood_score: (B,) OOD scores.
@@ -136,14 +137,32 @@ def gate_coefficients(
     tail = fit_tail(known.ood_score, known.labels, known.num_experts)
     share = tail_share(ood_score, nearest, tail)
     gate_coefficient = (share / ood_alpha).clamp(max=1.0)
-    is_ood = share < ood_alpha
     if known.background_share is not None:
         accepted = unknown_share(ood_score, known)
-        return Trust(share, is_ood, torch.maximum(gate_coefficient, (1.5 - accepted / ood_beta).clamp(0.0, 1.0)))
+        gate_coefficient = torch.maximum(gate_coefficient, (1.5 - accepted / ood_beta).clamp(0.0, 1.0))
+        return Trust(share, gate_coefficient < 0.5, gate_coefficient)
+    is_ood = share < ood_alpha
     if len(known.background_novelty):
         gate_coefficient, beyond = _trust_without_rule(gate_coefficient, ood_score, distance, nearest, known)
         is_ood = is_ood | beyond
     return Trust(share, is_ood, gate_coefficient)
+
+
+def ood_threshold(known: Known, ood_alpha: float, ood_beta: float) -> Tensor:
+    """(K,) the OOD score above which a prompt of each expert is OOD; see :func:`gate_coefficients`.
+
+    Args:
+        known: held-out statistics.
+        ood_alpha: share of known prompts that may be flagged as unknown.
+        ood_beta: share of unknown prompts that may reach an expert.
+    """
+    tail = fit_tail(known.ood_score, known.labels, known.num_experts)
+    if known.background_share is None:
+        return threshold(tail, ood_alpha)
+    values, order = known.background_novelty.sort()
+    beyond = known.background_share[order].cumsum(dim=0) > ood_beta
+    least = values[beyond][0] if beyond.any() else values.new_tensor(torch.inf)
+    return torch.maximum(threshold(tail, 0.5 * ood_alpha), least)
 
 
 def unknown_share(ood_score: Tensor, known: Known) -> Tensor:

@@ -104,6 +104,9 @@ def systems(
     merge: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Single-model merge; repeatable. By default the study's.")
     ] = None,
+    without_base: Annotated[
+        bool, typer.Option(help="Leave the base out: it takes longest where nothing ends its answers.")
+    ] = False,
     only: Only = None,
     threads: Threads = 1,
 ) -> None:
@@ -123,7 +126,8 @@ def systems(
     model = build_default(bench)
     mediator = score_mediator(bench, model)
     merged = score_merges(bench, lab)
-    _keep(bench, "systems", systems_result(bench, score_base(bench, lab) | own | mediator | merged, model))
+    table = ({} if without_base else score_base(bench, lab)) | own | mediator | merged
+    _keep(bench, "systems", systems_result(bench, table, model))
 
 
 @app.command()
@@ -149,7 +153,8 @@ def compare(
 ) -> None:
     """Score baselines of other papers and every merge method on the items of `systems`, and write the table.
 
-    Systems that were scored before, by this or another run, are in the table as well.
+    Systems that were scored before, by this or another run, are in the table as well; with fewer answers than the
+    study's, it is a table of its own, on the first items of each task.
     """
     from .comparison import ORDER, Comparison
     from .comparison import compare as compare_systems
@@ -160,7 +165,9 @@ def compare(
     if answers is not None or losses is not None:
         limit = Sizes(10**9 if answers is None else answers, 10**9 if losses is None else losses)
     run = Comparison(bench, _lab(bench), limit)
-    _keep(bench, "comparison", compare_systems(run, system or ORDER))
+    is_short = answers is not None and answers < bench.settings.num_answers
+    name = f"comparison_first{answers}" if is_short else "comparison"
+    _keep(bench, name, compare_systems(run, system or ORDER))
 
 
 @app.command()
@@ -174,15 +181,21 @@ def conflict(folder: Root, base: Base = "smollm2", only: Only = None, threads: T
 
 @app.command()
 def ablation(folder: Root, base: Base = "smollm2", only: Only = None, threads: Threads = 1) -> None:
-    """Measure answer losses with deltas in a share of the blocks, under each ranking."""
-    from .ablation import score_block_sets
-    from .conflict import conflict_table
+    """Measure answer losses with one part of the method changed, and with deltas in a share of the blocks."""
+    from .ablation import ablate
+
+    bench = _bench(folder, base, threads, only)
+    ablate(bench, _lab(bench), lambda found: _keep(bench, "ablation", found))
+
+
+@app.command()
+def hard(folder: Root, base: Base = "smollm2", only: Only = None, threads: Threads = 1) -> None:
+    """Measure hard cases: experts that share a task, large steps, LoRA, prompts of two tasks, later turns, gates."""
+    from .hard import hard_cases
     from .systems import build_default
 
     bench = _bench(folder, base, threads, only)
-    lab = _lab(bench)
-    found = score_block_sets(bench, lab, build_default(bench), conflict_table(lab.base, lab.experts))
-    _keep(bench, "ablation", found)
+    _keep(bench, "hard", hard_cases(bench, _lab(bench), build_default(bench)))
 
 
 @app.command()

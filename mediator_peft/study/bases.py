@@ -116,8 +116,6 @@ GEMMA3 = StudyBase(
     prompt_form=LINE,
     # With this vocabulary, a step of eight word problems takes half a minute on one core.
     recipes={"maths": StudyRecipe(30, batch_size=4)},
-    num_answers=60,
-    num_losses=20,
     merges=("regmean",),
 )
 BASES = {base.name: base for base in (SMOLLM2, GEMMA3)}

@@ -20,21 +20,20 @@ from ..config import MediatorSettings
 from ..demo.tasks import Item
 from ..evaluation.baselines import (
     NAMED_ROUTE,
-    RANDOM_ROUTE,
     ROUTER_ROUTE,
     RestoredExperts,
     by_choice,
+    chosen_experts,
     parse_baseline,
-    random_route,
 )
-from ..evaluation.generation import ROUTED, Memo, backbone_name, route_prompts
+from ..evaluation.generation import ROUTED, Memo, route_prompts
 from ..evaluation.measuring import measure_statistics
 from ..evaluation.report import write_json
 from ..merge.plain_merge import merge_models
 from ..methods.baselines import BASELINES
 from ..methods.merging import MERGE_METHODS
 from ..presets import PRESETS, preset_settings
-from ..tuner.config import FALLBACK_EXPERT, MediatorConfig
+from ..tuner.config import MediatorConfig
 from .dynamic import dynamic_parts
 from .lab import (
     Lab,
@@ -181,15 +180,8 @@ def _restored(run: Comparison, name: str, route: str) -> System:
 
 def _choices(run: Comparison, task: str, route: str, items: Sequence[Item]) -> list[str | None]:
     """Which expert answers each item; None for the base."""
-    experts = sorted(run.lab.experts)
-    if route == NAMED_ROUTE:
-        return [task] * len(items)
-    if route == RANDOM_ROUTE:
-        return [random_route(item.prompt, experts) for item in items]
-    model, tokenizer = run.default_model()
-    routes = route_prompts(model, tokenizer, [item.prompt for item in items])
-    none = {FALLBACK_EXPERT, backbone_name(model.expert_names)}
-    return [None if found.expert in none else found.expert for found in routes]
+    prompts = [item.prompt for item in items]
+    return chosen_experts(route, prompts, run.lab.experts, task, lambda: route_prompts(*run.default_model(), prompts))
 
 
 def _preset(run: Comparison, name: str) -> System:
@@ -289,7 +281,8 @@ def score_system(run: Comparison, name: str) -> dict[str, Scores]:
     """Task → scores of one system, measured or found."""
     system = find_system(run, name)
     return {
-        task: run.bench.scored_in_parts(name, task, run.sizes(task), system.depends, system.parts(task))
+        task: _known(run, name, task, system)
+        or run.bench.scored_in_parts(name, task, run.sizes(task), system.depends, system.parts(task))
         for task in _tasks(run, system)
     }
 
@@ -299,11 +292,20 @@ def known_scores(run: Comparison, name: str) -> dict[str, Scores] | None:
     system = find_system(run, name)
     found = {}
     for task in _tasks(run, system):
-        scores = run.bench.book.find(name, task, run.bench.key(task, run.sizes(task), system.depends))
+        scores = _known(run, name, task, system)
         if scores is None:
             return None
         found[task] = scores
     return found
+
+
+def _known(run: Comparison, name: str, task: str, system: System) -> Scores | None:
+    """Scores of the wanted items, or the first ones of those of all items."""
+    for sizes in dict.fromkeys((run.sizes(task), run.bench.sample.sizes[task])):
+        scores = run.bench.book.find(name, task, run.bench.key(task, sizes, system.depends))
+        if scores is not None:
+            return scores.first(run.sizes(task))
+    return None
 
 
 def _tasks(run: Comparison, system: System) -> list[str]:

@@ -99,7 +99,13 @@ def rankings(table: Sequence[Mapping[str, object]], num_random: int = 2, seed: i
         "first": blocks,
         "last": blocks[::-1],
         "sign reversed": by("sign")[::-1],
+        "spread": sorted(blocks, key=_bits_reversed),
     }
     for number in range(num_random):
         found[f"random {number}"] = np.random.default_rng([seed, number]).permutation(blocks).tolist()
     return found
+
+
+def _bits_reversed(number: int) -> int:
+    """Sorted by it, the first blocks of any number are evenly spread over the depth (van der Corput's sequence)."""
+    return int(f"{number:010b}"[::-1], 2)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ..bank.packed_arrays import PackedArrays, to_disk
 from ..bank.sparse_delta import SparseDelta
 from ..demo.tasks import Item
+from ..evaluation.answer_batches import AnswerBatch
 from ..evaluation.prompts import answer_ids, render, token_ids
-from ..evaluation.scale_fitting import Batch, ScaleFit, fit_factors, log_probabilities
+from ..evaluation.scale_fitting import ScaleFit, fit_factors, log_probabilities
 from ..merge.delta_packing import pack_delta
 from ..methods.encoding.factors_sign import LEVELS, factor_rank, nearest_levels
 from ..methods.encoding.scales import SIGN_SCALES, RowSums
@@ -207,10 +208,10 @@ class Trial:
         self._bench, self._lab = bench, lab
         self.mean: State = merge_states(lab.base, lab.experts, MERGE_METHODS["average"])
         self.targets = [name for name in lab.base if ".layers." in name and name.endswith("proj.weight")]
-        self._references: dict[tuple[str, str], tuple[list[Batch], list[list[Tensor]]]] = {}
+        self._references: dict[tuple[str, str], tuple[list[AnswerBatch], list[list[Tensor]]]] = {}
         self.num_routed = sum(lab.base[name].numel() for name in self.targets)
 
-    def encoded(self, items: Sequence[Item], size: int = _BATCH) -> list[Batch]:
+    def encoded(self, items: Sequence[Item], size: int = _BATCH) -> list[AnswerBatch]:
         """Prompts and reference answers as batches."""
         tokenizer = self._lab.tokenizer
         rows = [
@@ -220,7 +221,7 @@ class Trial:
             )
             for item in items
         ]
-        return [Batch.of(rows[start : start + size]) for start in range(0, len(rows), size)]
+        return [AnswerBatch.of(rows[start : start + size]) for start in range(0, len(rows), size)]
 
     def measure(self, task: str, form: Form) -> tuple[float, Measures]:
         """Bytes a routed parameter, and how near one expert comes back."""
@@ -233,7 +234,7 @@ class Trial:
             with torch.no_grad():
                 return num_bytes / self.num_routed, measured(model, test, expected)
 
-    def _reference(self, task: str, split: str) -> tuple[list[Batch], list[list[Tensor]]]:
+    def _reference(self, task: str, split: str) -> tuple[list[AnswerBatch], list[list[Tensor]]]:
         """Items of a task, and the distributions of its expert before each token of their answers."""
         if (task, split) not in self._references:
             found = self._bench.sample.tasks[task]
@@ -258,7 +259,7 @@ class Trial:
         return state, deltas, num_bytes
 
 
-def measured(model: nn.Module, batches: Sequence[Batch], references: Sequence[Sequence[Tensor]]) -> Measures:
+def measured(model: nn.Module, batches: Sequence[AnswerBatch], references: Sequence[Sequence[Tensor]]) -> Measures:
     divergence = loss = right = same = 0.0
     tokens = items = 0
     for batch, experts in zip(batches, references, strict=True):

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..demo.tasks import Item
-from ..evaluation.generation import ExpertChoice, Memo, answer_losses, answer_prompts
+from ..evaluation.batching import PromptSettings
+from ..evaluation.generation import ExpertChoice, Memo, PromptedModel
 from ..evaluation.report import write_json
 from ..evaluation.runner import answer_room
 from ..evaluation.scoring import MATCHERS
@@ -125,12 +126,12 @@ def score_items(
         memo: of this very model.
     """
     started = time.perf_counter()
-    shared: dict[str, Any] = {"expert_weights": expert_weights, "batch_size": batch_size, "memo": memo}
+    asked = PromptedModel(model, tokenizer, PromptSettings(batch_size), memo or Memo.empty())
     answered, measured = items[: sizes.answers], items[: sizes.losses]
     room = answer_room(tokenizer, [item.answer for item in items])
     prompts = [item.prompt for item in answered]
-    answers = answer_prompts(model, tokenizer, prompts, max_new_tokens=room, **shared) if prompts else []
+    answers = asked.answers(prompts, expert_weights, room) if prompts else []
     references = [item.answer for item in measured]
-    losses = answer_losses(model, tokenizer, [item.prompt for item in measured], references, **shared)
+    losses = asked.losses([item.prompt for item in measured], references, expert_weights)
     right = [MATCHERS[match](answer, item.answer) for answer, item in zip(answers, answered, strict=True)]
     return Scores(right, losses, answers, round(time.perf_counter() - started, 1))

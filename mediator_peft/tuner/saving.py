@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..bank.expert_store import ExpertStore, padded_size
 from ..bank.layer_bank import check_parts, from_disk, num_bytes_in_memory
-from ..bank.packed_arrays import to_disk
+from ..bank.packed_arrays import all_to_disk, place_of
 from ..checkpoints.adapter_files import (
     BANK_ATTRIBUTE,
     CONFIG_FILE,
@@ -44,7 +44,7 @@ from ..merge.model_card import model_card
 from ..merge.tensor_work import deltas_stored
 from ..methods.encoding.bitmaps import count_bits
 from ..routing.routers import Router
-from ..storage import FLOAT32, FLOAT_TYPES, FloatType, as_array, to_tensor
+from ..storage import FLOAT32, FLOAT_TYPES, Array, FloatType, as_array, to_tensor
 from .config import FitSettings, MediatorConfig
 from .layer import MediatorLayer, reading_weights, routed_layers
 from .offloaded import fetched
@@ -104,12 +104,17 @@ class AdapterFiles:
             UnsupportedError: a tensor is offloaded in another way.
         """
         wanted = (f".{BANK_ATTRIBUTE}.{adapter_name}.", f"{ROUTER_ATTRIBUTE}.{adapter_name}.")
-        found = {}
+        found: dict[str, Tensor] = {}
+        layers: dict[str, dict[str, Array]] = {}
         for key, tensor in state_dict.items():
             if wanted[0] in key:
-                found[key] = to_tensor(to_disk(key, as_array(fetched(model, key, tensor).cpu())))
+                layer, _, buffer = key.partition(wanted[0])
+                layers.setdefault(layer, {})[buffer] = as_array(fetched(model, key, tensor).cpu())
+                found[key] = tensor
             elif wanted[1] in key:
                 found[key] = fetched(model, key, tensor).detach().flatten()
+        for layer, buffers in layers.items():
+            found |= {f"{layer}{wanted[0]}{key}": to_tensor(array) for key, array in all_to_disk(buffers).items()}
         if not _WRITES_FILES.get():
             found[_SETTINGS_KEY] = torch.tensor(list(json.dumps(settings._asdict()).encode()), dtype=torch.uint8)
         return found or {f"empty.{adapter_name}": torch.zeros(0)}
@@ -446,12 +451,25 @@ def _store(
         for column in sizes:
             for part in layer.bank(adapter_name).part_names:
                 key = f"{column}:{part}"
-                stored = state_dict[f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}.{key}"]
+                stored = _stored_part(state_dict, f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}.", key, name)
                 sizes[column] += padded_size(num_bytes_in_memory(key, stored, layer.shape))
     folder = None if config.expert_folder is None else Path(config.expert_folder)
     store = ExpertStore(config.max_resident_experts, folder, _pinned(config))
     store.make_room(sizes)
     return store
+
+
+def _stored_part(state_dict: Mapping[str, Tensor], prefix: str, key: str, layer: str) -> Tensor:
+    """What an adapter file holds of a part, under its own name or that of an expert with an equal factor.
+
+    Raises:
+        AdapterError: it refers to what is not there.
+    """
+    place = place_of(key, state_dict[prefix + key])
+    stored = state_dict.get(prefix + place)
+    if stored is None or place_of(place, stored) != place:
+        raise AdapterError(f"layer {layer!r}, part {key!r} of the adapter file refers to {place!r}: it is damaged.")
+    return stored
 
 
 def _pinned(config: MediatorConfig) -> list[str]:
@@ -473,18 +491,25 @@ def _load_layer(
     bank = layer.bank(adapter_name)
     device = device_of(layer.base_layer)
     prefix = f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}."
-    loaded = {}
+    saved_prefix = f"{prefix}{adapter_name}."
+    loaded: dict[str, Tensor] = {}
+    held: dict[str, Tensor] = {}
     for column in columns:
         for part in bank.part_names:
             key = f"{column}:{part}"
-            check_kind(key, name, state_dict[prefix + key])
-            tensor = from_disk(key, state_dict[prefix + key], layer.shape)
+            place = place_of(key, state_dict[prefix + key])
+            stored = _stored_part(state_dict, prefix, key, name)
+            check_kind(key, name, stored)
             if store is not None:
-                tensor = store.keep(column, tensor)
-            elif device.type != "meta":
-                tensor = tensor.to(device)
+                tensor = store.keep(column, from_disk(key, stored, layer.shape))
+            elif place in held:
+                # What several experts have in common is held once.
+                tensor = held[place]
+            else:
+                tensor = from_disk(key, stored, layer.shape)
+                tensor = held[place] = tensor if device.type == "meta" else tensor.to(device)
             bank.put_part(key, tensor)
-            loaded[f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}.{adapter_name}.{key}"] = tensor
+            loaded[f"{saved_prefix}{key}"] = tensor
     deltas = {column: bank.stored(column) for column in columns}
     if store is not None:
         bank.stays, bank.brought_to = True, None if device.type in ("cpu", "meta") else device

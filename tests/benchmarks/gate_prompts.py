@@ -272,11 +272,11 @@ def item(task: str, rng: Random, words: Sequence[str]) -> str:
         return str(rng.randint(10, 10 ** rng.randint(2, 6)))
     if task == "spelling":
         return rng.choice(words)
-    text = rng.choice(_ASKED).format(**_sql_parts(rng))
+    text = rng.choice(_ASKED).format(**sql_parts(rng))
     return text[0].upper() + text[1:] + "."
 
 
-def _sql_parts(rng: Random) -> dict[str, object]:
+def sql_parts(rng: Random) -> dict[str, object]:
     b, c = rng.sample(_COLUMNS, 2)
     t, u = rng.sample(_TABLES, 2)
     return {"b": b, "c": c, "t": t, "u": u, "n": rng.randint(1, 5000)}
@@ -286,9 +286,7 @@ def calibration_prompts(size: int, seed: int) -> tuple[list[str], list[int]]:
     """Prompts in the seen wording and their tasks' numbers, ``size`` a task."""
     texts: list[str] = []
     for task in TASKS:
-        texts += _distinct(
-            lambda rng, task=task: SEEN[task].format(x=item(task, rng, _words())), size, f"{seed} {task}"
-        )
+        texts += distinct(lambda rng, task=task: SEEN[task].format(x=item(task, rng, _words())), size, f"{seed} {task}")
     return texts, [number for number in range(len(TASKS)) for _ in range(size)]
 
 
@@ -301,7 +299,7 @@ def _words() -> list[str]:
     return _kept_words
 
 
-def _distinct(draw: Callable[[Random], str], size: int, seed: str) -> list[str]:
+def distinct(draw: Callable[[Random], str], size: int, seed: str) -> list[str]:
     rng, found = Random(seed), {}
     for _ in range(60 * size):
         found[draw(rng)] = None
@@ -364,7 +362,7 @@ def prompt_sets(collection: str, size: int, seed: int) -> dict[str, PromptSet]:
     for number, task in enumerate(TASKS):
 
         def draw(forms: Sequence[str], task: str = task) -> Callable[[Random], str]:
-            return lambda rng: rng.choice(forms).format(x=item(task, rng, _words()), **_sql_parts(rng))
+            return lambda rng: rng.choice(forms).format(x=item(task, rng, _words()), **sql_parts(rng))
 
         seen = draw((SEEN[task],))
         makers = {
@@ -376,15 +374,15 @@ def prompt_sets(collection: str, size: int, seed: int) -> dict[str, PromptSet]:
         if collection == "later":
             makers["language of the table"] = draw(KNOWN_LANGUAGES[task])
         for kind, maker in makers.items():
-            prompts = _distinct(maker, size, f"{seed} {collection} {task} {kind}")
+            prompts = distinct(maker, size, f"{seed} {collection} {task} {kind}")
             sets[f"{task}, {kind}"] = PromptSet(kind, number, prompts, ())
     for name, (kind, maker, families) in _UNKNOWN[collection].items():
-        prompts = _distinct(maker, size, f"{seed} {collection} {name}")
+        prompts = distinct(maker, size, f"{seed} {collection} {name}")
         sets[name] = PromptSet(kind, -1, prompts, families)
     return sets
 
 
-def _filled(*forms: str, **slots: Sequence[str]) -> Callable[[Random], str]:
+def filled(*forms: str, **slots: Sequence[str]) -> Callable[[Random], str]:
     def draw(rng: Random) -> str:
         chosen = {name: rng.choice(values) for name, values in slots.items()}
         return rng.choice(forms).format(n=rng.randint(2, 9999), m=rng.randint(2, 99), **chosen)
@@ -392,15 +390,15 @@ def _filled(*forms: str, **slots: Sequence[str]) -> Callable[[Random], str]:
     return draw
 
 
-def _sampled(sentences: Sequence[str], least: int, most: int) -> Callable[[Random], str]:
+def sampled(sentences: Sequence[str], least: int, most: int) -> Callable[[Random], str]:
     return lambda rng: " ".join(rng.sample(list(sentences), rng.randint(least, most)))
 
 
 def _on_items(task: str, *forms: str) -> Callable[[Random], str]:
-    return lambda rng: rng.choice(forms).format(x=item(task, rng, _words()), **_sql_parts(rng))
+    return lambda rng: rng.choice(forms).format(x=item(task, rng, _words()), **sql_parts(rng))
 
 
-def _characters(alphabet: str, least: int, most: int) -> Callable[[Random], str]:
+def characters(alphabet: str, least: int, most: int) -> Callable[[Random], str]:
     return lambda rng: "".join(rng.choice(alphabet) for _ in range(rng.randint(least, most))).strip() or "q"
 
 
@@ -660,36 +658,36 @@ _REPLIES = (
 )  # fmt: skip
 _UNKNOWN: dict[str, dict[str, tuple[str, Callable[[Random], str], tuple[str, ...]]]] = {
     "development": {
-        "German": ("far", _filled("Erzähl mir etwas über {x}.", "Was weißt du über {x}?", "Ich denke oft an {x}.",
+        "German": ("far", filled("Erzähl mir etwas über {x}.", "Was weißt du über {x}?", "Ich denke oft an {x}.",
                    "Gib mir {m} Tipps für {x}.", "Warum ist {x} so wichtig?", "Was soll ich zu {x} sagen?", x=_DE), ("germanic",)),
-        "French": ("far", _filled("Parle-moi de {x}.", "Que penses-tu de {x} ?", "Écris un courriel sur {x}.",
+        "French": ("far", filled("Parle-moi de {x}.", "Que penses-tu de {x} ?", "Écris un courriel sur {x}.",
                    "Donne-moi {m} conseils pour {x}.", "Pourquoi parler de {x} ?", "J'ai une question sur {x}.", x=_FR), ("romance",)),
-        "Chinese": ("far", _filled("请谈谈{x}。", "你喜欢{x}吗?", "写一首关于{x}的诗。", "{x}有什么好处?", "给我{m}条关于{x}的建议。",
+        "Chinese": ("far", filled("请谈谈{x}。", "你喜欢{x}吗?", "写一首关于{x}的诗。", "{x}有什么好处?", "给我{m}条关于{x}的建议。",
                     "为什么大家喜欢{x}?", x=_ZH), ("Chinese, Japanese, Korean",)),
-        "Russian": ("far", _filled("Расскажи о {x}.", "Напиши рассказ о {x}.", "Что ты думаешь о {x}?", "Дай {m} советов о {x}.",
+        "Russian": ("far", filled("Расскажи о {x}.", "Напиши рассказ о {x}.", "Что ты думаешь о {x}?", "Дай {m} советов о {x}.",
                     "Я много думаю о {x}.", "Поговорим о {x}?", "Зачем говорить о {x}?", x=_RU), ("Cyrillic and Greek",)),
-        "code questions": ("far", _filled("How do I sort a list of {x} in {y}?", "Why is my {y} loop over {x} slow?",
+        "code questions": ("far", filled("How do I sort a list of {x} in {y}?", "Why is my {y} loop over {x} slow?",
                            "Write a {y} class that stores {x}.", "What does static mean in {y}?",
                            "Explain this {y} error: index {m} out of range", x=_THINGS, y=_LANGS), ("questions about code", "code")),
-        "code": ("far", _filled("def {x}(n):\n    return n * {m}", "for (int i = 0; i < {n}; i++) {{ {x}[i] = 0; }}",
+        "code": ("far", filled("def {x}(n):\n    return n * {m}", "for (int i = 0; i < {n}; i++) {{ {x}[i] = 0; }}",
                  "let {x} = {n}; console.log({x});", "import {x}\nprint({x}.size)", "if {x} > {m}:\n    {x} -= 1",
                  x=_THINGS), ("code", "questions about code")),
-        "news": ("far", _sampled(_NEWS, 2, 4), ("news", "encyclopedic", "narrative")),
-        "data": ("far", _filled('{{"id": {n}, "{x}": "{y}"}}', "{x};{n};{y};{m}", "<{x}><{y}>{n}</{y}></{x}>",
+        "news": ("far", sampled(_NEWS, 2, 4), ("news", "encyclopedic", "narrative")),
+        "data": ("far", filled('{{"id": {n}, "{x}": "{y}"}}', "{x};{n};{y};{m}", "<{x}><{y}>{n}</{y}></{x}>",
                  "2024-05-{m} 12:{m}:07 WARN {x}: {y} failed ({n})", "https://{x}.example.com/{y}?page={n}",
                  x=_THINGS, y=_THINGS), ("data and markup", "logs and addresses")),
-        "characters": ("far", _characters(string.ascii_letters + string.digits + "#$%&/ ", 6, 40),
+        "characters": ("far", characters(string.ascii_letters + string.digits + "#$%&/ ", 6, 40),
                        ("random characters", "unknown words", "key mashing", "random tokens")),
         "repetitions": ("far", lambda rng: (rng.choice([*_THINGS, "lo", "x", "9", "ok"]) + rng.choice(["", " "])) *
                         rng.randint(5, 30), ("repetitions",)),
-        "capitals": ("far", _filled("What is the capital of {x}?", x=_COUNTRIES), ("questions",)),
-        "stories": ("far", _sampled(_STORIES, 1, 3), ("narrative", "news", "encyclopedic")),
-        "small talk": ("far", _sampled(_TALK, 1, 2), ("small talk",)),
+        "capitals": ("far", filled("What is the capital of {x}?", x=_COUNTRIES), ("questions",)),
+        "stories": ("far", sampled(_STORIES, 1, 3), ("narrative", "news", "encyclopedic")),
+        "small talk": ("far", sampled(_TALK, 1, 2), ("small talk",)),
         "very short": ("far", lambda rng: rng.choice(_SHORT), ("very short",)),
-        "rewriting": ("far", _filled("Rephrase: {x}", "Make this friendlier: {x}", "Summarise in {m} words: {x}",
+        "rewriting": ("far", filled("Rephrase: {x}", "Make this friendlier: {x}", "Summarise in {m} words: {x}",
                       "Put this into reported speech: {x}", "{x} Translate to Dutch.", "Shorten this text: {x}",
                       "Write a reply to this: {x}", "Make a title for: {x}", x=_SENTENCES), ("requests about a text",)),
-        "questions": ("far", _filled("Why do people like {x}?", "Who invented {x}?", "How expensive is {x} these days?",
+        "questions": ("far", filled("Why do people like {x}?", "Who invented {x}?", "How expensive is {x} these days?",
                       "What should I know about {x}?", "Is {x} good for children?", x=_THINGS), ("questions", "writing requests")),
         "near numbers": ("near", _on_items("numbers", "What is {x} plus {n}?", "Is {x} divisible by 7?",
                          "Write {x} in Roman numerals.", "Round {x} to hundreds.", "Factorise {x}."), ()),
@@ -700,51 +698,51 @@ _UNKNOWN: dict[str, dict[str, tuple[str, Callable[[Random], str], tuple[str, ...
                      "What columns should a table of {t} have?", "Make a chart of {c} by {b} for our {t}."), ()),
     },
     "held out": {
-        "Italian": ("far", _filled("Raccontami qualcosa: {x}.", "Che ne pensi? Parlo di questo: {x}.", "Scrivi {m} righe su {x}.",
+        "Italian": ("far", filled("Raccontami qualcosa: {x}.", "Che ne pensi? Parlo di questo: {x}.", "Scrivi {m} righe su {x}.",
                     "Come posso migliorare {x}?", "Oggi penso a {x}.", "Perché {x} è importante?", "Non capisco {x}.",
                     "Aiutami con {x}!", x=_IT), ("romance",)),
-        "Swedish": ("far", _filled("Berätta om {x}.", "Vad tycker du om {x}?", "Skriv {m} rader om {x}.", "Jag tänker på {x}.",
+        "Swedish": ("far", filled("Berätta om {x}.", "Vad tycker du om {x}?", "Skriv {m} rader om {x}.", "Jag tänker på {x}.",
                     "Hur blir {x} bättre?", "Varför är {x} viktigt?", "Hjälp mig med {x}!", "Jag förstår inte {x}.", x=_SV),
                     ("germanic",)),
-        "Polish": ("far", _filled("Opowiedz o {x}.", "Co myślisz o {x}?", "Napisz {m} zdań o {x}.", "Myślę dziś o {x}.",
+        "Polish": ("far", filled("Opowiedz o {x}.", "Co myślisz o {x}?", "Napisz {m} zdań o {x}.", "Myślę dziś o {x}.",
                    "Porozmawiajmy o {x}.", "Dlaczego mówisz o {x}?", "Nie wiem nic o {x}.", x=_PL), ("other Latin script",)),
-        "Japanese": ("far", _filled("{x}について教えてください。", "{x}は好きですか。", "{x}の話を書いて。", "{x}について{m}語で説明して。",
+        "Japanese": ("far", filled("{x}について教えてください。", "{x}は好きですか。", "{x}の話を書いて。", "{x}について{m}語で説明して。",
                      "今日は{x}のことを考えています。", "{x}はなぜ大切ですか。", "{x}がわかりません。", x=_JA), ("Chinese, Japanese, Korean",)),
-        "Arabic": ("far", _filled("حدثني عن {x}.", "ما رأيك في {x}؟", "اكتب قصة عن {x}.", "لماذا {x} مهم؟", "أفكر اليوم في {x}.",
+        "Arabic": ("far", filled("حدثني عن {x}.", "ما رأيك في {x}؟", "اكتب قصة عن {x}.", "لماذا {x} مهم؟", "أفكر اليوم في {x}.",
                    "أعطني {m} نصائح عن {x}.", "لا أفهم {x}.", x=_AR), ("Arabic, Hebrew, Devanagari",)),
-        "programming help": ("far", _filled("My {y} program about {x} leaks memory.", "Which {y} library would you use for {x}?",
+        "programming help": ("far", filled("My {y} program about {x} leaks memory.", "Which {y} library would you use for {x}?",
                              "Can {y} call C code?", "How are exceptions handled in {y}, with {m} threads?",
                              "Port this {x} script from bash to {y}.", "Why does {y} say 'unexpected token' in line {m}?",
                              x=_THINGS, y=_LANGS), ("questions about code", "code")),
-        "shell and code": ("far", _filled("ls -la /{x} | grep {y} | head -n {m}", "#define {x} {n}\nstatic int {y} = {x};",
+        "shell and code": ("far", filled("ls -la /{x} | grep {y} | head -n {m}", "#define {x} {n}\nstatic int {y} = {x};",
                            "while {x} < {n} do\n  {x} = {x} + 1\nend", "kubectl get pods -n {x} --limit={m}",
                            "val {x} = listOf({m}, {n}).map {{ it * 2 }}", "(defun {x} (n) (+ n {m}))", x=_THINGS, y=_THINGS),
                            ("code", "questions about code")),
-        "recipes": ("far", _sampled(_RECIPES, 2, 5), ("news", "encyclopedic", "narrative")),
-        "contracts": ("far", _sampled(_LEGAL, 2, 4), ("news", "encyclopedic", "narrative")),
-        "science": ("far", _sampled(_SCIENCE, 2, 4), ("news", "encyclopedic", "narrative")),
-        "settings and headers": ("far", _filled("[{x}]\n{y} = {n}\nenabled = true", "Content-Type: text/{x}\nX-{y}: {n}",
+        "recipes": ("far", sampled(_RECIPES, 2, 5), ("news", "encyclopedic", "narrative")),
+        "contracts": ("far", sampled(_LEGAL, 2, 4), ("news", "encyclopedic", "narrative")),
+        "science": ("far", sampled(_SCIENCE, 2, 4), ("news", "encyclopedic", "narrative")),
+        "settings and headers": ("far", filled("[{x}]\n{y} = {n}\nenabled = true", "Content-Type: text/{x}\nX-{y}: {n}",
                                  "{x}: &{y}\n  size: {m}\n  max: {n}", "export {x}={n}", "GET /{x}/{y}/{n} HTTP/1.1\nHost: {y}",
                                  "{x}\t{n}\t{m}\n{y}\t{m}\t{n}", "<svg width='{n}'><{x} r='{m}'/></svg>", x=_THINGS, y=_THINGS),
                                  ("data and markup", "logs and addresses")),
-        "hashes": ("far", _characters(string.hexdigits.lower(), 16, 64),
+        "hashes": ("far", characters(string.hexdigits.lower(), 16, 64),
                    ("random characters", "unknown words", "key mashing", "random tokens")),
-        "symbols": ("far", _characters("+-*/=<>[]{}()|~^_;:,.!? ", 5, 40),
+        "symbols": ("far", characters("+-*/=<>[]{}()|~^_;:,.!? ", 5, 40),
                     ("random characters", "unknown words", "key mashing", "random tokens")),
         "repeated sentences": ("far", lambda rng: (rng.choice(_TALK) + " ") * rng.randint(3, 8), ("repetitions",)),
         "repeated tokens": ("far", lambda rng: rng.choice([*_COUNTRIES, "bla", "zz", "5", "##"]) * rng.randint(4, 25),
                             ("repetitions",)),
-        "animals": ("far", _filled("What do {x} eat?", "How long do {x} live?", "Where do {x} sleep?", "Are {x} dangerous?",
+        "animals": ("far", filled("What do {x} eat?", "How long do {x} live?", "Where do {x} sleep?", "Are {x} dangerous?",
                     x=("lions", "geese", "crabs", "moths", "deer", "seals", "goats", "bats", "toads", "eels", "mice", "owls",
                        "pigs", "lynxes", "ants", "hares")), ("questions",)),
-        "travel": ("far", _filled("Plan {m} days in {x}.", "What should I eat in {x}?", "Is {x} safe for families?",
+        "travel": ("far", filled("Plan {m} days in {x}.", "What should I eat in {x}?", "Is {x} safe for families?",
                    "When is the best time to visit {x}?", "Write a postcard from {x}.", x=_COUNTRIES),
                    ("questions", "writing requests")),
-        "chatting": ("far", _filled("{x} told me about {y} and I laughed.", "I spent {m} minutes on {y} today, with {x}.",
+        "chatting": ("far", filled("{x} told me about {y} and I laughed.", "I spent {m} minutes on {y} today, with {x}.",
                      "Guess who likes {y}? {x}!", "Honestly, {y} bores me.", "Hi, me again. {x} says hello.",
                      x=_NAMES, y=_THINGS), ("small talk",)),
         "other short words": ("far", lambda rng: rng.choice(_SHORT_HELD_OUT), ("very short",)),
-        "editing": ("far", _filled("Turn this into a haiku: {x}", "Is this ironic? {x}", "{x} What is the subject of the sentence?",
+        "editing": ("far", filled("Turn this into a haiku: {x}", "Is this ironic? {x}", "{x} What is the subject of the sentence?",
                     "Give me a more formal version of: {x}", "{x}\nAnswer this message.", "Expand to {m} words: {x}",
                     "How does the author feel? {x}", "In the style of a pirate: {x}", x=_SENTENCES), ("requests about a text",)),
         "near numbers, other": ("near", _on_items("numbers", "Write {x} in binary.", "How many digits has {x}?",
@@ -758,42 +756,42 @@ _UNKNOWN: dict[str, dict[str, tuple[str, Callable[[Random], str], tuple[str, ...
                             "Why is the {c} of our {t} so low in this {b}?"), ()),
     },
     "fresh": {
-        "Danish": ("far", _filled("Fortæl mig om {x}.", "Hvad synes du om {x}?", "Skriv {m} linjer om {x}.", "Jeg forstår ikke {x}.",
+        "Danish": ("far", filled("Fortæl mig om {x}.", "Hvad synes du om {x}?", "Skriv {m} linjer om {x}.", "Jeg forstår ikke {x}.",
                    "Hvorfor er {x} vigtigt?", "I dag tænker jeg på {x}.", x=_DA), ("germanic", "nordic and baltic", "requests in German",
                    "requests in Dutch")),
-        "Romanian": ("far", _filled("Povestește-mi despre {x}.", "Ce crezi despre {x}?", "Scrie {m} rânduri despre {x}.",
+        "Romanian": ("far", filled("Povestește-mi despre {x}.", "Ce crezi despre {x}?", "Scrie {m} rânduri despre {x}.",
                      "Nu înțeleg {x}.", "De ce este important {x}?", "Azi mă gândesc la {x}.", x=_RO), ("romance", "requests in French",
                      "requests in Spanish", "requests in Italian and Portuguese", "slavic in Latin script, Hungarian, Romanian")),
-        "Ukrainian": ("far", _filled("Розкажи про {x}.", "Що ти думаєш про {x}?", "Напиши {m} речень про {x}.", "Я не розумію {x}.",
+        "Ukrainian": ("far", filled("Розкажи про {x}.", "Що ти думаєш про {x}?", "Напиши {m} речень про {x}.", "Я не розумію {x}.",
                       "Сьогодні я думаю про {x}.", x=_UK), ("Cyrillic and Greek", "requests in Russian")),
-        "Thai": ("far", _filled("เล่าเรื่อง{x}ให้ฟังหน่อย", "คุณคิดอย่างไรเกี่ยวกับ{x}", "เขียน{m}ประโยคเกี่ยวกับ{x}", "ทำไม{x}ถึงสำคัญ", "ฉันไม่เข้าใจ{x}",
+        "Thai": ("far", filled("เล่าเรื่อง{x}ให้ฟังหน่อย", "คุณคิดอย่างไรเกี่ยวกับ{x}", "เขียน{m}ประโยคเกี่ยวกับ{x}", "ทำไม{x}ถึงสำคัญ", "ฉันไม่เข้าใจ{x}",
                  x=_TH), ("Arabic, Hebrew, Devanagari", "Chinese, Japanese, Korean")),
-        "forum posts on code": ("far", _filled("After upgrading {y} to version {m} my {x} tests hang forever.",
+        "forum posts on code": ("far", filled("After upgrading {y} to version {m} my {x} tests hang forever.",
                                 "Is there a {y} equivalent of Python's zip?", "How would you cache {x} in a {y} web app?",
                                 "{y}: null pointer when parsing {x}", "Please explain generics in {y} to me.",
                                 "What IDE do {y} people use in 20{m}?", x=_THINGS, y=_LANGS),
                                 ("questions about code", "code", "programming help", "computers")),
-        "markup and formulas": ("far", _filled("\\section{{{x}}}\n\\frac{{{m}}}{{{n}}}", "# {x}\n\n* {y}\n* **{m}**", "@{x}({y}={n})",
+        "markup and formulas": ("far", filled("\\section{{{x}}}\n\\frac{{{m}}}{{{n}}}", "# {x}\n\n* {y}\n* **{m}**", "@{x}({y}={n})",
                                 "=SUM({x}!A{m}:B{n})", "<li class='{x}'>{y}</li>", "{x}_{y} := {m}; {y}++;", x=_THINGS, y=_THINGS),
                                 ("code", "data and markup", "logs and addresses")),
-        "insurance": ("far", _sampled(_INSURANCE, 2, 4), ("news", "encyclopedic", "narrative", "legal and official",
+        "insurance": ("far", sampled(_INSURANCE, 2, 4), ("news", "encyclopedic", "narrative", "legal and official",
                       "science and medicine")),
-        "horoscopes": ("far", _sampled(_HOROSCOPES, 2, 3), ("narrative", "everyday statements", "adverts and headlines", "quotes and verse")),
-        "job adverts": ("far", _sampled(_JOBS, 2, 4), ("adverts and headlines", "legal and official", "letters and e-mails")),
-        "weather reports": ("far", _sampled(_WEATHER, 2, 3), ("news", "narrative", "encyclopedic", "science and medicine")),
-        "keys and codes": ("far", _characters(string.ascii_uppercase + string.digits + "-_", 8, 40),
+        "horoscopes": ("far", sampled(_HOROSCOPES, 2, 3), ("narrative", "everyday statements", "adverts and headlines", "quotes and verse")),
+        "job adverts": ("far", sampled(_JOBS, 2, 4), ("adverts and headlines", "legal and official", "letters and e-mails")),
+        "weather reports": ("far", sampled(_WEATHER, 2, 3), ("news", "narrative", "encyclopedic", "science and medicine")),
+        "keys and codes": ("far", characters(string.ascii_uppercase + string.digits + "-_", 8, 40),
                            ("random characters", "unknown words", "key mashing", "random tokens")),
-        "emoji": ("far", _characters("😀😂🎉❤️👍🔥🙏😢🚀 ", 2, 12), ("random characters", "very short")),
+        "emoji": ("far", characters("😀😂🎉❤️👍🔥🙏😢🚀 ", 2, 12), ("random characters", "very short")),
         "refrains": ("far", lambda rng: " ".join([rng.choice(_TALK).rstrip(".!?")] * rng.randint(3, 9)), ("repetitions", "random words")),
-        "gardening": ("far", _filled("When do I plant {x}?", "My {x} have yellow leaves.", "How much sun do {x} need?",
+        "gardening": ("far", filled("When do I plant {x}?", "My {x} have yellow leaves.", "How much sun do {x} need?",
                       "Can {x} grow in a pot of {m} litres?", "Are {x} poisonous for cats?",
                       x=("tomatoes", "roses", "tulips", "beans", "carrots", "ferns", "lilies", "peas", "onions", "figs", "herbs", "poppies")),
                       ("questions", "advice and opinions", "facts and people", "recipes and instructions")),
-        "film talk": ("far", _filled("Have you seen the one with {x}? I liked the {y}.", "That film bored me, {x} fell asleep.",
+        "film talk": ("far", filled("Have you seen the one with {x}? I liked the {y}.", "That film bored me, {x} fell asleep.",
                       "We watched {m} episodes in a row.", "{x} recommended a series about {y}.", "Worst ending ever, even {x} said so.",
                       x=_NAMES, y=_THINGS), ("small talk", "everyday statements")),
         "replies": ("far", lambda rng: rng.choice(_REPLIES), ("very short", "small talk")),
-        "work on texts": ("far", _filled("Who is speaking here? {x}", "Make this sound sarcastic: {x}", "Turn this into a dialogue: {x}",
+        "work on texts": ("far", filled("Who is speaking here? {x}", "Make this sound sarcastic: {x}", "Turn this into a dialogue: {x}",
                           "{x} What could happen before that?", "Write {m} hashtags for: {x}", "Underline the verb: {x}",
                           "Answer as a poet: {x}", x=_SENTENCES), ("requests about a text", "text work")),
         "near numbers, fresh": ("near", _on_items("numbers", "Tell a story about the number {x}.", "Is {x} a square number?",
@@ -808,36 +806,36 @@ _UNKNOWN: dict[str, dict[str, tuple[str, Callable[[Random], str], tuple[str, ...
                             "Should {t} be stored as CSV or JSON?"), ()),
     },
     "later": {
-        "Czech": ("far", _filled("Řekni mi něco o {x}.", "Co si myslíš o {x}?", "Napiš {m} řádků o {x}.", "Dnes přemýšlím o {x}.",
+        "Czech": ("far", filled("Řekni mi něco o {x}.", "Co si myslíš o {x}?", "Napiš {m} řádků o {x}.", "Dnes přemýšlím o {x}.",
                   x=_CS), ("other Latin script", "slavic in Latin script, Hungarian, Romanian", "requests in Polish and Czech")),
-        "Indonesian": ("far", _filled("Ceritakan tentang {x}.", "Apa pendapatmu tentang {x}?", "Tulis {m} kalimat tentang {x}.",
+        "Indonesian": ("far", filled("Ceritakan tentang {x}.", "Apa pendapatmu tentang {x}?", "Tulis {m} kalimat tentang {x}.",
                        "Saya tidak mengerti {x}.", "Mengapa {x} penting?", x=_ID),
                        ("other Latin script", "languages of Africa and Asia in Latin script")),
-        "Greek": ("far", _filled("Πες μου για {x}.", "Τι πιστεύεις για {x};", "Γράψε {m} γραμμές για {x}.", "Σήμερα σκέφτομαι {x}.",
+        "Greek": ("far", filled("Πες μου για {x}.", "Τι πιστεύεις για {x};", "Γράψε {m} γραμμές για {x}.", "Σήμερα σκέφτομαι {x}.",
                   x=_EL), ("Cyrillic and Greek", "requests in Russian")),
-        "Bengali": ("far", _filled("{x} সম্পর্কে বলো।", "{x} কেন গুরুত্বপূর্ণ?", "{x} নিয়ে {m}টি বাক্য লেখো।", "আমি {x} বুঝি না।", x=_BN),
+        "Bengali": ("far", filled("{x} সম্পর্কে বলো।", "{x} কেন গুরুত্বপূর্ণ?", "{x} নিয়ে {m}টি বাক্য লেখো।", "আমি {x} বুঝি না।", x=_BN),
                     ("Arabic, Hebrew, Devanagari",)),
-        "build and deployment": ("far", _filled("FROM {x}:{m}\nRUN make {y}\nEXPOSE {n}", "mov eax, {m}\nadd eax, {n}\nret",
+        "build and deployment": ("far", filled("FROM {x}:{m}\nRUN make {y}\nEXPOSE {n}", "mov eax, {m}\nadd eax, {n}\nret",
                                  "git commit -m 'fix {x}' && git push", "@media ({x}: {n}px) {{ .{y} {{ margin: {m}px }} }}",
                                  "resource {x} {y} {{ count = {m} }}", x=_THINGS, y=_THINGS),
                                  ("code", "data and markup", "logs and addresses")),
-        "computer trouble": ("far", _filled("My {y} project about {x} does not compile any more.", "Why is {y} so slow at startup?",
+        "computer trouble": ("far", filled("My {y} project about {x} does not compile any more.", "Why is {y} so slow at startup?",
                              "Which book on {y} do you recommend?", "Can I use {y} to scrape pages on {x}?",
                              "{y} or {z} for a beginner?", "Segmentation fault in {y} after {m} seconds", x=_THINGS, y=_LANGS, z=_LANGS),
                              ("questions about code", "code", "programming help", "computers")),
-        "museum labels": ("far", _sampled(_MUSEUM, 2, 4), ("news", "encyclopedic", "narrative", "science and medicine")),
-        "camping": ("far", _sampled(_CAMPING, 2, 4), ("recipes and instructions", "narrative", "advice and opinions")),
+        "museum labels": ("far", sampled(_MUSEUM, 2, 4), ("news", "encyclopedic", "narrative", "science and medicine")),
+        "camping": ("far", sampled(_CAMPING, 2, 4), ("recipes and instructions", "narrative", "advice and opinions")),
         "voice commands": ("far", lambda rng: rng.choice(_DEVICE), ("very short", "small talk", "everyday statements")),
-        "account numbers": ("far", _characters(string.digits + "  -", 10, 34),
+        "account numbers": ("far", characters(string.digits + "  -", 10, 34),
                             ("random characters", "unknown words", "key mashing", "random tokens")),
         "brackets": ("far", lambda rng: rng.choice(("()", "[]{}", "<>", "/\\", "=-")) * rng.randint(4, 25), ("repetitions",)),
-        "health questions": ("far", _filled("Is {x} good for my back?", "Can {x} cause headaches?", "My doctor forbids {x}. Why?",
+        "health questions": ("far", filled("Is {x} good for my back?", "Can {x} cause headaches?", "My doctor forbids {x}. Why?",
                              "How much {x} is healthy at {m}?", x=("tea", "running", "cheese", "coffee", "sleep", "rice", "chess",
                              "swimming", "sugar", "salt", "wine", "yoga")),
                              ("questions", "advice and opinions", "science and medicine", "facts and people")),
-        "plans": ("far", _filled("{x} and I are going to talk about {y} on Friday.", "I gave {y} up, ask {x}.", "Guess what, {x} sold {m} {y}!",
+        "plans": ("far", filled("{x} and I are going to talk about {y} on Friday.", "I gave {y} up, ask {x}.", "Guess what, {x} sold {m} {y}!",
                   "Do you remember {x}? The one with {y}.", x=_NAMES, y=_THINGS), ("small talk", "everyday statements")),
-        "on sentences": ("far", _filled("Is this a threat? {x}", "{x} Say that in {m} words.", "Read between the lines: {x}",
+        "on sentences": ("far", filled("Is this a threat? {x}", "{x} Say that in {m} words.", "Read between the lines: {x}",
                          "Add an emoji to this: {x}", "Put it as a tweet: {x}", "What language is this? {x}", x=_SENTENCES),
                          ("requests about a text", "text work")),
         "near numbers, later": ("near", _on_items("numbers", "What is {x} minus {n}?", "Is {x} a Fibonacci number?", "Write {x} backwards.",

@@ -20,7 +20,7 @@ from mediator_peft import (
 )
 from mediator_peft.checkpoints import patterns
 from mediator_peft.checkpoints.opening import open_checkpoint
-from mediator_peft.errors import CheckpointError, MediatorError
+from mediator_peft.errors import AdapterError, CheckpointError, MediatorError
 from mediator_peft.storage import to_tensor
 from tests.tiny import tiny_model, write_tiny_checkpoints
 
@@ -134,6 +134,75 @@ def test_a_low_rank_expert_keeps_its_own_factors(arch, tmp_path):
         for part in ("left", "right"):
             assert len(bank.get("again").parts[part]) == len(bank.get("lora").parts[part])
         torch.testing.assert_close(bank.get("again").dense(), bank.get("lora").dense(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.fixture
+def frozen(tmp_path):
+    """An output of three LoRAs of which ``b`` and ``a`` have one A, as LoRA-FA and FlyLoRA train them, and no B."""
+    base = write_tiny_checkpoints(tmp_path, ("base",))["base"]
+    experts = {}
+    for seed, name in enumerate(("c", "b", "a")):
+        kind = {"target_modules": ["q_proj", "down_proj"], "r": 8, "lora_alpha": 5}
+        experts[name] = write_lora(base, tmp_path / name, seed=seed, **kind)
+    weights = {name: load_file(experts[name] / "adapter_model.safetensors") for name in ("a", "b")}
+    shared = {key: value for key, value in weights["a"].items() if "lora_A" in key}
+    save_file(weights["b"] | shared, experts["b"] / "adapter_model.safetensors")
+    config = MediatorConfig(sparsifier="svd", merge_method="base", routed_layers="all")
+    build_mediator(base, experts, tmp_path / "out", config)
+    return tmp_path / "out", base, experts
+
+
+def stored_factors(out):
+    """(layer, part) → column → what the file holds, of the matrices that LoRAs changed."""
+    found = {}
+    for key, value in load_file(out / "adapter_model.safetensors").items():
+        layer, _, buffer = key.partition(".mediator_bank.")
+        column, _, part = buffer.partition(":")
+        if part in ("left", "right") and layer.endswith(("q_proj", "down_proj")):
+            found.setdefault((layer, part), {})[column] = value
+    return found
+
+
+def test_equal_factors_of_several_experts_are_stored_once(frozen, tmp_path):
+    out, base, experts = frozen
+    factors = stored_factors(out / "mediator")
+    assert len(factors) == 2 * 2 * 3
+    for (_, part), columns in factors.items():
+        # In place of the factor stands the name of the first expert that has it.
+        assert (columns["b"].tolist() == [ord("a")]) == (part == "right")
+        assert columns["a"].is_floating_point()
+        assert columns["c"].is_floating_point()
+    ids = torch.arange(5, 25).reshape(2, 10)
+    for settings in ({}, {"max_resident_experts": 2}):
+        model, _ = load_mediator(out, dtype=torch.float32, **settings)
+        for name, path in experts.items():
+            plain = AutoModelForCausalLM.from_pretrained(base)
+            plain.load_state_dict(merged(base, path))
+            torch.testing.assert_close(model(ids, expert_weights=name).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+    assert verify_mediator(out, against=experts, base=base).is_ok
+    model, _ = load_mediator(out)
+    bank = model.base_model.routed_layers()["model.layers.0.self_attn.q_proj"].mediator_bank["default"]
+    right = {name: bank.get(name).parts["right"].data_ptr() for name in experts}
+    assert right["a"] == right["b"] != right["c"]
+    model.save_pretrained(tmp_path / "again")
+    again = stored_factors(tmp_path / "again")
+    for place, columns in factors.items():
+        assert all(torch.equal(again[place][column], value) for column, value in columns.items())
+    # The other one keeps its factor when the first goes.
+    model.base_model.remove_expert("a")
+    model.save_pretrained(tmp_path / "without")
+    assert all(columns["b"].is_floating_point() for columns in stored_factors(tmp_path / "without").values())
+
+
+def test_a_reference_to_no_factor_is_damage(frozen):
+    out, *_ = frozen
+    path = out / "mediator" / "adapter_model.safetensors"
+    weights = load_file(path)
+    key = next(key for key in weights if key.endswith("q_proj.mediator_bank.b:right"))
+    for name in (b"nobody", b"b", b"\xff"):
+        save_file(weights | {key: torch.tensor(list(name), dtype=torch.uint8)}, path)
+        with pytest.raises(AdapterError, match="is damaged"):
+            load_mediator(out, verify_files=False)
 
 
 REFUSED = {

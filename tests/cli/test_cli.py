@@ -16,7 +16,7 @@ from mediator_peft.cli.common import exit_code, explain
 from mediator_peft.cli.merge_options import parse_routed_layers
 from mediator_peft.errors import ConfigError
 from mediator_peft.evaluation.generation import answer_prompts, route_prompts
-from mediator_peft.evaluation.runner import score_system
+from mediator_peft.evaluation.runner import score_tasks
 
 COMMANDS = ["plan", "build", "run", "fit-router", "calibrate", "generate", "eval", "inspect", "verify", "bench", "demo"]
 
@@ -213,9 +213,9 @@ def test_an_eval_that_was_stopped_goes_on_with_the_next_system(folder, tmp_path,
         if name == "routed" and len(scored) < 4:
             raise KeyboardInterrupt
         scored.append(name)
-        return score_system(name, *rest, **options)
+        return score_tasks(name, *rest, **options)
 
-    monkeypatch.setattr("mediator_peft.evaluation.runner.score_system", stop_before_routed)
+    monkeypatch.setattr("mediator_peft.evaluation.runner.score_tasks", stop_before_routed)
     assert run(*arguments).exit_code != 0
     assert scored == ["base", "averaged backbone", "expert named"]
     scored.append("stopped")

@@ -57,6 +57,16 @@ def test_any_stream_may_be_closed_or_full(redirection, more, folder, program):
     assert b"Exception ignored" not in found.stderr
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["build", "--help"], ["--version"], [], ["methods"]], ids=" ".join)
+def test_help_and_version_are_refused_by_a_full_disk_with_a_message(arguments, program):
+    with open("/dev/full", "wb") as full:
+        found = program.run(*arguments, stdout=full)
+    assert found.returncode == 4, found.stderr.decode()
+    assert found.stderr.startswith(b"error: ")
+    assert b"Traceback" not in found.stderr
+    assert b"Exception ignored" not in found.stderr
+
+
 @pytest.mark.parametrize(("redirection", "code"), [(">/dev/full", 4), ("<&- >&- 2>&-", 0), ("| head -c 1", 0)])
 def test_so_it_is_in_a_process_that_python_started(redirection, code, folder):
     """The others are forks, whose streams the test sets up."""

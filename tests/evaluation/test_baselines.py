@@ -17,12 +17,13 @@ from mediator_peft.evaluation.baselines import (
     parse_baseline,
     random_route,
 )
+from mediator_peft.evaluation.batching import PromptSettings
 from mediator_peft.evaluation.generation import Route
 from mediator_peft.evaluation.prompts import TaskItem
-from mediator_peft.evaluation.runner import EvalTask, score_system
+from mediator_peft.evaluation.runner import EvalTask, Scoring, score_tasks
 
 EXPERTS = ("cron", "maths")
-OPTIONS = {"num_losses": None, "batch_size": 4}
+SCORING = Scoring(PromptSettings(batch_size=4))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def losses(score, task):
 
 def alone(paths, name, task):
     model, tokenizer = load_plain(paths[name])
-    return losses(score_system("alone", model, tokenizer, [task], **OPTIONS), task.name)
+    return losses(score_tasks("alone", model, tokenizer, [task], SCORING), task.name)
 
 
 def route(expert):
@@ -63,7 +64,7 @@ def route(expert):
 
 
 def test_named_experts_are_the_experts(paths, systems):
-    found = systems.score("experts", TASKS, {}, **OPTIONS)
+    found = systems.score("experts", TASKS, {}, SCORING)
     assert set(found.tasks) == {"cron", "maths"}
     for number, name in enumerate(EXPERTS):
         assert losses(found, name) == pytest.approx(alone(paths, name, TASKS[number]))
@@ -75,7 +76,7 @@ def test_named_experts_are_the_experts(paths, systems):
 def test_each_item_is_answered_by_the_expert_that_the_router_chose(paths, systems):
     task = TASKS[2]
     routes = {"other": [route("maths"), route("base"), route("cron"), route("maths")]}
-    found = losses(systems.score("experts@router", [task], routes, **OPTIONS), "other")
+    found = losses(systems.score("experts@router", [task], routes, SCORING), "other")
     by_model = {name: alone(paths, name, task) for name in ("base", *EXPERTS)}
     assert found == pytest.approx(
         [by_model["maths"][0], by_model["base"][1], by_model["cron"][2], by_model["maths"][3]]
@@ -84,7 +85,7 @@ def test_each_item_is_answered_by_the_expert_that_the_router_chose(paths, system
 
 
 def test_a_merge_method_is_one_model_for_all_tasks(systems):
-    found = systems.score("task_arithmetic", TASKS, {}, **OPTIONS)
+    found = systems.score("task_arithmetic", TASKS, {}, SCORING)
     assert set(found.tasks) == {"cron", "maths", "other"}
     assert systems.num_bytes("task_arithmetic") is None
 
@@ -109,5 +110,5 @@ def test_names_are_checked_together():
 
 def test_a_model_that_does_not_say_where_its_experts_are_is_refused():
     with pytest.raises(ConfigError, match="does not say"):
-        PublishedSystems(MediatorSettings(), load_plain).score("emr", TASKS, {})
+        PublishedSystems(MediatorSettings(), load_plain).score("emr", TASKS, {}, SCORING)
     assert replace(TASKS[0], expert=None).expert is None

@@ -7,6 +7,7 @@ import torch
 from character_tokenizer import CHAT_TEMPLATE, character_tokenizer
 from fake_mediator import TakesExperts
 
+from mediator_peft.evaluation.batching import PromptSettings
 from mediator_peft.evaluation.outcomes import judge_outcomes
 from mediator_peft.evaluation.prompts import TaskItem
 
@@ -57,7 +58,7 @@ ITEMS = [
 def test_the_one_who_is_right_gets_the_prompt(names):
     tokenizer = character_tokenizer(CHAT_TEMPLATE)
     model, steps = Canned(tokenizer, names), []
-    found = judge_outcomes(model, tokenizer, ITEMS, batch_size=3, advance=lambda: steps.append(1))
+    found = judge_outcomes(model, tokenizer, ITEMS, PromptSettings(batch_size=3), advance=lambda: steps.append(1))
     assert found.experts == {"math": ["1 to math"], "code": ["to code", "to code in other words"]}
     assert found.ordinary == ["1 spoilt by math", "spoilt by code"]
     assert found.num_undecided == len(ITEMS) - 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from typer.testing import CliRunner
 from mediator_peft import MediatorConfig, build_mediator, load_mediator, verify_mediator
 from mediator_peft.cli.app import app
 from mediator_peft.errors import ConfigError, UnsupportedError
+from mediator_peft.evaluation.answer_batches import AnswerBatch
 from mediator_peft.evaluation.scale_fitting import (
-    Batch,
     ScaleFit,
     divergence,
     fit_factors,
@@ -102,7 +103,7 @@ def test_factors_follow_the_slope():
     """The first step of Adam goes by the learning rate, down the slope that differences show."""
     model, expert = tiny_model().eval(), tiny_model(seed=1).eval()
     rows = [([5, 6, 7], [8, 9]), ([10, 11], [12, 13, 14])]
-    batch = Batch.of(rows)
+    batch = AnswerBatch.of(rows)
     with torch.no_grad():
         known = [(batch, log_probabilities(expert, batch))]
     names = [f"model.layers.{block}.mlp.{part}_proj.weight" for block in (0, 2) for part in ("up", "down")]
@@ -147,3 +148,11 @@ def test_what_cannot_be_fitted_is_refused(tmp_path):
     other, _ = built(tmp_path / "float", encoding="float")
     with pytest.raises(UnsupportedError, match="no scales"):
         fit_scales(other, {"math": paths["math"]}, {"math": pairs})
+    shutil.copytree(paths["code"], tmp_path / "copy")
+    experts = {name: paths[name] for name in ("math", "code")} | {"copy": tmp_path / "copy"}
+    build_mediator(paths["base"], experts, tmp_path / "shared", MediatorConfig(families="auto"))
+    with pytest.raises(UnsupportedError, match="'code' shares a delta with copy"):
+        fit_scales(tmp_path / "shared", {"code": paths["code"]}, {"code": pairs})
+    # The others may be fitted: what comes next is looked at.
+    with pytest.raises(ConfigError, match="7 prompts; give 8"):
+        fit_scales(tmp_path / "shared", {"math": paths["math"]}, {"math": pairs[:7]})

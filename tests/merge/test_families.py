@@ -11,7 +11,7 @@ from peft import get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from mediator_peft import MediatorConfig, build_mediator, load_mediator, verify_mediator
+from mediator_peft import MediatorConfig, build_mediator, load_mediator, plan_mediator, verify_mediator
 from mediator_peft.errors import ConfigError
 from tests.merge.helpers import digests
 from tests.tiny import fine_tuned, random_prompts, tiny_model
@@ -131,6 +131,21 @@ def test_strangers_form_no_family_and_have_the_bytes_of_a_build_without(paths, t
     assert (out / weights).read_bytes() == (plain / weights).read_bytes()
     _, near = build(paths, tmp_path / "near", ("a", "c"), families=-1)
     assert "a, c share a delta" in near.notes[-1]
+
+
+def test_a_plan_says_who_would_share_and_what_that_saves(paths):
+    experts = {name: paths[name] for name in NAMES}
+    without, shared, alone = (
+        plan_mediator(paths["base"], some, config=MediatorConfig(merge_method="base", families=families))
+        for some, families in ((experts, None), (experts, "auto"), ({"a": paths["a"]}, None))
+    )
+    assert without.sharing[0] == "copy equals c: its delta is stored once"
+    assert without.sharing[1].startswith("a, b share a delta")
+    assert without.sharing == shared.sharing
+    assert without.bytes_with_families == shared.bytes_with_families == shared.bytes["adapter"]
+    assert shared.bytes["adapter"] < without.bytes["adapter"] == without.bytes_by_encoding["sign"]
+    assert without.bytes_by_encoding["float"] > without.bytes_by_encoding["nf4"] > without.bytes_by_encoding["sign"]
+    assert (alone.sharing, alone.bytes_with_families) == ([], None)
 
 
 @pytest.mark.parametrize(

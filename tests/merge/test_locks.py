@@ -190,7 +190,7 @@ LOCKS = {
     "neurons scaled": (scale_neurons, ROTARY),  # GPT-2's activation is not homogeneous, and it has no gate
     "heads in another order": (permute_heads, CONFIGS),
     "folded into": (fold_norm, CONFIGS),
-    "residual stream rotated": (rotate_residual, ("llama", "gqa")),
+    "residual stream rotated": (rotate_residual, ROTARY),  # GPT-2's norms subtract the mean
 }
 CASES = [(what, arch) for what, (_, architectures) in LOCKS.items() for arch in architectures]
 
@@ -255,24 +255,37 @@ def test_honest_fine_tunes_are_not_spoken_of(arch, scale, tmp_path):
     assert not found_in(tmp_path, base, fine_tuned(base, 1, scale), torch.bfloat16)
 
 
-@pytest.mark.parametrize("arch", ["gqa", "qwen3"])
-def test_a_trained_model_is_not_spoken_of(arch, tmp_path):
-    """Real gradients, large steps, weight decay."""
+TRAINING = {
+    "a fine-tune": (20, 3e-4, 0.0, 8),
+    "large steps": (60, 3e-3, 0.1, 8),
+    "continued pre-training": (60, 6e-3, 0.1, 16),
+}
+"""Steps and rate of AdamW, weight decay, sequences a step."""
+
+
+@pytest.mark.parametrize("arch", CONFIGS)
+@pytest.mark.parametrize(
+    "kind", ["a fine-tune", "large steps", pytest.param("continued pre-training", marks=pytest.mark.slow)]
+)
+def test_a_trained_model_is_not_spoken_of(kind, arch, tmp_path):
+    """Real gradients, in all weights, norms and biases."""
+    steps, rate, decay, sequences = TRAINING[kind]
     base = base_of(arch)
     expert = deepcopy(base).train()
-    optimizer = torch.optim.AdamW(expert.parameters(), lr=3e-3, weight_decay=0.1)
-    for step in range(60):
-        ids = random_prompts(8, 16, seed=step)
+    optimizer = torch.optim.AdamW(expert.parameters(), lr=rate, weight_decay=decay)
+    for step in range(steps):
+        ids = random_prompts(sequences, 16, seed=step)
         expert(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert not found_in(tmp_path, base, expert.eval())
 
 
-def test_a_lora_is_not_spoken_of(tmp_path):
+@pytest.mark.parametrize("arch", CONFIGS)
+def test_a_lora_is_not_spoken_of(arch, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    base = base_of("gqa")
+    base = base_of(arch)
     base.save_pretrained(tmp_path / "base")
     model = get_peft_model(deepcopy(base), LoraConfig(r=4, target_modules="all-linear"))
     with torch.no_grad():

@@ -47,7 +47,8 @@ def test_predicted_scores_and_decisions_are_those_of_the_build(paths, tmp_path, 
 def test_predicted_bytes_hold_for_matrices_of_real_size(tmp_path):
     paths = write_larger(tmp_path, {"e0": 0.05, "e1": 0.05}, vocab_size=500)
     experts = experts_of(paths)
-    for settings in ({}, {"density": 0.05}, {"encoding": "float"}):
+    always = {"style": f"{tmp_path / 'e0'}:0.1"}
+    for settings in ({}, {"density": 0.05}, {"encoding": "float"}, {"families": -1, "always": always}):
         out = tmp_path / f"out{len(str(settings))}"
         plan = plan_mediator(tmp_path / "base", experts, out, MediatorConfig(**settings))
         build_mediator(tmp_path / "base", experts, out, MediatorConfig(**settings))

@@ -16,6 +16,7 @@ from mediator_peft.methods.merging import MERGE_METHODS, TensorContext, drawing
 from mediator_peft.methods.merging.geometry import gram_matrix
 from mediator_peft.methods.merging.row import EMBEDDING, OTHER
 from mediator_peft.methods.merging.weighted import Coefficients, read_coefficients
+from mediator_peft.methods.sparsifying.magnitude import largest_mask
 from tests.methods.merging_helpers import backbone_of, merged, tensor_tiles
 
 # The example of all worked numbers: a base and three task vectors.
@@ -80,9 +81,20 @@ def test_other_worked_numbers_of_whole_matrices():
     of_pairs("tsv", TAU[[0, 0]], [[0.120902, 0.002376, -0.146322], [0.277914, 0.005463, -0.336345]])
 
 
-@pytest.mark.parametrize("name", ["tsv", "opcm"])
+# Rows that treat input and output alike, so that transposed matrices give the transpose.
+TRANSPOSES = {
+    **dict.fromkeys(("average", "base", "task_arithmetic", "ties", "weighted", "consensus", "consensus_ties"), True),
+    **dict.fromkeys(("slerp", "karcher", "pcb", "tsv", "opcm"), True),
+    # Importance of columns; Gram matrices of inputs; steps along rows.
+    **dict.fromkeys(("widen", "regmean", "doge"), False),
+    # Draws and side files belong to places in the stored matrix.
+    **dict.fromkeys(("dare", "dare_ties", "fisher", "ota"), False),
+}
+
+
+@pytest.mark.parametrize("name", [name for name, transposes in TRANSPOSES.items() if transposes])
 def test_the_transpose_of_all_matrices_gives_the_transpose(name):
-    base, vectors = vectors_of(3)
+    base, vectors = vectors_of(number_of_experts(name))
     turned = merged(name, base.T.contiguous(), vectors.transpose(1, 2))
     torch.testing.assert_close(turned.T, merged(name, base, vectors), rtol=1e-4, atol=2e-6)
 
@@ -209,6 +221,25 @@ def test_equal_experts(name):
     base, vectors = vectors_of(1)
     found = merged(name, base, [vectors[0]] * number_of_experts(name))
     torch.testing.assert_close(found, (EQUAL[name] * vectors[0]).double(), rtol=1e-3, atol=1e-6)
+
+
+def test_every_row_has_its_properties_told():
+    assert EQUAL.keys() == TRANSPOSES.keys() == MERGE_METHODS.keys()
+
+
+def test_equal_experts_where_they_are_not_one_multiple():
+    """Trimmed once by ``ties``; one to three times the task vector by ``widen``; in mean by ``dare``."""
+    base, vectors = vectors_of(1)
+    three = [vectors[0]] * 3
+    trimmed = torch.where(largest_mask(vectors[0], 0.2), vectors[0], 0).double()
+    torch.testing.assert_close(merged("ties", base, three), trimmed, rtol=1e-3, atol=1e-6)
+    found = merged("consensus_ties", base, three, parameters={"density": 0.2, "scale": 1.0})
+    torch.testing.assert_close(found, (3 * trimmed), rtol=1e-3, atol=1e-6)
+    ratios = (merged("widen", torch.zeros_like(base), three) / vectors[0])[vectors[0] != 0]
+    assert 1 - 1e-5 <= ratios.min() <= ratios.max() <= 3 + 1e-5
+    flat = torch.full((200, 300), 0.01)
+    share = float(merged("dare", torch.zeros_like(flat), [flat] * 3).mean()) / 0.01
+    assert share == pytest.approx(0.4 * 3, rel=0.02)
 
 
 @pytest.mark.parametrize("name", MERGE_METHODS)

@@ -7,7 +7,7 @@ import torch
 
 from mediator_peft.routing.explain import explain_rows
 from mediator_peft.routing.gate import GateSettings, gate, smallest_sufficient_set
-from mediator_peft.routing.ood import Known, fit_tail, gate_coefficients, tail_share, threshold
+from mediator_peft.routing.ood import Known, fit_tail, gate_coefficients, ood_threshold, tail_share, threshold
 
 NONE = torch.zeros(0)
 
@@ -125,3 +125,33 @@ def test_the_reason_is_one_plain_sentence():
     assert rows[2].reason.endswith("→ base")
     assert rows[2].expert_weights == {"base": 1.0}
     assert rows[1].reason in str(rows[1])
+
+
+def test_flag_threshold_weights_and_reason_agree():
+    generator = torch.Generator().manual_seed(0)
+    background = 2 + 2 * torch.randn(200, generator=generator)
+    known = known_of(torch.randn(80, generator=generator), torch.randn(80, generator=generator))
+    known = known._replace(background_novelty=background, background_share=torch.full((200,), 1 / 200))
+    scores, ood_score = torch.randn(400, 2, generator=generator), torch.linspace(-3, 9, 400)
+    for alpha, beta in ((0.01, 0.03), (0.001, 0.3), (0.3, 0.01)):
+        settings = GateSettings(alpha, 0.9, True, beta)
+        rows = explain_rows(scores, ood_score, ood_score, known, settings, ["a", "b", "base"])
+        for row in rows:
+            to_base = row.expert_weights.get("base", 0.0)
+            assert row.is_ood == (to_base > 0.5) == (row.ood_score > row.threshold)
+            assert row.like_calibration == (row.tail_share >= alpha)
+            if row.like_calibration:
+                assert to_base == 0
+            if row.reason.endswith("→ base"):
+                assert row.is_ood
+                assert row.reason.startswith(("unlike every", "near the calibration texts"))
+            if row.reason.startswith(("like", "unlike the")):
+                assert to_base <= 0.05
+            assert ("above" in str(row)) == row.is_ood
+        assert 0 < sum(row.is_ood for row in rows) < len(rows)
+
+
+def test_without_a_known_share_of_background_prompts_the_threshold_is_that_of_known_prompts():
+    known = known_of(torch.linspace(0, 1, 50))
+    limit = threshold(fit_tail(known.ood_score, known.labels, 1), 0.01)
+    torch.testing.assert_close(ood_threshold(known, 0.01, 0.03), limit)

@@ -72,5 +72,12 @@ def test_temperature_is_finite_where_all_held_out_prompts_are_right():
     scores = 1000.0 * torch.nn.functional.one_hot(labels, 3).float()
     temperature = fit_temperature(scores, labels)
     certainty = (scores / temperature).softmax(dim=1).max()
-    assert certainty == pytest.approx(31 / 33, abs=1e-3)
+    assert certainty == pytest.approx(31 / 32, abs=1e-3)
     assert fit_temperature(torch.randn(5, 1), torch.zeros(5)) == 1.0
+
+
+def test_many_experts_of_few_prompts_are_not_mixed_where_each_prompt_is_clear():
+    labels = torch.arange(50).repeat(25)
+    scores = 1000.0 * torch.nn.functional.one_hot(labels, 50).float()
+    certainty = (scores / fit_temperature(scores, labels)).softmax(dim=1).max(dim=1).values
+    torch.testing.assert_close(certainty.float(), torch.full((1250,), 26 / 27), atol=1e-3, rtol=0)

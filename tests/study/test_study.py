@@ -22,8 +22,9 @@ from mediator_peft.evaluation.baselines import RestoredExperts
 from mediator_peft.methods.baselines import BASELINES
 from mediator_peft.methods.baselines.dynamic import sharpened, sharpness
 from mediator_peft.methods.merging import MERGE_METHODS
+from mediator_peft.study import ablation, hard
 from mediator_peft.study import tasks as study_tasks
-from mediator_peft.study.ablation import named_weights, score_block_sets
+from mediator_peft.study.ablation import DEFAULT, Parts, Variant, ablate
 from mediator_peft.study.comparison import Comparison, compare, find_system, score_merges, score_system
 from mediator_peft.study.conflict import (
     block_of,
@@ -34,17 +35,17 @@ from mediator_peft.study.conflict import (
 )
 from mediator_peft.study.dynamic import mixed_weights
 from mediator_peft.study.experts import StudyFolder
+from mediator_peft.study.forms import whole
 from mediator_peft.study.lab import (
     Lab,
     contexts_of,
     merge_states,
-    read_state,
     single_model_rows,
     tensors_with_contexts,
 )
-from mediator_peft.study.page import comparison_table
-from mediator_peft.study.scores import ScoreBook, Scores, Sizes, put_together
-from mediator_peft.study.settings import FULL_STUDY, StudyRecipe
+from mediator_peft.study.page_tables import comparison_table
+from mediator_peft.study.scores import ScoreBook, Scores, Sizes, put_together, score_items
+from mediator_peft.study.settings import FULL_STUDY, StudyExpert, StudyRecipe
 from mediator_peft.study.systems import (
     NAMED,
     ROUTED_SYSTEM,
@@ -121,6 +122,7 @@ def test_kept_scores_come_back_for_the_same_question_alone(tmp_path):
 
 
 FEW = ("average", "task_arithmetic")
+WHOLE = ("whole deltas", "whole deltas, embedding too")
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +213,13 @@ def test_presets_are_built_and_fitted_and_statistics_measured(bench, lab, table)
     assert (bench.folder.root / "statistics" / "gram" / "first.safetensors").exists()
 
 
-def test_whole_experts_that_are_named_score_as_by_themselves(bench, lab, table):
+def test_whole_experts_that_are_named_score_as_by_themselves(bench, lab, table, monkeypatch):
     run = Comparison(bench, lab)
     found = score_system(run, "experts")
+    # A run on fewer items takes the first ones.
+    monkeypatch.setattr("mediator_peft.study.systems.score_items", None)
+    few = score_system(Comparison(bench, lab, Sizes(1, 2)), "experts")
+    assert few == {task: scores.first(Sizes(1, 2)) for task, scores in found.items()}
     assert {task: scores.losses for task, scores in found.items()} == {
         task: table[f"expert {task}"][task].losses for task in ("first", "second")
     }
@@ -246,7 +252,9 @@ def test_scores_of_parts_come_back_in_the_order_of_the_items():
 def test_a_block_without_conflict_is_averaged_and_one_at_chance_level_is_the_named_expert(bench, lab):
     folder = build_default(bench)
     model, _ = load_mediator(folder, dtype=torch.float32)
-    backbone, experts = named_weights(folder)
+    parts = Parts(bench, lab)
+    backbone = {name: tensor.float() for name, tensor in parts.backbone(DEFAULT).items()}
+    experts = {name: parts.weights(DEFAULT, name, None) for name in ("first", "second")}
     beta = sharpness(torch.tensor([0.0, 0.25, 0.5]))
     weights = sharpened(torch.tensor([0.8, 0.2]), beta)
     mixed = mixed_weights(model, weights)
@@ -258,6 +266,40 @@ def test_a_block_without_conflict_is_averaged_and_one_at_chance_level_is_the_nam
             for share, expert in zip(shares, ("first", "second"), strict=True)
         )
         torch.testing.assert_close(mixed[key], expected)
+
+
+def test_prompts_of_two_tasks_and_variants_of_the_gate(bench, lab):
+    model, tokenizer = load_mediator(build_default(bench), dtype=torch.float32)
+    for found in (hard.two_tasks(bench, model, tokenizer), hard.later_turns(bench, model, tokenizer)):
+        assert found["prompts"] == 8
+        assert sum(found[kind] for kind in ("first", "second", "other expert", "base")) == pytest.approx(1)
+    gates = hard.gates(bench, model, tokenizer)
+    assert gates["no base"]["base, unknown"] == 0 <= gates["default"]["base, unknown"]
+    assert gates["default"]["right expert"] <= gates["no base"]["right expert"] + 1e-6
+    assert gates["all experts by probability"]["right expert"] <= gates["likeliest expert alone"]["right expert"] + 1e-6
+
+
+@pytest.mark.slow
+def test_an_extra_expert_has_its_own_calibration_and_the_test_items_of_its_task(bench, lab, monkeypatch):
+    own = [Item(f"extra {number}", str(number)) for number in range(12)]
+    recipe = StudyRecipe(1)
+    experts = {name: StudyExpert(task, recipe) for name, task in (("first", "first"), ("spelling-other", "first"))}
+    settings = replace(bench.settings, experts=experts | {"second": StudyExpert("second", recipe)})
+    second = bench.experts["second"]
+    monkeypatch.setattr(hard, "trained_experts", lambda *_: {"spelling-other": second})
+    monkeypatch.setattr(hard, "load_tasks", lambda *_: {})
+    monkeypatch.setattr(hard, "training_items", lambda *_: own)
+    wide = hard.with_extra(replace(bench, settings=settings))
+    assert list(wide.sample.tasks) == ["first", "second", "spelling-other", "other"]
+    assert wide.sample.tasks["spelling-other"].calibration == own
+    found = hard.related_experts(replace(bench, settings=settings), lab)
+    assert found["names"] == ["first", "spelling-other"]
+    with lab.holding(lab.experts["second"]) as model:
+        items = bench.sample.tasks["first"].test
+        expected = score_items(model, lab.tokenizer, items, "exact", bench.sample.sizes["first"])
+    assert found["own"]["tasks"]["spelling-other"]["loss"] == pytest.approx(expected.loss, abs=1e-4)
+    assert all(sum(share for name, share in row.items() if name != "flagged") == pytest.approx(1)
+               for row in found["routing"].values())  # fmt: skip
 
 
 def test_merged_states_are_the_methods_on_each_tensor(lab):
@@ -278,25 +320,48 @@ def test_every_row_without_data_merges_a_model(lab, name):
 
 
 def test_all_blocks_give_the_named_model_and_none_the_backbone(bench, lab):
-    folder = build_default(bench)
-    model, _ = load_mediator(folder, dtype=torch.float32)
-    backbone, experts = named_weights(folder)
+    parts = Parts(bench, lab)
+    model, _ = load_mediator(build_default(bench), dtype=torch.float32)
     ids = torch.arange(5, 25).view(2, 10)
-    rest = read_state(folder)
-    for name, weights in {"first": experts["first"], None: backbone}.items():
-        with torch.no_grad(), model.use_experts(name), lab.holding({**rest, **weights}) as plain:
+    for name, weights in {"first": parts.weights(DEFAULT, "first", None), None: parts.backbone(DEFAULT)}.items():
+        with torch.no_grad(), model.use_experts(name), lab.holding(weights) as plain:
             torch.testing.assert_close(plain(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_losses_of_block_sets_lie_between_nothing_and_everything(bench, lab):
-    records = conflict_table(lab.base, lab.experts)
-    found = score_block_sets(bench, lab, build_default(bench), records)
+def test_whole_deltas_in_one_block_leave_the_others_to_the_backbone(bench, lab):
+    parts = Parts(bench, lab)
+    state = parts.weights(Variant("whole", whole), "first", (1,))
+    backbone = parts.backbone(DEFAULT)
+    for name in routed_matrices(lab.base):
+        wanted = lab.experts["first"] if block_of(name) == 1 else backbone
+        torch.testing.assert_close(state[name].float(), wanted[name].float(), atol=1e-6, rtol=0)
+
+
+def test_the_ablation_has_every_ranking_at_equal_numbers_and_bytes(bench, lab, monkeypatch):
+    few = [variant for variant in ablation.VARIANTS if variant.name in (DEFAULT.name, "backbone is the base", *WHOLE)]
+    monkeypatch.setattr(ablation, "VARIANTS", few)
+    saved = []
+    found = ablate(bench, lab, lambda content: saved.append(set(content)))
+    assert [len(keys) for keys in saved] == sorted(len(keys) for keys in saved)
     assert found["num_blocks"] == 3
-    assert set(found["curves"]) == set(rankings(records))
+    curves = found["curves"]
+    assert {"sign", "sign of all entries", "random 2"} <= set(curves)
     assert found["none"]["mean"] != found["all"]["mean"]
     # Two rankings that choose the same blocks have the same loss.
-    curves = found["curves"]
     assert curves["first"]["2"] != curves["last"]["2"]
+    assert found["against_random"]["sign"]["2"]["value"] == pytest.approx(
+        curves["sign"]["2"]["mean"] - sum(curves[f"random {number}"]["2"]["mean"] for number in range(3)) / 3
+    )
+    thin = found["equal_bytes"]
+    for curve in thin["curves"].values():
+        assert all(row["bytes"] <= 1.1 * thin["all"]["bytes"] for row in curve.values())
+        assert curve["2"]["density"] > thin["all"]["density"]
+    assert set(found["num_experts"]) == {"2"}
+    deltas, with_embedding = (found["variants"][name] for name in WHOLE)
+    assert with_embedding["bytes"] > deltas["bytes"] == 2
+    # What is left are averaged norms.
+    own = found["variants"]["experts themselves"]
+    assert abs(with_embedding["mean"] - own["mean"]) < abs(found["none"]["mean"] - own["mean"])
 
 
 def test_conflict_is_that_of_the_reference(lab):
@@ -334,6 +399,8 @@ def test_rankings_hold_every_block_once():
     assert found["sign"] == [1, 2, 0] == found["sign reversed"][::-1]
     assert found["energy"] == [0, 2, 1]
     assert all(sorted(order) == [0, 1, 2] for order in found.values())
+    longer = [{**table[0], "block": block} for block in range(30)]
+    assert sorted(rankings(longer)["spread"][:8]) == list(range(0, 30, 4))
 
 
 def test_conflict_results_hold_each_choice_of_seeds(bench, monkeypatch):
