@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "mediator_peft"
 # Parts of the package, in the order of the data: each may import from the parts above it, and from itself.
 ORDER = (
     *("errors", "tables", "data_files", "time_limit", "progress", "optional", "ranks", "deferred", "storage"),
-    *("structure", "registration", "forking"),
+    *("structure", "context_length", "registration", "forking"),
     *(
         "reference",
         "methods",

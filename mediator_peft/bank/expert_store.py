@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, OutputError
 from ..forking import renew_after_fork
 
 _ALIGNMENT = 64
@@ -45,6 +45,7 @@ class ExpertStore:
 
     Raises:
         ConfigError: ``max_resident`` is no positive whole number, or leaves no room beside what is pinned.
+        OutputError: the folder cannot be written.
     """
 
     def __init__(self, max_resident: int, folder: Path | str | None = None, pinned: Iterable[str] = ()) -> None:
@@ -58,9 +59,12 @@ class ExpertStore:
                 "expert of a family has two, its own and the shared one). "
                 f"Pin fewer, or hold {len(self.pinned) + 1} or more."
             )
-        if folder is not None:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        self._folder = Path(tempfile.mkdtemp(prefix="experts-", dir=folder))
+        try:
+            if folder is not None:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            self._folder = Path(tempfile.mkdtemp(prefix="experts-", dir=folder))
+        except OSError as fault:
+            raise OutputError(f"expert_folder {str(folder)!r} cannot be written: {fault.strerror or fault}.") from fault
         self._maps: dict[str, mmap.mmap] = {}
         self._ends: dict[str, int] = {}
         self._used: OrderedDict[str, None] = OrderedDict()
@@ -90,10 +94,14 @@ class ExpertStore:
         return list(self._used)
 
     def make_room(self, sizes: Mapping[str, int]) -> None:
-        """Make the experts' files: name → bytes, each tensor's :func:`padded_size` counted."""
+        """Make the experts' files: name → bytes, each tensor's :func:`padded_size` counted.
+
+        Raises:
+            OutputError: the disk has no room for them.
+        """
         for number, (name, size) in enumerate(sizes.items(), start=len(self._maps)):
             with open(self._folder / f"{number}.bin", "w+b") as file:
-                file.truncate(max(size, 1))
+                _reserve(file.fileno(), max(size, 1))
                 self._maps[name] = mmap.mmap(file.fileno(), 0)
             self._ends[name] = 0
 
@@ -139,6 +147,19 @@ class ExpertStore:
                     _advise(self._maps[name], "MADV_DONTNEED")
                     gone.append(name)
         return gone
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Room on the disk for a file: a mapping onto a disk that is full ends the process with a bus error."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        os.truncate(descriptor, size)
+    except OSError as fault:
+        raise OutputError(
+            f"the experts need {size / 1e9:.2f} GB on disk ({fault.strerror or fault}). Choose another disk "
+            "(expert_folder=...), or keep all experts in memory (max_resident_experts=None)."
+        ) from fault
 
 
 def _remove_folder(folder: Path, owner: int) -> None:

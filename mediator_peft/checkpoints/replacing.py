@@ -57,6 +57,28 @@ def replaced_together(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def write_replacing(path: Path, text: str) -> None:
+    """Write a file under a new name that becomes its own: what links share is not written to, and no half is left.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+
+
 def final_place(path: Path) -> Path:
     """Where a file or folder that is being written will lie in the end."""
     return Path(*[part for part in path.parts if not part.startswith(_STAGING)])
@@ -70,6 +92,8 @@ def finish_replacing(folder: Path) -> None:
     """
     if not folder.is_dir():
         return
+    if (folder / _COMMITTED).is_symlink():
+        raise OutputError(f"{str(folder / _COMMITTED)!r} is a link and was not made by a save. Take it away.")
     if (folder / _COMMITTED).is_dir():
         try:
             _move_in(folder)

@@ -85,4 +85,6 @@ def main() -> None:
     prepare_streams()
     # PEFT 0.21 reads a property that transformers 5.24 renames; a user of the command can do nothing about it.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    # Renamed in transformers 5.24; the former name works in all versions that are supported.
+    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
     app()

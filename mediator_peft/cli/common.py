@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 UNEXPECTED, BAD_INPUT, NO_RESOURCES = 1, 3, 4
 """Exit codes; 0 is success and 2 a wrong command line."""
 
-MOST_TOKENS, MOST_ROWS, MOST_ROUNDS, MOST_WORKERS = 1 << 20, 1 << 16, 10_000, 1024
+MOST_TOKENS, MOST_ROWS, MOST_ROUNDS, MOST_WORKERS = 1 << 20, 1 << 16, 100, 1024
 """Upper bounds of what may be asked for: tokens, rows of a batch, rounds, processes."""
 
 _TRACEBACK, _TRACEBACK_VARIABLE = "--traceback", "MEDIATOR_PEFT_TRACEBACK"

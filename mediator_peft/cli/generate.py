@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..data_files import surrogate_fault, text_lines
+from ..data_files import DataFileError, surrogate_fault, text_lines
 from ..errors import MediatorError
 from .common import (
     MOST_TOKENS,
@@ -54,14 +54,20 @@ def generate(
     import torch
 
     from ..evaluation.generation import PromptedModel
+    from ..evaluation.prompts import PromptLengthError
     from ..progress import bar_progress
 
-    prompts = _prompts(prompt, file)
+    numbered = _prompts(prompt, file)
+    prompts = [text for _, text in numbered]
     asked = PromptedModel(*load(out, loading, quantize), prompting.settings())
-    routes = asked.routes(prompts) if expert is None else None
-    weights = torch.tensor([list(route.expert_weights.values()) for route in routes]) if routes else expert
-    with bar_progress("answering", len(prompts)) as advance:
-        answers = asked.answers(prompts, weights, max_new_tokens, advance)
+    try:
+        routes = asked.routes(prompts) if expert is None else None
+        weights = torch.tensor([list(route.expert_weights.values()) for route in routes]) if routes else expert
+        with bar_progress("answering", len(prompts)) as advance:
+            answers = asked.answers(prompts, weights, max_new_tokens, advance)
+    except PromptLengthError as fault:
+        where = "the prompt" if file is None else f"{file}, line {numbered[fault.number][0]}"
+        raise DataFileError(f"{where}: {fault.reason}") from fault
     records: list[dict[str, Any]] = [
         {"prompt": text, "answer": answer} for text, answer in zip(prompts, answers, strict=True)
     ]
@@ -96,7 +102,8 @@ def _who(record: dict[str, Any]) -> str:
     return f"[{record['expert']} {record['weight']:.2f}{others}; uncertainty {record['uncertainty']:.2f}{unknown}]"
 
 
-def _prompts(prompt: str | None, file: Path | None) -> list[str]:
+def _prompts(prompt: str | None, file: Path | None) -> list[tuple[int, str]]:
+    """Prompts with the numbers of their lines."""
     if (prompt is None) == (file is None):
         raise typer.BadParameter("give either a prompt or --file.", param_hint="PROMPT")
     if file is None:
@@ -104,12 +111,12 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
         fault = surrogate_fault(text) if text.strip() else "is empty"
         if fault is not None:
             raise typer.BadParameter(f"the prompt {fault}.", param_hint="PROMPT")
-        return [text]
+        return [(1, text)]
     if file.suffix in (".jsonl", ".json"):
-        from ..evaluation.prompts import read_prompts
+        from ..evaluation.prompts import numbered_prompts
 
-        return read_prompts(file)
-    lines = [text for _, line in text_lines(file) if (text := line.rstrip("\r\n")).strip()]
+        return numbered_prompts(file)
+    lines = [(number, text) for number, line in text_lines(file) if (text := line.rstrip("\r\n")).strip()]
     if not lines:
         raise EmptyFileError(f"{file} holds no prompts. Write one a line.")
     return lines

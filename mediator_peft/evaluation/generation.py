@@ -26,7 +26,7 @@ from .batching import (
     by_weights,
     repeat,
 )
-from .prompts import answer_ids, pad_left, pad_token_id, render, token_ids
+from .prompts import answer_ids, pad_left, pad_token_id, prompt_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,7 +104,7 @@ class PromptedModel:
         advance: Advance = lambda: None,
     ) -> list[str]:
         """Greedy answers; see :func:`answer_prompts`."""
-        rows, encoded = self._weight_rows(prompts, expert_weights), self._encoded(prompts)
+        rows, encoded = self._weight_rows(prompts, expert_weights), self._encoded(prompts, max_new_tokens)
         keys = [(prompt, row, max_new_tokens) for prompt, row in zip(prompts, rows, strict=True)]
 
         def generate(batch: list[int]) -> list[str]:
@@ -121,8 +121,8 @@ class PromptedModel:
         advance: Advance = lambda: None,
     ) -> list[float]:
         """Mean negative log-likelihood of each answer's tokens; see :func:`answer_losses`."""
-        rows, encoded = self._weight_rows(prompts, expert_weights), self._encoded(prompts)
         targets = [answer_ids(self.tokenizer, answer) for answer in answers]
+        rows, encoded = self._weight_rows(prompts, expert_weights), self._encoded(prompts, list(map(len, targets)))
         lengths = [len(ids) + len(target) for ids, target in zip(encoded, targets, strict=True)]
         keys = list(zip(prompts, answers, rows, strict=True))
 
@@ -131,10 +131,8 @@ class PromptedModel:
 
         return self._remembered(self.memo.losses, keys, rows, lengths, measure, advance)
 
-    def _encoded(self, prompts: Sequence[str]) -> list[list[int]]:
-        return [
-            token_ids(self.tokenizer, render(self.tokenizer, prompt, self.settings.use_template)) for prompt in prompts
-        ]
+    def _encoded(self, prompts: Sequence[str], num_new: int | Sequence[int] = 0) -> list[list[int]]:
+        return prompt_rows(self.model, self.tokenizer, prompts, self.settings.use_template, num_new)
 
     def _weight_rows(self, prompts: Sequence[str], choice: ExpertChoice) -> list[WeightRow | None]:
         is_by_router = isinstance(choice, str) and choice == ROUTED and is_routed(self.model)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoints.adapter_files import CONFIG_FILE
+from ..context_length import context_length
 from ..errors import MediatorError, MissingPackageError
 from ..tables import unknown_name
 from .batching import AnyModel, PromptSettings, WeightRow, answered, by_weights
@@ -92,7 +93,7 @@ class MediatorLM(TemplateLM):
         self.model: AnyModel = pretrained.eval()
         self.tokenizer = tokenizer
         self.batch_size = int(batch_size)
-        self.max_length = max_length or _length_limit(self.model)
+        self.max_length = max_length or context_length(self.model.config) or _MAX_LENGTH
         self.max_gen_toks = int(max_gen_toks)
         self._choice = _expert_choice(self.model, expert)
         # An unknown name fails here, not after hours.
@@ -311,15 +312,6 @@ def _expert_choice(model: AnyModel, expert: str | None) -> ExpertChoice:
     if expert is None or (expert == _ROUTED_NAME and expert not in names):
         return ROUTED
     return None if expert == BACKBONE and expert not in names else expert
-
-
-def _length_limit(model: AnyModel) -> int:
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
-        limit = getattr(config, name, None)
-        if isinstance(limit, int) and limit > 0:
-            return limit
-    return _MAX_LENGTH
 
 
 def _load(path: str, dtype: str, device: torch.device) -> tuple[AnyModel, Any]:

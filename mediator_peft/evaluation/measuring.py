@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +24,9 @@ from torch import Tensor
 from ..checkpoints.fingerprint import fingerprint_of
 from ..checkpoints.headers import lay_out
 from ..checkpoints.output_folder import check_space
-from ..data_files import DataFileError
+from ..checkpoints.replacing import write_replacing
+from ..context_length import table_of_positions
+from ..data_files import DataFileError, parse_json
 from ..errors import CheckpointError, ConfigError, OutputError, OutputExistsError
 from ..merge.builder import peak_memory
 from ..progress import Progress, no_progress
@@ -37,6 +41,8 @@ if TYPE_CHECKING:
 
 SIDE_VERSION = 1
 _KEY_FILE = "key.json"
+# All that is ever in a working folder; the second form is safetensors' own, while it writes.
+_PART = re.compile(r"key\.json|(group|sums)-\d+\.(safetensors|new)|whole\.new|\.tmp.*")
 _SECONDS_BETWEEN_SAVES = 60
 
 
@@ -114,6 +120,7 @@ def measure_statistics(
     texts = read_prompts(Path(prompts), text_column)[:max_sequences]
     answers = None if answer_column is None else read_prompts(Path(prompts), answer_column)[:max_sequences]
     model, tokenizer = load_plain(str(model_path))
+    max_tokens = min(max_tokens, table_of_positions(model) or max_tokens)
     sequences = _sequences(tokenizer, texts, answers, use_template, max_tokens)
     measured = STATISTICS[statistic](model, find_structure(model), seed)
     header = _header(measured, str(model_path), sequences, shared_inputs(measured, sequences))
@@ -275,17 +282,39 @@ def _lock(partial: Path) -> int:
 
 
 def _clear_unless(partial: Path, key: str) -> None:
+    """Empty a working folder of another measurement; the key file is what marks it as one of ours.
+
+    Raises:
+        OutputError: something else is in its place.
+    """
     key_file = partial / _KEY_FILE
     try:
-        if key_file.is_file() and key_file.read_text(encoding="utf-8") == key:
+        found = [entry for entry in partial.iterdir() if not entry.name.startswith(f".{_KEY_FILE}.")]
+        strange = [entry for entry in found if _PART.fullmatch(entry.name) is None or not _is_own(entry)]
+        if partial.is_symlink() or strange or (found and not _holds_key(key_file)):
+            what = strange[0] if strange else partial
+            raise OutputError(f"{str(what)!r} is in the way and no part of a measurement. Move it away.")
+        if found and key_file.read_text(encoding="utf-8") == key:
             return
-        for entry in list(partial.iterdir()):
-            if entry.name != _KEY_FILE and not entry.name.startswith(("group-", "sums-", "whole", ".tmp")):
-                raise OutputError(f"{str(entry)!r} is in the way and no part of a measurement. Move it away.")
-            entry.unlink()
-        key_file.write_text(key, encoding="utf-8")
+        for entry in found:
+            if entry.name != _KEY_FILE:
+                entry.unlink()
+        write_replacing(key_file, key)
     except OSError as fault:
         raise OutputError(f"{str(partial)!r} cannot be written: {fault.strerror or fault}") from fault
+
+
+def _is_own(entry: Path) -> bool:
+    """Whether an entry is a file that nothing else shares."""
+    state = entry.lstat()
+    return stat.S_ISREG(state.st_mode) and state.st_nlink == 1
+
+
+def _holds_key(path: Path) -> bool:
+    try:
+        return isinstance(parse_json(path.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def _measure_group(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..context_length import context_length, table_of_positions
 from ..data_files import DataFileError, json_lines, text_fault
 from ..errors import MediatorError
 from ..tables import unknown_name
@@ -19,7 +20,13 @@ from .scoring import MATCHERS, last_number
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MOST_PROMPT_TOKENS = 1 << 20
+"""Of a prompt, where the model's configuration sets no bound."""
+
 _LISTED = 8
+_SHOWN = 40
+# Tokens by which a text's count may fall short of that of its beginning, cut within a word.
+_CUT = 64
 _TEMPLATE_SECONDS = 10
 # What is given for JSONL by mistake.
 _OTHER_FORMS = (".csv", ".tsv", ".parquet", ".xlsx", ".yaml", ".yml")
@@ -27,6 +34,22 @@ _OTHER_FORMS = (".csv", ".tsv", ".parquet", ".xlsx", ".yaml", ".yml")
 
 class ChatTemplateError(MediatorError, ValueError):
     """A tokenizer's chat template cannot be used."""
+
+
+class PromptLengthError(MediatorError, ValueError):
+    """A prompt is longer than the model can read.
+
+    Args:
+        number: of the prompt among those given, from 0.
+        reason: what is too long.
+    """
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(f"prompt {number + 1}: {reason}")
+        self.number, self.reason = number, reason
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.number, self.reason)
 
 
 class TaskItem(NamedTuple):
@@ -79,14 +102,19 @@ def read_prompts(path: str | Path, column: str = "prompt") -> list[str]:
     Raises:
         DataFileError: the file is missing or empty, or lines are at fault; all faults are listed with their lines.
     """
-    prompts: list[str] = []
+    return [text for _, text in numbered_prompts(path, column)]
+
+
+def numbered_prompts(path: str | Path, column: str = "prompt") -> list[tuple[int, str]]:
+    """The same, each text with the number of its line, from 1."""
+    prompts: list[tuple[int, str]] = []
     faults: list[str] = []
     for number, record in _records(Path(path), faults):
         found = _field_faults(record, (column,))
         if found:
             faults.extend(f"line {number}: {fault}" for fault in found)
         else:
-            prompts.append(record[column])
+            prompts.append((number, record[column]))
     _refuse(Path(path), faults, is_empty=not prompts)
     return prompts
 
@@ -169,6 +197,58 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 def token_ids(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> list[int]:
     """The ids of one rendered prompt."""
     return tokenizer(rendered.text, add_special_tokens=rendered.add_special_tokens)["input_ids"]
+
+
+def prompt_rows(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    use_template: bool = True,
+    num_new: int | Sequence[int] = 0,
+) -> list[list[int]]:
+    """The ids of each prompt, rendered; each in time and memory bounded by the model's context.
+
+    Args:
+        model: whose context bounds the prompts.
+        tokenizer: of the model.
+        prompts: what a user would write.
+        use_template: as for :func:`render`.
+        num_new: tokens that are to follow, of all prompts or of each. They count where the model has a table of
+            positions; other models count on.
+
+    Raises:
+        PromptLengthError: a prompt has more tokens than the model reads at once.
+        ChatTemplateError: the template refuses a prompt.
+    """
+    limit = context_length(getattr(model, "config", None)) or MOST_PROMPT_TOKENS
+    table, rows = table_of_positions(model), []
+    to_follow = [num_new] * len(prompts) if isinstance(num_new, int) else num_new
+    for number, (prompt, new) in enumerate(zip(prompts, to_follow, strict=True)):
+        ids = _ids_within(tokenizer, render(tokenizer, prompt, use_template), limit)
+        shown = f"({prompt[:_SHOWN]!r}{' ...' if len(prompt) > _SHOWN else ''})"
+        if ids is None:
+            raise PromptLengthError(
+                number, f"more than {limit:,} tokens, the most that the model reads at once {shown}. Shorten the text."
+            )
+        if table is not None and len(ids) + new > table:
+            raise PromptLengthError(
+                number,
+                f"{len(ids):,} tokens and {new:,} new ones; the model has a table of {table:,} positions {shown}. "
+                "Shorten the text, or ask for fewer new tokens.",
+            )
+        rows.append(ids)
+    return rows
+
+
+def _ids_within(tokenizer: PreTrainedTokenizerBase, rendered: Rendered, limit: int) -> list[int] | None:
+    """The ids of a text; None where they are more than ``limit``, mostly found by a beginning of the text."""
+    size = 8 * limit
+    while size < len(rendered.text):
+        if len(token_ids(tokenizer, rendered._replace(text=rendered.text[:size]))) > limit + _CUT:
+            return None
+        size *= 4
+    ids = token_ids(tokenizer, rendered)
+    return ids if len(ids) <= limit else None
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:

@@ -28,7 +28,7 @@ from .answer_batches import AnswerBatch, answer_logits
 from .fit_and_save import save_router
 from .generation import answer_prompts
 from .logits import original_model, plain_model
-from .prompts import answer_ids, read_prompts, render, token_ids
+from .prompts import answer_ids, prompt_rows, read_prompts
 
 Pair = tuple[str, str | None]
 """A prompt, and its answer; None where the expert is asked for one."""
@@ -254,14 +254,9 @@ def _asked(
             expert, tokenizer, missing, max_new_tokens=fit.max_answer_tokens, use_template=use_template
         )
         given |= dict(zip(missing, texts, strict=True))
-    rows = [
-        (
-            list(token_ids(tokenizer, render(tokenizer, prompt, use_template))),
-            answer_ids(tokenizer, given[prompt])[: fit.max_answer_tokens],
-        )
-        for prompt, _ in order
-    ]
-    rows = [(prompt, answer) for prompt, answer in rows if answer]
+    targets = [answer_ids(tokenizer, given[prompt])[: fit.max_answer_tokens] for prompt, _ in order]
+    encoded = prompt_rows(expert, tokenizer, [prompt for prompt, _ in order], use_template, list(map(len, targets)))
+    rows = [(prompt, answer) for prompt, answer in zip(encoded, targets, strict=True) if answer]
     num_held = max(1, round(fit.held_out * len(rows)))
     found: list[list[Known]] = []
     for part in (rows[num_held:], rows[:num_held]):

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..context_length import table_of_positions
+from ..errors import ConfigError
 from ..tuner.model import MediatorModel
 
 _DECODE_ROUNDS = 6
@@ -190,8 +192,12 @@ def measure_speed(
         model: as ``load_mediator`` gives it.
         settings: what is timed.
         advance: called after each of :func:`num_rounds`.
+
+    Raises:
+        ConfigError: the model does not read so many tokens at once.
     """
     tuner: MediatorModel = model.base_model
+    _check_lengths(tuner.model, settings)
     plain = plain_twin(tuner)
     experts = tuple(tuner.expert_names[: settings.num_experts])
     single = _decode_turns(tuner, plain, experts, 1, settings)
@@ -221,6 +227,15 @@ def measure_speed(
         None if routing is None else routing / (median(prefill[ONE]) / len(experts)),
         memory_by_part(tuner, experts[0]),
     )
+
+
+def _check_lengths(model: Any, settings: SpeedSettings) -> None:
+    limit = table_of_positions(model)
+    for name, number in (("prompt_tokens", settings.prompt_tokens), ("context", settings.context + 1)):
+        if limit is not None and number > limit:
+            raise ConfigError(
+                f"{name} asks for {number:,} tokens; the model has a table of {limit:,} positions. Take fewer."
+            )
 
 
 def _scope(tuner: MediatorModel, spec: Any) -> Scope:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 from ..checkpoints.checksums import RunningDigest
 from ..checkpoints.dequantizing import DequantizedCheckpoint
 from ..checkpoints.opening import Checkpoint, MeanCheckpoint
+from ..checkpoints.replacing import write_replacing
 from ..config import MediatorSettings
 from .block_plan import PLAN_VERSION
 from .merge_job import Merge
@@ -134,9 +134,7 @@ def write_pipeline(adapter: Path, sections: dict[str, Any]) -> None:
 
     head = "# Made by the build. The same again: mediator-peft run THIS --set build.output=FOLDER\n"
     text = yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
-    partial = adapter / f".{PIPELINE_FILE}.partial"
-    partial.write_text(head + text, encoding="utf-8")
-    os.replace(partial, adapter / PIPELINE_FILE)
+    write_replacing(adapter / PIPELINE_FILE, head + text)
 
 
 def build_section(merge: Merge) -> dict[str, Any]:

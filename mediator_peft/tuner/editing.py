@@ -97,7 +97,7 @@ def add_expert(
         tokenizer,
         text_column,
         batch_size,
-        max_length,
+        prompts.within_positions(max_length),
         reset_router,
         prompts.background if background is None else background,
     )

@@ -85,6 +85,7 @@ def fit_router(
     settings = prompts.learned(tokenizer)
     settings.write_to(config)
     reading = prompts.reading(settings)
+    max_length = prompts.within_positions(max_length)
     rows = token_rows(tokenizer, data.texts, max_length)
     num_texts = len(rows)
     copies = augmented_rows(config, tokenizer, rows, max_length, data.labels) if augmented else []

@@ -85,7 +85,7 @@ class RoutedForward:
         generate = self._active.model.generate
         if expert_weights is not None:
             self.check_not_merged("expert_weights=")
-        if self.adapters_off or self._board.merged is not None or not self._active.exists:
+        if self._is_plain(expert_weights) or self._board.merged is not None:
             return generate(*args, **kwargs)
         if expert_weights is not None:
             table: Tensor | Pending
@@ -98,6 +98,16 @@ class RoutedForward:
             table, columns = self._route_request(args, kwargs)
         with self.request(table, columns):
             return generate(*args, **kwargs)
+
+    def _is_plain(self, expert_weights: ExpertWeights) -> bool:
+        """Whether the plain backbone answers, as adapters are off, or none is left.
+
+        Raises:
+            UnsupportedError: expert weights were given, and no adapter has such experts.
+        """
+        if not self.adapters_off and not self._active.exists and expert_weights is not None:
+            self._active.table(expert_weights)
+        return self.adapters_off or not self._active.exists
 
     def _route_request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | Pending, Sequence[str]]:
         """Expert weights and columns of one generation, or the prompts where single-pass routing applies.
@@ -146,11 +156,7 @@ class RoutedForward:
         self._board.refuse_beside_others()
         if spec is None and self._board.request is None and self._board.pending is None:
             self._board.warn_of_blocks_elsewhere()
-        if (
-            self.adapters_off
-            or not self._active.exists
-            or (spec is None and self._starts_reading(args, kwargs, context))
-        ):
+        if self._is_plain(spec) or (spec is None and self._starts_reading(args, kwargs, context)):
             self._post(None)
         else:
             self._post(self._layer_route(spec, args, kwargs, context))

@@ -483,7 +483,7 @@ class MediatorModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        return AdapterFiles.saved_tensors(state_dict, adapter_name, FitSettings.of(config))  # type: ignore[arg-type]
+        return AdapterFiles.saved_tensors(model, state_dict, adapter_name, FitSettings.of(config))  # type: ignore[arg-type]
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,12 @@ def extend_peft() -> None:
     methods = {"save_pretrained": _saving, "push_to_hub": _pushing}
     for name, extended in methods.items():
         setattr(PeftModel, name, extended(getattr(PeftModel, name)))
+    # What PEFT looks up at each pass, under the name of an adapter that may have been deleted.
+    plain: dict[str, Callable[[], Any]] = {"active_peft_config": MediatorConfig, "has_active_enabled_adapter": bool}
+    for name, otherwise in plain.items():
+        setattr(PeftModel, name, property(_unless_all_deleted(getattr(PeftModel, name).fget, otherwise)))
+    disabling: Callable[[Any], Any] = PeftModel.disable_adapter
+    PeftModel.disable_adapter = _unless_all_deleted(disabling, nullcontext)  # type: ignore
     class_methods: dict[type, Callable[..., Any]] = {PeftConfigMixin: _reading, _BaseAutoPeftModel: _loading}
     for owner, extended in class_methods.items():
         owner.from_pretrained = classmethod(extended(owner.from_pretrained.__func__))  # type: ignore[attr-defined]
@@ -86,6 +93,20 @@ def _pushing(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
 
     return push_to_hub
+
+
+def _unless_all_deleted(original: Callable[[Any], Any], otherwise: Callable[[], Any]) -> Callable[[Any], Any]:
+    """A method of ``PeftModel``; for a model whose last Mediator adapter was deleted, what ``otherwise`` gives.
+
+    Such a model is its backbone.
+    """
+
+    @wraps(original)
+    def method(self: Any) -> Any:
+        is_plain = isinstance(self.base_model, MediatorModel) and not self.base_model.active.exists
+        return otherwise() if is_plain else original(self)
+
+    return method
 
 
 def _reading(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..bank.column_map import ColumnMap, identity_rows
 from ..config import ALWAYS, CORRECTION
+from ..context_length import table_of_positions
 from ..errors import RouterNotFittedError, RoutingError, UnsupportedError
 from ..forking import renew_after_fork
 from ..routing.block_hook import BlockHook
@@ -101,6 +102,11 @@ class ActiveAdapter:
             UnsupportedError: none is active, or several are.
         """
         names = self._active_names()
+        if not names:
+            raise UnsupportedError(
+                "no Mediator adapter is active: the last one was deleted, and the model is its plain backbone. Load "
+                "another (load_adapter) and activate it (set_adapter)."
+            )
         if len(names) != 1:
             raise UnsupportedError(
                 f"one Mediator adapter can be active at a time, not {names}. Mix experts of one adapter with "
@@ -388,6 +394,10 @@ class PromptRouter:
             return prompts.places if prompts.in_place else None
         return turn_mask(input_ids, attention_mask, reading.turn_markers, reading.routing_turn)
 
+    def within_positions(self, num_tokens: int) -> int:
+        """As many tokens of a text as the model has positions for, where it looks these up in a table."""
+        return min(num_tokens, table_of_positions(self.active.model) or num_tokens)
+
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> RouteOutput:
         """See :meth:`MediatorModel.route`."""
         reading = self.fitted_reading()
@@ -425,7 +435,7 @@ class PromptRouter:
             ids = torch.as_tensor(prompts["input_ids"])
             mask = torch.as_tensor(prompts.get("attention_mask", torch.ones_like(ids)))
         else:
-            ids, mask = _tokenised(prompts, tokenizer, use_template, max_length)
+            ids, mask = _tokenised(prompts, tokenizer, use_template, self.within_positions(max_length))
         device = self.active.device
         features = self.features(ids.to(device), mask.to(device), reading).to(router.known_novelty.device)
         features, unreadable = split_unreadable(features)

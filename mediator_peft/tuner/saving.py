@@ -47,6 +47,7 @@ from ..routing.routers import Router
 from ..storage import FLOAT32, FLOAT_TYPES, Array, FloatType, as_array, to_tensor
 from .config import FitSettings, MediatorConfig
 from .layer import MediatorLayer, reading_weights, routed_layers
+from .offloaded import fetched
 from .quantized import device_of, is_plain, lay_out_plainly
 
 BACKBONE_FOLDER = "backbone"
@@ -88,13 +89,19 @@ class AdapterFiles:
         self._hook.remove()
 
     @staticmethod
-    def saved_tensors(state_dict: dict[str, Tensor], adapter_name: str, settings: FitSettings) -> dict[str, Tensor]:
+    def saved_tensors(
+        model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, settings: FitSettings
+    ) -> dict[str, Tensor]:
         """One adapter's tensors of a model's state dict, in the form of an adapter file.
 
         Args:
+            model: the model; what accelerate has offloaded is fetched from its hooks.
             state_dict: of the model.
             adapter_name: PEFT's name of the adapter.
             settings: of its router. They go along as a tensor, but not into files: these have the configuration beside.
+
+        Raises:
+            UnsupportedError: a tensor is offloaded in another way.
         """
         wanted = (f".{BANK_ATTRIBUTE}.{adapter_name}.", f"{ROUTER_ATTRIBUTE}.{adapter_name}.")
         found: dict[str, Tensor] = {}
@@ -102,10 +109,10 @@ class AdapterFiles:
         for key, tensor in state_dict.items():
             if wanted[0] in key:
                 layer, _, buffer = key.partition(wanted[0])
-                layers.setdefault(layer, {})[buffer] = as_array(tensor.cpu())
+                layers.setdefault(layer, {})[buffer] = as_array(fetched(model, key, tensor).cpu())
                 found[key] = tensor
             elif wanted[1] in key:
-                found[key] = tensor.detach().flatten()
+                found[key] = fetched(model, key, tensor).detach().flatten()
         for layer, buffers in layers.items():
             found |= {f"{layer}{wanted[0]}{key}": to_tensor(array) for key, array in all_to_disk(buffers).items()}
         if not _WRITES_FILES.get():

@@ -12,7 +12,8 @@ import pytest
 from mediator_peft import MediatorConfig, build_mediator, plan_mediator
 from mediator_peft.checkpoints import output_folder
 from mediator_peft.checkpoints.output_folder import new_folder, partial_name, resumable_folder
-from mediator_peft.errors import OutputExistsError
+from mediator_peft.checkpoints.replacing import finish_replacing, write_replacing
+from mediator_peft.errors import OutputError, OutputExistsError
 from tests.merge.helpers import digests, experts_of
 from tests.tiny import write_tiny_checkpoints
 
@@ -272,3 +273,22 @@ def test_a_folder_whose_build_failed_is_made_again_by_the_one_that_waited(paths,
     build(paths, out)
     assert out.is_dir()
     assert not partial_name(out).exists()
+
+
+def test_a_link_in_the_place_of_a_decided_save_moves_nothing(tmp_path):
+    kept, folder = precious(tmp_path / "precious"), tmp_path / "out"
+    folder.mkdir()
+    (folder / ".mediator-saved").symlink_to(kept)
+    with pytest.raises(OutputError, match="is a link"):
+        finish_replacing(folder)
+    assert [path.name for path in kept.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+def test_a_replaced_file_is_no_longer_what_it_was_linked_to(tmp_path, link):
+    kept = precious(tmp_path / "precious") / "thesis.txt"
+    for name in ("new.json", ".new.json.new"):
+        getattr(tmp_path / name, link)(kept)
+    write_replacing(tmp_path / "new.json", "{}")
+    assert (tmp_path / "new.json").read_text() == "{}"
+    assert kept.read_text() == "years of work"

@@ -309,6 +309,7 @@ COMMAND_LINES = {
     "generate: an empty prompt": (USAGE, ["generate", "out", ""], "is empty"),
     "generate: a blank prompt": (USAGE, ["generate", "out", " \n"], "is empty"),
     "generate: a surrogate": (USAGE, ["generate", "out", "a\udc80b"], "half of a character"),
+    "generate: beyond the context": (BAD_INPUT, ["generate", "out", "x" * 9000], "the prompt: more than 256 tokens"),
     "generate: 10^30 tokens": (USAGE, ["generate", "out", "x", f"--max-new-tokens={10**30}"], "--max-new-tokens"),
     "generate: 0 tokens": (USAGE, ["generate", "out", "x", "--max-new-tokens=0"], "--max-new-tokens"),
     "generate: batch size": (USAGE, ["generate", "out", "x", f"--batch-size={10**30}"], "--batch-size"),

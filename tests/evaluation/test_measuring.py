@@ -13,7 +13,7 @@ from tokenizer import tiny_tokenizer, topic_texts
 
 from mediator_peft import MediatorSettings, merge_models
 from mediator_peft.checkpoints.fingerprint import fingerprint_of
-from mediator_peft.errors import ConfigError, MediatorError, OutputExistsError
+from mediator_peft.errors import ConfigError, MediatorError, OutputError, OutputExistsError
 from mediator_peft.evaluation import measuring
 from mediator_peft.evaluation.measuring import measure_statistics
 from mediator_peft.evaluation.model_statistics import Fisher, TokenSequence
@@ -189,3 +189,34 @@ def test_a_file_measured_on_the_base_is_accepted_for_any_expert(models):
     with safe_open(str(models / "gram" / "a.safetensors"), framework="pt") as file:
         known = json.loads(file.metadata()["fingerprint"])
     assert known == fingerprint_of(dict(tiny_model("llama").named_parameters()))
+
+
+def folder_of_links(folder, precious):
+    folder.mkdir()
+    (folder / "key.json").write_text("{}")
+    (folder / "sums-0.safetensors").hardlink_to(precious / "sums-0.safetensors")
+
+
+@pytest.mark.parametrize(
+    "in_the_way",
+    [
+        lambda folder, precious: folder.symlink_to(precious),
+        lambda folder, precious: precious.rename(folder),
+        folder_of_links,
+        lambda folder, precious: [folder.mkdir(), (folder / "whole.new").symlink_to(precious / "sums-0.safetensors")],
+    ],
+    ids=["link", "no key", "hard link", "inner link"],
+)
+def test_nobody_elses_files_are_taken_for_a_killed_measurement(tmp_path, in_the_way):
+    precious, partial = tmp_path / "precious", tmp_path / ".x.safetensors.partial"
+    precious.mkdir()
+    for name in ("sums-0.safetensors", "group-photo.jpg", "wholesale.txt"):
+        (precious / name).write_text("years of work")
+    in_the_way(partial, precious)
+    before = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    with (
+        pytest.raises(OutputError, match="in the way"),
+        measuring._partial_folder(tmp_path / "x.safetensors", {"a": "1"}),
+    ):
+        pass
+    assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before

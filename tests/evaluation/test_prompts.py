@@ -1,16 +1,22 @@
 """Reading, rendering and encoding prompts."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from character_tokenizer import CHAT_TEMPLATE, character_tokenizer
+from tiny import tiny_model
 
+from mediator_peft.context_length import context_length, table_of_positions
 from mediator_peft.errors import MediatorError
+from mediator_peft.evaluation import prompts
 from mediator_peft.evaluation.prompts import (
     DataFileError,
+    PromptLengthError,
     TaskItem,
     encode,
+    prompt_rows,
     read_prompts,
     read_task,
     render,
@@ -107,3 +113,35 @@ def test_a_tokenizer_without_a_padding_token_will_do():
     tokenizer = character_tokenizer()
     tokenizer.pad_token = None
     assert encode(tokenizer, ["abc", "a"])["input_ids"][1, 0] == tokenizer.eos_token_id
+
+
+def test_prompts_beyond_the_model_are_refused_without_reading_them_whole(monkeypatch):
+    tokenizer = character_tokenizer()
+    llama, gpt2 = tiny_model("llama"), tiny_model("gpt2")
+    assert context_length(llama.config) == context_length(gpt2.config) == table_of_positions(gpt2) == 256
+    assert table_of_positions(llama) is None
+    read = []
+    monkeypatch.setattr(prompts, "token_ids", lambda used, text: read.append(len(text.text)) or token_ids(used, text))
+    with pytest.raises(PromptLengthError, match="prompt 2: more than 256 tokens") as fault:
+        prompt_rows(llama, tokenizer, ["a", "b" * 1_000_000])
+    assert fault.value.number == 1
+    assert max(read) < 10_000
+    # Rotary positions go on beyond; rows of a table do not.
+    assert len(prompt_rows(llama, tokenizer, ["a" * 256], num_new=100)[0]) == 256
+    assert len(prompt_rows(gpt2, tokenizer, ["a" * 156], num_new=100)[0]) == 156
+    with pytest.raises(PromptLengthError, match="100 new ones"):
+        prompt_rows(gpt2, tokenizer, ["a" * 157], num_new=100)
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_type": "default"}, 100),
+        ({"rope_type": "linear", "factor": 4.0}, 400),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100}, 400),
+        ({"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 25}, 100),
+        ({"full": {"rope_type": "linear", "factor": 2.0}, "sliding": {"rope_type": "default"}}, 200),
+    ],
+)
+def test_rope_scaling_lengthens_the_context(rope, expected):
+    assert context_length(SimpleNamespace(max_position_embeddings=100, rope_parameters=rope)) == expected

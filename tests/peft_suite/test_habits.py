@@ -142,7 +142,14 @@ def test_after_the_last_adapter_the_backbone_is_left(bases):
     model = fitted_model(base).eval()
     model.delete_adapter("default")
     plain = AutoModelForCausalLM.from_pretrained(base)
-    assert torch.equal(model.base_model(**INPUTS).logits, plain(**INPUTS).logits)
+    expected = plain(**INPUTS)
+    assert torch.equal(model(**INPUTS).logits, expected.logits)
+    assert torch.equal(model.generate(**INPUTS, max_new_tokens=2), plain.generate(**INPUTS, max_new_tokens=2))
+    with model.disable_adapter():
+        assert torch.equal(model(**INPUTS).logits, expected.logits)
+    for ask in (model, model.generate):
+        with pytest.raises(UnsupportedError, match="deleted"):
+            ask(**INPUTS, expert_weights="math")
     model.add_adapter("new", MediatorConfig(**settings_for(base)))
     model.set_adapter("new")
     assert not torch.equal(model(**INPUTS, expert_weights="math").logits, plain(**INPUTS).logits)

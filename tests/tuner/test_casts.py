@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import random_prompts
 
 CASTS = {
@@ -53,6 +54,11 @@ def test_autocast_over_a_mixed_batch(model, execution, length):
     assert torch.isfinite(loss)
 
 
+def adapter_tensors(model, folder):
+    model.save_pretrained(folder / "plain")
+    return load_file(folder / "plain" / "adapter_model.safetensors")
+
+
 @torch.no_grad()
 def test_offloading_after_loading(model, tmp_path):
     accelerate = pytest.importorskip("accelerate")
@@ -67,6 +73,10 @@ def test_offloading_after_loading(model, tmp_path):
         offload(copied)
         torch.testing.assert_close(copied(prompts, expert_weights="code").logits, expected, atol=1e-4, rtol=1e-4)
         assert torch.equal(copied.generate(prompts, max_new_tokens=3, min_new_tokens=3), tokens)
+        copied.save_pretrained(tmp_path / "saved")
+        saved, kept = load_file(tmp_path / "saved" / "adapter_model.safetensors"), adapter_tensors(model, tmp_path)
+        assert saved.keys() == kept.keys()
+        assert all(torch.equal(saved[key], kept[key]) for key in kept)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Many experts, few of them in memory."""
 
 import copy
+import errno
 import gc
 import json
 import os
@@ -15,7 +16,7 @@ from tiny import random_prompts, tiny_model
 from mediator_peft import MediatorConfig, load_mediator
 from mediator_peft.bank.expert_store import ExpertStore
 from mediator_peft.bank.sparse_delta import SparseDelta
-from mediator_peft.errors import ConfigError
+from mediator_peft.errors import ConfigError, OutputError
 from mediator_peft.methods.encoding.bitmaps import pack_bits
 
 NUM_EXPERTS = 100
@@ -180,3 +181,19 @@ def test_a_copy_shares_the_files_and_a_pickle_does_without_them(folder):
     del model
     for other in (shared, alone):
         assert torch.equal(other(input_ids=prompts, expert_weights="expert 7").logits, expected)
+
+
+def test_a_full_disk_is_told_before_anything_is_mapped(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        ExpertStore(1, tmp_path / "file")
+    store = ExpertStore(1, tmp_path)
+    store.make_room({"math": 5000})
+    # Blocks are there, not only a length: writing to a hole on a full disk is a bus error.
+    assert (store._folder / "0.bin").stat().st_blocks * 512 >= 5000
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OutputError, match="No space left"):
+        store.make_room({"code": 5000})

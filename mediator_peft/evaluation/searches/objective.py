@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import ConfigError
-from ..prompts import TaskItem, answer_ids, render, token_ids
+from ..prompts import TaskItem, answer_ids, prompt_rows
 from .merged_model import MergedModel
 
 if TYPE_CHECKING:
@@ -32,13 +32,20 @@ class Example(NamedTuple):
     """Hidden states of the expert after chosen blocks, (T0, hidden) each."""
 
 
-def labelled(tokenizer: PreTrainedTokenizerBase, tasks: Mapping[str, Sequence[TaskItem]]) -> list[Example]:
-    """Prompts with answers: the loss is the mean negative log-likelihood of an answer's tokens, its end included."""
+def labelled(
+    merged: MergedModel, tokenizer: PreTrainedTokenizerBase, tasks: Mapping[str, Sequence[TaskItem]]
+) -> list[Example]:
+    """Prompts with answers: the loss is the mean negative log-likelihood of an answer's tokens, its end included.
+
+    Raises:
+        PromptLengthError: a prompt is longer than the model reads at once.
+    """
     found = []
     for expert, items in tasks.items():
-        for item in items:
-            prompt = token_ids(tokenizer, render(tokenizer, item.prompt))
-            answer = answer_ids(tokenizer, item.answer)
+        answers = [answer_ids(tokenizer, item.answer) for item in items]
+        texts = [item.prompt for item in items]
+        prompts = prompt_rows(merged.model, tokenizer, texts, num_new=list(map(len, answers)))
+        for prompt, answer in zip(prompts, answers, strict=True):
             if prompt and answer:
                 found.append(Example(expert, (*prompt, *answer), len(prompt) - 1))
     return found
@@ -57,12 +64,14 @@ def imitated(
         tokenizer: of the base.
         tasks: expert → prompts.
         hidden_blocks: whose outputs are kept as well.
+
+    Raises:
+        PromptLengthError: a prompt is longer than the model reads at once.
     """
     found = []
     for expert, prompts in tasks.items():
         merged.set_expert(expert)
-        for prompt in prompts:
-            ids = tuple(token_ids(tokenizer, render(tokenizer, prompt)))
+        for ids in map(tuple, prompt_rows(merged.model, tokenizer, prompts)):
             if not ids:
                 continue
             with torch.no_grad():

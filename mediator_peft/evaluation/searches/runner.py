@@ -9,6 +9,7 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
+from ...checkpoints.replacing import write_replacing
 from ...errors import ConfigError, OutputError, OutputExistsError
 from ...progress import Progress, no_progress
 from ...tables import lookup, unknown_name
@@ -74,7 +75,7 @@ def search_coefficients(
     merged = MergedModel(base, experts)
     tokenizer = AutoTokenizer.from_pretrained(str(base))
     if with_answers:
-        examples = labelled(tokenizer, items)
+        examples = labelled(merged, tokenizer, items)
     else:
         examples = imitated(merged, tokenizer, prompts, options.get("hidden_blocks", ()))
     found = search.run(merged, examples, progress=progress, **options)
@@ -109,10 +110,8 @@ def _check_options(method: str, run: Callable[..., Any], options: Mapping[str, A
 
 
 def _write(target: Path, content: Mapping[str, Any]) -> None:
-    new = target.with_name(f".{target.name}.new")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(json.dumps(content, indent=2), encoding="utf-8")
-        os.replace(new, target)
+        write_replacing(target, json.dumps(content, indent=2))
     except OSError as fault:
         raise OutputError(f"{str(target)!r} cannot be written: {fault.strerror or fault}") from fault
