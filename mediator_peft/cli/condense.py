@@ -33,7 +33,8 @@ def condense(
     Example:
       mediator-peft condense out --dry-run
     """
-    from ..checkpoints.adapter_files import find_adapter
+    from ..checkpoints.adapter_files import WEIGHTS_FILE, find_adapter
+    from ..checkpoints.adapter_sizes import format_bytes
     from ..evaluation.fit_and_save import save_router
     from ..tuner.loading import load_mediator
 
@@ -44,12 +45,16 @@ def condense(
     report = model.condense(
         min_cosine=min_cosine, residual_density=residual_density, with_families=families, dry_run=dry_run
     )
+    file = find_adapter(out) / WEIGHTS_FILE
+    before = file.stat().st_size
     if not dry_run and (report.aliases or report.families):
         save_router(model, find_adapter(out), lambda folder: {})
     if as_json:
         print_json(report.to_dict())
     else:
         _print_report(report, console())
+        if file.stat().st_size != before:
+            console().print(f"adapter file: {format_bytes(before)} -> {format_bytes(file.stat().st_size)}")
     if not report.aliases and not report.families:
         say("nothing to share: no experts are equal, and none are near enough to be a family")
 
@@ -60,7 +65,7 @@ def _print_report(report: CondenseReport, target: Console) -> None:
     from ..checkpoints.adapter_sizes import format_bytes
 
     names = list(report.cosines)
-    table = Table(title="Cosines of deltas", title_justify="left", pad_edge=False)
+    table = Table(title="Cosines of stored deltas, from the backbone", title_justify="left", pad_edge=False)
     for heading in ("", *names):
         table.add_column(heading, justify="right" if heading else "left")
     for name, row in report.cosines.items():
@@ -71,6 +76,13 @@ def _print_report(report: CondenseReport, target: Console) -> None:
     for experts in report.families.values():
         kept = ", ".join(f"{name} {report.fidelity[name]:.3f}" for name in experts if name in report.fidelity)
         fidelity = f"; cosine with what was stored before: {kept}" if kept else ""
-        target.print(f"family of {', '.join(experts)}{fidelity}")
+        pairs = [
+            report.cosines[name][other]
+            for name in experts
+            for other in experts
+            if name != other and name in report.cosines and other in report.cosines
+        ]
+        mean = f" (mean cosine {sum(pairs) / len(pairs):.3f})" if pairs else ""
+        target.print(f"family of {', '.join(experts)}{mean}{fidelity}")
     if report.bytes_after != report.bytes_before:
         target.print(f"deltas in memory: {format_bytes(report.bytes_before)} -> {format_bytes(report.bytes_after)}")
