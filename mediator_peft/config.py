@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
-from math import isfinite
 from typing import Any
 
-from .errors import AdapterError, ConfigError
-from .methods.conflict import CONFLICT_SCORES
-from .methods.encoding import ENCODINGS
-from .methods.encoding.scales import SIGN_SCALES
-from .methods.merging import MERGE_METHODS
-from .methods.rounding import ROUNDINGS
+from .errors import ConfigError
 from .methods.sparsifying import SPARSIFIERS
-from .routing.router_names import ROUTER_NAMES
+from .setting_checks import FALLBACK_EXPERT as FALLBACK_EXPERT
+from .setting_checks import setting_faults
 from .tables import unknown_name
 
 FORMAT_VERSION = 1
 """Version of the adapter's files. A newer one is refused, an older one is migrated."""
-
-FALLBACKS = ("base", "backbone")
-DENSITY_SCOPES = ("matrix", "model")
-ROUTING_TURNS = ("last", "first", "all")
-FALLBACK_EXPERT = "base"
-"""Name of the expert-weight column that stands for the base model."""
 
 CORRECTION = "_correction"
 """Name of the delta that corrects quantization error of the backbone; no expert can have it."""
@@ -37,8 +24,6 @@ ALWAYS = "*"
 
 ALWAYS_PREFIX = "_always "
 """Names of deltas that every prompt gets begin so."""
-
-ALWAYS_RULES = ("alpha", "alpha-omega")
 
 FAMILY_PREFIX = "_family "
 """Names of deltas that a family of experts shares begin so; no expert's name does."""
@@ -62,14 +47,6 @@ _PEFT_NAMES = {
 """What other PEFT methods call a field → what to use here."""
 
 _OLD_CHOICES = {"sparsifier": {"random": "dare"}}
-
-_SIMILAR = 0.75
-"""From this likeness on (``difflib``), an unknown name in a file is a misspelt one of ours."""
-
-_MOST_BLOCKS = 100_000
-
-_BUDGET = re.compile(r"\d+(\.\d+)?\s*(x|b|[kmgt]i?b)?")
-_EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\- ]{0,63}")
 
 
 @dataclass(init=False)
@@ -263,140 +240,9 @@ class MediatorSettings:
 
     def check(self) -> None:
         """Raise a ``ConfigError`` that lists every fault of the settings, if there is one."""
-        faults = list(self._faults())
+        faults = list(setting_faults(self))
         if faults:
             raise ConfigError("\n".join(faults))
-
-    def _faults(self) -> Iterator[str]:
-        """Every fault of the settings, one message each."""
-        yield from expert_name_faults(self.experts)
-        for name, table, kind in (
-            ("merge_method", MERGE_METHODS, "merge method"),
-            ("conflict_score", CONFLICT_SCORES, "conflict score"),
-            ("sparsifier", SPARSIFIERS, "sparsifier"),
-            ("encoding", ENCODINGS, "encoding"),
-            ("rescale", SIGN_SCALES, "rescale"),
-            ("router", ROUTER_NAMES, "router"),
-            ("fallback", FALLBACKS, "fallback"),
-            ("routing_turn", ROUTING_TURNS, "routing_turn"),
-            ("density_scope", DENSITY_SCOPES, "density_scope"),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, str):
-                yield f"{name} must be a name, one of {', '.join(table)}, got {value!r}."
-            elif value not in table:
-                yield unknown_name(value, table, kind)
-        wanted = self.for_quantization
-        if wanted is not None and not (isinstance(wanted, str) and wanted in ROUNDINGS):
-            yield unknown_name(str(wanted), ROUNDINGS, "for_quantization")
-        for name, hint in (
-            ("density", "1.0 keeps every weight"),
-            ("correction_density", "1.0 corrects every weight"),
-            ("conflict_density", "1.0 lets every entry vote"),
-            ("routing_top_p", "1.0 keeps every expert"),
-        ):
-            if not _is_share(getattr(self, name)):
-                yield f"{name} must be in (0, 1], got {getattr(self, name)!r}. Use a share: {hint}."
-        if not (_is_share(self.ood_alpha) and self.ood_alpha < 1):
-            yield (f"ood_alpha must be in (0, 1), got {self.ood_alpha!r}. 0.01 lets 1 known prompt in 100 fall back.")
-        if not (isinstance(self.conflict_threshold, (int, float)) and isfinite(self.conflict_threshold)):
-            yield f"conflict_threshold must be a finite number, got {self.conflict_threshold!r}."
-        if not (_is_share(self.ood_beta) and self.ood_beta < 1):
-            yield f"ood_beta must be in (0, 1), got {self.ood_beta!r}. 0.05 lets 5 unknown prompts in 100 pass."
-        if self.router_layer not in (None, "auto") and not _is_count(self.router_layer):
-            yield f"router_layer must be 'auto' or a whole number of blocks, 0 or more, got {self.router_layer!r}."
-        if not _is_count(self.seed) or self.seed >= 2**63:
-            yield f"seed must be a whole number, 0 or more and below 2**63, got {self.seed!r}."
-        targets = self.target_modules
-        if not (targets is None or isinstance(targets, str)) and not _are_names(targets):
-            yield f"target_modules must be a name or a list of names, got {targets!r}."
-        limit = self.max_resident_experts
-        if limit is not None and (not _is_count(limit) or limit < 1):
-            yield f"max_resident_experts must be a whole number, 1 or more, or None for all, got {limit!r}."
-        pinned = self.pinned_experts
-        if pinned is not None and (limit is None or isinstance(pinned, str) or not _are_names(pinned)):
-            yield f"pinned_experts must be names of experts, beside max_resident_experts, got {pinned!r}."
-        elif pinned is not None and self.expert_names is not None:
-            strangers = [name for name in pinned if name not in self.columns]
-            if strangers:
-                yield f"pinned_experts {strangers} are no experts of this model; it has {self.columns}."
-        rule = self.always_rule
-        if rule is not None and rule not in ALWAYS_RULES:
-            yield unknown_name(str(rule), ALWAYS_RULES, "always_rule")
-        always = self.always
-        if always is not None and not (isinstance(always, dict) and _are_names([*always, *always.values()])):
-            yield f"always must give PATH:WEIGHT for each name, got {always!r}."
-        elif always:
-            yield from expert_name_faults(dict.fromkeys(always))
-            if self.sparsifier == "svd":
-                yield "always needs positions: use another sparsifier than 'svd'."
-        yield from self._merge_faults()
-        yield from self._form_faults()
-        yield from self._routed_layers_faults()
-
-    def _merge_faults(self) -> Iterator[str]:
-        """Of what the merge method is given."""
-        method = MERGE_METHODS.get(self.merge_method) if isinstance(self.merge_method, str) else None
-        given, path = self.merge_parameters, self.merge_data
-        if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
-            yield f"merge_parameters must give a value for each name, e.g. {{'density': 0.1}}, got {given!r}."
-        elif method is not None:
-            yield from method.faults(given, self.merge_method)
-        if path is not None and not (isinstance(path, str) and path):
-            yield f"merge_data must be a path, got {path!r}."
-        elif method is not None and path is not None and method.open_data is None:
-            yield f"merge_method {self.merge_method!r} reads no data: leave out merge_data."
-        elif method is not None and path is None and method.needs_data and not self.is_built:
-            yield f"merge_method {self.merge_method!r} needs merge_data: {method.data}."
-        number = None if method is None else method.num_experts
-        if number is not None and len(self.experts) not in (0, number) and not self.is_built:
-            yield f"merge_method {self.merge_method!r} merges {number} experts, got {len(self.experts)}."
-        scaling = self.depth_scaling
-        is_pair = isinstance(scaling, (list, tuple)) and len(scaling) == 2 and all(_is_finite(each) for each in scaling)
-        if not (scaling is None or scaling == "auto" or is_pair):
-            yield f"depth_scaling must be 'auto' or [alpha, beta], two numbers, got {scaling!r}."
-
-    def _form_faults(self) -> Iterator[str]:
-        if self.budget is not None and not _is_budget(self.budget):
-            yield f"budget must be like '1.5x' (the backbone), '400MB' or a number of bytes, got {self.budget!r}."
-        if self.rank is not None and (not _is_count(self.rank) or self.rank < 1):
-            yield f"rank must be a whole number, 1 or more, or None, got {self.rank!r}."
-        is_known = all(isinstance(name, str) for name in (self.encoding, self.sparsifier))
-        is_known = is_known and self.encoding in ENCODINGS and self.sparsifier in SPARSIFIERS
-        is_low_rank = is_known and SPARSIFIERS[self.sparsifier].is_low_rank
-        if is_known and is_low_rank != (self.encoding == "factors"):
-            yield (
-                f"sparsifier {self.sparsifier!r} does not go with encoding {self.encoding!r}: 'svd' stores 'factors', "
-                "and nothing else does. Leave encoding out with 'svd'."
-            )
-        if is_known and self.rank is not None and not is_low_rank:
-            yield f"rank is for sparsifier='svd', not for {self.sparsifier!r}. Use density."
-        if self.rank is not None and (self.budget is not None or self.density_scope != "matrix"):
-            yield "rank fixes the size of every delta: leave out budget and density_scope, or leave out rank."
-        families = self.families
-        is_cosine = isinstance(families, (int, float)) and _is_finite(families) and -1 <= families <= 1
-        if families not in (None, "auto") and not is_cosine:
-            yield f"families must be 'auto' or the least cosine, in [-1, 1], got {families!r}."
-        if families is not None and is_known and not ENCODINGS[self.encoding].has_positions:
-            yield f"families need positions, which encoding {self.encoding!r} has not. Use another encoding."
-        if families is not None and (self.budget is not None or self.density_scope != "matrix"):
-            yield "families share deltas of one density a matrix: leave out budget and density_scope."
-        if self.for_quantization is not None and is_low_rank:
-            yield "for_quantization needs positions: rounding errors have no low rank. Use another sparsifier."
-
-    def _routed_layers_faults(self) -> Iterator[str]:
-        choice = self.routed_layers
-        if isinstance(choice, str):
-            if choice not in ("auto", "all"):
-                yield unknown_name(choice, ("auto", "all"), "routed_layers")
-        elif isinstance(choice, (list, tuple)):
-            if not choice or not all(_is_count(number) for number in choice) or len(set(choice)) != len(choice):
-                yield f"routed_layers must list different block numbers, 0 or more, got {list(choice)!r}."
-        elif not _is_share(choice):
-            yield (
-                "routed_layers must be 'auto', 'all', a share of blocks in (0, 1] or a list of block numbers, "
-                f"got {choice!r}."
-            )
 
     def __getattr__(self, name: str) -> Any:
         # Reached only for names that are no fields.
@@ -421,26 +267,6 @@ class MediatorSettings:
         """Names of the expert-weight columns: the experts, then ``"base"`` where that is the fallback."""
         names = list(self.expert_names or self.experts)
         return [*names, FALLBACK_EXPERT] if self.fallback == FALLBACK_EXPERT else names
-
-
-OMITTED_UNSET = frozenset(
-    {
-        "pinned_experts",
-        "merge_parameters",
-        "merge_data",
-        "depth_scaling",
-        "column_map",
-        "always",
-        "always_rule",
-        "families",
-    }
-)
-"""Fields that a file has only where they are set, so that adapters without them have the bytes that they always had."""
-
-
-def saved_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields as they are written to a file."""
-    return {name: value for name, value in settings.items() if name not in OMITTED_UNSET or value not in (None, {})}
 
 
 _WRITTEN_BY_BUILD = frozenset(
@@ -486,150 +312,3 @@ def with_todays_names(settings: Mapping[str, Any], warn: Callable[[str, str], No
             warn(value, choices[value])
             renamed[name] = choices[value]
     return renamed
-
-
-def check_saved(fields_found: Mapping[str, Any], own: Collection[str], others: Collection[str] = ()) -> dict[str, Any]:
-    """Refuse a saved configuration that this version cannot read.
-
-    Args:
-        fields_found: what the file says.
-        own: names of this library's fields.
-        others: names of PEFT's fields.
-
-    Returns:
-        The fields under the names of today: files of former versions have other ones. Fields that are not known, such
-        as a newer PEFT may have added, are left out with a warning.
-
-    Raises:
-        AdapterError: a newer format, values of the wrong type, or a misspelt name of a field.
-    """
-    version = fields_found.get("format_version", FORMAT_VERSION)
-    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT_VERSION:
-        raise AdapterError(
-            f"adapter_config.json: this adapter has format version {shortened(version)}, this mediator_peft reads up "
-            f"to {FORMAT_VERSION}. Upgrade it: pip install -U mediator_peft"
-        )
-    try:
-        renamed = with_todays_names(fields_found)
-    except ConfigError as fault:
-        raise AdapterError(f"adapter_config.json: {fault}") from fault
-    known = {*own, *others}
-    unknown = [name for name in renamed if name not in known]
-    misspelt = [name for name in unknown if get_close_matches(name, own, n=1, cutoff=_SIMILAR)]
-    if misspelt:
-        raise AdapterError("\n".join(unknown_name(name, known, "field in adapter_config.json") for name in misspelt))
-    if unknown:
-        listed = ", ".join(repr(shortened(name)) for name in sorted(unknown))
-        warnings.warn(
-            f"adapter_config.json has fields that are not known here and are ignored: {listed}. A newer version of "
-            "PEFT may have written them; upgrade to use them.",
-            stacklevel=3,
-        )
-    faults = list(_saved_faults(renamed))
-    if faults:
-        raise AdapterError("adapter_config.json is damaged:\n" + "\n".join(faults))
-    return {name: value for name, value in renamed.items() if name in known}
-
-
-def shortened(value: object, length: int = 60) -> str:
-    """A value of a file as a message shows it."""
-    try:
-        text = str(value)
-    except (ValueError, RecursionError):  # an integer of very many digits, or deep nesting
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= length else text[:length] + "..."
-
-
-def _saved_faults(found: Mapping[str, Any]) -> Iterator[str]:
-    """What the build writes and a person does not: types and ranges, one message for each fault."""
-    experts = found.get("experts", {})
-    if not isinstance(experts, dict) or not _are_names([*experts, *experts.values()]):
-        yield "experts must give a path for each name."
-    for name in ("expert_names", "routed_modules"):
-        value = found.get(name)
-        if value is not None and not (isinstance(value, list) and _are_names(value) and len(set(value)) == len(value)):
-            yield f"{name} must be a list of different names, got {shortened(value)}."
-        elif value is not None and name == "expert_names":
-            yield from expert_name_faults(dict.fromkeys(value))
-    if found.get("routed_modules") is not None and not found.get("expert_names"):
-        yield "expert_names must name the experts of the deltas."
-    yield from _map_faults(found)
-    blocks, layer = found.get("num_blocks"), found.get("router_layer")
-    if blocks is not None and (not _is_count(blocks) or not 1 <= blocks <= _MOST_BLOCKS):
-        yield f"num_blocks must be a whole number of blocks, got {shortened(blocks)}."
-    elif blocks is not None and _is_count(layer) and layer > blocks:
-        yield f"router_layer {shortened(layer)} is beyond the model, which has {blocks} blocks."
-    markers = found.get("turn_markers")
-    if markers is not None and not (isinstance(markers, list) and all(_are_counts(marker) for marker in markers)):
-        yield f"turn_markers must be lists of token ids, got {shortened(markers)}."
-    sampled = found.get("backbone_fingerprint")
-    if sampled is not None and not (isinstance(sampled, dict) and all(_is_sample(entry) for entry in sampled.values())):
-        yield "backbone_fingerprint must give shape and values of tensors."
-    for name, kind in (("provenance", dict), ("base_model_name_or_path", str), ("conflict_threshold", (int, float))):
-        value = found.get(name)
-        if value is not None and not isinstance(value, kind):
-            yield f"{name} is {shortened(value)}, of the wrong type."
-    if isinstance(found.get("conflict_threshold"), int) and abs(found["conflict_threshold"]) > 2**53:
-        yield "conflict_threshold is too large."
-
-
-def _map_faults(found: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with a column map."""
-    rows = found.get("column_map")
-    if rows is None:
-        return
-    names = {*(found.get("expert_names") or ()), FALLBACK_EXPERT, ALWAYS}
-    is_map = isinstance(rows, dict) and all(isinstance(row, dict) and row for row in rows.values())
-    if not is_map or not all(isinstance(name, str) and name and not set(name) & set(".:/") for name in rows):
-        yield f"column_map must give a row of factors for each stored delta, got {shortened(rows)}."
-        return
-    for stored, row in rows.items():
-        strangers = [name for name in row if name not in names]
-        if strangers:
-            yield f"column_map of {shortened(stored)!r} names unknown experts {shortened(strangers)}."
-        if not all(isinstance(entry, (int, float)) and isfinite(entry) for entry in row.values()):
-            yield f"column_map of {shortened(stored)!r} must hold finite numbers."
-
-
-def _are_counts(value: object) -> bool:
-    return isinstance(value, list) and all(_is_count(number) and number < 2**63 for number in value)
-
-
-def _is_sample(entry: object) -> bool:
-    if not isinstance(entry, dict) or not _are_counts(entry.get("shape")) or not isinstance(entry.get("values"), list):
-        return False
-    return all(isinstance(value, (int, float)) and abs(value) < 2.0**1023 for value in entry["values"])
-
-
-def expert_name_faults(names: Mapping[str, object]) -> Iterator[str]:
-    """What is wrong with the names of experts, one message each."""
-    for name in names:
-        if not isinstance(name, str) or not _EXPERT_NAME.fullmatch(name):
-            yield (
-                f"expert name {name!r} cannot be used: take letters, digits, '_', '-' and spaces, at most 64, starting "
-                "with a letter or digit (no dots or slashes: names become parts of tensor names)."
-            )
-        elif name == FALLBACK_EXPERT:
-            yield f"expert name {name!r} is taken by the fallback column. Choose another name."
-
-
-def _is_share(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
-
-
-def _are_names(value: object) -> bool:
-    return isinstance(value, Collection) and all(isinstance(name, str) for name in value)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_budget(value: object) -> bool:
-    if isinstance(value, str):
-        return _BUDGET.fullmatch(value.strip().lower()) is not None
-    return _is_count(value) and value != 0

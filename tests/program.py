@@ -21,7 +21,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
@@ -42,7 +42,12 @@ PRELOADED = (
     "transformers.models.llama.modeling_llama",
     "transformers.generation.utils",
     "torch.distributed",
+    "matplotlib.figure",
 )
+
+
+OPTIONAL = ("matplotlib.figure",)
+"""Of these, what a machine may lack."""
 
 
 class Finished(NamedTuple):
@@ -197,7 +202,8 @@ def _prepare() -> str:
             os.dup2(log.fileno(), number)
         _open_streams()
         for name in ("mediator_peft", "peft", *PRELOADED):
-            import_module(name)
+            with suppress(ImportError) if name in OPTIONAL else nullcontext():
+                import_module(name)
         sys.stdout.flush()
         sys.stderr.flush()
         log.seek(0)

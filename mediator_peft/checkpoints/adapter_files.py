@@ -10,8 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..config import MediatorSettings, check_saved, saved_fields, with_todays_names
+from ..config import MediatorSettings, with_todays_names
 from ..errors import AdapterError, ConfigError
+from ..saved_settings import check_saved, saved_fields
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -6,7 +6,7 @@ Weights come as numpy arrays, those in bfloat16 as uint16 with their bits (see `
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +18,10 @@ from ..storage import Array, FloatType, to_tensor
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
+
+
+Reader = Callable[[Path, int, memoryview], None]
+"""Gets what was read: (file, place in it, bytes)."""
 
 
 class TensorInfo(NamedTuple):
@@ -117,6 +121,10 @@ class Checkpoint(ABC):
     def place(self, name: str) -> tuple[Path, int] | None:
         """The file in which a tensor lies, and where it ends there; None where it lies in no plain file."""
         return None
+
+    def watch(self, reader: Reader | None) -> None:
+        """Show a function the bytes that are read from plain files, rows in one piece alone; None ends it."""
+        del reader  # what is read from no plain file is not shown
 
     def held_bytes(self, name: str) -> int:
         """Bytes that reading some rows of a tensor takes beside these rows, e.g. for what it is converted from."""

@@ -59,6 +59,14 @@ class RunningDigest:
                 self._place += count
                 left -= count
 
+    def take(self, start: int, data: memoryview) -> None:
+        """Bytes of the file that somebody just read, from a place on; what does not follow on closely is ignored."""
+        if self._place < start <= self._place + _CHUNK:
+            self.advance(start)
+        if self._place == start:
+            self._digest.update(data)
+            self._place += len(data)
+
     def hexdigest(self) -> str:
         """The checksum of the whole file."""
         self.advance()

@@ -14,7 +14,7 @@ import numpy as np
 from ..deferred import torch
 from ..errors import CheckpointError
 from ..storage import FLOAT_TYPES, Array, as_array, float_type
-from .checkpoint import Checkpoint, TensorInfo
+from .checkpoint import Checkpoint, Reader, TensorInfo
 from .headers import Stored, is_lfs_pointer, read_header, read_into
 from .tensor_inventory import is_known
 
@@ -123,6 +123,7 @@ class FolderCheckpoint(Checkpoint):
         self._stored: dict[str, tuple[Path, Stored]] = {}
         self._descriptors: dict[Path, int] = {}
         self._buffer = np.empty(0, np.uint8)
+        self._reader: Reader | None = None
         self.tensors = {}
         listed: list[str] = []
         pointers: list[str] = []
@@ -268,6 +269,9 @@ class FolderCheckpoint(Checkpoint):
         found = self._stored.get(name)
         return None if found is None else (found[0], found[1].offset + found[1].num_bytes)
 
+    def watch(self, reader: Reader | None) -> None:
+        self._reader = reader
+
     def read_rows(self, name: str, start: int, stop: int) -> Array:
         return self.read_groups(name, [(start, stop)])
 
@@ -296,6 +300,8 @@ class FolderCheckpoint(Checkpoint):
             end = place + row_bytes * (stop - start)
             read_into(descriptor, view[place:end], stored.offset + start * row_bytes)
             place = end
+        if self._reader is not None and len(groups) == 1:
+            self._reader(path, stored.offset + groups[0][0] * row_bytes, view)
         return buffer.view(FLOAT_TYPES[stored.dtype].array).reshape(num_rows, *shape[1:])
 
     def _open(self, path: Path) -> int:
@@ -304,7 +310,7 @@ class FolderCheckpoint(Checkpoint):
         return self._descriptors[path]
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_descriptors": {}}
+        return {**self.__dict__, "_descriptors": {}, "_reader": None}
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_descriptors", {}).values():

@@ -42,10 +42,10 @@ def _types(group: Any) -> dict[str, Any]:
 
 def _options(parameter: Parameter) -> Iterator[Parameter]:
     """A parameter, or one for each field of a group."""
-    group = parameter.annotation
-    if not isinstance(group, type) or not is_dataclass(group):
+    if not is_dataclass(parameter.annotation):
         yield parameter.replace(kind=Parameter.KEYWORD_ONLY)
         return
+    group: Any = parameter.annotation
     types = _types(group)
     for item in fields(group):
         default = Parameter.empty if item.default is MISSING else item.default

@@ -198,7 +198,7 @@ def route_token_rows(
     model: AnyModel,
     rows: Sequence[Sequence[int]],
     pad_id: int,
-    settings: PromptSettings,
+    settings: PromptSettings = AS_USUAL,
     advance: Advance = lambda: None,
 ) -> list[Route]:
     """Where a Mediator model's router sends prompts that are encoded already.

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, UnsupportedError
+from ..methods.sparsifying import selection
 from ..storage import BFLOAT16, FLOAT64, FloatType, as_array
 from . import numpy_kernels
 from .numpy_kernels import (
@@ -44,14 +45,17 @@ __all__ = [
     "added",
     "as_array",
     "change",
+    "count_ones",
     "expand",
     "has_native",
+    "loops",
     "mark_tile",
     "merge_tile",
     "move_kept",
     "native",
     "put_bits",
     "rounded",
+    "row_counts",
     "row_offsets",
     "sparse_product",
     "take_bits",
@@ -547,7 +551,7 @@ def take_bits(bitmap: Array, mask: Array, num_columns: int) -> Array:
     _check("bitmap", bitmap, (_UINT8,), mask.shape)
     if (kernels := native()) is None:
         return numpy_kernels.take_bits(bitmap, mask, num_columns)
-    return kernels.take_bits(bitmap, mask, numpy_kernels.count_ones(mask))
+    return kernels.take_bits(bitmap, mask, count_ones(mask))
 
 
 def put_bits(bitmap: Array, choice: NDArray[np.bool_], num_columns: int) -> Array:
@@ -564,6 +568,50 @@ def put_bits(bitmap: Array, choice: NDArray[np.bool_], num_columns: int) -> Arra
     _check_writable("bitmap", bitmap, (_UINT8,), (len(bitmap), (num_columns + 7) // 8))
     kernels.put_bits(np.packbits(choice, bitorder="little"), bitmap)
     return bitmap
+
+
+def row_counts(bitmap: Array) -> NDArray[np.int64]:
+    """Number of ones in each row of a bitmap (r, n) uint8, contiguous: (r,)."""
+    _check("bitmap", bitmap, (_UINT8,), (len(bitmap), bitmap.shape[1]))
+    kernels = native()
+    return selection.row_counts(bitmap) if kernels is None else kernels.row_counts(bitmap)
+
+
+def count_ones(bitmap: Array) -> int:
+    """Number of ones in a bitmap of any shape, uint8, contiguous."""
+    return int(row_counts(bitmap.reshape(1, -1))[0])
+
+
+def first_ones(bitmap: Array, num_ones: int) -> Array:
+    """The first ``num_ones`` ones of a bitmap (r, n) uint8, contiguous, as another. May write over the bitmap."""
+    kernels = native()
+    if kernels is None:
+        return selection.first_ones(bitmap, num_ones)
+    _check_writable("bitmap", bitmap, (_UINT8,), (len(bitmap), bitmap.shape[1]))
+    kernels.keep_first(bitmap, num_ones)
+    return bitmap
+
+
+def ranked(magnitudes: Array, ranks: Sequence[int]) -> list[float]:
+    """Numbers at some places of the ascending order.
+
+    Args:
+        magnitudes: (n,) float32, none of them negative, contiguous, n < 2³².
+        ranks: 0 to n - 1 each; 0 is the smallest.
+
+    Raises:
+        ValueError: a rank is not one of these.
+    """
+    _check("magnitudes", magnitudes, (_FLOAT32,), (magnitudes.size,))
+    if not all(0 <= rank < magnitudes.size for rank in ranks):
+        raise ValueError(f"ranks must be 0 to {magnitudes.size - 1}, got {list(ranks)}.")
+    kernels = native()
+    return selection.ranked(magnitudes, ranks) if kernels is None else kernels.ranked(magnitudes, ranks)
+
+
+def loops() -> selection.Loops:
+    """The inner loops of a selection, by the implementation that is there."""
+    return selection.Loops(ranked, row_counts, put_bits, first_ones)
 
 
 def _place_of(owner: Array | Tensor) -> Callable[[], int]:

@@ -127,6 +127,9 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "narrow": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p],
     "take_bits": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p],
     "put_bits": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64],
+    "count_rows": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p],
+    "keep_first": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64],
+    "find_ranked": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p],
     "use_host_team": [ctypes.c_void_p],
 }
 
@@ -390,3 +393,26 @@ def put_bits(bits: Array, mask: Array) -> None:
         mask: contiguous uint8, changed in place.
     """
     library().mediator_put_bits(address(bits), bits.size, address(mask), mask.size)
+
+
+def row_counts(bitmap: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Number of ones in each row of a contiguous bitmap (r, n): (r,)."""
+    counts = np.empty(len(bitmap), np.int64)
+    library().mediator_count_rows(address(bitmap), *bitmap.shape, address(counts))
+    return counts
+
+
+def keep_first(bitmap: NDArray[np.uint8], num_ones: int) -> None:
+    """Clear all ones of a contiguous bitmap but the first ``num_ones``."""
+    library().mediator_keep_first(address(bitmap), bitmap.size, num_ones)
+
+
+def ranked(values: NDArray[np.float32], ranks: Sequence[int]) -> list[float]:
+    """Numbers at some places of the ascending order; see ``selection.ranked``."""
+    scratch, found = np.empty(values.size + 16, np.float32), np.empty(len(ranks), np.float32)
+    places = (ctypes.c_int64 * len(ranks))(*ranks)
+    library().mediator_find_ranked(
+        address(values), values.size, ctypes.addressof(places), len(ranks), address(scratch), address(found)
+    )
+    numbers: list[float] = found.tolist()
+    return numbers

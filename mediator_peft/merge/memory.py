@@ -13,7 +13,7 @@ from ..methods.merging.row import LINEAR
 from .builder import peak_memory
 from .merge_job import Merge
 from .tensor_work import Task, is_one_pass
-from .tiles import TILE_ENTRIES
+from .tiles import FUSED_TILES, TILE_ENTRIES, is_fused
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
@@ -51,7 +51,11 @@ def task_memory(merge: Merge, task: Task) -> int:
     shape = merge.job.base.tensors[task.name].shape
     entries = prod(shape)
     row = entries // max(1, shape[0]) if shape else 1
-    tile = 4 * max(TILE_ENTRIES, row) * (2 * num_experts + 11)
+    if is_fused(merge.method.of_tensor(task.name, task.is_transposed)):
+        # Rows as they are read and as they are stored, of base, experts and backbone.
+        tile = max(min(entries, FUSED_TILES * TILE_ENTRIES), row) * (4 + merge.job.dtype.itemsize) * (num_experts + 3)
+    else:
+        tile = 4 * max(TILE_ENTRIES, row) * (2 * num_experts + 11)
     is_fast = is_one_pass(config)
     num_selections = num_experts * task.measure + (num_experts + 1) * (task.density is not None and is_fast)
     work = entries * (_SELECTION * num_selections + _SETTLING * (num_selections > 0))

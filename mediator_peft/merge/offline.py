@@ -248,7 +248,8 @@ class Build:
         return str(path), end, number
 
     def _merge_and_digest(self, number: int) -> None:
-        self._merge_one(number)
+        with self.digests.watching():
+            self._merge_one(number)
         self.digests.follow(self.merge.tasks[number].name)
 
     def _merge_one(self, number: int) -> None:

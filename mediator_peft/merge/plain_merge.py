@@ -12,7 +12,7 @@ from typing import Any
 
 from ..checkpoints.checksums import CARD, write_merged_checksums
 from ..checkpoints.output_folder import JOURNAL, check_free, check_working_folders
-from ..config import FALLBACKS, MediatorSettings
+from ..config import MediatorSettings
 from ..methods.merging import MERGE_METHODS
 from .builder import base_was_rounded, input_notes, peak_memory, plan_merge, require_experts, single_thread, sources
 from .memory import parse_bytes
@@ -121,7 +121,7 @@ _COUNTING = ("experts", "merge_method", "merge_parameters", "merge_data", "depth
 def _without_experts(config: MediatorSettings) -> MediatorSettings:
     """The fields that matter to a merged model; the others are as they are by default, but need no base."""
     given = {item.name: getattr(config, item.name) for item in fields(MediatorSettings) if item.name in _COUNTING}
-    return MediatorSettings(**given, fallback=FALLBACKS[1])
+    return MediatorSettings(**given, fallback="backbone")
 
 
 class PlainMerge(Build):

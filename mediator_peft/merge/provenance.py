@@ -7,6 +7,7 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,6 +40,25 @@ class InputDigests:
         self._checkpoints = list(checkpoints)
         self.is_wanted = is_wanted
         self._running: dict[Path, RunningDigest] = {}
+        """By file; none for files that carry their checksum in their name."""
+        for path in (path for checkpoint in self._checkpoints for path in checkpoint.files):
+            if is_wanted and _named_sha256(path) is None:
+                self._of(path)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Take what is read of the files within the block, as far as it is read in order."""
+        for checkpoint in self._checkpoints if self.is_wanted else ():
+            checkpoint.watch(self._take)
+        try:
+            yield
+        finally:
+            for checkpoint in self._checkpoints:
+                checkpoint.watch(None)
+
+    def _take(self, path: Path, start: int, data: memoryview) -> None:
+        if path in self._running:
+            self._running[path].take(start, data)
 
     def follow(self, name: str) -> None:
         """Read on in every file to the end of a tensor that was just read."""

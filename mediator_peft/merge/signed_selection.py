@@ -21,7 +21,6 @@ from ..methods.sparsifying.selection import (
     TopSelection,
     bitmap_shape,
     bracket_from_sample,
-    row_counts,
 )
 from ..storage import BFLOAT16, FLOAT64, Array
 from .tiles import Workspace
@@ -78,7 +77,7 @@ class SignedSelection:
 
     def bracket(self, slack: float) -> Bracket:
         """Where the sample expects the smallest kept entry."""
-        return bracket_from_sample(self._sample, self._density, slack)
+        return bracket_from_sample(self._sample, self._density, slack, kernels.ranked)
 
     def restart(self, bracket: Bracket) -> None:
         """Begin anew with another bracket."""
@@ -92,7 +91,7 @@ class SignedSelection:
 
     def settle(self) -> bool:
         """Decide what is kept; False where the bracket missed."""
-        settled = self.selection.settle(kernels.put_bits)
+        settled = self.selection.settle(kernels.loops())
         if settled is None:
             return False
         self.settled = settled
@@ -101,7 +100,7 @@ class SignedSelection:
     def encode(self, bias: Floats | None, rescale: str) -> tuple[PackedArrays, Errors]:
         """Signs of the kept entries, and one scale a row by a key of ``SIGN_SCALES``."""
         kept = self.settled.kept.copy()
-        num_kept = row_counts(kept)
+        num_kept = kernels.row_counts(kept)
         square = self.sums[:, 0]
         magnitudes, squares = self.sums[:, 1] + self.settled.extra_sum, self.sums[:, 2] + self.settled.extra_square
         stored = kernels.rounded(SIGN_SCALES[rescale](RowSums(square, magnitudes, num_kept)), BFLOAT16)

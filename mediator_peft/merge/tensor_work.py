@@ -15,6 +15,7 @@ from ..checkpoints.opening import Checkpoint
 from ..config import CORRECTION, FALLBACK_EXPERT, MediatorSettings
 from ..deferred import torch
 from ..errors import UnsupportedError
+from ..kernels import dispatch as kernels
 from ..kernels.numpy_kernels import widened
 from ..methods.conflict import CONFLICT_SCORES
 from ..methods.conflict.statistics import Statistics
@@ -130,8 +131,9 @@ class TensorWork:
             biases = self._bias_deltas(task.bias, want_deltas=task.density is not None)
         tiles = self._tiles(task.name, task.is_transposed)
         is_fast = is_one_pass(self.config)
-        one_pass = _OnePass(self, tiles, task, with_deltas=is_fast and task.density is not None)
-        one_pass.run()
+        with tiles.read_once():
+            one_pass = _OnePass(self, tiles, task, with_deltas=is_fast and task.density is not None)
+            one_pass.run()
         if task.measure:
             statistics = one_pass.statistics()
             result.counts = {name: score.counts(statistics) for name, score in CONFLICT_SCORES.items()}
@@ -315,7 +317,7 @@ class _OnePass:
         trims = self.selections[: self._num_trims]
         kept, negative = [trim.settled.kept for trim in trims], [trim.negative for trim in trims]
         energies = np.array([trim.squared_norm for trim in trims])
-        return Statistics(kept, negative, energies, float(self._energies.sum()))
+        return Statistics(kept, negative, energies, float(self._energies.sum()), kernels.count_ones)
 
     def signs(self, number: int, bias: Floats | None) -> tuple[PackedArrays, Errors]:
         """One column's delta, coded as signs and scales; the twin of ``ENCODINGS["sign"].encode``."""

@@ -7,6 +7,7 @@ or the layout of files.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,7 +31,10 @@ if TYPE_CHECKING:
 
 
 TILE_ENTRIES = 1 << 17
-"""Entries of a tile: small enough for a core's cache, large enough to make a call cheap."""
+"""Entries of a tile that a merge method computes in torch: small enough for a core's cache."""
+
+FUSED_TILES = 8
+"""How many times as many a tile has that the kernels merge: they keep to the cache themselves."""
 
 _SAMPLED_GROUPS = 18
 _SAMPLED_ROWS = 144
@@ -63,6 +67,11 @@ class Tile(NamedTuple):
     def task_vectors(self) -> Floats:
         """(K, r, I) float32"""
         return _task_vectors(self.rows)
+
+    def picked(self, rows: NDArray[np.intp], stride: int) -> Tile:
+        """Copies of some rows and every ``stride``-th column, as one tile; energies stay those of whole rows."""
+        copies = [each[rows, ::stride] for each in self.rows]
+        return Tile(0, len(rows), copies, self.backbone[rows, ::stride], self.energies[rows])
 
 
 class Workspace:
@@ -118,18 +127,36 @@ class TensorTiles:
         rows = self.stored_shape[0] if self.stored_shape else 1
         columns = prod(self.stored_shape[1:])
         self.shape = (columns, rows) if is_transposed else (rows, columns)
-        self.rows_per_tile = max(1, TILE_ENTRIES // max(1, self.shape[1]))
+        self._is_fused = is_fused(self.merge)
+        tile_entries = TILE_ENTRIES * (FUSED_TILES if self._is_fused else 1)
+        self.rows_per_tile = max(1, tile_entries // max(1, self.shape[1]))
         self._space = workspace
         self._transposed = self._whole_transposed() if is_transposed else None
-        self._is_fused = self.merge.row.merge in (average, keep_base) and self.merge.factor == 1.0
         self._whole_backbone: Array | None = None
+        self._held: Tile | None = None
         self._is_ready = False
 
     def __iter__(self) -> Iterator[Tile]:
+        if self._held is not None:
+            yield self._held
+            return
         self._make_ready()
         for start, stop, rows in self._row_groups():
             backbone = None if self._whole_backbone is None else self._whole_backbone[start:stop]
             yield self._tile(start, stop, rows, backbone)
+
+    @contextmanager
+    def read_once(self) -> Iterator[None]:
+        """Read a tensor of one tile only once, for its sample and every pass within the block.
+
+        Nothing else may be read from the checkpoints meanwhile, nor another tile be made in the workspace.
+        """
+        if self._is_fused and 0 < self.shape[0] <= self.rows_per_tile:
+            self._held = next(iter(self))
+        try:
+            yield
+        finally:
+            self._held = None
 
     def task_vectors(self) -> Iterator[tuple[Tensor, TensorContext]]:
         """(K, r, I) float32 of some rows at a time, with the context of these rows."""
@@ -172,6 +199,8 @@ class TensorTiles:
             ranges = [(start, start + group) for start in starts]
         num_rows = sum(stop - start for start, stop in ranges)
         stride = max(1, num_rows * columns // _SAMPLED_ENTRIES)
+        if self._held is not None:
+            return self._held.picked(np.concatenate([np.arange(*each) for each in ranges]), stride)
         # Cloned: reading one checkpoint may read another, and take its buffer.
         sampled = [self._rows(number, ranges)[:, ::stride].copy() for number in range(len(self.checkpoints))]
         backbone = None
@@ -260,6 +289,11 @@ class TensorTiles:
         if self._transposed is not None and not self.merge.row.is_oriented:
             merged = merged.T
         return merged.reshape(self.shape)
+
+
+def is_fused(method: TensorMethod) -> bool:
+    """Whether the kernels compute a merge method in the pass that they make for all methods."""
+    return method.row.merge in (average, keep_base) and method.factor == 1.0
 
 
 def check_finite(name: str, tile: Tile, checkpoints: Sequence[Checkpoint]) -> None:

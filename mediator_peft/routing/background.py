@@ -211,6 +211,36 @@ def random_token_rows(vocabulary: Sequence[int], seed: int, count: int = 40) -> 
     return [[rng.choice(vocabulary) for _ in range(rng.randint(3, 24))] for _ in range(count)]
 
 
+def numbers_alone(seed: int, count: int = 16) -> list[str]:
+    """Telephone numbers, dates, coordinates, columns of amounts: digits without a request.
+
+    They lie close to experts that work on numbers, so they are trained on and take no part in the stated rate.
+
+    Args:
+        seed: gives other prompts.
+        count: at most so many.
+    """
+    rng = Random(f"{seed} numbers alone")
+
+    def digits(size: int) -> str:
+        return "".join(rng.choice(string.digits) for _ in range(size))
+
+    def several(least: int, most: int, draw: Callable[[], str], between: str) -> str:
+        return between.join(draw() for _ in range(rng.randint(least, most)))
+
+    forms: tuple[Callable[[], str], ...] = (
+        lambda: several(3, 5, lambda: digits(4), " "),
+        lambda: f"+{digits(2)} {digits(3)} {digits(7)}",
+        lambda: f"{rng.randint(1, 28)}.{rng.randint(1, 12)}.20{digits(2)} {rng.randint(0, 23)}:{digits(2)}",
+        lambda: several(2, 5, lambda: f"{rng.randint(0, 9)}:{rng.randint(0, 9)}", ", "),
+        lambda: f"{rng.randint(1, 89)}.{digits(4)}, {rng.randint(1, 179)}.{digits(4)}",
+        lambda: f"978-{digits(1)}-{digits(2)}-{digits(6)}-{digits(1)}",
+        lambda: several(3, 9, lambda: str(rng.randint(1, 999)), "; "),
+        lambda: several(2, 4, lambda: f"{rng.randint(1, 99)} {digits(3)},{digits(2)}", "\n"),
+    )
+    return list(dict.fromkeys(rng.choice(forms)() for _ in range(count)))
+
+
 def _about(forms: Sequence[str], subjects: Sequence[str]) -> Callable[[Random], str]:
     return lambda rng: rng.choice(forms).format(rng.choice(subjects))
 

@@ -142,7 +142,16 @@ class Parts:
         return {task: self.losses(variant, blocks, task) for task in variant.experts or self.bench.sample.known}
 
     def num_bytes(self, variant: Variant, blocks: Blocks | None = None) -> float:
-        """Of one expert's deltas, mean over experts, a parameter of all blocks' matrices."""
+        """Of one expert's deltas, mean over experts, a parameter of all blocks' matrices; kept with the scores."""
+        path = self.bench.folder.scores / "ablation-bytes.json"
+        known: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        key = json.dumps([self.bench.hashes, variant.name, variant.backbone, blocks])
+        if key not in known:
+            write_json({**known, key: self._counted_bytes(variant, blocks)}, path)
+            known = json.loads(path.read_text(encoding="utf-8"))
+        return known[key]
+
+    def _counted_bytes(self, variant: Variant, blocks: Blocks | None) -> float:
         total = 0.0
         for task in self.bench.sample.known:
             sizes = self.deltas(variant, task)[1]
@@ -173,10 +182,12 @@ def ablate(bench: Bench, lab: Lab, save: Callable[[dict[str, Any]], object]) -> 
         "num_blocks": parts.num_blocks,
     }
     orders = all_rankings(bench, lab)
+    # The most important first: a stopped run has them.
     for step in (
-        lambda: block_curves(parts, orders),
+        lambda: block_curves(parts, orders, SHARES[:2]),
         lambda: {"variants": variants(parts)},
-        lambda: {"equal_bytes": equal_bytes(parts, orders)},
+        lambda: {"equal_bytes": equal_bytes(parts, orders, SHARES[:2])},
+        lambda: block_curves(parts, orders, SHARES),
         lambda: {"num_experts": by_number(parts)},
     ):
         found |= step()
@@ -202,22 +213,24 @@ def _conflicts(bench: Bench, lab: Lab, density: float) -> list[dict[str, object]
     return table
 
 
-def block_sets(orders: Mapping[str, Sequence[int]], num_blocks: int) -> dict[str, dict[int, Blocks]]:
+def block_sets(
+    orders: Mapping[str, Sequence[int]], num_blocks: int, shares: Sequence[float]
+) -> dict[str, dict[int, Blocks]]:
     """Ranking → number of blocks → their numbers, ascending."""
-    counts = [count for share in SHARES if 0 < (count := round(share * num_blocks)) < num_blocks]
+    counts = [count for share in shares if 0 < (count := round(share * num_blocks)) < num_blocks]
     return {
         name: {count: tuple(sorted(order[:count])) for count in dict.fromkeys(counts)} for name, order in orders.items()
     }
 
 
-def block_curves(parts: Parts, orders: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+def block_curves(parts: Parts, orders: Mapping[str, Sequence[int]], shares: Sequence[float]) -> dict[str, Any]:
     """Losses with the default's deltas in a number of blocks.
 
     Returns:
         ``curves``: ranking → number of blocks → mean loss over tasks, each task's, bytes a routed parameter; ``none``
         and ``all``: the same; ``against_random``: ranking → number → mean difference from the random rankings.
     """
-    sets = block_sets(orders, parts.num_blocks)
+    sets = block_sets(orders, parts.num_blocks, shares)
     none, every = parts.measured(DEFAULT, ()), parts.measured(DEFAULT)
     counts = sorted({count for chosen in sets.values() for count in chosen})
     scores: dict[str, dict[int, dict[str, Scores]]] = {name: {} for name in sets}
@@ -270,7 +283,7 @@ def variants(parts: Parts) -> dict[str, Any]:
     }
 
 
-def equal_bytes(parts: Parts, orders: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+def equal_bytes(parts: Parts, orders: Mapping[str, Sequence[int]], shares: Sequence[float]) -> dict[str, Any]:
     """Few blocks with dense deltas against all blocks with thin ones, of the same bytes.
 
     Returns:
@@ -281,7 +294,7 @@ def equal_bytes(parts: Parts, orders: Mapping[str, Sequence[int]]) -> dict[str, 
     size = _sizes(parts)
     drawn = [name for name in orders if name.startswith(RANDOM)]
     chosen = {name: orders[name] for name in ("sign", "sign reversed", "spread", *drawn)}
-    sets = block_sets(chosen, parts.num_blocks)
+    sets = block_sets(chosen, parts.num_blocks, shares)
     found: dict[str, dict[str, Any]] = {name: {} for name in sets}
     whole_model = {**_mean(parts.measured(thin)), "density": THIN, "bytes": parts.num_bytes(thin)}
     for count in sorted(next(iter(sets.values())), reverse=True):

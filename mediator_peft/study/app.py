@@ -195,7 +195,7 @@ def hard(folder: Root, base: Base = "smollm2", only: Only = None, threads: Threa
     from .systems import build_default
 
     bench = _bench(folder, base, threads, only)
-    _keep(bench, "hard", hard_cases(bench, _lab(bench), build_default(bench)))
+    hard_cases(bench, _lab(bench), build_default(bench), lambda found: _keep(bench, "hard", found))
 
 
 @app.command()

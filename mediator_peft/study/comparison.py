@@ -46,12 +46,16 @@ from .lab import (
 )
 from .scores import Scores, Sizes
 from .systems import (
+    NAMED,
+    ROUTED_SYSTEM,
     Bench,
     Part,
     Parts,
     Table,
     build_default,
     built_model,
+    default_name,
+    is_built,
     load_built,
     model_key,
     score_alone,
@@ -345,6 +349,9 @@ def compare(run: Comparison, names: Sequence[str]) -> dict[str, Any]:
             continue
         table[name] = system_row(known, found, own, find_system(run, name).num_bytes() or one)
         table[name]["against_experts"] = paired_tests(own, found)
+    for name, (found, num_bytes) in _mediator_scores(run).items():
+        table[name] = system_row(known, found, own, num_bytes)
+        table[name]["against_experts"] = paired_tests(own, found)
     return {
         "tasks": list(known),
         "num_items": {task: asdict(run.sizes(task)) for task in known},
@@ -352,3 +359,18 @@ def compare(run: Comparison, names: Sequence[str]) -> dict[str, Any]:
         "left_out": left_out,
         "bytes_of_one_model": one,
     }
+
+
+def _mediator_scores(run: Comparison) -> dict[str, tuple[dict[str, Scores], int]]:
+    """System → scores and bytes of the Mediator model, where the table of systems has been measured."""
+    depends = model_key(run.bench, MediatorConfig())
+    folder = run.bench.folder.models / default_name(run.bench)
+    system = System(depends, lambda task: lambda items: iter(()), lambda: None)
+    rows = {}
+    for name in (NAMED, ROUTED_SYSTEM):
+        scores = {task: _known(run, name, task, system) for task in run.bench.sample.known}
+        found = {task: each for task, each in scores.items() if each is not None}
+        if len(found) == len(scores) and is_built(folder, depends):
+            info = read_adapter_info(folder)
+            rows[name] = found, (info.backbone_bytes or 0) + info.adapter_bytes
+    return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import permutations
@@ -34,32 +34,36 @@ EXTRA = ("spelling-other", "spelling-large-step", "wordnet-lora")
 FAMILY_ANSWERS, FAMILY_LOSSES = 100, 20
 """Test items of each expert that shares its task."""
 
-NUM_PAIRS = 6
+NUM_PAIRS = 3
 """Prompts of two tasks, and chats of two turns, for each ordered pair of tasks."""
 
-NUM_GATED = 50
+NUM_GATED = 25
 """Test prompts a task for each variant of the gate."""
 
 
-def hard_cases(bench: Bench, lab: Lab, default: Path) -> dict[str, Any]:
+def hard_cases(bench: Bench, lab: Lab, default: Path, save: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
     """All of them.
 
     Args:
         bench: of the main experts.
         lab: their weights.
         default: the Mediator model of the main experts.
+        save: takes what there is after each part, so that a stopped run has it.
 
     Returns:
         ``family``: see :func:`related_experts`; ``two_tasks``, ``turns``: shares of prompts by where they were sent;
         ``gates``: variant → mean weight of the right expert on known prompts and of the base on unknown ones.
     """
     model, tokenizer = load_built(default)
-    return {
+    found: dict[str, Any] = {
         "two_tasks": two_tasks(bench, model, tokenizer),
         "turns": later_turns(bench, model, tokenizer),
         "gates": gates(bench, model, tokenizer),
-        "family": related_experts(bench, lab),
     }
+    save(found)
+    found["family"] = related_experts(bench, lab)
+    save(found)
+    return found
 
 
 def related_experts(bench: Bench, lab: Lab) -> dict[str, Any]:

@@ -245,7 +245,7 @@ def built_model(bench: Bench, name: str, config: MediatorConfig) -> Path:
     folder = bench.folder.models / name
     marker = folder / "study.json"
     text = model_key(bench, config)
-    if marker.exists() and json.loads(marker.read_text(encoding="utf-8"))["key"] == text:
+    if is_built(folder, text):
         return folder
     started = time.perf_counter()
     paths = {task: expert.path for task, expert in bench.experts.items()}
@@ -264,9 +264,20 @@ def built_model(bench: Bench, name: str, config: MediatorConfig) -> Path:
     return folder
 
 
+def is_built(folder: Path, key: str) -> bool:
+    """Whether the model of this key is in the folder."""
+    marker = folder / "study.json"
+    return marker.exists() and bool(json.loads(marker.read_text(encoding="utf-8"))["key"] == key)
+
+
 def build_default(bench: Bench) -> Path:
     """The Mediator model with the library's defaults."""
-    return built_model(bench, f"default-{len(bench.experts)}", MediatorConfig())
+    return built_model(bench, default_name(bench), MediatorConfig())
+
+
+def default_name(bench: Bench) -> str:
+    """Its folder among the models."""
+    return f"default-{len(bench.experts)}"
 
 
 def load_built(folder: Path) -> tuple[Any, Any]:

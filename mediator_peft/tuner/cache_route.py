@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from .routes import LayerRoute
+from .expert_weights import LayerRoute
 
 _TAG = "mediator_route"
 

@@ -12,9 +12,11 @@ from peft import PeftConfig
 from ..checkpoints.adapter_files import CONFIG_FILE, read_raw_config
 from ..checkpoints.checksums import FileCheck
 from ..checkpoints.replacing import finish_replacing
-from ..config import FALLBACK_EXPERT, FORMAT_VERSION, MediatorSettings, check_saved, expert_name_faults, saved_fields
+from ..config import FALLBACK_EXPERT, FORMAT_VERSION, MediatorSettings
 from ..errors import AdapterError, ConfigError
 from ..registration import peft_type
+from ..saved_settings import check_saved, saved_fields
+from ..setting_checks import expert_name_faults
 
 __all__ = ["FALLBACK_EXPERT", "FORMAT_VERSION", "FitSettings", "MediatorConfig", "expert_name_faults"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..bank.layer_bank import LayerBank
-from .routes import LayerRoute, WeightGradient
+from .expert_weights import LayerRoute, WeightGradient
 
 
 class _Anchor(torch.autograd.Function):

@@ -10,8 +10,9 @@ from ..bank.delta_rows import DeltaRows
 from ..bank.layer_bank import LayerBank
 from ..errors import UnsupportedError
 from . import execution
+from .expert_weights import LayerRoute
 from .layer import MediatorLayer
-from .routes import LayerRoute, RequestBoard
+from .request_board import RequestBoard
 
 
 class MediatorEmbedding(MediatorLayer):

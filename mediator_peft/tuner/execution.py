@@ -14,6 +14,7 @@ from ..bank.sparse_delta import SparseDelta
 from ..config import warn_of_old_name
 from ..errors import ConfigError, UnsupportedError
 from .differentiable import mixed_output
+from .expert_weights import LayerRoute
 from .merged_weight import (
     MergedWeight,
     MergedWeightCache,
@@ -24,7 +25,6 @@ from .merged_weight import (
     mixed_weight,
 )
 from .quantized import quantization_of, readable_weight
-from .routes import LayerRoute
 
 EXECUTIONS = ("merged", "sparse", "dense")
 _OLD_EXECUTIONS = {"fold": "merged", "densify": "dense"}

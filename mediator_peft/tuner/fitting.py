@@ -22,6 +22,7 @@ from ..routing.background import (
     BACKGROUND_PROMPTS,
     background_families,
     kind_numbers,
+    numbers_alone,
     random_token_rows,
     user_families,
 )
@@ -46,6 +47,7 @@ _HARD_PER_EXPERT = 25
 _TRIED = 100
 _HARD_FAMILIES = ("other questions about the same subject", "other commands about the same subject")
 RANDOM_TOKENS = "random tokens"
+NUMBERS_ALONE = "numbers alone"
 
 COPIES = 1
 """Altered copies of each calibration text, in a way that its text decides."""
@@ -229,6 +231,8 @@ def negative_rows(
         )
     size = len(hard) // len(HARD_NEGATIVE_FORMS)
     near = {name: hard[way * size : (way + 1) * size] for way, name in enumerate(_HARD_FAMILIES)} if hard else {}
+    if near and set(read) - set(own):
+        near[NUMBERS_ALONE] = token_rows(tokenizer, numbers_alone(seed), max_length)
     families = {**read, **near}
     return NegativeRows(
         [row for ids in families.values() for row in ids],

@@ -15,7 +15,8 @@ from ..errors import RoutingError, UnsupportedError
 from ..routing.features import mean_over_tokens
 from .cache_route import cache_tag, empty_cache, tag_cache
 from .differentiable import anchor
-from .routes import ExpertWeights, LayerRoute, Pending, RequestBoard, by_name, expand_rows, make_route
+from .expert_weights import ExpertWeights, LayerRoute, by_name, expand_rows, make_route
+from .request_board import Pending, RequestBoard
 from .routing import ActiveAdapter, PromptRouter, check_ids, check_mask
 
 

@@ -17,7 +17,7 @@ from .embedding import MediatorEmbedding, check_embedding
 from .fused_experts import check_experts, is_expert_matrix, unwrap_experts
 from .layer import MediatorLayer, routed_layers
 from .quantized import quantization_of
-from .routes import RequestBoard
+from .request_board import RequestBoard
 from .tied_head import check_tie, untie_head
 
 

@@ -18,9 +18,10 @@ from ..bank.layer_bank import LayerBank
 from ..bank.sparse_delta import SparseDelta
 from ..errors import RoutingError, UnsupportedError
 from .execution import is_hooked
+from .expert_weights import LayerRoute, Mix
 from .merged_weight import mixed_bias, mixed_delta, mixed_weight, plain_weight
 from .quantized import device_of, is_plain, readable_weight
-from .routes import LayerRoute, Mix, RequestBoard
+from .request_board import RequestBoard
 from .weight_state import LayerSteps, WeightState, copy_if_in_use
 
 _NOT_COPIED = ("weight_state", "steps", "_snapshot")

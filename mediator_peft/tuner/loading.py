@@ -19,8 +19,8 @@ from ..checkpoints.folders import INDEX_FILE
 from ..checkpoints.headers import read_json
 from ..checkpoints.replacing import finish_replacing
 from ..checkpoints.tensor_inventory import auto_class, is_known
-from ..config import shortened
 from ..errors import AdapterError, MediatorError, UnsupportedError
+from ..saved_settings import shortened
 from .config import MediatorConfig
 
 

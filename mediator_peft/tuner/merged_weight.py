@@ -13,7 +13,7 @@ from ..bank.layer_bank import LayerBank
 from ..bank.restoring import ComputedBack, KeptEntries, Saved, free_low_bits, has_loops_for
 from ..kernels import dispatch as kernels
 from ..kernels.dispatch import PackedDelta
-from .routes import LayerRoute, Mix
+from .expert_weights import LayerRoute, Mix
 
 
 def plain_weight(base_layer: nn.Linear) -> Tensor:

@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from ..errors import AdapterError, RoutingError, UnsupportedError
 from .embedding import MediatorEmbedding
+from .expert_weights import ExpertWeights, Mix, by_name, expert_weight_rows, make_route
 from .forward import RoutedForward
 from .fused_experts import is_fused
 from .merged_weight import mixed_bias
-from .routes import ExpertWeights, Mix, RequestBoard, by_name, expert_weight_rows, make_route
+from .request_board import RequestBoard
 from .routing import ActiveAdapter
 
 

@@ -33,13 +33,14 @@ from .condensing import CondenseReport, condense
 from .config import FitSettings, MediatorConfig
 from .editing import add_expert, remove_expert
 from .execution import check_execution
+from .expert_weights import ExpertWeights
 from .fitting import fit_router
 from .forward import RoutedForward
 from .fused_experts import wrap_experts
 from .injection import add_deltas, check_layers, routed, unwrap_layers, warn_of_other_quantization
 from .layer import MediatorLayer, reading_weights, routed_layers
 from .merging import AdapterMerging
-from .routes import ExpertWeights, RequestBoard
+from .request_board import RequestBoard
 from .routing import ActiveAdapter, PromptRouter
 from .saving import AdapterFiles
 from .tied_head import tie_head

@@ -26,9 +26,10 @@ from ..structure import find_blocks
 from .chat_turns import padded, routing_rows, turn_markers, turn_mask
 from .config import FALLBACK_EXPERT, FitSettings, MediatorConfig
 from .execution import float32_inside
+from .expert_weights import ExpertWeights, expert_weight_rows
 from .layer import MediatorLayer, routed_layers
 from .prompt_form import FormedPrompts, PromptForm, formed, prompt_form
-from .routes import ExpertWeights, RequestBoard, expert_weight_rows
+from .request_board import RequestBoard
 
 
 class Reading(NamedTuple):

@@ -14,8 +14,9 @@ from ..errors import UnsupportedError
 from ..forking import renew_after_fork
 from . import execution
 from .execution import DeviceRows, FewRows, is_hooked
+from .expert_weights import LayerRoute
 from .merged_weight import MergedWeight, MergedWeightCache
-from .routes import LayerRoute, RequestBoard
+from .request_board import RequestBoard
 
 
 class WeightState:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mediator_peft.bank.column_map import ColumnMap, average_linkage, families, identity_rows, without_input
-from mediator_peft.config import MediatorSettings, check_saved
+from mediator_peft.config import MediatorSettings
 from mediator_peft.errors import AdapterError
+from mediator_peft.saved_settings import check_saved
 
 FAMILY = {"_family 1": {"a": 1.0, "b": 1.0}, "a": {"a": 1.0}, "b": {"b": 1.0}}
 

@@ -2,6 +2,7 @@
 //
 // All buffers have exactly the size they need, so that a sanitizer sees any read or write beyond it. Products may differ
 // by rounding; all else must be the same bit for bit. Built and run by `sanitize.sh` and `aarch64.sh`.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -27,6 +28,7 @@ struct Block {
     Block(const Block& other) : Block(other.size) { std::memcpy(data(), other.data(), bytes()); }
     Number* data() { return numbers.get(); }
     const Number* data() const { return numbers.get(); }
+    const Number& operator[](size_t i) const { return numbers[i]; }
     size_t bytes() const { return size * sizeof(Number); }
     Number& operator[](size_t i) { return numbers[i]; }
     Block(Block&&) = default;
@@ -180,6 +182,42 @@ void check_changes(const KernelTable& table, int rows, int columns, int64_t form
     expect(found == source, table.name, "taking out", rows, columns);
 }
 
+// Counts of a bitmap's rows and its first ones, against bits looked at one by one.
+void check_bitmap(const KernelTable& table, const Block<uint8_t>& bitmap, int rows, int columns, int64_t num_ones) {
+    const int row_bytes = (columns + 7) / 8;
+    Block<int64_t> counts(rows);
+    table.count_rows(bitmap.data(), rows, row_bytes, counts.data());
+    const int64_t first = num_ones ? below(int(num_ones) + 2) : 0;
+    Block<uint8_t> kept(bitmap);
+    table.keep_first(kept.data(), int64_t(kept.size), first);
+    bool is_right = true;
+    int64_t seen = 0;
+    for (int row = 0; row < rows; ++row) {
+        const int64_t before = seen;
+        for (int bit = 0; bit < 8 * row_bytes; ++bit) {
+            const size_t place = size_t(row) * row_bytes + bit / 8;
+            const bool is_one = bitmap[place] >> bit % 8 & 1;
+            is_right &= bool(kept[place] >> bit % 8 & 1) == (is_one && seen < first);
+            seen += is_one;
+        }
+        is_right &= counts[row] == seen - before;
+    }
+    expect(is_right, table.name, "counting ones", rows, columns);
+}
+
+// Numbers of three ranks, against sorting.
+void check_ranked(const KernelTable& table, const Block<float>& source, int rows, int columns) {
+    Block<float> magnitudes(source), scratch(source.size + 16), found(3);
+    for (size_t i = 0; i < source.size; ++i) magnitudes[i] = below(40) ? std::fabs(source[i]) : INFINITY;
+    std::vector<float> sorted(magnitudes.data(), magnitudes.data() + source.size);
+    std::sort(sorted.begin(), sorted.end());
+    const int64_t ranks[3] = {0, below(int(source.size)), int64_t(source.size) - 1};
+    table.find_ranked(magnitudes.data(), int64_t(source.size), ranks, 3, scratch.data(), found.data());
+    bool is_right = true;
+    for (int number = 0; number < 3; ++number) is_right &= found[number] == sorted[size_t(ranks[number])];
+    expect(is_right, table.name, "ranking", rows, columns);
+}
+
 template <typename Number>
 void check_build(const KernelTable& table, int rows, int columns, int64_t form) {
     const size_t size = size_t(rows) * columns, map = size_t(rows) * ((columns + 7) / 8);
@@ -224,6 +262,7 @@ void check_build(const KernelTable& table, int rows, int columns, int64_t form) 
     table.put_bits(bits.data(), int64_t(bits.size), put.data(), int64_t(map));
     for (size_t i = 0; i < map; ++i) expected[i] &= maps[0][i];
     expect(put == expected, table.name, "putting bits", rows, columns);
+    check_bitmap(table, maps[1], rows, columns, num_ones);
     {
         const void* places[4] = {sources[0].data(), sources[1].data(), sources[2].data(), sources[3].data()};
         Block<Number> merged(size), plain(size);
@@ -234,6 +273,7 @@ void check_build(const KernelTable& table, int rows, int columns, int64_t form) 
         expect(merged == plain && energies == others, table.name, "merging", rows, columns);
     }
     if constexpr (sizeof(Number) == 4) {
+        check_ranked(table, sources[0], rows, columns);
         Block<uint16_t> rounded(size), plain(size);
         table.narrow(sources[0].data(), int64_t(size), rounded.data());
         table_baseline.narrow(sources[0].data(), int64_t(size), plain.data());

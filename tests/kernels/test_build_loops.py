@@ -10,7 +10,7 @@ from mediator_peft.kernels import dispatch
 from mediator_peft.kernels.numpy_kernels import widened
 from mediator_peft.merge import signed_selection as signed
 from mediator_peft.merge import tiles
-from mediator_peft.methods.sparsifying.selection import chosen_ones
+from mediator_peft.methods.sparsifying.selection import chosen_ones, first_ones
 from mediator_peft.storage import BFLOAT16, FLOAT16, FLOAT32, float_type, to_tensor
 from tests.merge.helpers import EXPERTS, InMemory, build, digests
 from tests.tiny import write_tiny_checkpoints
@@ -163,6 +163,50 @@ def test_choosing_ones_is_what_numpy_does(shape, share):
     expected[mask] = choice
     for found in (dispatch.put_bits(packed(mask), choice, shape[1]), chosen_ones(packed(mask), choice, shape[1])):
         np.testing.assert_array_equal(found, packed(expected))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 64), (40, 200)])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_counting_and_first_ones_are_what_numpy_does(shape, share):
+    mask = np.random.default_rng(4).random(shape) < share
+    np.testing.assert_array_equal(dispatch.row_counts(packed(mask)), mask.sum(axis=1))
+    assert dispatch.count_ones(packed(mask)) == mask.sum()
+    for num_ones in sorted({0, int(mask.sum()) // 3, int(mask.sum())}):
+        expected = mask & (mask.cumsum().reshape(shape) <= num_ones)
+        for find in (dispatch.first_ones, first_ones):
+            np.testing.assert_array_equal(find(packed(mask), num_ones), packed(expected))
+
+
+@pytest.mark.parametrize("use_loops", [True, False])
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 1000])
+def test_ranked_numbers_are_those_of_sorting(use_loops, length, monkeypatch):
+    if not use_loops:
+        monkeypatch.setattr(dispatch, "native", lambda: None)
+    values = np.abs(values_of((1, length), length).reshape(-1))
+    values[::5], values[3::7] = np.float32(1e-45), np.inf
+    values[2::3] = widened(dispatch.rounded(values[2::3], BFLOAT16))  # many equal ones
+    ranks = [0, length // 3, length - 1]
+    assert dispatch.ranked(values, ranks) == np.sort(values)[ranks].tolist()
+    with pytest.raises(ValueError, match="ranks"):
+        dispatch.ranked(values, [length])
+
+
+@pytest.mark.parametrize("num_experts", [1, 3])
+def test_a_tensor_of_one_tile_is_read_once(num_experts, monkeypatch):
+    """Its sample and its passes are those of a tensor that is read anew for each."""
+    stored = [dispatch.rounded(values_of((200, 240), seed), BFLOAT16) for seed in range(num_experts + 1)]
+    checkpoints = [InMemory({"w": to_tensor(each)}) for each in stored]
+    seen = tiles.TensorTiles("w", checkpoints, BFLOAT16, "average", tiles.Workspace())
+    sample = seen.sample()
+    expected = [each.copy() for each in (*sample.rows, sample.backbone)]
+    (tile,) = seen
+    backbone = tile.backbone.copy()
+    with seen.read_once():
+        monkeypatch.setattr(InMemory, "read_rows", None)
+        held, (again,) = seen.sample(), seen
+        for one, other in zip(expected, (*held.rows, held.backbone), strict=True):
+            np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(again.backbone, backbone)
 
 
 @pytest.mark.parametrize("settings", [{}, {"merge_method": "base"}, {"encoding": "float", "density": 1.0}])

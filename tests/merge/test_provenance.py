@@ -52,6 +52,17 @@ def test_a_checksum_may_be_taken_step_by_step(tmp_path):
     assert digest.hexdigest() == hashlib.sha256(data).hexdigest() == digest.hexdigest()
 
 
+def test_a_checksum_takes_what_others_read_and_reads_the_rest(tmp_path):
+    data = bytes(range(256)) * 9000
+    (tmp_path / "file").write_bytes(data)
+    digest = RunningDigest(tmp_path / "file")
+    # In order, over a gap, what is known already, and what lies far ahead.
+    for start, stop in ((0, 700), (700, 900), (1000, 70_000), (500, 800), (60_000, 80_000), (2_000_000, 2_100_000)):
+        digest.take(start, memoryview(data)[start:stop])
+    assert digest._place == 70_000
+    assert digest.hexdigest() == hashlib.sha256(data).hexdigest()
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_one_process_reads_on_in_the_inputs_as_it_merges(workers, paths, tmp_path, monkeypatch):
     left = []

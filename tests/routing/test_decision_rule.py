@@ -5,7 +5,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from mediator_peft.errors import AdapterError, RoutingError
-from mediator_peft.routing.background import background_families, random_token_rows, user_families
+from mediator_peft.routing.background import background_families, numbers_alone, random_token_rows, user_families
 from mediator_peft.routing.calibration import calibrate
 from mediator_peft.routing.decision_rule import (
     Negatives,
@@ -224,6 +224,12 @@ def test_background_families_follow_from_the_seed_and_cover_much():
     assert all(prompt.strip() for prompts in families.values() for prompt in prompts)
     assert all(len(prompts) >= 8 for prompts in families.values())
     assert random_token_rows([5, 6], 0, 4) == random_token_rows([5, 6], 0, 4)
+
+
+def test_digits_without_a_request_follow_from_the_seed():
+    assert numbers_alone(3) == numbers_alone(3) != numbers_alone(4)
+    assert len(numbers_alone(3)) > 12
+    assert not any(letter.isalpha() for text in numbers_alone(3, 100) for letter in text)
 
 
 def test_a_user_adds_families_prompts_or_files(tmp_path):

@@ -189,7 +189,9 @@ ALL_KINDS = ("experts@router", "emr", "weighted", "dynamic")
 def test_baselines_and_merges_are_compared_on_the_items_of_the_table(bench, lab, table, monkeypatch):
     run = Comparison(bench, lab, Sizes(2, 3))
     first = compare(run, ALL_KINDS)
-    assert set(first["systems"]) == set(ALL_KINDS)
+    assert set(first["systems"]) == {*ALL_KINDS, NAMED, ROUTED_SYSTEM}
+    whole = table[ROUTED_SYSTEM]["first"].first(Sizes(2, 3))
+    assert first["systems"][ROUTED_SYSTEM]["tasks"]["first"]["loss"] == whole.loss
     assert first["left_out"]["tall"] == "not scored"
     assert first["num_items"]["first"] == {"answers": 2, "losses": 3}
     one = first["bytes_of_one_model"]
@@ -271,7 +273,7 @@ def test_a_block_without_conflict_is_averaged_and_one_at_chance_level_is_the_nam
 def test_prompts_of_two_tasks_and_variants_of_the_gate(bench, lab):
     model, tokenizer = load_mediator(build_default(bench), dtype=torch.float32)
     for found in (hard.two_tasks(bench, model, tokenizer), hard.later_turns(bench, model, tokenizer)):
-        assert found["prompts"] == 8
+        assert found["prompts"] == 6
         assert sum(found[kind] for kind in ("first", "second", "other expert", "base")) == pytest.approx(1)
     gates = hard.gates(bench, model, tokenizer)
     assert gates["no base"]["base, unknown"] == 0 <= gates["default"]["base, unknown"]

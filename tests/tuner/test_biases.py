@@ -7,8 +7,8 @@ from torch import nn
 from mediator_peft.bank.layer_bank import LayerBank
 from mediator_peft.bank.sparse_delta import SparseDelta
 from mediator_peft.tuner.execution import DeviceRows
+from mediator_peft.tuner.expert_weights import make_route
 from mediator_peft.tuner.merged_weight import mixed_biases
-from mediator_peft.tuner.routes import make_route
 
 COLUMNS = ("math", "code", "law")
 TABLES = {

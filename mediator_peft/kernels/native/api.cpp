@@ -111,3 +111,13 @@ EXPORT void mediator_take_bits(const uint8_t* bitmap, const uint8_t* mask, int64
 EXPORT void mediator_put_bits(const uint8_t* bits, int64_t bit_bytes, uint8_t* mask, int64_t num_bytes) {
     chosen->put_bits(bits, bit_bytes, mask, num_bytes);
 }
+EXPORT void mediator_count_rows(const uint8_t* bitmap, int64_t rows, int64_t row_bytes, int64_t* counts) {
+    chosen->count_rows(bitmap, rows, row_bytes, counts);
+}
+EXPORT void mediator_keep_first(uint8_t* bitmap, int64_t num_bytes, int64_t count) {
+    chosen->keep_first(bitmap, num_bytes, count);
+}
+EXPORT void mediator_find_ranked(const float* values, int64_t count, const int64_t* ranks, int64_t num_ranks, float* scratch,
+                                 float* found) {
+    chosen->find_ranked(values, count, ranks, num_ranks, scratch, found);
+}

@@ -113,6 +113,10 @@ struct KernelTable {
     void (*narrow)(const float* source, int64_t count, uint16_t* target);
     void (*take_bits)(const uint8_t* bitmap, const uint8_t* mask, int64_t num_bytes, uint64_t* target);
     void (*put_bits)(const uint8_t* bits, int64_t bit_bytes, uint8_t* mask, int64_t num_bytes);
+    void (*count_rows)(const uint8_t* bitmap, int64_t rows, int64_t row_bytes, int64_t* counts);
+    void (*keep_first)(uint8_t* bitmap, int64_t num_bytes, int64_t count);
+    void (*find_ranked)(const float* values, int64_t count, const int64_t* ranks, int64_t num_ranks, float* scratch,
+                        float* found);
 };
 
 extern const KernelTable table_baseline;

@@ -22,6 +22,11 @@ namespace {
 inline int64_t take_next(int64_t* next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
 inline int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 inline int count_bits(uint64_t word) { return __builtin_popcountll(word); }
+inline uint32_t bits_of_float(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
 inline float from_scale(uint16_t bits) {
     const uint32_t wide = uint32_t(bits) << 16;
     float value;
@@ -86,6 +91,10 @@ inline uint64_t load_bytes(const uint8_t* p, int64_t count) {
     uint64_t word = 0;
     std::memcpy(&word, p, size_t(count));
     return word;
+}
+// Up to eight bytes of a longer row, from one of them on.
+inline uint64_t load_bytes_of(const uint8_t* row, int64_t num_bytes, int64_t at) {
+    return num_bytes - at >= 8 ? load_word(row + at) : load_bytes(row + at, num_bytes - at);
 }
 inline uint64_t tail_word(const Words& words, const uint8_t* row) {
     return load_bytes(row + 8 * words.whole, words.tail_bytes) & ((uint64_t(1) << words.tail_columns) - 1);
@@ -636,14 +645,14 @@ inline void put_bytes(uint8_t* target, uint32_t bits, int64_t num_bytes) {
 // Marks rows of minuend - subtrahend against a bracket, and sums them up: see `Mark` for what is read and written.
 // Magnitudes inside the bracket are listed, in order, if the bracket is wider than one number.
 template <int64_t FORM>
-void mark_rows(int64_t rows, int64_t columns, Mark& job) {
+void mark_rows(int64_t first, int64_t last, int64_t columns, Mark& job) {
     using Number = typename Stored<FORM>::Number;
     const int64_t row_bytes = (columns + 7) / 8, whole = columns / 16 * 16;
     const F low = splat(job.low), high = splat(job.high);
     const bool is_wide = job.low != job.high;
     int64_t num_above = 0, num_inside = 0;
-    float* values = job.values;
-    for (int64_t row = 0; row < rows; ++row) {
+    float* values = job.values + (is_wide ? job.num_inside : 0);
+    for (int64_t row = first; row < last; ++row) {
         const Number* minuend = static_cast<const Number*>(job.minuend) + row * columns;
         const Number* subtrahend = static_cast<const Number*>(job.subtrahend) + row * columns;
         uint8_t *negative = job.negative + row * row_bytes, *above = job.above + row * row_bytes;
@@ -688,16 +697,23 @@ void mark_rows(int64_t rows, int64_t columns, Mark& job) {
         job.sums[3 * row + 1] = lane_total(sums.above_sum);
         job.sums[3 * row + 2] = lane_total(sums.above_square);
     }
-    job.num_above = num_above;
-    job.num_inside = num_inside;
+    job.num_above += num_above;
+    job.num_inside += num_inside;
 }
 
+// Entries that all jobs look at before the next ones: few enough that what they read stays in a core's cache.
+constexpr int64_t MARKED_ENTRIES = 1 << 13;
+
 void mark(int64_t form, int64_t rows, int64_t columns, Mark* jobs, int64_t num_jobs) {
-    for (int64_t number = 0; number < num_jobs; ++number) {
-        if (form == BFLOAT16) {
-            mark_rows<BFLOAT16>(rows, columns, jobs[number]);
-        } else {
-            mark_rows<FLOAT32>(rows, columns, jobs[number]);
+    const int64_t step = columns < MARKED_ENTRIES ? MARKED_ENTRIES / (columns ? columns : 1) : 1;
+    for (int64_t number = 0; number < num_jobs; ++number) jobs[number].num_above = jobs[number].num_inside = 0;
+    for (int64_t first = 0; first < rows; first += step) {
+        for (int64_t number = 0; number < num_jobs; ++number) {
+            if (form == BFLOAT16) {
+                mark_rows<BFLOAT16>(first, at_most(first + step, rows), columns, jobs[number]);
+            } else {
+                mark_rows<FLOAT32>(first, at_most(first + step, rows), columns, jobs[number]);
+            }
         }
     }
 }
@@ -793,7 +809,87 @@ void put_bits(const uint8_t* bits, int64_t bit_bytes, uint8_t* mask, int64_t num
     }
 }
 
+// Ones in each row of a bitmap.
+void count_rows(const uint8_t* bitmap, int64_t rows, int64_t row_bytes, int64_t* counts) {
+    for (int64_t row = 0; row < rows; ++row) {
+        const uint8_t* bytes = bitmap + row * row_bytes;
+        int64_t count = 0;
+        for (int64_t at = 0; at < row_bytes; at += 8) count += count_bits(load_bytes_of(bytes, row_bytes, at));
+        counts[row] = count;
+    }
+}
+
+// Clears all ones of a bitmap but the first `left`.
+void keep_first(uint8_t* bitmap, int64_t num_bytes, int64_t left) {
+    for (int64_t at = 0; at < num_bytes; at += 8) {
+        uint64_t word = load_bytes_of(bitmap, num_bytes, at);
+        const int count = count_bits(word);
+        if (count > left) {
+            word = deposit((uint64_t(1) << left) - 1, word);
+            std::memcpy(bitmap + at, &word, size_t(at_most(num_bytes - at, 8)));
+        }
+        left -= at_most(count, left);
+    }
+}
+
+// The digit in which the bits of the number of a rank lie, from how often each occurs; the rank becomes that among those.
+inline uint32_t digit_of_rank(const uint32_t* counts, uint32_t num_digits, int64_t& rank) {
+    uint32_t digit = 0;
+    while (digit + 1 < num_digits && rank >= counts[digit]) rank -= counts[digit++];
+    return digit;
+}
+
+// Copies the numbers whose first digit this is; returns how many. Up to sixteen more numbers are written.
+inline int64_t take_digit(const float* values, int64_t count, uint32_t digit, float* target) {
+    float edges[2];
+    const uint32_t bits[2] = {digit << 20, (digit + 1) << 20};
+    std::memcpy(edges, bits, sizeof edges);
+    const F low = splat(edges[0]), high = splat(edges[1]);
+    int64_t taken = 0;
+    for (int64_t at = 0; at < count; at += 16) {
+        const F some = count - at >= 16 ? load(values + at) : load(Padded<float>(values + at, count - at).numbers);
+        const uint32_t real = count - at >= 16 ? 0xFFFF : (1u << (count - at)) - 1;
+        // From infinity on the next edge is no number, and nothing reaches it.
+        const uint32_t found = (at_least(some, low) ^ at_least(some, high)) & real;
+        if (!found) continue;
+        compress_store(target + taken, some, found);
+        taken += count_bits(found);
+    }
+    return taken;
+}
+
+// Numbers at some places of the ascending order of others, none of them negative: their bits grow with them. Digit by
+// digit: 11, 10 and 10 bits. `scratch` has room for sixteen more than all.
+void find_ranked(const float* values, int64_t count, const int64_t* ranks, int64_t num_ranks, float* scratch, float* found) {
+    // Two tables, since equal numbers that follow each other would wait for each other's count.
+    uint32_t counts[2][2048] = {};
+    for (int64_t at = 0; at < count; ++at) {
+        ++counts[at & 1][bits_of_float(values[at]) >> 20 & 2047];
+    }
+    for (int digit = 0; digit < 2048; ++digit) counts[0][digit] += counts[1][digit];
+    for (int64_t number = 0; number < num_ranks; ++number) {
+        int64_t rank = ranks[number];
+        uint32_t digit = digit_of_rank(counts[0], 2048, rank), known = digit << 20;
+        int64_t left = take_digit(values, count, digit, scratch);
+        for (int shift = 10; shift >= 0; shift -= 10) {
+            uint32_t finer[1024] = {};
+            for (int64_t at = 0; at < left; ++at) ++finer[bits_of_float(scratch[at]) >> shift & 1023];
+            digit = digit_of_rank(finer, 1024, rank);
+            known |= digit << shift;
+            int64_t kept = 0;
+            for (int64_t at = 0; at < left; ++at) {
+                const float value = scratch[at];
+                scratch[kept] = value;
+                kept += (bits_of_float(value) >> shift & 1023) == digit;
+            }
+            left = kept;
+        }
+        std::memcpy(found + number, &known, 4);
+    }
+}
+
 }  // namespace
 
-#define TABLE(name, label) \
-    const KernelTable name = {label, product, addition, change, move, mark, merge, narrow, take_bits, put_bits}
+#define TABLE(name, label)                                                                                          \
+    const KernelTable name = {label,     product,   addition,   change,     move,       mark,       merge,           \
+                              narrow, take_bits, put_bits, count_rows, keep_first, find_ranked}

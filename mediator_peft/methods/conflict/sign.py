@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from .statistics import Statistics, count_ones
+from .statistics import Statistics
 
 CHANCE = 0.5
 """Share of opposite signs among entries whose signs are independent."""
@@ -15,7 +15,7 @@ CHANCE = 0.5
 
 def sign_counts(statistics: Statistics) -> NDArray[np.float64]:
     """Per pair: entries that both keep, those among them with opposite signs, and those that either keeps: (P, 3)."""
-    rows = []
+    rows, count_ones = [], statistics.count_ones
     for i, j in combinations(range(len(statistics.kept)), 2):
         both = statistics.kept[i] & statistics.kept[j]
         opposite = both & (statistics.negative[i] ^ statistics.negative[j])

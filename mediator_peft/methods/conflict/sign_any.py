@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .sign import CHANCE
-from .statistics import Statistics, count_ones
+from .statistics import Statistics
 
 
 def sign_any_counts(statistics: Statistics) -> NDArray[np.float64]:
@@ -18,6 +18,7 @@ def sign_any_counts(statistics: Statistics) -> NDArray[np.float64]:
         once |= kept
         minus |= kept & negative
         plus |= kept & ~negative
+    count_ones = statistics.count_ones
     changed = count_ones(once) if len(statistics.kept) > 1 else 0  # one expert has nothing to conflict with
     return np.array([count_ones(shared), count_ones(plus & minus), changed], np.float64)
 

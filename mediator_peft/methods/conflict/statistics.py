@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from ..sparsifying.magnitude import largest_entries
 from ..sparsifying.selection import Bitmap, Floats, count_ones
 
-__all__ = ["Statistics", "count_ones", "task_vector_statistics"]
+__all__ = ["Statistics", "task_vector_statistics"]
 
 
 class Statistics(NamedTuple):
@@ -27,6 +28,9 @@ class Statistics(NamedTuple):
 
     energy_of_sum: float
     """Squared norm of the sum of the task vectors."""
+
+    count_ones: Callable[[Bitmap], int] = count_ones
+    """Number of ones in a bitmap."""
 
 
 def task_vector_statistics(task_vectors: Floats, density: float) -> Statistics:

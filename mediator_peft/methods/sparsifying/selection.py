@@ -8,7 +8,7 @@ bracket are settled exactly. A bracket that misses is noticed and replaced by an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 Bitmap = NDArray[np.uint8]
 Floats = NDArray[np.float32]
-Choose = Callable[[Bitmap, NDArray[np.bool_], int], Bitmap]
+Ranked = Callable[[Floats, Sequence[int]], list[float]]
 
 TINY = float(np.finfo(np.float32).smallest_subnormal)
 """The smallest magnitude that can be kept."""
@@ -32,13 +32,37 @@ class Bracket(NamedTuple):
     high: float
 
 
-def bracket_from_sample(magnitudes: Floats, density: float, slack: float) -> Bracket:
+class Loops(NamedTuple):
+    """The inner loops of a selection: by default in plain numpy; ``kernels.dispatch`` has faster twins."""
+
+    ranked: Ranked
+    row_counts: Callable[[Bitmap], NDArray[np.int64]]
+    chosen_ones: Callable[[Bitmap, NDArray[np.bool_], int], Bitmap]
+    """May write over the bitmap."""
+
+    first_ones: Callable[[Bitmap, int], Bitmap]
+    """May write over the bitmap."""
+
+
+def ranked(magnitudes: Floats, ranks: Sequence[int]) -> list[float]:
+    """Numbers at some places of the ascending order.
+
+    Args:
+        magnitudes: (n,) non-negative, contiguous.
+        ranks: 0 to n - 1 each; 0 is the smallest.
+    """
+    numbers: list[float] = np.partition(magnitudes, sorted(set(ranks)))[list(ranks)].tolist()
+    return numbers
+
+
+def bracket_from_sample(magnitudes: Floats, density: float, slack: float, ranked: Ranked = ranked) -> Bracket:
     """Guess a bracket from some magnitudes of the matrix.
 
     Args:
         magnitudes: (s,) some of the matrix.
         density: share that is to be kept.
         slack: share of the sample by which its quantile may be off; a miss costs another pass and nothing else.
+        ranked: a twin of :func:`ranked`.
     """
     if density >= 1:
         return Bracket(TINY, TINY)
@@ -47,9 +71,11 @@ def bracket_from_sample(magnitudes: Floats, density: float, slack: float) -> Bra
     last = magnitudes.size - 1
     rank, width = (1 - density) * magnitudes.size, max(2.0, slack * magnitudes.size)
     below, beyond = min(last, max(0, int(rank - width))), min(last, int(rank + width))
-    ordered = np.partition(magnitudes, sorted({below, beyond}))
-    low = float(ordered[below]) if rank > width else TINY
-    high = float(ordered[beyond]) if rank + width <= last else float("inf")
+    low, high = ranked(magnitudes, (below, beyond))
+    if rank <= width:
+        low = TINY
+    if rank + width > last:
+        high = float("inf")
     return Bracket(max(low, TINY), max(high, TINY))
 
 
@@ -197,12 +223,13 @@ class TopSelection:
         if self.bracket.low != self.bracket.high:
             self._values.append(values[:num_inside].copy())
 
-    def settle(self, choose: Choose | None = None) -> Settled | None:
+    def settle(self, loops: Loops | None = None) -> Settled | None:
         """The outcome after the last row; None where the bracket missed.
 
         Args:
-            choose: a faster twin of :func:`chosen_ones`; it may write over the bitmap.
+            loops: faster twins of the functions of this module.
         """
+        loops = loops or NUMPY_LOOPS
         low, high = self.bracket
         num_reached = self._num_above + self._num_inside
         if self._num_above > self.num_kept or (num_reached < self.num_kept and low > TINY):
@@ -212,26 +239,26 @@ class TopSelection:
         if num_left == 0:
             return Settled(self.above, nothing, nothing)
         if low == high:
-            chosen = first_ones(self.inside, num_left)
-            num_chosen = row_counts(chosen).astype(np.float64)
+            chosen = loops.first_ones(self.inside, num_left)
+            num_chosen = loops.row_counts(chosen).astype(np.float64)
             extra_sum, extra_square = num_chosen * low, num_chosen * (low * low)
         else:
-            chosen, extra_sum, extra_square = self._largest_inside(num_left, choose or chosen_ones)
+            chosen, extra_sum, extra_square = self._largest_inside(num_left, loops)
         return Settled(np.bitwise_or(self.above, chosen, out=chosen), extra_sum, extra_square)
 
-    def _largest_inside(self, num_left: int, choose: Choose) -> tuple[Bitmap, NDArray[np.float64], NDArray[np.float64]]:
+    def _largest_inside(self, num_left: int, loops: Loops) -> tuple[Bitmap, NDArray[np.float64], NDArray[np.float64]]:
         values = np.concatenate(self._values)
-        edge = np.float32(smallest_kept(values, num_left))
+        edge = np.float32(loops.ranked(values, (values.size - num_left,))[0])
         keep = values > edge
         at_edge = np.flatnonzero(values == edge)
         keep[at_edge[: num_left - np.count_nonzero(keep)]] = True
         kept_values = np.multiply(values, keep, dtype=np.float32)
         # The values stand in the order of rows.
-        lengths = row_counts(self.inside)
+        lengths = loops.row_counts(self.inside)
         sums = _grouped_sums(kept_values, lengths)
         # In float32 the squares of large values would overflow.
         squares = _grouped_sums(np.square(kept_values, dtype=np.float64), lengths)
-        return choose(self.inside, keep, self.shape[1]), sums, squares
+        return loops.chosen_ones(self.inside, keep, self.shape[1]), sums, squares
 
 
 def chosen_ones(bitmap: Bitmap, choice: NDArray[np.bool_], num_columns: int) -> Bitmap:
@@ -288,3 +315,6 @@ def first_ones(bitmap: Bitmap, num_ones: int) -> Bitmap:
             first[row, place] |= np.uint8(1 << bit)
             missing -= 1
     return first
+
+
+NUMPY_LOOPS = Loops(ranked, row_counts, chosen_ones, first_ones)
