@@ -15,8 +15,8 @@ REJECTED: dict[str, str] = {
     "Frank-Wolfe merging (arXiv 2503.12649), MAP (arXiv 2406.07529), Expert Merging (arXiv 2509.25712), "
     "Evo-Merging (arXiv 2509.12951), AdaMerging (arXiv 2310.02575)": "searches that end in a weighted sum: they write "
     "`coefficients.json`, and `weighted` builds it. All but AdaMerging are there and were measured on real experts "
-    "(docs/searching.md). AdaMerging minimises the entropy of predictions on test inputs; `expert_merging` imitates the "
-    "experts instead.",
+    "(docs/searching.md). AdaMerging minimises the entropy of predictions on test inputs; `expert_merging` imitates "
+    "the experts instead.",
     "Concrete task arithmetic (arXiv 2312.06173)": "learns a mask of the size of the model on a GPU; about 2.5e15 "
     "floating-point operations for 135M parameters, 14 hours on a CPU core that does 5e10 a second.",
     "PLeaS (arXiv 2407.02447)": "for experts of one base the permutations are the identity, other widths give another "
