@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -105,20 +106,36 @@ def _decoded(data: bytes, where: str, is_first: bool) -> str:
         ) from fault
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, unique_names: bool = False) -> Any:
     """A JSON value.
 
+    Args:
+        text: JSON.
+        unique_names: refuse a name that comes twice in one object, of which JSON takes the last.
+
     Raises:
-        MalformedJsonError: it is no JSON, is nested too deeply, or holds a number of thousands of digits.
+        MalformedJsonError: it is no JSON, is nested too deeply, or holds a number of thousands of digits; a name comes
+            twice.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_with_unique_names if unique_names else None)
+    except MalformedJsonError:
+        raise
     except json.JSONDecodeError as fault:
         raise MalformedJsonError(f"{fault.msg} at column {fault.colno}") from fault
     except RecursionError as fault:
         raise MalformedJsonError("nested too deeply") from fault
     except ValueError as fault:  # int() refuses numbers of more digits than sys.get_int_max_str_digits()
         raise MalformedJsonError("a number has too many digits") from fault
+
+
+def _with_unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        name = next(name for name, number in counts.items() if number > 1)
+        raise MalformedJsonError(f"the name {name[:80]!r} comes {counts[name]} times in one object")
+    return found
 
 
 def json_lines(path: str | os.PathLike[str], faults: list[str]) -> Iterator[tuple[int, Any]]:

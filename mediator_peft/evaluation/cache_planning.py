@@ -6,9 +6,10 @@ import os
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
 
-from ..data_files import DataFileError, json_lines
+from ..data_files import DataFileError, json_lines, surrogate_fault
 
 WINDOWS = (4, 16, 64)
 """Requests in a window of :func:`routing_persistence`, and of the look-ahead."""
@@ -18,6 +19,8 @@ ENOUGH = 0.95
 
 _LISTED = 5
 _MOST_PINNED = 16
+_MOST_NAMES = 1000
+"""Of one line: reading a log takes time in proportion to their square."""
 
 Request = tuple[str, ...]
 """Columns that one request uses."""
@@ -39,6 +42,10 @@ def read_routes(path: str | os.PathLike[str]) -> list[Request]:
         names = _names(value)
         if names is None:
             faults.append(f"line {number}: names no experts (expert_weights, experts or expert)")
+        elif len(names) > _MOST_NAMES:
+            faults.append(f"line {number}: names {len(names)} experts, the most is {_MOST_NAMES}")
+        elif fault := next(filter(None, map(surrogate_fault, names)), None):
+            faults.append(f"line {number}: a name {fault}")
         else:
             found.append(tuple(sorted(set(names))))
     if faults:
@@ -53,12 +60,19 @@ def _names(value: Any) -> list[str] | None:
     if isinstance(value, Mapping):
         weights = value.get("expert_weights")
         if isinstance(weights, Mapping):
-            is_number = all(isinstance(weight, (int, float)) for weight in weights.values())
+            is_number = all(isinstance(weight, (int, float)) and _is_finite(weight) for weight in weights.values())
             return [str(name) for name, weight in weights.items() if weight > 0] if is_number else None
         return _names(value.get("experts", value.get("expert")))
     if isinstance(value, str):
         return [value]
     return value if isinstance(value, list) and all(isinstance(name, str) for name in value) else None
+
+
+def _is_finite(weight: float) -> bool:
+    try:
+        return isfinite(weight)
+    except OverflowError:
+        return False
 
 
 def stored_requests(
@@ -95,7 +109,8 @@ def accesses(requests: Sequence[Request]) -> list[str]:
     stream: list[str] = []
     for request in requests:
         stream += sorted(request, key=lambda name: (-last.get(name, -1), name))
-        last.update((name, len(stream) - place) for place, name in enumerate(reversed(stream[-len(request) :])))
+        used = stream[len(stream) - len(request) :]
+        last.update((name, len(stream) - place) for place, name in enumerate(reversed(used)))
     return stream
 
 

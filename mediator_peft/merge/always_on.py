@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _RATE = 200.0
 _SHARE = 0.5
+_MOST_WEIGHT = 1000.0
 
 
 class AlwaysOn(NamedTuple):
@@ -45,7 +46,7 @@ def parse_always(text: str) -> tuple[str, str | None, float]:
     """``"PATH:0.1"`` or ``"PATH,REFERENCE:0.1"`` → path, reference or None, weight.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: it is neither, or the weight is beyond 1000 in size.
     """
     paths, _, number = text.rpartition(":")
     path, _, reference = paths.partition(",")
@@ -57,6 +58,8 @@ def parse_always(text: str) -> tuple[str, str | None, float]:
         raise ConfigError(
             f"an always-on delta is PATH:WEIGHT or PATH,REFERENCE:WEIGHT, such as aligned:0.1, got {text!r}."
         )
+    if abs(weight) > _MOST_WEIGHT:
+        raise ConfigError(f"the weight of an always-on delta is at most {_MOST_WEIGHT:g} in size, got {text!r}.")
     return path, reference or None, weight
 
 

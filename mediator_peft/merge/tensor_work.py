@@ -28,7 +28,7 @@ from .delta_packing import own_factors, pack_delta
 from .family_packing import NO_GROUPS, Groups, pack_family, residual_density
 from .model_method import ModelMethod
 from .signed_selection import WIDE_SLACK, Errors, Marking, SignedSelection, errors_of, errors_of_sum
-from .tiles import TensorTiles, Tile, Workspace, check_finite
+from .tiles import TensorTiles, Tile, Workspace, check_finite, check_overflow
 
 WriteRows = Callable[[str, int, Array], None]
 """Takes rows of a backbone tensor: (tensor name, number of the first row, rows in the storage dtype)."""
@@ -180,8 +180,10 @@ class TensorWork:
         """Merge a bias; what each column adds to it, whole."""
         columns = [*self.columns, *sorted(self.groups.members)]
         deltas: dict[str, list[Floats]] = {column: [] for column in columns}
-        for tile in self._tiles(name, is_transposed=False):
+        tiles = self._tiles(name, is_transposed=False)
+        for tile in tiles:
             check_finite(name, tile, self.checkpoints)
+            check_overflow(name, tile, tiles.merge, self.dtype)
             self.write(name, tile.start, tile.backbone.reshape(-1))
             for column in columns if want_deltas else ():
                 deltas[column].append(tile.delta(self.weight_number(column)).reshape(-1))
@@ -272,6 +274,7 @@ class _OnePass:
         marking = Marking(self.selections, work._space)
         for tile in self.tiles:
             check_finite(task.name, tile, work.checkpoints)
+            check_overflow(task.name, tile, self.tiles.merge, work.dtype)
             self._energies[tile.start : tile.stop] = tile.energies
             if task.is_transposed:
                 held.append(tile.backbone.copy())

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..checkpoints.opening import Checkpoint
 from ..deferred import torch
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..kernels import dispatch as kernels
 from ..kernels.numpy_kernels import widened
 from ..methods.merging import MERGE_METHODS, TensorContext, TensorMethod
@@ -313,6 +313,21 @@ def check_finite(name: str, tile: Tile, checkpoints: Sequence[Checkpoint]) -> No
                 f"{num_bad} of them in rows {tile.start} to {tile.stop - 1}. Its fine-tuning diverged or the file "
                 "is damaged; leave this expert out or save it again."
             )
+
+
+def check_overflow(name: str, tile: Tile, method: TensorMethod, dtype: FloatType) -> None:
+    """Refuse a merge of finite numbers that has left the range of its dtype.
+
+    Raises:
+        ConfigError: it has.
+    """
+    # A mean, and the base itself, stay within the range of what they are made of.
+    if is_fused(method) or np.isfinite(widened(tile.backbone)).all():
+        return
+    raise ConfigError(
+        f"merging {name!r} gives numbers beyond the range of {dtype.name}, in rows {tile.start} to {tile.stop - 1}: "
+        "coefficients or settings of the merge method are too large. Give smaller ones."
+    )
 
 
 def _floats(rows: Array) -> Tensor:

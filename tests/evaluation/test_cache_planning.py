@@ -194,6 +194,27 @@ def test_every_form_of_a_line_is_read(tmp_path):
     assert "line 2" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"expert_weights": {"a": NaN, "b": 1}}', "names no experts"),
+        ('{"expert_weights": {"a": 1e999}}', "names no experts"),
+        (r'"\ud800"', "half of a character"),
+        (json.dumps([f"n{number}" for number in range(1001)]), "names 1001 experts"),
+    ],
+)
+def test_a_line_that_cannot_be_meant_is_refused(line, said, tmp_path):
+    (tmp_path / "routes.jsonl").write_text(f'"a"\n{line}\n')
+    with pytest.raises(DataFileError, match=f"line 2: .*{said}"):
+        read_routes(tmp_path / "routes.jsonl")
+
+
+def test_a_request_of_no_expert_changes_no_order():
+    requests = [("a",), ("b",), ("a",), ("a", "b"), ("a", "b", "c")]
+    with_empty = [requests[0], (), *requests[1:3], (), *requests[3:]]
+    assert accesses(with_empty) == accesses(requests) == ["a", "b", "a", "a", "b", "b", "a", "c"]
+
+
 def test_the_command_prints_a_table_without_a_model(tmp_path):
     path = tmp_path / "routes.jsonl"
     path.write_text("".join(json.dumps(name) + "\n" for name in "AABACABD"))

@@ -119,6 +119,9 @@ def test_what_is_wrong_is_said(folder, tmp_path):
     for text in ("a", "a:", ":0.1", "a:x", "a:nan"):
         with pytest.raises(ConfigError, match="PATH:WEIGHT"):
             parse_always(text)
+    for text in ("a:1e4", "a:-1e38", "a:1e300"):
+        with pytest.raises(ConfigError, match="at most 1000"):
+            parse_always(text)
     planned = plan_mediator(folder / "base", experts(folder), config=settings(folder, "{}/nothing:1"))
     assert any("always-on 'safety'" in problem for problem in planned.problems)
     command = ["build", "--base", str(folder / "base"), "--output", str(tmp_path / "out"), "--routed-layers", "all"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mediator_peft.config import MediatorSettings
-from mediator_peft.errors import CheckpointError
+from mediator_peft.errors import CheckpointError, ConfigError
 from mediator_peft.kernels import dispatch
 from mediator_peft.merge import tiles
 from mediator_peft.merge.tensor_work import Task, TensorWork
@@ -107,6 +107,20 @@ def test_infinity_in_all_of_them_is_found(use_loops, monkeypatch):
         weights["w"][5, 5] = float("inf")
     with pytest.raises(CheckpointError, match="number 0"):
         work_on([InMemory(each, f"number {k}") for k, each in enumerate(stored)], Task("w", False, None, False, None))
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 1e7), (torch.float32, 3e38), (torch.bfloat16, 3e38)])
+@pytest.mark.parametrize("place", ["w", "b"])
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+def test_a_merge_beyond_the_range_of_its_dtype_is_refused(place, dtype, scale):
+    stored = [weights_of((13, 21), number, dtype) for number in range(3)]
+    stored[1][place].view(-1)[5] += 100
+    checkpoints = [InMemory(each, f"number {k}") for k, each in enumerate(stored)]
+    settings = {"merge_method": "task_arithmetic", "merge_parameters": {"scale": scale}, "fallback": "backbone"}
+    for task in (Task("w", False, None, False, "b"), Task("w", True, 0.2, True, "b")):
+        with pytest.raises(ConfigError, match=r"(?s)'[wb]'.*beyond the range"):
+            work_on(checkpoints, task, **settings)
+    work_on(checkpoints, task, **settings | {"merge_parameters": {"scale": 0.5}})
 
 
 @pytest.mark.parametrize("use_loops", [pytest.param(True, marks=needs_loops), False])

@@ -451,6 +451,23 @@ def test_all_faults_of_coefficients_are_listed(tmp_path):
         read_coefficients(tmp_path / "none.json", CONTEXTS)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"coefficients_version": 1, "experts": {"a": 0.1, "b": 1, "a": 9}}', "'a' comes 2 times in one object"),
+        ('{"coefficients_version": 1, "experts": {}, "experts": {"a": 1, "b": 1}}', "'experts' comes 2 times"),
+        ('{"coefficients_version": true, "experts": {"a": 1, "b": 1}}', "coefficients_version is True"),
+        (json.dumps({"coefficients_version": 1, "tensors": {f"t{n}": 0 for n in range(9000)}}), "or more"),
+        (json.dumps({"coefficients_version": 1, "experts": {"a": ["x"] * 90_000, "b": 1}}), "no finite number"),
+    ],
+)
+def test_coefficients_that_cannot_be_meant_are_refused_in_few_words(content, said, tmp_path):
+    (tmp_path / "c.json").write_text(content)
+    with pytest.raises(ConfigError, match=said) as caught:
+        read_coefficients(tmp_path / "c.json", CONTEXTS)
+    assert len(str(caught.value)) < 5000
+
+
 @pytest.mark.parametrize("name", MERGE_METHODS)
 def test_a_row_says_what_it_is(name):
     row = MERGE_METHODS[name]

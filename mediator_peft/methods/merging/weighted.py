@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import TYPE_CHECKING, Any
 
 from ...data_files import DataFileError, MalformedJsonError, parse_json, read_text
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 COEFFICIENTS_VERSION = 1
 _KEYS = ("coefficients_version", "experts", "blocks", "tensors", "about")
 _LISTED = 8
+_MOST_FAULTS = 20
+_COUNTED = 1000
 
 
 @dataclass(frozen=True)
@@ -68,16 +72,19 @@ def read_coefficients(path: Path, contexts: Mapping[str, TensorContext]) -> Coef
 
     Raises:
         ConfigError: it cannot be read; a name is unknown, a tensor or an expert is missing, a number is not finite. All
-            faults are listed.
+            the first faults are listed.
     """
     try:
-        content = parse_json(read_text(path))
+        content = parse_json(read_text(path), unique_names=True)
     except (DataFileError, MalformedJsonError) as fault:
         raise ConfigError(f"coefficients {str(path)!r} cannot be read: {fault}") from fault
     experts = next(iter(contexts.values())).experts
-    faults = list(_faults(content, contexts, experts))
+    found_faults = _faults(content, contexts, experts)
+    faults = list(islice(found_faults, _MOST_FAULTS))
     if faults:
-        raise ConfigError(f"coefficients {str(path)!r}:\n- " + "\n- ".join(faults))
+        num_more = sum(1 for _ in islice(found_faults, _COUNTED))
+        more = f"\nand {num_more}{' or' if num_more == _COUNTED else ''} more" if num_more else ""
+        raise ConfigError(f"coefficients {str(path)!r}:\n- " + "\n- ".join(faults) + more)
     default, blocks, tensors = (content.get(key) or {} for key in ("experts", "blocks", "tensors"))
     found = {}
     for name, context in contexts.items():
@@ -95,15 +102,13 @@ def _faults(content: Any, contexts: Mapping[str, TensorContext], experts: tuple[
         yield "it is no JSON object with 'experts', 'blocks' or 'tensors'"
         return
     yield from (unknown_name(key, _KEYS, "key") for key in content if key not in _KEYS)
-    if content.get("coefficients_version") != COEFFICIENTS_VERSION:
-        yield (
-            f"coefficients_version is {content.get('coefficients_version')!r}, this mediator_peft reads "
-            f"{COEFFICIENTS_VERSION}"
-        )
+    version = content.get("coefficients_version")
+    if isinstance(version, bool) or version != COEFFICIENTS_VERSION:
+        yield f"coefficients_version is {shortened(version)}, this mediator_peft reads {COEFFICIENTS_VERSION}"
     default, blocks, tensors = (content.get(key, {}) for key in ("experts", "blocks", "tensors"))
     for key, table in (("experts", default), ("blocks", blocks), ("tensors", tensors)):
         if not isinstance(table, dict):
-            yield f"{key!r} must be an object, got {table!r}"
+            yield f"{key!r} must be an object, got {shortened(table)}"
             return
     if default:
         yield from _entry_faults("experts", default, experts, 1)
@@ -126,7 +131,7 @@ def _faults(content: Any, contexts: Mapping[str, TensorContext], experts: tuple[
 
 def _entry_faults(where: str, entry: Any, experts: tuple[str, ...], most_chunks: int) -> Iterator[str]:
     if not isinstance(entry, dict):
-        yield f"{where} must give a number for each expert, got {entry!r}"
+        yield f"{where} must give a number for each expert, got {shortened(entry)}"
         return
     yield from (unknown_name(name, experts, f"expert of {where}") for name in entry if name not in experts)
     for expert in experts:
@@ -135,7 +140,7 @@ def _entry_faults(where: str, entry: Any, experts: tuple[str, ...], most_chunks:
             continue
         numbers = entry[expert] if isinstance(entry[expert], list) else [entry[expert]]
         if not all(_is_finite(number) for number in numbers):
-            yield f"{where}, expert {expert!r}: {entry[expert]!r} is no finite number"
+            yield f"{where}, expert {expert!r}: {shortened(entry[expert])} is no finite number"
         elif not 1 <= len(numbers) <= most_chunks:
             yield f"{where}, expert {expert!r}: {len(numbers)} chunks, it can have 1 to {most_chunks}"
 
