@@ -65,14 +65,17 @@ def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear, bank: LayerBank,
         return "sparse"
     num_rows = x.numel() // x.shape[-1]
     uniform, kind = len(route.groups) == 1, quantization_of(base_layer)
+    # A dense product with a weight of its own does not call the base layer, so what watches that would see nothing.
+    is_watched = bool(base_layer._forward_hooks or base_layer._forward_pre_hooks)
     # Whole weights are more to read than packed deltas: on a CPU they pay off for one expert, or for many tokens.
     reads_whole = uniform or x.device.type != "cpu" or num_rows >= DENSE_TOKENS * len(route.groups)
-    if kept.mixes and reads_whole and route.execution is None and all(kept.has(group.mix) for group in route.groups):
+    may_keep = bool(kept.mixes) and reads_whole and route.execution is None and not is_watched
+    if may_keep and all(kept.has(group.mix) for group in route.groups):
         return "dense"
     # Codes cannot take a delta: rounding the sum again would lose it.
     if uniform and kind is None and route.may_merge and route.execution in (None, "merged"):
         return "merged"
-    if kind == "other":
+    if kind == "other" or is_watched:
         # Offloaded, or codes that we cannot read.
         return "sparse"
     if route.execution in ("sparse", "dense"):

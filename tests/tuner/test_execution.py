@@ -301,3 +301,18 @@ def test_hooks_see_every_step(model, where, rows):
         else:
             hook.remove()
         assert seen.count(layer.base_layer if where == "base_layer" else layer) == 2
+
+
+@pytest.mark.parametrize("kind", ["forward", "pre"])
+@torch.no_grad()
+def test_hooks_of_a_base_layer_see_every_prefill(model, kind):
+    prompts, rows, seen = random_prompts(4), ["math", "code", None, "code"], []
+    model.set_execution("dense")
+    expected = model(input_ids=prompts, expert_weights=rows).logits
+    layer = next(iter(model.base_model.routed_layers().values())).base_layer
+    register = layer.register_forward_hook if kind == "forward" else layer.register_forward_pre_hook
+    hook = register(lambda module, *_: seen.append(module))
+    torch.testing.assert_close(model(input_ids=prompts, expert_weights=rows).logits, expected, rtol=1e-4, atol=1e-4)
+    hook.remove()
+    model(input_ids=prompts, expert_weights=rows)
+    assert seen == [layer]
