@@ -20,7 +20,7 @@ from ..bank.sparse_delta import SparseDelta
 from ..checkpoints.adapter_files import find_adapter
 from ..config import ALWAYS_PREFIX
 from ..data_files import json_lines
-from ..errors import ConfigError, UnsupportedError
+from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..methods.encoding import ENCODINGS
 from ..tables import unknown_name
 from ..tuner.loading import load_mediator
@@ -34,6 +34,9 @@ Pair = tuple[str, str | None]
 """A prompt, and its answer; None where the expert is asked for one."""
 
 _LEAST_ITEMS = 8
+_LEAST_COSINE = 0.05
+"""Between an expert's stored delta and what it adds to the backbone; a thousandth of the entries reaches .1, a delta of
+another expert 0 or less."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,7 @@ def fit_scales(
     Raises:
         ConfigError: an expert is unknown, or has no data.
         UnsupportedError: an expert shares its delta, deltas are always on, or the encoding has no scales.
+        CheckpointError: a checkpoint is not the one that the expert's deltas were made from.
         DataFileError, CheckpointError: something cannot be read.
     """
     fit = fit or ScaleFit()
@@ -179,6 +183,7 @@ def fit_scales(
     for name in experts:
         say(f"{name}: asking the expert")
         expert = original_model(str(experts[name]), name, base, False)
+        _check_origin(model, state, expert, name)
         known = _asked(expert, tokenizer, pairs[name], fit, use_template)
         del expert
         say(f"{name}: fitting")
@@ -228,6 +233,29 @@ def _check(model: Any, experts: Mapping[str, Any], data: Mapping[str, Any]) -> N
             )
     if not ENCODINGS[config.encoding].has_scales:
         raise UnsupportedError(f"encoding {config.encoding!r} has no scales that can be fitted.")
+
+
+def _check_origin(model: Any, state: Mapping[str, Tensor], expert: Any, name: str) -> None:
+    """Refuse a checkpoint that lies in another direction from the backbone than the expert's deltas do."""
+    parameters = dict(expert.named_parameters())
+    inner = length = distance = 0.0
+    for layer_name, layer in model.base_model.routed_layers().items():
+        delta, weight = layer.bank(model.active.name).stored(name), f"{layer_name}.weight"
+        if delta is None or weight not in state:
+            continue
+        if weight not in parameters or parameters[weight].shape != state[weight].shape:
+            raise CheckpointError(f"expert {name!r}: its checkpoint has no matrix {weight!r} like the backbone's.")
+        ours = (delta.dense().T if layer.is_transposed else delta.dense()).double()
+        theirs = parameters[weight].detach().double() - state[weight].double()
+        inner += float((ours * theirs).sum())
+        length += float(ours.square().sum())
+        distance += float(theirs.square().sum())
+    cosine = inner / (length * distance) ** 0.5 if length * distance else 0.0
+    if length and cosine < _LEAST_COSINE:
+        raise CheckpointError(
+            f"expert {name!r}: its deltas were not made from this checkpoint (cosine {cosine:.2f} between them and "
+            "what it adds to the backbone). Give the checkpoint that the output was built from."
+        )
 
 
 def _plain_state(out: Path) -> dict[str, Tensor]:

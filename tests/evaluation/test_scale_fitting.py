@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from mediator_peft import MediatorConfig, build_mediator, load_mediator, verify_mediator
 from mediator_peft.cli.app import app
-from mediator_peft.errors import ConfigError, UnsupportedError
+from mediator_peft.errors import CheckpointError, ConfigError, UnsupportedError
 from mediator_peft.evaluation.answer_batches import AnswerBatch
 from mediator_peft.evaluation.scale_fitting import (
     ScaleFit,
@@ -156,3 +156,10 @@ def test_what_cannot_be_fitted_is_refused(tmp_path):
     # The others may be fitted: what comes next is looked at.
     with pytest.raises(ConfigError, match="7 prompts; give 8"):
         fit_scales(tmp_path / "shared", {"math": paths["math"]}, {"math": pairs[:7]})
+
+
+@pytest.mark.parametrize("wrong", ["code", "base"])
+def test_the_checkpoint_of_another_expert_is_refused(tmp_path, wrong):
+    out, paths = built(tmp_path)
+    with pytest.raises(CheckpointError, match="'math': its deltas were not made from this checkpoint"):
+        fit_scales(out, {"math": paths[wrong]}, {"math": list(zip(PROMPTS, ANSWERS, strict=True))})
