@@ -10,7 +10,7 @@ import numpy as np
 
 from ..deferred import torch
 from ..errors import BackboneMismatchError, CheckpointError, UnsupportedError
-from ..kernels.dispatch import rounded
+from ..kernels.build_loops import rounded
 from ..kernels.numpy_kernels import widened
 from ..storage import FLOAT_TYPES, Array, FloatType, as_array, code_of
 from .name_mapping import named_as_in_model

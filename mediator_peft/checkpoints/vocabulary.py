@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.dispatch import rounded
+from ..kernels.build_loops import rounded
 from ..storage import FLOAT32, Array
 from .checkpoint import Checkpoint, TensorInfo
 from .lora import LoraCheckpoint

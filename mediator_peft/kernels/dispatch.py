@@ -1,8 +1,8 @@
-"""Packed deltas at work, and the inner loops of a build: one interface, and the implementation that is there.
+"""Packed deltas at work: one interface, and the implementation that is there.
 
 Everything here works on the CPU. The native kernels (``native_kernels``, C++) do the work where they were compiled;
-plain numpy (``numpy_kernels``) is used otherwise, many times slower, with the same bits for all that a build writes and
-the same up to the order of sums for products. ``MEDIATOR_PEFT_KERNELS`` forces ``native`` or ``numpy``.
+plain numpy (``numpy_kernels``) is used otherwise, many times slower, with products that are the same up to the order of
+sums. ``build_loops`` has the inner loops of a build. ``MEDIATOR_PEFT_KERNELS`` forces ``native`` or ``numpy``.
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, UnsupportedError
-from ..methods.sparsifying import selection
-from ..storage import BFLOAT16, FLOAT64, FloatType, as_array
-from . import numpy_kernels
+from ..storage import as_array
+from .array_checks import check, check_writable, stored_as
 from .numpy_kernels import (
     CHUNK_ROWS,
     Array,
     DenseChunk,
-    MarkJob,
     count_kept,
     dense_chunks,
     narrowed,
@@ -34,31 +32,21 @@ from .numpy_kernels import (
 )
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 __all__ = [
     "GroupedProduct",
-    "MarkJob",
     "PackedDelta",
     "add_to",
     "added",
     "as_array",
     "change",
-    "count_ones",
     "expand",
     "has_native",
-    "loops",
-    "mark_tile",
-    "merge_tile",
     "move_kept",
     "native",
-    "put_bits",
-    "rounded",
-    "row_counts",
     "row_offsets",
     "sparse_product",
-    "take_bits",
 ]
 
 CHOICE = "MEDIATOR_PEFT_KERNELS"
@@ -70,9 +58,7 @@ ADD_OR_MARK, ADD_MARKED, TAKE_UNMARKED = range(3)
 SAVE, BRING_BACK = range(2)
 """What :func:`move_kept` does."""
 
-_UINT8, _UINT16, _INT32, _FLOAT32, _FLOAT16, _FLOAT64 = map(
-    np.dtype, ("uint8", "uint16", "int32", "float32", "float16", "float64")
-)
+_UINT8, _UINT16, _INT32, _FLOAT32, _FLOAT16 = map(np.dtype, ("uint8", "uint16", "int32", "float32", "float16"))
 _FLOATS = (_FLOAT32, _FLOAT16, _UINT16)
 
 
@@ -150,17 +136,17 @@ class PackedDelta:
     ) -> None:
         self.shape = (len(mask), num_columns)
         self._mask, self._signs, self._scales, self._values = mask, signs, scales, values
-        _check("mask", mask, (_UINT8,), (len(mask), (num_columns + 7) // 8))
+        check("mask", mask, (_UINT8,), (len(mask), (num_columns + 7) // 8))
         if num_columns % 8 and (self.mask[:, -1] >> (num_columns % 8)).any():
             raise ValueError(f"the mask has ones beyond column {num_columns}; its padding bits must be 0.")
         self.offsets = row_offsets(self.mask) if offsets is None else offsets
-        _check("offsets", self.offsets, (_INT32,), (-(-len(mask) // CHUNK_ROWS),))
+        check("offsets", self.offsets, (_INT32,), (-(-len(mask) // CHUNK_ROWS),))
         num_kept = count_kept(self.mask, self.offsets)
         if values is not None and signs is None and scales is None:
-            _check("values", values, _FLOATS, (num_kept,))
+            check("values", values, _FLOATS, (num_kept,))
         elif values is None and signs is not None and scales is not None:
-            _check("signs", signs, (_UINT8,), ((num_kept + 7) // 8,))
-            _check("scales", scales, (_UINT16,), (len(mask),))
+            check("signs", signs, (_UINT8,), ((num_kept + 7) // 8,))
+            check("scales", scales, (_UINT16,), (len(mask),))
         else:
             raise ValueError("a delta has either signs and scales, or values.")
 
@@ -264,8 +250,8 @@ class GroupedProduct:
             return
         self._check_batch(len(x))
         num_outputs, num_inputs = self.deltas[0].shape
-        _check("x", x, (_FLOAT32,), (len(x), num_inputs))
-        _check_writable("out", out, (_FLOAT32,), (len(x), num_outputs))
+        check("x", x, (_FLOAT32,), (len(x), num_inputs))
+        check_writable("out", out, (_FLOAT32,), (len(x), num_outputs))
         if (kernels := native()) is not None:
             job = self._job(kernels, self.deltas[0].shape)
             job.run(kernels.address(x), len(x), kernels.address(out), _num_threads(num_threads))
@@ -301,12 +287,12 @@ class GroupedProduct:
         shape = (out.shape[1], x.shape[1])
         if self.deltas and self.deltas[0].shape != shape:
             raise ValueError(f"x and out are for a matrix {shape}, the deltas have shape {self.deltas[0].shape}.")
-        _check("x", x, (_FLOAT32,), (batch_size, shape[1]))
-        _check("out", out, (_FLOAT32,), (batch_size, shape[0]))
+        check("x", x, (_FLOAT32,), (batch_size, shape[1]))
+        check("out", out, (_FLOAT32,), (batch_size, shape[0]))
         if weight is not None:
-            _check("weight", weight, _FLOATS, shape)
+            check("weight", weight, _FLOATS, shape)
         if bias is not None:
-            _check("bias", bias, (_FLOAT32,), shape[:1])
+            check("bias", bias, (_FLOAT32,), shape[:1])
         job = self._job(kernels, shape, weight, bias)
         job.run(x.data_ptr(), batch_size, out.data_ptr(), _num_threads(num_threads))
 
@@ -367,7 +353,7 @@ def add_to(weight: Array, delta: PackedDelta, coefficient: float, num_threads: i
     Raises:
         ValueError: the weight's shape or dtype does not fit.
     """
-    _check_writable("weight", weight, _FLOATS, delta.shape)
+    check_writable("weight", weight, _FLOATS, delta.shape)
     if not weight.size:
         return
     if (kernels := native()) is not None:
@@ -398,9 +384,9 @@ def added(
     kernels = native()
     assert kernels is not None
     shape = (delta.shape[0] if out is None else len(weight), delta.shape[1])
-    _check("weight", weight, _FLOATS, shape)
+    check("weight", weight, _FLOATS, shape)
     result = torch.empty_like(weight) if out is None else out
-    _check("out", result, (_stored_as(weight.dtype),), shape)
+    check("out", result, (stored_as(weight.dtype),), shape)
     if result.numel():
         threads = torch.get_num_threads()
         kernels.add(as_array(result), delta.arrays(), coefficient, threads, as_array(weight), first_row)
@@ -441,8 +427,8 @@ def change(
     """
     kernels = native()
     assert kernels is not None
-    _check_writable("weight", weight, (_FLOAT32,), delta.shape)
-    _check_writable("marks", marks, (_UINT8,), delta.shape[:1])
+    check_writable("weight", weight, (_FLOAT32,), delta.shape)
+    check_writable("marks", marks, (_UINT8,), delta.shape[:1])
     if not 1 <= low_bits <= 23 or mode not in (ADD_OR_MARK, ADD_MARKED, TAKE_UNMARKED):
         raise ValueError(f"low_bits must be 1 to 23 and the mode known, got {low_bits} and {mode}.")
     kernels.change(mode, weight, delta.arrays(), coefficient, low_bits, marks, _num_threads(None))
@@ -464,154 +450,13 @@ def move_kept(mode: int, weight: Array, mask: Array, offsets: NDArray[np.int32],
     kernels = native()
     assert kernels is not None
     rows, columns = weight.shape
-    _check("weight", weight, _FLOATS, weight.shape)
-    _check("mask", mask, (_UINT8,), (rows, (columns + 7) // 8))
-    _check("offsets", offsets, (_INT32,), (-(-rows // CHUNK_ROWS),))
-    _check("saved", saved, (weight.dtype,), (count_kept(mask, offsets),))
+    check("weight", weight, _FLOATS, weight.shape)
+    check("mask", mask, (_UINT8,), (rows, (columns + 7) // 8))
+    check("offsets", offsets, (_INT32,), (-(-rows // CHUNK_ROWS),))
+    check("saved", saved, (weight.dtype,), (count_kept(mask, offsets),))
     if mode not in (SAVE, BRING_BACK):
         raise ValueError(f"unknown mode {mode}.")
     kernels.move_kept(mode, weight, mask, offsets, saved, _num_threads(None))
-
-
-def mark_tile(jobs: Sequence[MarkJob]) -> list[tuple[int, int]]:
-    """Mark rows of several differences of one shape against a bracket each, and sum them up.
-
-    Args:
-        jobs: what is read and written.
-
-    Returns:
-        For each, how many magnitudes lie above the bracket and how many in it.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit.
-    """
-    for job in jobs:
-        shape = (rows, columns) = jobs[0].minuend.shape
-        _check("minuend", job.minuend, (_FLOAT32, _UINT16), shape)
-        _check("subtrahend", job.subtrahend, (job.minuend.dtype,), shape)
-        _check("minuend", job.minuend, (jobs[0].minuend.dtype,), shape)
-        for name in ("negative", "above", "inside"):
-            _check_writable(name, getattr(job, name), (_UINT8,), (rows, (columns + 7) // 8))
-        _check_writable("sums", job.sums, (_FLOAT64,), (rows, 3))
-        _check_writable("values", job.values, (_FLOAT32,), (rows * columns,))
-    return (native() or numpy_kernels).mark_tile(jobs)
-
-
-def merge_tile(sources: Sequence[Array], is_mean: bool, backbone: Array, energies: NDArray[np.float64]) -> None:
-    """Merge rows of weights: subtracted, averaged and rounded.
-
-    Args:
-        sources: K + 1 times (r, I), rows of the base, then of the experts: float32, or uint16 (the bits of bfloat16).
-        is_mean: whether the backbone is the mean of the experts; else it is the base.
-        backbone: (r, I) of the same dtype, written.
-        energies: (r,), written: squared norm of each row of the sum of the task vectors.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit.
-    """
-    for source in sources:
-        _check("source", source, (backbone.dtype,), backbone.shape)
-    _check_writable("backbone", backbone, (_FLOAT32, _UINT16), backbone.shape)
-    _check_writable("energies", energies, (_FLOAT64,), (len(backbone),))
-    (native() or numpy_kernels).merge_tile(sources, is_mean, backbone, energies)
-
-
-def rounded(values: Array, kind: FloatType) -> Array:
-    """Weights in another floating-point type, by way of float32, rounded to nearest even.
-
-    Args:
-        values: (*shape) float64, float32, float16 or uint16 (the bits of bfloat16).
-        kind: the type wanted.
-
-    Returns:
-        (*shape); the array itself where it is of that type.
-    """
-    if values.dtype == kind.array:
-        return values
-    if values.dtype != _UINT16 and kind == FLOAT64:
-        return values.astype(_FLOAT64)
-    with np.errstate(over="ignore"):
-        wide = values if values.dtype == _FLOAT32 else widened(values)
-    if kind == BFLOAT16 and (kernels := native()) is not None:
-        return kernels.to_bfloat16(np.ascontiguousarray(wide))
-    return narrowed(wide, kind.array)
-
-
-def take_bits(bitmap: Array, mask: Array, num_columns: int) -> Array:
-    """The bits of a bitmap that stand where a mask has ones, row by row and closed up.
-
-    Args:
-        bitmap, mask: (r, ceil(num_columns / 8)) uint8, contiguous.
-        num_columns: of a row.
-
-    Returns:
-        (ceil(number of ones / 8),) uint8
-    """
-    _check("mask", mask, (_UINT8,), (len(mask), (num_columns + 7) // 8))
-    _check("bitmap", bitmap, (_UINT8,), mask.shape)
-    if (kernels := native()) is None:
-        return numpy_kernels.take_bits(bitmap, mask, num_columns)
-    return kernels.take_bits(bitmap, mask, count_ones(mask))
-
-
-def put_bits(bitmap: Array, choice: NDArray[np.bool_], num_columns: int) -> Array:
-    """Some ones of a bitmap, as another; ``choice`` has a boolean for each of them. May write over the bitmap.
-
-    Args:
-        bitmap: (r, ceil(num_columns / 8)) uint8, contiguous.
-        choice: (number of its ones,)
-        num_columns: of a row.
-    """
-    kernels = native()
-    if kernels is None:
-        return numpy_kernels.chosen_ones(bitmap, choice, num_columns)
-    _check_writable("bitmap", bitmap, (_UINT8,), (len(bitmap), (num_columns + 7) // 8))
-    kernels.put_bits(np.packbits(choice, bitorder="little"), bitmap)
-    return bitmap
-
-
-def row_counts(bitmap: Array) -> NDArray[np.int64]:
-    """Number of ones in each row of a bitmap (r, n) uint8, contiguous: (r,)."""
-    _check("bitmap", bitmap, (_UINT8,), (len(bitmap), bitmap.shape[1]))
-    kernels = native()
-    return selection.row_counts(bitmap) if kernels is None else kernels.row_counts(bitmap)
-
-
-def count_ones(bitmap: Array) -> int:
-    """Number of ones in a bitmap of any shape, uint8, contiguous."""
-    return int(row_counts(bitmap.reshape(1, -1))[0])
-
-
-def first_ones(bitmap: Array, num_ones: int) -> Array:
-    """The first ``num_ones`` ones of a bitmap (r, n) uint8, contiguous, as another. May write over the bitmap."""
-    kernels = native()
-    if kernels is None:
-        return selection.first_ones(bitmap, num_ones)
-    _check_writable("bitmap", bitmap, (_UINT8,), (len(bitmap), bitmap.shape[1]))
-    kernels.keep_first(bitmap, num_ones)
-    return bitmap
-
-
-def ranked(magnitudes: Array, ranks: Sequence[int]) -> list[float]:
-    """Numbers at some places of the ascending order.
-
-    Args:
-        magnitudes: (n,) float32, none of them negative, contiguous, n < 2³².
-        ranks: 0 to n - 1 each; 0 is the smallest.
-
-    Raises:
-        ValueError: a rank is not one of these.
-    """
-    _check("magnitudes", magnitudes, (_FLOAT32,), (magnitudes.size,))
-    if not all(0 <= rank < magnitudes.size for rank in ranks):
-        raise ValueError(f"ranks must be 0 to {magnitudes.size - 1}, got {list(ranks)}.")
-    kernels = native()
-    return selection.ranked(magnitudes, ranks) if kernels is None else kernels.ranked(magnitudes, ranks)
-
-
-def loops() -> selection.Loops:
-    """The inner loops of a selection, by the implementation that is there."""
-    return selection.Loops(ranked, row_counts, put_bits, first_ones)
 
 
 def _place_of(owner: Array | Tensor) -> Callable[[], int]:
@@ -619,29 +464,3 @@ def _place_of(owner: Array | Tensor) -> Callable[[], int]:
     if isinstance(owner, np.ndarray):
         return partial(int, owner.__array_interface__["data"][0])
     return owner.data_ptr
-
-
-@cache
-def _stored_as(dtype: torch.dtype) -> np.dtype[Any]:
-    """The dtype of :func:`as_array` for a tensor's: bfloat16 is seen as its bits."""
-    name = str(dtype).removeprefix("torch.")
-    return _UINT16 if name == "bfloat16" else np.dtype(name)
-
-
-def _check(name: str, array: Array | Tensor, dtypes: tuple[np.dtype[Any], ...], shape: tuple[int, ...]) -> None:
-    """Refuse what the native kernels cannot read: they know nothing but an address."""
-    if isinstance(array, np.ndarray):
-        fits = array.dtype in dtypes and array.flags.c_contiguous and array.flags.aligned
-    else:
-        fits = _stored_as(array.dtype) in dtypes and array.is_contiguous() and array.device.type == "cpu"
-    if not fits or tuple(array.shape) != shape:
-        names = " or ".join(dtype.name for dtype in dtypes)
-        raise ValueError(
-            f"{name} must be an aligned, contiguous {names} array {shape}, got {array.dtype} {tuple(array.shape)}."
-        )
-
-
-def _check_writable(name: str, array: Array, dtypes: tuple[np.dtype[Any], ...], shape: tuple[int, ...]) -> None:
-    _check(name, array, dtypes, shape)
-    if not array.flags.writeable:
-        raise ValueError(f"{name} is read-only.")

@@ -372,7 +372,7 @@ def merge_tile(sources: Sequence[Array], is_mean: bool, backbone: Array, energie
 
 
 def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Contiguous numbers rounded to nearest even; see ``dispatch.rounded``."""
+    """Contiguous numbers rounded to nearest even; see ``build_loops.rounded``."""
     rounded = np.empty(values.shape, np.uint16)
     library().mediator_narrow(address(values), values.size, address(rounded))
     return rounded

@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..methods.sparsifying.selection import chosen_ones, count_ones, pack_rows, row_sums, unpack_rows
+from ..methods.sparsifying.selection import chosen_ones, pack_rows, row_sums, unpack_rows
 
 __all__ = [
     "MarkJob",
     "chosen_ones",
     "count_kept",
-    "count_ones",
     "dense_chunks",
     "mark_tile",
     "merge_tile",
@@ -153,7 +152,7 @@ class MarkJob(NamedTuple):
 
 
 def mark_tile(jobs: Sequence[MarkJob]) -> list[tuple[int, int]]:
-    """Mark rows against brackets; see ``dispatch.mark_tile``."""
+    """Mark rows against brackets; see ``build_loops.mark_tile``."""
     counts = []
     for job in jobs:
         low, high = np.float32(job.low), np.float32(job.high)
@@ -175,7 +174,7 @@ def mark_tile(jobs: Sequence[MarkJob]) -> list[tuple[int, int]]:
 
 
 def merge_tile(sources: Sequence[Array], is_mean: bool, backbone: Array, energies: NDArray[np.float64]) -> None:
-    """Merge rows of weights; see ``dispatch.merge_tile``."""
+    """Merge rows of weights; see ``build_loops.merge_tile``."""
     base = widened(sources[0])
     with np.errstate(over="ignore", invalid="ignore"):
         # What is added to -0.0 stays as it is, even -0.0.
@@ -188,7 +187,7 @@ def merge_tile(sources: Sequence[Array], is_mean: bool, backbone: Array, energie
 
 
 def take_bits(bitmap: Array, mask: Array, num_columns: int) -> Array:
-    """The bits of a bitmap where a mask has ones; see ``dispatch.take_bits``."""
+    """The bits of a bitmap where a mask has ones; see ``build_loops.take_bits``."""
     pieces = []
     step = max(1, (1 << 20) // max(1, num_columns))
     for start in range(0, len(mask), step):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import CheckpointMismatchError
-from ..kernels.dispatch import rounded
+from ..kernels.build_loops import rounded
 from ..storage import FLOAT64
 from .compatibility import Job
 

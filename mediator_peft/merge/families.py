@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..bank.column_map import average_linkage, identity_rows, new_family
 from ..config import MediatorSettings
-from ..kernels.dispatch import rounded
+from ..kernels.build_loops import rounded
 from .always_on import always_rows
 from .family_packing import MIN_COSINE, Groups
 from .merge_job import Merge

@@ -13,7 +13,7 @@ from statistics import median
 import numpy as np
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..kernels.dispatch import rounded
+from ..kernels.build_loops import rounded
 from ..kernels.numpy_kernels import widened
 from ..methods.sparsifying.selection import Floats
 from ..storage import FloatType

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..bank.packed_arrays import BIAS, MASK, PackedArrays
 from ..bank.sparse_delta import SparseDelta
 from ..deferred import torch
-from ..kernels import dispatch as kernels
+from ..kernels import build_loops as kernels
 from ..methods.encoding.scales import SIGN_SCALES, RowSums
 from ..methods.sparsifying.selection import (
     Bitmap,

@@ -15,7 +15,7 @@ from ..checkpoints.opening import Checkpoint
 from ..config import CORRECTION, FALLBACK_EXPERT, MediatorSettings
 from ..deferred import torch
 from ..errors import UnsupportedError
-from ..kernels import dispatch as kernels
+from ..kernels import build_loops as kernels
 from ..kernels.numpy_kernels import widened
 from ..methods.conflict import CONFLICT_SCORES
 from ..methods.conflict.statistics import Statistics

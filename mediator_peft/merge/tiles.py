@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..checkpoints.opening import Checkpoint
 from ..deferred import torch
 from ..errors import CheckpointError, ConfigError
-from ..kernels import dispatch as kernels
+from ..kernels import build_loops as kernels
 from ..kernels.numpy_kernels import widened
 from ..methods.merging import MERGE_METHODS, TensorContext, TensorMethod
 from ..methods.merging.average import average

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mediator_peft.kernels import dispatch
+from mediator_peft.kernels import build_loops, dispatch
 from mediator_peft.kernels.numpy_kernels import widened
 from mediator_peft.merge import signed_selection as signed
 from mediator_peft.merge import tiles
@@ -52,7 +52,7 @@ def test_marking_is_comparing_and_summing(shape, kind, use_loops, monkeypatch):
     if not use_loops:
         monkeypatch.setattr(dispatch, "native", lambda: None)
     pairs = [
-        (dispatch.rounded(values_of(shape, seed), kind), dispatch.rounded(values_of(shape, seed + 9), kind))
+        (build_loops.rounded(values_of(shape, seed), kind), build_loops.rounded(values_of(shape, seed + 9), kind))
         for seed in range(len(BRACKETS))
     ]
     pairs[1] = (pairs[1][0], np.zeros(shape, kind.array))  # many entries on the edge, some of them -0.0
@@ -77,7 +77,7 @@ def test_marking_is_comparing_and_summing(shape, kind, use_loops, monkeypatch):
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 4096), (3, 5001)])
 @pytest.mark.parametrize("kind", [BFLOAT16, FLOAT32], ids=str)
 def test_marks_and_sums_are_the_same_to_the_last_bit(shape, kind, monkeypatch):
-    first, second = (dispatch.rounded(values_of(shape, seed), kind) for seed in (3, 4))
+    first, second = (build_loops.rounded(values_of(shape, seed), kind) for seed in (3, 4))
     found = []
     for native_or_none in (dispatch.native(), None):
         monkeypatch.setattr(dispatch, "native", lambda given=native_or_none: given)
@@ -138,10 +138,10 @@ def test_rounding_is_what_torch_does(use_loops, length, monkeypatch):
     bits = np.random.default_rng(length).integers(0, 1 << 32, length, np.uint32)
     bits[::3] &= 0xFFFF8000  # halfway between two numbers, or one of them
     values = bits.view(np.float32)
-    for source in (values, values.astype(np.float64), dispatch.rounded(values, FLOAT16)):
+    for source in (values, values.astype(np.float64), build_loops.rounded(values, FLOAT16)):
         for kind in (BFLOAT16, FLOAT16, FLOAT32):
             expected = torch.from_numpy(source).float().to(kind.torch)
-            found = to_tensor(dispatch.rounded(source, kind))
+            found = to_tensor(build_loops.rounded(source, kind))
             torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -150,7 +150,7 @@ def test_taking_bits_is_choosing_by_a_mask(shape):
     generator = np.random.default_rng(2)
     bits, mask = generator.random(shape) < 0.5, generator.random(shape) < 0.3
     expected = np.packbits(bits[mask], bitorder="little")
-    np.testing.assert_array_equal(dispatch.take_bits(packed(bits), packed(mask), shape[1]), expected)
+    np.testing.assert_array_equal(build_loops.take_bits(packed(bits), packed(mask), shape[1]), expected)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 64), (3, 128), (40, 200)])
@@ -161,7 +161,7 @@ def test_choosing_ones_is_what_numpy_does(shape, share):
     choice = generator.random(int(mask.sum())) < 0.5
     expected = mask.copy()
     expected[mask] = choice
-    for found in (dispatch.put_bits(packed(mask), choice, shape[1]), chosen_ones(packed(mask), choice, shape[1])):
+    for found in (build_loops.put_bits(packed(mask), choice, shape[1]), chosen_ones(packed(mask), choice, shape[1])):
         np.testing.assert_array_equal(found, packed(expected))
 
 
@@ -169,11 +169,11 @@ def test_choosing_ones_is_what_numpy_does(shape, share):
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_counting_and_first_ones_are_what_numpy_does(shape, share):
     mask = np.random.default_rng(4).random(shape) < share
-    np.testing.assert_array_equal(dispatch.row_counts(packed(mask)), mask.sum(axis=1))
-    assert dispatch.count_ones(packed(mask)) == mask.sum()
+    np.testing.assert_array_equal(build_loops.row_counts(packed(mask)), mask.sum(axis=1))
+    assert build_loops.count_ones(packed(mask)) == mask.sum()
     for num_ones in sorted({0, int(mask.sum()) // 3, int(mask.sum())}):
         expected = mask & (mask.cumsum().reshape(shape) <= num_ones)
-        for find in (dispatch.first_ones, first_ones):
+        for find in (build_loops.first_ones, first_ones):
             np.testing.assert_array_equal(find(packed(mask), num_ones), packed(expected))
 
 
@@ -184,17 +184,17 @@ def test_ranked_numbers_are_those_of_sorting(use_loops, length, monkeypatch):
         monkeypatch.setattr(dispatch, "native", lambda: None)
     values = np.abs(values_of((1, length), length).reshape(-1))
     values[::5], values[3::7] = np.float32(1e-45), np.inf
-    values[2::3] = widened(dispatch.rounded(values[2::3], BFLOAT16))  # many equal ones
+    values[2::3] = widened(build_loops.rounded(values[2::3], BFLOAT16))  # many equal ones
     ranks = [0, length // 3, length - 1]
-    assert dispatch.ranked(values, ranks) == np.sort(values)[ranks].tolist()
+    assert build_loops.ranked(values, ranks) == np.sort(values)[ranks].tolist()
     with pytest.raises(ValueError, match="ranks"):
-        dispatch.ranked(values, [length])
+        build_loops.ranked(values, [length])
 
 
 @pytest.mark.parametrize("num_experts", [1, 3])
 def test_a_tensor_of_one_tile_is_read_once(num_experts, monkeypatch):
     """Its sample and its passes are those of a tensor that is read anew for each."""
-    stored = [dispatch.rounded(values_of((200, 240), seed), BFLOAT16) for seed in range(num_experts + 1)]
+    stored = [build_loops.rounded(values_of((200, 240), seed), BFLOAT16) for seed in range(num_experts + 1)]
     checkpoints = [InMemory({"w": to_tensor(each)}) for each in stored]
     seen = tiles.TensorTiles("w", checkpoints, BFLOAT16, "average", tiles.Workspace())
     sample = seen.sample()

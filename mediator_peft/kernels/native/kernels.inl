@@ -890,6 +890,6 @@ void find_ranked(const float* values, int64_t count, const int64_t* ranks, int64
 
 }  // namespace
 
-#define TABLE(name, label)                                                                                          \
-    const KernelTable name = {label,     product,   addition,   change,     move,       mark,       merge,           \
+#define TABLE(name, label)                                                                                     \
+    const KernelTable name = {label,  product,   addition, change,     move,      mark,       merge,           \
                               narrow, take_bits, put_bits, count_rows, keep_first, find_ranked}

@@ -33,7 +33,7 @@ class Bracket(NamedTuple):
 
 
 class Loops(NamedTuple):
-    """The inner loops of a selection: by default in plain numpy; ``kernels.dispatch`` has faster twins."""
+    """The inner loops of a selection: by default in plain numpy; ``kernels.build_loops`` has faster twins."""
 
     ranked: Ranked
     row_counts: Callable[[Bitmap], NDArray[np.int64]]
