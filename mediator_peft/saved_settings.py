@@ -5,12 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from difflib import get_close_matches
-from math import isfinite
 from typing import Any
 
 from .config import ALWAYS, FALLBACK_EXPERT, FORMAT_VERSION, with_todays_names
 from .errors import AdapterError, ConfigError
-from .setting_checks import are_names, expert_name_faults, is_count
+from .setting_checks import are_names, expert_name_faults, is_count, is_finite
 from .tables import unknown_name
 
 _SIMILAR = 0.75
@@ -137,7 +136,7 @@ def _map_faults(found: Mapping[str, Any]) -> Iterator[str]:
         strangers = [name for name in row if name not in names]
         if strangers:
             yield f"column_map of {shortened(stored)!r} names unknown experts {shortened(strangers)}."
-        if not all(isinstance(entry, (int, float)) and isfinite(entry) for entry in row.values()):
+        if not all(map(is_finite, row.values())):
             yield f"column_map of {shortened(stored)!r} must hold finite numbers."
 
 

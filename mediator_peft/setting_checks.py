@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping
-from math import isfinite
 from typing import Any
 
 from .methods.conflict import CONFLICT_SCORES
@@ -60,7 +60,7 @@ def setting_faults(settings: Any) -> Iterator[str]:
             yield f"{name} must be in (0, 1], got {getattr(settings, name)!r}. Use a share: {hint}."
     if not (is_share(settings.ood_alpha) and settings.ood_alpha < 1):
         yield (f"ood_alpha must be in (0, 1), got {settings.ood_alpha!r}. 0.01 lets 1 known prompt in 100 fall back.")
-    if not (isinstance(settings.conflict_threshold, (int, float)) and isfinite(settings.conflict_threshold)):
+    if not is_finite(settings.conflict_threshold):
         yield f"conflict_threshold must be a finite number, got {settings.conflict_threshold!r}."
     if not (is_share(settings.ood_beta) and settings.ood_beta < 1):
         yield f"ood_beta must be in (0, 1), got {settings.ood_beta!r}. 0.05 lets 5 unknown prompts in 100 pass."
@@ -176,18 +176,22 @@ def expert_name_faults(names: Mapping[str, object]) -> Iterator[str]:
 
 
 def is_share(value: object) -> bool:
+    """Whether it is a number in (0, 1]."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+    """Whether it is a number that a float can hold: a whole number of hundreds of digits is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def are_names(value: object) -> bool:
+    """Whether it is a collection of texts."""
     return isinstance(value, Collection) and all(isinstance(name, str) for name in value)
 
 
 def is_count(value: object) -> bool:
+    """Whether it is a whole number, 0 or more."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 

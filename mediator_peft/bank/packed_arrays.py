@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import AdapterError
 from ..methods.encoding import ENCODINGS
 from ..methods.encoding.bitmaps import compress_mask
 from ..storage import Array, as_array, to_tensor
@@ -96,13 +97,32 @@ def all_to_disk(arrays: Mapping[str, Array]) -> dict[str, Array]:
     return {key: written[key] for key in arrays}
 
 
-def place_of(key: str, stored: Array | Tensor) -> str:
-    """Where the numbers of a buffer are written: under its own name, or that of an expert with an equal factor.
+def written(key: str, layer: str, read: Callable[[str], Array | Tensor | None]) -> tuple[str, Any]:
+    """What a file holds of a buffer, under its own name or that of an expert with an equal factor.
 
     Args:
         key: name of the buffer (``expert:part``).
-        stored: what the file has under it.
+        layer: named in errors.
+        read: name of a buffer → what the file has under it; None for nothing.
+
+    Returns:
+        The name under which the numbers are written, and these.
+
+    Raises:
+        AdapterError: it refers to what is not there.
     """
+    stored = read(key)
+    place = _place_of(key, stored)
+    if place != key:
+        stored = read(place)
+    if stored is None or _place_of(place, stored) != place:
+        raise AdapterError(f"layer {layer!r}, part {key!r} of the adapter file refers to {place!r}: it is damaged.")
+    return place, stored
+
+
+def _place_of(key: str, stored: Array | Tensor | None) -> str:
     part = key.rpartition(SEPARATOR)[2]
-    is_name = part in _FACTORS and str(stored.dtype).endswith("uint8") and 0 < len(stored) <= _LONGEST_NAME
+    if part not in _FACTORS or stored is None or not str(stored.dtype).endswith("uint8"):
+        return key
+    is_name = 0 < len(stored) <= _LONGEST_NAME
     return f"{bytes(as_array(stored)).decode(errors='replace')}{SEPARATOR}{part}" if is_name else key

@@ -21,6 +21,7 @@ from .adapter_files import CONFIG_FILE, ROUTER_PREFIX, WEIGHTS_FILE, has_adapter
 from .folders import INDEX_FILE, SINGLE_FILE
 from .headers import read_header
 from .output_folder import EXTRA_TEMPLATES, SIDE_FILES
+from .replacing import write_replacing
 
 CHECKSUM_FILE = "checksums.json"
 CARD = "README.md"
@@ -282,9 +283,7 @@ def backbone_checksums(folder: Path) -> Checksums:
 
 def put_checksums(adapter: Path, known: Checksums) -> None:
     """Write the file, whole or not at all."""
-    fresh = adapter / f".{CHECKSUM_FILE}-{os.getpid()}"
-    fresh.write_text(json.dumps(known.to_dict(), indent=2), encoding="utf-8")
-    os.replace(fresh, adapter / CHECKSUM_FILE)
+    write_replacing(adapter / CHECKSUM_FILE, json.dumps(known.to_dict(), indent=2))
 
 
 def _of_backbone(folder: Path, weights: set[str]) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:

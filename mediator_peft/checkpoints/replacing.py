@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -63,19 +64,16 @@ def write_replacing(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent)
+    new = path.with_name(f".{path.name}.{secrets.token_hex(8)}.new")
     try:
-        with open(descriptor, "w", encoding="utf-8") as file:
+        with open(new, "x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
+        os.replace(new, path)
     except BaseException:
         with suppress(OSError):
-            os.unlink(name)
+            new.unlink()
         raise
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import NamedTuple
 
+from ..checkpoints.replacing import write_replacing
 from .settings import DemoSettings
 from .tasks import EXPERT_TASKS, UNKNOWN_TASKS, Item, Task, make_task
 
@@ -97,6 +97,4 @@ def write_data(tasks: dict[str, Task], folder: Path) -> None:
 
 
 def _write_lines(path: Path, records: Sequence[dict[str, str]]) -> None:
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    os.replace(partial, path)
+    write_replacing(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

@@ -6,10 +6,10 @@ import os
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import isfinite
 from typing import Any
 
 from ..data_files import DataFileError, json_lines, surrogate_fault
+from ..setting_checks import is_finite
 
 WINDOWS = (4, 16, 64)
 """Requests in a window of :func:`routing_persistence`, and of the look-ahead."""
@@ -60,19 +60,12 @@ def _names(value: Any) -> list[str] | None:
     if isinstance(value, Mapping):
         weights = value.get("expert_weights")
         if isinstance(weights, Mapping):
-            is_number = all(isinstance(weight, (int, float)) and _is_finite(weight) for weight in weights.values())
+            is_number = all(isinstance(weight, bool) or is_finite(weight) for weight in weights.values())
             return [str(name) for name, weight in weights.items() if weight > 0] if is_number else None
         return _names(value.get("experts", value.get("expert")))
     if isinstance(value, str):
         return [value]
     return value if isinstance(value, list) and all(isinstance(name, str) for name in value) else None
-
-
-def _is_finite(weight: float) -> bool:
-    try:
-        return isfinite(weight)
-    except OverflowError:
-        return False
 
 
 def stored_requests(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.replacing import replaced_together
+from ..checkpoints.replacing import replaced_together, write_replacing
 from ..errors import MissingPackageError
 from .runner import EvalTask, RoutingScore, SystemScore, TaskScore
 
@@ -82,12 +82,7 @@ class EvaluationReport:
 def write_json(content: Any, path: Path) -> None:
     """Write JSON under a temporary name that becomes the final one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_replacing(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_evaluation(report: EvaluationReport, folder: Path, texts: Mapping[str, str] | None = None) -> str | None:

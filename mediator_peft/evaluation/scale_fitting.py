@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -168,8 +168,8 @@ def fit_scales(
     Raises:
         ConfigError: an expert is unknown, or has no data.
         UnsupportedError: an expert shares its delta, deltas are always on, or the encoding has no scales.
-        CheckpointError: a checkpoint is not the one that the expert's deltas were made from.
-        DataFileError, CheckpointError: something cannot be read.
+        CheckpointError: a checkpoint cannot be read, or is not the one that the expert's deltas were made from.
+        DataFileError: prompts cannot be read.
     """
     fit = fit or ScaleFit()
     model, tokenizer = load_mediator(Path(out), dtype="auto")
@@ -235,17 +235,25 @@ def _check(model: Any, experts: Mapping[str, Any], data: Mapping[str, Any]) -> N
         raise UnsupportedError(f"encoding {config.encoding!r} has no scales that can be fitted.")
 
 
+def _stored_deltas(model: Any, name: str) -> Iterator[tuple[str, SparseDelta, Tensor]]:
+    """(layer, stored delta, the same as a matrix of the weight's own shape) of each layer where an expert has one."""
+    for layer_name, layer in model.base_model.routed_layers().items():
+        delta = layer.bank(model.active.name).stored(name)
+        if delta is not None:
+            yield layer_name, delta, delta.dense().T if layer.is_transposed else delta.dense()
+
+
 def _check_origin(model: Any, state: Mapping[str, Tensor], expert: Any, name: str) -> None:
     """Refuse a checkpoint that lies in another direction from the backbone than the expert's deltas do."""
     parameters = dict(expert.named_parameters())
     inner = length = distance = 0.0
-    for layer_name, layer in model.base_model.routed_layers().items():
-        delta, weight = layer.bank(model.active.name).stored(name), f"{layer_name}.weight"
-        if delta is None or weight not in state:
+    for layer_name, _, matrix in _stored_deltas(model, name):
+        weight = f"{layer_name}.weight"
+        if weight not in state:
             continue
         if weight not in parameters or parameters[weight].shape != state[weight].shape:
             raise CheckpointError(f"expert {name!r}: its checkpoint has no matrix {weight!r} like the backbone's.")
-        ours = (delta.dense().T if layer.is_transposed else delta.dense()).double()
+        ours = matrix.double()
         theirs = parameters[weight].detach().double() - state[weight].double()
         inner += float((ours * theirs).sum())
         length += float(ours.square().sum())
@@ -308,15 +316,12 @@ def _fit_one(
     from transformers import AutoConfig
 
     layers, deltas, stored, full = model.base_model.routed_layers(), {}, {}, dict(state)
-    for layer_name, layer in layers.items():
-        delta = layer.bank(model.active.name).stored(name)
+    for layer_name, delta, matrix in _stored_deltas(model, name):
         weight = f"{layer_name}.weight"
-        if delta is None:
-            continue
         if weight not in full:
             raise UnsupportedError(f"scales of {layer_name!r} cannot be fitted: it is no plain linear layer.")
         stored[layer_name] = delta
-        deltas[weight] = delta.dense().T.contiguous() if layer.is_transposed else delta.dense()
+        deltas[weight] = matrix.contiguous()
         full[weight] = full[weight] + deltas[weight]
         if delta.bias is not None:
             full[f"{layer_name}.bias"] = full[f"{layer_name}.bias"] + delta.bias

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -201,8 +201,8 @@ def conclude(
     ]
     carried = {name for name, _ in in_bank}
     samples = {**samples, **{name: value for info in done for name, value in info.samples.items()}}
-    settings = {item.name: getattr(config, item.name) for item in fields(config)}
-    settings.update(
+    built = replace(
+        config,
         expert_names=list(config.experts),
         target_modules=targets_in_blocks(job.structure, config.target_modules),
         routed_modules=[layer.name for layer in (*job.structure.layers, *job.structure.outer) if layer.name in carried],
@@ -210,10 +210,9 @@ def conclude(
         backbone_fingerprint={name: samples[name] for name in sorted(samples)},
         provenance=sources(job),
         column_map=column_rows(merge),
+        density=config.density if merge.density is None else merge.density,
     )
-    if merge.density is not None:
-        settings["density"] = merge.density
-    return type(config)(**settings), _report(merge, conflict, routed, [info for _, info in in_bank])
+    return built, _report(merge, conflict, routed, [info for _, info in in_bank])
 
 
 def _is_routed(merge: Merge, task: Task, info: Finished, routed: Sequence[int]) -> bool:

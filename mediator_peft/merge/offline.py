@@ -354,5 +354,4 @@ def named_paths(experts: Mapping[str, str | os.PathLike[str]]) -> dict[str, str]
 
 def with_experts(config: MediatorSettings, experts: dict[str, str]) -> MediatorSettings:
     """A configuration with other experts."""
-    settings = {item.name: getattr(config, item.name) for item in fields(config)}
-    return type(config)(**{**settings, "experts": experts})
+    return replace(config, experts=experts)

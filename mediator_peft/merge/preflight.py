@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -254,13 +254,13 @@ def _preview(merge: Merge, preview: Merge | None, found: BuildPlan) -> None:
         found.bytes_with_families = adapter_bytes(preview, routed)
     if config.budget is None and not SPARSIFIERS[config.sparsifier].is_low_rank:
         for name, encoding in ENCODINGS.items():
-            other = merge if encoding.has_positions else replace(merge, groups=NO_GROUPS)
-            if name != "factors":
-                changed = MediatorSettings(
-                    **{item.name: getattr(config, item.name) for item in fields(MediatorSettings)}
-                    | {"encoding": name, "families": config.families if encoding.has_positions else None}
-                )
-                found.bytes_by_encoding[name] = adapter_bytes(replace(other, config=changed), routed)
+            if name == "factors":
+                continue  # low rank
+            if encoding.has_positions:
+                other = replace(merge, config=replace(config, encoding=name))
+            else:
+                other = replace(merge, config=replace(config, encoding=name, families=None), groups=NO_GROUPS)
+            found.bytes_by_encoding[name] = adapter_bytes(other, routed)
 
 
 def _resources(merge: Merge, found: BuildPlan, limit: int | None, target: Path | None) -> None:

@@ -228,7 +228,7 @@ def _delta(
     file: Any, layer: str, part: str, column: str, config: MediatorSettings, like: Tensor, is_transposed: bool
 ) -> Tensor:
     from ..bank.layer_bank import LayerBank, from_disk
-    from ..bank.packed_arrays import place_of
+    from ..bank.packed_arrays import written
 
     if part == "bias":
         key = f"{column}:bias"
@@ -237,9 +237,7 @@ def _delta(
     bank = LayerBank((rows, columns), config.encoding, has_bias=False)
     for name in bank.part_names:
         key = f"{column}:{name}"
-        stored = file.get_tensor(bank_key(layer, key))
-        place = place_of(key, stored)
-        stored = stored if place == key else file.get_tensor(bank_key(layer, place))
+        _, stored = written(key, layer, lambda place: file.get_tensor(bank_key(layer, place)))
         bank.put_part(key, from_disk(key, stored, bank.shape))
     delta = bank.get(column)
     assert delta is not None

@@ -285,7 +285,7 @@ def score_system(run: Comparison, name: str) -> dict[str, Scores]:
     """Task → scores of one system, measured or found."""
     system = find_system(run, name)
     return {
-        task: _known(run, name, task, system)
+        task: _known(run, name, task, system.depends)
         or run.bench.scored_in_parts(name, task, run.sizes(task), system.depends, system.parts(task))
         for task in _tasks(run, system)
     }
@@ -296,17 +296,17 @@ def known_scores(run: Comparison, name: str) -> dict[str, Scores] | None:
     system = find_system(run, name)
     found = {}
     for task in _tasks(run, system):
-        scores = _known(run, name, task, system)
+        scores = _known(run, name, task, system.depends)
         if scores is None:
             return None
         found[task] = scores
     return found
 
 
-def _known(run: Comparison, name: str, task: str, system: System) -> Scores | None:
+def _known(run: Comparison, name: str, task: str, depends: object) -> Scores | None:
     """Scores of the wanted items, or the first ones of those of all items."""
     for sizes in dict.fromkeys((run.sizes(task), run.bench.sample.sizes[task])):
-        scores = run.bench.book.find(name, task, run.bench.key(task, sizes, system.depends))
+        scores = run.bench.book.find(name, task, run.bench.key(task, sizes, depends))
         if scores is not None:
             return scores.first(run.sizes(task))
     return None
@@ -365,10 +365,9 @@ def _mediator_scores(run: Comparison) -> dict[str, tuple[dict[str, Scores], int]
     """System → scores and bytes of the Mediator model, where the table of systems has been measured."""
     depends = model_key(run.bench, MediatorConfig())
     folder = run.bench.folder.models / default_name(run.bench)
-    system = System(depends, lambda task: lambda items: iter(()), lambda: None)
     rows = {}
     for name in (NAMED, ROUTED_SYSTEM):
-        scores = {task: _known(run, name, task, system) for task in run.bench.sample.known}
+        scores = {task: _known(run, name, task, depends) for task in run.bench.sample.known}
         found = {task: each for task, each in scores.items() if each is not None}
         if len(found) == len(scores) and is_built(folder, depends):
             info = read_adapter_info(folder)

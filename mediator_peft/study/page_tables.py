@@ -23,8 +23,7 @@ def systems_table(results: Results, base: str = "") -> str:
     rows = []
     for name, row in found["systems"].items():
         num_models = f"{row['bytes'] / found['bytes_of_one_model']:.2f}"
-        kept = row.get("kept")
-        if kept is None:
+        if row.get("kept") is None:
             rows.append([name, *["–"] * (len(header) - 2), num_models])
             continue
         rows.append(
@@ -32,8 +31,7 @@ def systems_table(results: Results, base: str = "") -> str:
                 name,
                 *(share(row["tasks"][task]["accuracy"]) for task in answered),
                 share(row["mean_accuracy"]),
-                with_interval(Estimate(**kept["mean"])),
-                f"{with_interval(Estimate(**kept['worst']))} {kept['worst_task']}",
+                *_kept_cells(row),
                 num_models,
             ]
         )
@@ -62,12 +60,9 @@ def comparison_table(results: Results, base: str = "") -> str:
     header = ["system", *answered, "mean kept", "worst kept", "mean loss", "bytes, models"]
     rows = []
     for name, row in found["systems"].items():
-        kept = row.get("kept")
         cells = ["–"] * (len(answered) + 2)
-        if kept is not None:
-            worst = f"{with_interval(Estimate(**kept['worst']))} {kept['worst_task']}"
-            accuracies = [share(row["tasks"][task]["accuracy"]) for task in answered]
-            cells = [*accuracies, with_interval(Estimate(**kept["mean"])), worst]
+        if row.get("kept") is not None:
+            cells = [*(share(row["tasks"][task]["accuracy"]) for task in answered), *_kept_cells(row)]
         rows.append([name, *cells, f"{row['mean_loss']:.3f}", f"{row['bytes'] / found['bytes_of_one_model']:.2f}"])
     return markdown_table(header, rows)
 

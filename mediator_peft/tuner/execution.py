@@ -76,7 +76,7 @@ def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear, bank: LayerBank,
     if uniform and kind is None and route.may_merge and route.execution in (None, "merged"):
         return "merged"
     if kind == "other" or is_watched:
-        # Offloaded, or codes that we cannot read.
+        # Offloaded, codes that we cannot read, or watched.
         return "sparse"
     if route.execution in ("sparse", "dense"):
         return route.execution

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..bank.expert_store import ExpertStore, padded_size
 from ..bank.layer_bank import check_parts, from_disk, num_bytes_in_memory
-from ..bank.packed_arrays import all_to_disk, place_of
+from ..bank.packed_arrays import all_to_disk, written
 from ..checkpoints.adapter_files import (
     BANK_ATTRIBUTE,
     CONFIG_FILE,
@@ -448,10 +448,11 @@ def _store(
         return None
     sizes = dict.fromkeys(deltas_stored(config), 0)
     for name, layer in layers.items():
+        read = _reader(state_dict, name)
         for column in sizes:
             for part in layer.bank(adapter_name).part_names:
                 key = f"{column}:{part}"
-                stored = _stored_part(state_dict, f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}.", key, name)
+                _, stored = written(key, name, read)
                 sizes[column] += padded_size(num_bytes_in_memory(key, stored, layer.shape))
     folder = None if config.expert_folder is None else Path(config.expert_folder)
     store = ExpertStore(config.max_resident_experts, folder, _pinned(config))
@@ -459,17 +460,10 @@ def _store(
     return store
 
 
-def _stored_part(state_dict: Mapping[str, Tensor], prefix: str, key: str, layer: str) -> Tensor:
-    """What an adapter file holds of a part, under its own name or that of an expert with an equal factor.
-
-    Raises:
-        AdapterError: it refers to what is not there.
-    """
-    place = place_of(key, state_dict[prefix + key])
-    stored = state_dict.get(prefix + place)
-    if stored is None or place_of(place, stored) != place:
-        raise AdapterError(f"layer {layer!r}, part {key!r} of the adapter file refers to {place!r}: it is damaged.")
-    return stored
+def _reader(state_dict: Mapping[str, Tensor], layer: str) -> Callable[[str], Tensor | None]:
+    """Name of a buffer of a layer's bank → what an adapter file holds under it."""
+    prefix = f"{MODEL_PREFIX}{layer}.{BANK_ATTRIBUTE}."
+    return lambda key: state_dict.get(prefix + key)
 
 
 def _pinned(config: MediatorConfig) -> list[str]:
@@ -490,15 +484,13 @@ def _load_layer(
 ) -> dict[str, Tensor]:
     bank = layer.bank(adapter_name)
     device = device_of(layer.base_layer)
-    prefix = f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}."
-    saved_prefix = f"{prefix}{adapter_name}."
+    read, loaded_prefix = _reader(state_dict, name), f"{MODEL_PREFIX}{name}.{BANK_ATTRIBUTE}.{adapter_name}."
     loaded: dict[str, Tensor] = {}
     held: dict[str, Tensor] = {}
     for column in columns:
         for part in bank.part_names:
             key = f"{column}:{part}"
-            place = place_of(key, state_dict[prefix + key])
-            stored = _stored_part(state_dict, prefix, key, name)
+            place, stored = written(key, name, read)
             check_kind(key, name, stored)
             if store is not None:
                 tensor = store.keep(column, from_disk(key, stored, layer.shape))
@@ -509,7 +501,7 @@ def _load_layer(
                 tensor = from_disk(key, stored, layer.shape)
                 tensor = held[place] = tensor if device.type == "meta" else tensor.to(device)
             bank.put_part(key, tensor)
-            loaded[f"{saved_prefix}{key}"] = tensor
+            loaded[f"{loaded_prefix}{key}"] = tensor
     deltas = {column: bank.stored(column) for column in columns}
     if store is not None:
         bank.stays, bank.brought_to = True, None if device.type in ("cpu", "meta") else device
