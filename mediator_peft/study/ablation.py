@@ -14,6 +14,7 @@ from torch import Tensor
 from ..evaluation.report import write_json
 from ..evaluation.statistics import bootstrap_mean
 from ..methods.merging import MERGE_METHODS
+from ..tables import lookup
 from .conflict import DENSITY as CONFLICT_DENSITY
 from .conflict import conflict_table, rankings, routed_matrices
 from .forms import Pack, packed, whole
@@ -34,8 +35,13 @@ NUM_LOSSES, NUM_LONG = 20, 5
 """Items of a task, and of word problems, which are long."""
 
 OWN = "experts themselves"
+DENSE = "sign of all entries"
+"""Ranking by sign conflict without denoising."""
+
 RANDOM = "random "
 """Begin of the names of random rankings."""
+
+NUM_RANDOM = 3
 
 Blocks = tuple[int, ...]
 
@@ -72,6 +78,20 @@ VARIANTS = (
     Variant("encoding factors_sign 0.04", packed(0.04, encoding="factors_sign")),
 )
 """One part changed at a time, in the order of the table."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How much of the ablation is measured."""
+
+    rankings: tuple[str, ...] | None = None
+    """None for all."""
+
+    shares: tuple[float, ...] = SHARES
+    """Shares of blocks, the most important first."""
+
+    blocks_only: bool = False
+    """Whether only the curves over blocks are measured, at equal numbers of blocks."""
 
 
 class Parts:
@@ -164,42 +184,66 @@ def num_losses(task: str) -> int:
     return NUM_LONG if task == "maths" else NUM_LOSSES
 
 
-def ablate(bench: Bench, lab: Lab, save: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+def ablate(
+    bench: Bench, lab: Lab, save: Callable[[dict[str, Any]], object], choice: Choice | None = None
+) -> dict[str, Any]:
     """All tables of the ablation.
 
     Args:
         bench: what is measured.
         lab: the model and its weights.
         save: takes what there is after each part, so that a stopped run has it.
+        choice: None measures everything.
 
     Returns:
         ``curves``, ``none``, ``all``, ``against_random``: see :func:`block_curves`; ``variants``: name → losses and
         bytes; ``equal_bytes``: see :func:`equal_bytes`; ``num_experts``: see :func:`by_number`.
+
+    Raises:
+        ConfigError: a chosen ranking is unknown.
     """
+    choice = choice or Choice()
     parts = Parts(bench, lab)
     found: dict[str, Any] = {
         "num_losses": {task: num_losses(task) for task in bench.sample.known},
         "num_blocks": parts.num_blocks,
     }
-    orders = all_rankings(bench, lab)
+    orders = chosen_rankings(bench, lab, choice.rankings)
+    first, shares = choice.shares[:2], choice.shares
     # The most important first: a stopped run has them.
-    for step in (
-        lambda: block_curves(parts, orders, SHARES[:2]),
-        lambda: {"variants": variants(parts)},
-        lambda: {"equal_bytes": equal_bytes(parts, orders, SHARES[:2])},
-        lambda: block_curves(parts, orders, SHARES),
-        lambda: {"num_experts": by_number(parts)},
-    ):
+    steps: list[Callable[[], dict[str, Any]]] = [lambda: block_curves(parts, orders, first)]
+    if not choice.blocks_only:
+        steps += [
+            lambda: {"variants": variants(parts)},
+            lambda: {"equal_bytes": equal_bytes(parts, orders, first)},
+            lambda: {"num_experts": by_number(parts)},
+        ]
+    if len(shares) > len(first):
+        steps.append(lambda: block_curves(parts, orders, shares))
+    for step in steps:
         found |= step()
         save(found)
     return found
 
 
-def all_rankings(bench: Bench, lab: Lab) -> dict[str, list[int]]:
-    """Ranking → blocks; beside those of the conflict table, sign conflict of all entries (without denoising)."""
-    found = rankings(_conflicts(bench, lab, CONFLICT_DENSITY), num_random=3)
-    dense = rankings(_conflicts(bench, lab, 1.0))["sign"]
-    return {"sign": found.pop("sign"), "sign of all entries": dense, **found}
+def chosen_rankings(bench: Bench, lab: Lab, names: Sequence[str] | None = None) -> dict[str, list[int]]:
+    """Ranking → blocks; beside those of the conflict table, sign conflict of all entries (without denoising).
+
+    Args:
+        bench: what is measured.
+        lab: the experts' weights.
+        names: the rankings that are wanted; None for all.
+
+    Raises:
+        ConfigError: a ranking is unknown.
+    """
+    found = rankings(_conflicts(bench, lab, CONFLICT_DENSITY), num_random=NUM_RANDOM)
+    if names is None or DENSE in names:
+        dense = rankings(_conflicts(bench, lab, 1.0))["sign"]
+        found = {"sign": found.pop("sign"), DENSE: dense, **found}
+    for name in names or ():
+        lookup(found, name, kind="ranking")
+    return {name: order for name, order in found.items() if names is None or name in names}
 
 
 def _conflicts(bench: Bench, lab: Lab, density: float) -> list[dict[str, object]]:
@@ -228,7 +272,8 @@ def block_curves(parts: Parts, orders: Mapping[str, Sequence[int]], shares: Sequ
 
     Returns:
         ``curves``: ranking → number of blocks → mean loss over tasks, each task's, bytes a routed parameter; ``none``
-        and ``all``: the same; ``against_random``: ranking → number → mean difference from the random rankings.
+        and ``all``: the same; ``against_random``: ranking → number → mean difference from the random rankings, where
+        there are any.
     """
     sets = block_sets(orders, parts.num_blocks, shares)
     none, every = parts.measured(DEFAULT, ()), parts.measured(DEFAULT)
@@ -255,6 +300,8 @@ def block_curves(parts: Parts, orders: Mapping[str, Sequence[int]], shares: Sequ
 def _against_random(scores: Mapping[str, Mapping[int, Mapping[str, Scores]]]) -> dict[str, Any]:
     """Paired over items, every task with the same weight; positive is worse than random blocks."""
     drawn = [name for name in scores if name.startswith(RANDOM)]
+    if not drawn:
+        return {}
     return {
         name: {
             str(count): bootstrap_mean(_differences(found, [scores[each][count] for each in drawn]))._asdict()
@@ -293,7 +340,7 @@ def equal_bytes(parts: Parts, orders: Mapping[str, Sequence[int]], shares: Seque
     thin = Variant(f"sign {THIN}", packed(THIN))
     size = _sizes(parts)
     drawn = [name for name in orders if name.startswith(RANDOM)]
-    chosen = {name: orders[name] for name in ("sign", "sign reversed", "spread", *drawn)}
+    chosen = {name: orders[name] for name in ("sign", "sign reversed", "spread", *drawn) if name in orders}
     sets = block_sets(chosen, parts.num_blocks, shares)
     found: dict[str, dict[str, Any]] = {name: {} for name in sets}
     whole_model = {**_mean(parts.measured(thin)), "density": THIN, "bytes": parts.num_bytes(thin)}

@@ -200,10 +200,9 @@ def tuned_coefficient(bench: Bench, lab: Lab) -> float:
 
     The mean over tasks of losses, as accuracies of so few items would hardly tell coefficients apart.
     """
-    path = bench.folder.scores / "coefficients.json"
-    key = [bench.hashes, list(COEFFICIENTS), NUM_VALIDATION]
-    if path.exists() and (found := json.loads(path.read_text(encoding="utf-8")))["key"] == key:
-        return float(found["coefficient"])
+    known = known_coefficient(bench)
+    if known is not None:
+        return known
     losses = {}
     for coefficient in COEFFICIENTS:
         state = merge_states(lab.base, lab.experts, MERGE_METHODS["task_arithmetic"], scale=coefficient)
@@ -211,8 +210,25 @@ def tuned_coefficient(bench: Bench, lab: Lab) -> float:
             losses[coefficient] = _validation_loss(bench, model, lab.tokenizer)
         bench.say(f"task arithmetic, {coefficient}: validation loss {losses[coefficient]:.3f}")
     best = min(losses, key=lambda coefficient: losses[coefficient])
-    write_json({"key": key, "coefficient": best, "losses": losses}, path)
+    write_json({"key": _coefficient_key(bench), "coefficient": best, "losses": losses}, _coefficient_path(bench))
     return best
+
+
+def known_coefficient(bench: Bench) -> float | None:
+    """The tuned coefficient of an earlier run; None where there is none."""
+    path = _coefficient_path(bench)
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return float(found["coefficient"]) if found["key"] == _coefficient_key(bench) else None
+
+
+def _coefficient_path(bench: Bench) -> Path:
+    return bench.folder.scores / "coefficients.json"
+
+
+def _coefficient_key(bench: Bench) -> list[Any]:
+    return [bench.hashes, list(COEFFICIENTS), NUM_VALIDATION]
 
 
 def _validation_loss(bench: Bench, model: Any, tokenizer: Any) -> float:

@@ -18,14 +18,23 @@ from mediator_peft import MediatorConfig, build_mediator, load_mediator, referen
 from mediator_peft.demo.settings import FULL
 from mediator_peft.demo.tasks import Item, Task
 from mediator_peft.demo.training import train_experts
+from mediator_peft.errors import ConfigError
 from mediator_peft.evaluation.baselines import RestoredExperts
 from mediator_peft.methods.baselines import BASELINES
 from mediator_peft.methods.baselines.dynamic import sharpened, sharpness
 from mediator_peft.methods.merging import MERGE_METHODS
 from mediator_peft.study import ablation, hard
 from mediator_peft.study import tasks as study_tasks
-from mediator_peft.study.ablation import DEFAULT, Parts, Variant, ablate
-from mediator_peft.study.comparison import Comparison, compare, find_system, score_merges, score_system
+from mediator_peft.study.ablation import DEFAULT, Choice, Parts, Variant, ablate
+from mediator_peft.study.comparison import (
+    ORDER,
+    Comparison,
+    check_system,
+    compare,
+    score_merges,
+    score_system,
+    why_unsuited,
+)
 from mediator_peft.study.conflict import (
     block_of,
     conflict_table,
@@ -189,7 +198,8 @@ ALL_KINDS = ("experts@router", "emr", "weighted", "dynamic")
 def test_baselines_and_merges_are_compared_on_the_items_of_the_table(bench, lab, table, monkeypatch):
     run = Comparison(bench, lab, Sizes(2, 3))
     first = compare(run, ALL_KINDS)
-    assert set(first["systems"]) == {*ALL_KINDS, NAMED, ROUTED_SYSTEM}
+    # Single-model merges of the table of systems are in this one too.
+    assert set(first["systems"]) == {*ALL_KINDS, *FEW, NAMED, ROUTED_SYSTEM}
     whole = table[ROUTED_SYSTEM]["first"].first(Sizes(2, 3))
     assert first["systems"][ROUTED_SYSTEM]["tasks"]["first"]["loss"] == whole.loss
     assert first["left_out"]["tall"] == "not scored"
@@ -202,10 +212,29 @@ def test_baselines_and_merges_are_compared_on_the_items_of_the_table(bench, lab,
     # Nothing is scored again, by this run or another, and what was scored before is in the table too.
     monkeypatch.setattr("mediator_peft.study.systems.score_items", None)
     assert compare(Comparison(bench, lab, Sizes(2, 3)), ["weighted"]) == first
-    with pytest.raises(ValueError, match="unknown system"):
-        find_system(run, "nothing")
+    with pytest.raises(ConfigError, match=r"unknown system 'emrr'.*'emr'"):
+        compare(run, ["weighted", "emrr"])
     lines = comparison_table({"comparison": first}).splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == list(first["systems"])
+
+
+def test_every_merge_method_and_baseline_has_its_place_in_the_comparison(bench, lab):
+    # Whole experts are what others are compared with, and the base merges nothing.
+    compared = {name.partition("@")[0].partition(", ")[0] for name in ORDER}
+    assert compared >= {*MERGE_METHODS, *BASELINES} - {"base"}
+    for name in ORDER:
+        check_system(name)
+    run = Comparison(replace(bench, experts={**bench.experts, "third": bench.experts["first"]}), lab)
+    assert {name: why for name in ORDER if (why := why_unsuited(run, name))} == {"slerp": "slerp merges 2 experts"}
+
+
+def test_a_fault_while_a_system_is_scored_is_not_taken_for_a_system_that_is_left_out(bench, lab, table, monkeypatch):
+    def broken(*_):
+        raise ValueError("a fault")
+
+    monkeypatch.setattr("mediator_peft.study.comparison.merge_states", broken)
+    with pytest.raises(ValueError, match="a fault"):
+        compare(Comparison(bench, lab, Sizes(1, 1)), ["consensus"])
 
 
 @pytest.mark.slow
@@ -361,6 +390,14 @@ def test_the_ablation_has_every_ranking_at_equal_numbers_and_bytes(bench, lab, m
     assert set(found["num_experts"]) == {"2"}
     deltas, with_embedding = (found["variants"][name] for name in WHOLE)
     assert with_embedding["bytes"] > deltas["bytes"] == 2
+    # A choice of rankings and shares measures these alone, and finds what was measured before.
+    monkeypatch.setattr("mediator_peft.study.systems.score_items", None)
+    few_blocks = ablate(bench, lab, lambda content: None, Choice(("spread", "random 1"), (0.5,), blocks_only=True))
+    assert set(few_blocks) == {"num_losses", "num_blocks", "none", "all", "curves", "against_random"}
+    assert few_blocks["curves"] == {name: {"2": curves[name]["2"]} for name in ("spread", "random 1")}
+    assert set(few_blocks["against_random"]) == {"spread"}
+    with pytest.raises(ConfigError, match=r"unknown ranking 'spred'.*'spread'"):
+        ablate(bench, lab, saved.append, Choice(("spred",)))
     # What is left are averaged norms.
     own = found["variants"]["experts themselves"]
     assert abs(with_embedding["mean"] - own["mean"]) < abs(found["none"]["mean"] - own["mean"])
