@@ -94,7 +94,7 @@ class Choice:
     """Whether only the curves over blocks are measured, at equal numbers of blocks."""
 
 
-class Parts:
+class Ablation:
     """Weights of every expert with deltas in some blocks, and their losses."""
 
     def __init__(self, bench: Bench, lab: Lab) -> None:
@@ -203,23 +203,23 @@ def ablate(
         ConfigError: a chosen ranking is unknown.
     """
     choice = choice or Choice()
-    parts = Parts(bench, lab)
+    run = Ablation(bench, lab)
     found: dict[str, Any] = {
         "num_losses": {task: num_losses(task) for task in bench.sample.known},
-        "num_blocks": parts.num_blocks,
+        "num_blocks": run.num_blocks,
     }
     orders = chosen_rankings(bench, lab, choice.rankings)
     first, shares = choice.shares[:2], choice.shares
     # The most important first: a stopped run has them.
-    steps: list[Callable[[], dict[str, Any]]] = [lambda: block_curves(parts, orders, first)]
+    steps: list[Callable[[], dict[str, Any]]] = [lambda: block_curves(run, orders, first)]
     if not choice.blocks_only:
         steps += [
-            lambda: {"variants": variants(parts)},
-            lambda: {"equal_bytes": equal_bytes(parts, orders, first)},
-            lambda: {"num_experts": by_number(parts)},
+            lambda: {"variants": variants(run)},
+            lambda: {"equal_bytes": equal_bytes(run, orders, first)},
+            lambda: {"num_experts": by_number(run)},
         ]
     if len(shares) > len(first):
-        steps.append(lambda: block_curves(parts, orders, shares))
+        steps.append(lambda: block_curves(run, orders, shares))
     for step in steps:
         found |= step()
         save(found)
@@ -267,7 +267,7 @@ def block_sets(
     }
 
 
-def block_curves(parts: Parts, orders: Mapping[str, Sequence[int]], shares: Sequence[float]) -> dict[str, Any]:
+def block_curves(run: Ablation, orders: Mapping[str, Sequence[int]], shares: Sequence[float]) -> dict[str, Any]:
     """Losses with the default's deltas in a number of blocks.
 
     Returns:
@@ -275,20 +275,20 @@ def block_curves(parts: Parts, orders: Mapping[str, Sequence[int]], shares: Sequ
         and ``all``: the same; ``against_random``: ranking → number → mean difference from the random rankings, where
         there are any.
     """
-    sets = block_sets(orders, parts.num_blocks, shares)
-    none, every = parts.measured(DEFAULT, ()), parts.measured(DEFAULT)
+    sets = block_sets(orders, run.num_blocks, shares)
+    none, every = run.measured(DEFAULT, ()), run.measured(DEFAULT)
     counts = sorted({count for chosen in sets.values() for count in chosen})
     scores: dict[str, dict[int, dict[str, Scores]]] = {name: {} for name in sets}
     # Number by number, so that a stopped run has all rankings of the first ones.
     for count in next(iter(sets.values())):
         for name, chosen in sets.items():
-            scores[name][count] = parts.measured(DEFAULT, chosen[count])
+            scores[name][count] = run.measured(DEFAULT, chosen[count])
     return {
         "none": {**_mean(none), "bytes": 0.0},
-        "all": {**_mean(every), "bytes": parts.num_bytes(DEFAULT)},
+        "all": {**_mean(every), "bytes": run.num_bytes(DEFAULT)},
         "curves": {
             name: {
-                str(count): {**_mean(scores[name][count]), "bytes": parts.num_bytes(DEFAULT, sets[name][count])}
+                str(count): {**_mean(scores[name][count]), "bytes": run.num_bytes(DEFAULT, sets[name][count])}
                 for count in counts
             }
             for name in sets
@@ -322,15 +322,15 @@ def _differences(found: Mapping[str, Scores], drawn: Sequence[Mapping[str, Score
     return values
 
 
-def variants(parts: Parts) -> dict[str, Any]:
+def variants(run: Ablation) -> dict[str, Any]:
     """Mean loss over tasks, each task's, and bytes a routed parameter, with one part changed."""
-    own = _mean({task: parts.own_losses(task) for task in parts.bench.sample.known})
+    own = _mean({task: run.own_losses(task) for task in run.bench.sample.known})
     return {OWN: {**own, "bytes": 2.0}} | {
-        variant.name: {**_mean(parts.measured(variant)), "bytes": parts.num_bytes(variant)} for variant in VARIANTS
+        variant.name: {**_mean(run.measured(variant)), "bytes": run.num_bytes(variant)} for variant in VARIANTS
     }
 
 
-def equal_bytes(parts: Parts, orders: Mapping[str, Sequence[int]], shares: Sequence[float]) -> dict[str, Any]:
+def equal_bytes(run: Ablation, orders: Mapping[str, Sequence[int]], shares: Sequence[float]) -> dict[str, Any]:
     """Few blocks with dense deltas against all blocks with thin ones, of the same bytes.
 
     Returns:
@@ -338,29 +338,29 @@ def equal_bytes(parts: Parts, orders: Mapping[str, Sequence[int]], shares: Seque
         blocks → the same.
     """
     thin = Variant(f"sign {THIN}", packed(THIN))
-    size = _sizes(parts)
+    size = _sizes(run)
     drawn = [name for name in orders if name.startswith(RANDOM)]
     chosen = {name: orders[name] for name in ("sign", "sign reversed", "spread", *drawn) if name in orders}
-    sets = block_sets(chosen, parts.num_blocks, shares)
+    sets = block_sets(chosen, run.num_blocks, shares)
     found: dict[str, dict[str, Any]] = {name: {} for name in sets}
-    whole_model = {**_mean(parts.measured(thin)), "density": THIN, "bytes": parts.num_bytes(thin)}
+    whole_model = {**_mean(run.measured(thin)), "density": THIN, "bytes": run.num_bytes(thin)}
     for count in sorted(next(iter(sets.values())), reverse=True):
-        if count < parts.num_blocks / 4 - 1:
+        if count < run.num_blocks / 4 - 1:
             continue  # Signs of any density take fewer bytes.
-        density = _density(size, size(THIN) * parts.num_blocks / count)
+        density = _density(size, size(THIN) * run.num_blocks / count)
         dense = Variant(f"sign {density}", packed(density))
         for name in sets:
             blocks = sets[name][count]
-            losses = _mean(parts.measured(dense, blocks))
-            found[name][str(count)] = {**losses, "density": density, "bytes": parts.num_bytes(dense, blocks)}
+            losses = _mean(run.measured(dense, blocks))
+            found[name][str(count)] = {**losses, "density": density, "bytes": run.num_bytes(dense, blocks)}
     return {"all": whole_model, "curves": found}
 
 
-def _sizes(parts: Parts) -> Callable[[float], float]:
+def _sizes(run: Ablation) -> Callable[[float], float]:
     """Density → bytes a parameter, of the matrices of the middle block of one expert."""
-    task = parts.bench.sample.known[0]
-    names = [name for name in parts.targets if block_of(name) == parts.num_blocks // 2]
-    backbone, expert = parts.backbone(DEFAULT), parts.weights(Variant("whole", whole), task, None)
+    task = run.bench.sample.known[0]
+    names = [name for name in run.targets if block_of(name) == run.num_blocks // 2]
+    backbone, expert = run.backbone(DEFAULT), run.weights(Variant("whole", whole), task, None)
     deltas = {name: expert[name].float() - backbone[name].float() for name in names}
 
     @cache
@@ -382,17 +382,17 @@ def _density(size: Callable[[float], float], wanted: float) -> float:
     return low / 1000
 
 
-def by_number(parts: Parts) -> dict[str, Any]:
+def by_number(run: Ablation) -> dict[str, Any]:
     """Number of experts → losses of the first two, and of all, above those of the whole experts."""
-    known = list(parts.bench.sample.known)
-    own = {task: parts.own_losses(task) for task in known}
+    known = list(run.bench.sample.known)
+    own = {task: run.own_losses(task) for task in known}
     found = {}
     for count in range(2, len(known) + 1):
         experts = tuple(known[:count])
         variant = Variant(f"{DEFAULT.name} of {count}", DEFAULT.pack, experts=experts)
         if count == len(known):
             variant = DEFAULT
-        scores = parts.measured(variant)
+        scores = run.measured(variant)
         above = {task: scores[task].loss - own[task].loss for task in experts}
         found[str(count)] = {
             "above": above,

@@ -330,7 +330,7 @@ def score_mediator(bench: Bench, folder: Path, suffix: str = "") -> Table:
 
 
 def routing_shares(bench: Bench, folder: Path) -> dict[str, dict[str, float]]:
-    """Task → share of its test prompts by the column with the most weight, and of those flagged as OOD."""
+    """Task → share of its test prompts by the column with the most weight, and ``flagged``: the base has over half."""
     path = folder / "study-routes.json"
     if path.exists():
         found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))

@@ -25,7 +25,7 @@ from mediator_peft.methods.baselines.dynamic import sharpened, sharpness
 from mediator_peft.methods.merging import MERGE_METHODS
 from mediator_peft.study import ablation, hard
 from mediator_peft.study import tasks as study_tasks
-from mediator_peft.study.ablation import DEFAULT, Choice, Parts, Variant, ablate
+from mediator_peft.study.ablation import DEFAULT, Ablation, Choice, Variant, ablate
 from mediator_peft.study.comparison import (
     ORDER,
     Comparison,
@@ -283,9 +283,9 @@ def test_scores_of_parts_come_back_in_the_order_of_the_items():
 def test_a_block_without_conflict_is_averaged_and_one_at_chance_level_is_the_named_expert(bench, lab):
     folder = build_default(bench)
     model, _ = load_mediator(folder, dtype=torch.float32)
-    parts = Parts(bench, lab)
-    backbone = {name: tensor.float() for name, tensor in parts.backbone(DEFAULT).items()}
-    experts = {name: parts.weights(DEFAULT, name, None) for name in ("first", "second")}
+    run = Ablation(bench, lab)
+    backbone = {name: tensor.float() for name, tensor in run.backbone(DEFAULT).items()}
+    experts = {name: run.weights(DEFAULT, name, None) for name in ("first", "second")}
     beta = sharpness(torch.tensor([0.0, 0.25, 0.5]))
     weights = sharpened(torch.tensor([0.8, 0.2]), beta)
     mixed = mixed_weights(model, weights)
@@ -351,18 +351,18 @@ def test_every_row_without_data_merges_a_model(lab, name):
 
 
 def test_all_blocks_give_the_named_model_and_none_the_backbone(bench, lab):
-    parts = Parts(bench, lab)
+    run = Ablation(bench, lab)
     model, _ = load_mediator(build_default(bench), dtype=torch.float32)
     ids = torch.arange(5, 25).view(2, 10)
-    for name, weights in {"first": parts.weights(DEFAULT, "first", None), None: parts.backbone(DEFAULT)}.items():
+    for name, weights in {"first": run.weights(DEFAULT, "first", None), None: run.backbone(DEFAULT)}.items():
         with torch.no_grad(), model.use_experts(name), lab.holding(weights) as plain:
             torch.testing.assert_close(plain(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_whole_deltas_in_one_block_leave_the_others_to_the_backbone(bench, lab):
-    parts = Parts(bench, lab)
-    state = parts.weights(Variant("whole", whole), "first", (1,))
-    backbone = parts.backbone(DEFAULT)
+    run = Ablation(bench, lab)
+    state = run.weights(Variant("whole", whole), "first", (1,))
+    backbone = run.backbone(DEFAULT)
     for name in routed_matrices(lab.base):
         wanted = lab.experts["first"] if block_of(name) == 1 else backbone
         torch.testing.assert_close(state[name].float(), wanted[name].float(), atol=1e-6, rtol=0)
