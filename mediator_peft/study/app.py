@@ -131,6 +131,17 @@ def systems(
 
 
 @app.command()
+def routes(folder: Root, base: Base = "smollm2", only: Only = None, threads: Threads = 1) -> None:
+    """Route the test prompts anew with the model that `systems` built, and renew that part of its table."""
+    from .systems import rerouted
+    from .tables import with_new_routes
+
+    bench = _bench(folder, base, threads, only)
+    path = bench.folder.results / f"systems{bench.folder.model.suffix}.json"
+    say(f"written: {with_new_routes(path, rerouted(bench), bench)}")
+
+
+@app.command()
 def merges(folder: Root, base: Base = "smollm2", only: Only = None, threads: Threads = 1) -> None:
     """Score single-model merges alone; `systems` then takes their scores from FOLDER."""
     from .comparison import score_merges

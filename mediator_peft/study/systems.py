@@ -17,6 +17,7 @@ import torch
 from ..checkpoints.adapter_files import find_adapter
 from ..demo.tasks import Item, Task
 from ..demo.training import TrainedExpert
+from ..errors import AdapterError
 from ..evaluation.fit_and_save import fit_and_save
 from ..evaluation.generation import ROUTED, Memo, answer_losses, route_prompts
 from ..evaluation.report import write_json
@@ -38,6 +39,7 @@ NUM_ROUTED = 100
 NUM_VALIDATION = 10
 """Validation items a task."""
 
+_ROUTES = "study-routes.json"
 _PACKAGE = Path(__file__).parents[1]
 
 Say = Callable[[str], None]
@@ -329,9 +331,22 @@ def score_mediator(bench: Bench, folder: Path, suffix: str = "") -> Table:
     return table
 
 
+def rerouted(bench: Bench) -> dict[str, dict[str, float]]:
+    """The routing shares of the model that ``systems`` built, whatever version built it, by today's gate.
+
+    Raises:
+        AdapterError: nothing has been built.
+    """
+    folder = bench.folder.models / default_name(bench)
+    if not (folder / "study.json").exists():
+        raise AdapterError(f"{folder} has no model yet: run the sub-command `systems` first.")
+    (folder / _ROUTES).unlink(missing_ok=True)
+    return routing_shares(bench, folder)
+
+
 def routing_shares(bench: Bench, folder: Path) -> dict[str, dict[str, float]]:
     """Task → share of its test prompts by the column with the most weight, and ``flagged``: the base has over half."""
-    path = folder / "study-routes.json"
+    path = folder / _ROUTES
     if path.exists():
         found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
         return found

@@ -18,7 +18,7 @@ from mediator_peft import MediatorConfig, build_mediator, load_mediator, referen
 from mediator_peft.demo.settings import FULL
 from mediator_peft.demo.tasks import Item, Task
 from mediator_peft.demo.training import train_experts
-from mediator_peft.errors import ConfigError
+from mediator_peft.errors import AdapterError, ConfigError
 from mediator_peft.evaluation.baselines import RestoredExperts
 from mediator_peft.methods.baselines import BASELINES
 from mediator_peft.methods.baselines.dynamic import sharpened, sharpness
@@ -62,10 +62,11 @@ from mediator_peft.study.systems import (
     build_default,
     make_sample,
     model_key,
+    rerouted,
     score_alone,
     score_mediator,
 )
-from mediator_peft.study.tables import conflict_result, systems_result, write_result
+from mediator_peft.study.tables import conflict_result, systems_result, with_new_routes, write_result
 
 WORDNET = """  1 the licence
 00000001 03 n 01 entity 0 000 | a root
@@ -190,6 +191,22 @@ def test_every_system_is_in_the_table_and_its_file(bench, table, tmp_path):
     assert found["systems"]["base"]["bytes"] == found["bytes_of_one_model"]
     first = write_result(tmp_path, "systems", found).read_bytes()
     assert write_result(tmp_path, "systems", json.loads(first)).read_bytes() == first
+
+
+def test_routes_are_taken_anew_and_nothing_else_of_the_table_changes(bench, table, tmp_path, monkeypatch):
+    experts = {name: StudyExpert(name, StudyRecipe(1)) for name in bench.experts}
+    bench = replace(bench, settings=replace(bench.settings, experts=experts))
+    path = write_result(tmp_path, "systems", systems_result(bench, table, build_default(bench)))
+    found = json.loads(path.read_text())
+    # The cached shares of an earlier version are not taken.
+    routes = bench.folder.models / "default-2" / "study-routes.json"
+    routes.write_text(json.dumps({"first": {"flagged": 7.0}}))
+    monkeypatch.setattr("mediator_peft.study.systems.library_digest", lambda: "other")
+    renewed = json.loads(with_new_routes(path, rerouted(bench), bench).read_text())
+    assert set(renewed.pop("about_routing")["experts"]) == {"first", "second"}
+    assert renewed == found
+    with pytest.raises(AdapterError, match="run the sub-command `systems` first"):
+        rerouted(replace(bench, folder=StudyFolder(tmp_path)))
 
 
 ALL_KINDS = ("experts@router", "emr", "weighted", "dynamic")
