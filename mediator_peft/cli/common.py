@@ -358,6 +358,20 @@ def check_folder(path: Path, what: str) -> None:
         )
 
 
+def check_file(path: Path, option: str) -> None:
+    """Refuse, before the work, the place of a file that could not be written, or that holds something else.
+
+    Raises:
+        OutputError: its folder cannot be written to.
+        typer.BadParameter: a folder, a device or a pipe is in its place.
+    """
+    check_folder(path.absolute().parent, f"{option}'s folder")
+    if path.is_dir():
+        raise typer.BadParameter(f"{str(path)!r} is a folder; give a file.", param_hint=option)
+    if path.exists() and not path.is_file():
+        raise typer.BadParameter(f"{str(path)!r} is a device or a pipe; give a file.", param_hint=option)
+
+
 def quiet_transformers() -> None:
     """Keep transformers' own bars and hints out of the way; errors still come through."""
     if "transformers" not in sys.modules:  # not all commands need it, and importing it takes a second
