@@ -331,8 +331,8 @@ def usable_cpus() -> int:
     return max(1, count)
 
 
-def check_match(name: str) -> None:
-    """Refuse an unknown way of judging answers.
+def check_match(name: str) -> str:
+    """Refuse an unknown way of judging answers; the same name is returned, as a callback of an option must.
 
     Raises:
         typer.BadParameter: it is unknown.
@@ -341,6 +341,7 @@ def check_match(name: str) -> None:
 
     if name not in MATCHERS:
         raise typer.BadParameter(unknown_name(name, MATCHERS, "way to match"), param_hint="--match")
+    return name
 
 
 def check_folder(path: Path, what: str) -> None:

@@ -46,7 +46,8 @@ def evaluate(
     match: Annotated[
         str,
         typer.Option(
-            help="How answers are compared where a line does not say: exact, contains, last_number, refuse or comply."
+            help="How answers are compared where a line does not say: exact, contains, last_number, refuse or comply.",
+            callback=check_match,
         ),
     ] = "exact",
     max_new_tokens: Annotated[
@@ -124,7 +125,6 @@ def evaluate(
     from ..ranks import Ranks
 
     files = parse_pairs(data or [], "--data")
-    check_match(match)
     check_names(by_name)
     if report is not None:
         check_folder(report, "--report")

@@ -296,10 +296,10 @@ class RoutedForward:
         exists = self._active.exists
         now = self._active.columns if exists else as_columns(())
         weights, columns = route.asked
+        if exists and list(columns) == list(now) and list(route.columns) != self._stored_columns(now):
+            raise RoutingError("the experts were condensed during this forward pass. Ask again.")
         if columns != now:
             by_name(weights.detach(), columns, now)
-        elif exists and list(route.columns) != self._stored_columns(now):
-            raise RoutingError("the experts were condensed during this forward pass. Ask again.")
 
     def _stored_columns(self, now: Sequence[str]) -> list[str]:
         made = self._active.column_map()
