@@ -13,12 +13,13 @@ from torch import Tensor
 from ..bank.column_map import families, without_input
 from ..bank.sparse_delta import SparseDelta
 from ..checkpoints.opening import Checkpoint, ModelCheckpoint, open_checkpoints
-from ..errors import CheckpointError, ConfigError, RoutingError, UnsupportedError
+from ..errors import ConfigError, RoutingError, UnsupportedError
 from ..merge.compatibility import check_job, coarsest, split_job
 from ..merge.delta_packing import own_factors, pack_delta
 from ..merge.families import least_cosine
 from ..merge.family_packing import RESIDUAL_DENSITY, residual
 from ..merge.locks import check_locks
+from ..merge.tiles import refuse_not_finite
 from ..methods.encoding import ENCODINGS
 from ..methods.encoding.bitmaps import count_bits
 from ..routing.calibration_data import Columns, hash_folds
@@ -284,8 +285,7 @@ def _read(checkpoint: Checkpoint, tensor: str, dtype: FloatType) -> Tensor:
     rows = checkpoint.tensors[tensor].shape[0]
     # Rounded to the storage dtype first, like every checkpoint of the build.
     weight = to_tensor(checkpoint.read_rows(tensor, 0, rows)).to(dtype.torch).float()
-    if not torch.isfinite(weight).all():
-        raise CheckpointError(f"{checkpoint.label} ({checkpoint.source}): tensor {tensor!r} holds NaN or infinity.")
+    refuse_not_finite(checkpoint, tensor, int((~weight.isfinite()).sum()), 0, rows)
     return weight
 
 

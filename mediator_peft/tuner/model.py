@@ -174,6 +174,7 @@ class MediatorModel(BaseTuner):
         """Drop one adapter with its bank and router."""
         super().delete_adapter(adapter_name)
         self.active.awaited.discard(adapter_name)
+        self.active.begin_edition(adapter_name)
         if adapter_name in self.mediator_router:
             del self.mediator_router[adapter_name]
 
@@ -501,7 +502,10 @@ class MediatorModel(BaseTuner):
         if settings is not None:
             tuner.active.put_settings(adapter_name, settings)
         tuner.routed_forward.expert_store = store
-        tuner.active.awaited.discard(adapter_name)
+        if adapter_name in tuner.active.awaited:
+            tuner.active.awaited.remove(adapter_name)
+        else:
+            tuner.active.begin_edition(adapter_name)
         return loaded
 
     # --- leaving -------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..bank.column_map import ColumnMap
 from ..errors import UnsupportedError
 from ..forking import renew_after_fork
-from .expert_weights import LayerRoute, Mix, by_name, expand_rows, make_route
+from .expert_weights import LayerRoute, Mix, as_columns, by_name, expand_rows, make_route
 
 Rows: TypeAlias = tuple[tuple[float, ...], ...]
 """The distinct rows of a request's expert weights."""
@@ -35,8 +35,8 @@ class Request:
 
     def __init__(self, expert_weights: Tensor | Pending, columns: Sequence[str]) -> None:
         self.expert_weights = expert_weights
-        self.columns = tuple(columns)
-        """Names of the columns of the weights, as they were when these were found."""
+        self.columns = as_columns(columns)
+        """Names and editions of the columns of the weights, as they were when these were found."""
         self.made: tuple[Any, LayerRoute] | None = None
         """The last route that was made of it, and what of."""
         self.threads: frozenset[int | None] = frozenset()
@@ -135,13 +135,13 @@ class RequestBoard:
     def settle(self, expert_weights: Tensor, columns: Sequence[str]) -> None:
         """Give the pending request at hand its expert weights (1 or B, C)."""
         request, rows = self._requests.get()[-1], _distinct_rows(expert_weights)
-        request.columns, request.expert_weights = tuple(columns), expert_weights
+        request.columns, request.expert_weights = as_columns(columns), expert_weights
         with self._lock:
             self._waiting.discard(request)
             self._open[request] = rows
 
     def request_route(
-        self, request: Request, batch_size: int, making: tuple[list[str], bool, str | None, ColumnMap | None, bool]
+        self, request: Request, batch_size: int, making: tuple[Sequence[str], bool, str | None, ColumnMap | None, bool]
     ) -> LayerRoute:
         """The route of a request for a batch: one object, as long as nothing of it changes.
 

@@ -27,7 +27,7 @@ from ..structure import find_blocks
 from .chat_turns import padded, routing_rows, turn_markers, turn_mask
 from .config import FALLBACK_EXPERT, FitSettings, MediatorConfig
 from .execution import float32_inside
-from .expert_weights import ExpertWeights, expert_weight_rows
+from .expert_weights import Columns, ExpertWeights, expert_weight_rows
 from .layer import MediatorLayer, routed_layers
 from .prompt_form import FormedPrompts, PromptForm, formed, prompt_form
 from .request_board import RequestBoard
@@ -38,8 +38,8 @@ class Reading(NamedTuple):
     """How prompts are read and judged. Taken once a request and never changed: no request mixes two fits."""
 
     router: Router
-    columns: list[str]
-    """Names of the columns that the router decides."""
+    columns: Columns
+    """The columns that the router decides."""
 
     layer: int
     """After how many blocks the hidden state is read."""
@@ -75,6 +75,7 @@ class ActiveAdapter:
         renew_after_fork(self, rank=-2)
         self.awaited: set[str] = set()
         """Adapters whose layers are there and whose deltas have not been loaded yet."""
+        self._editions: dict[tuple[str, str | None], int] = {}
         self._maps: dict[str, tuple[Any, list[str], ColumnMap]] = {}
 
     @property
@@ -121,6 +122,24 @@ class ActiveAdapter:
         return self.configs[self.name]
 
     @property
+    def columns(self) -> Columns:
+        """Names and editions of the columns that its experts have now."""
+        adapter = self.name
+        of_adapter = self._editions.get((adapter, None), 0)
+        names = self.configs[adapter].columns
+        return Columns.of(names, ((adapter, of_adapter, self._editions.get((adapter, name), 0)) for name in names))
+
+    def begin_edition(self, adapter_name: str, names: Sequence[str | None] = (None,)) -> None:
+        """Note that what columns of an adapter, or all of it, held is taken away: what computed with it cannot go on.
+
+        Args:
+            adapter_name: of an adapter that is there, or was.
+            names: of the columns; None stands for all of them.
+        """
+        for name in names:
+            self._editions[adapter_name, name] = self._editions.get((adapter_name, name), 0) + 1
+
+    @property
     def router(self) -> Router:
         """Its router; a new one takes the old one's place whole."""
         return self.routers[self.name]  # type: ignore[return-value]
@@ -139,11 +158,11 @@ class ActiveAdapter:
         """Expert weights as a caller gave them → (1 or B, C) float32; see :func:`expert_weight_rows`."""
         return self.named_table(spec)[0]
 
-    def named_table(self, spec: ExpertWeights) -> tuple[Tensor, list[str]]:
+    def named_table(self, spec: ExpertWeights) -> tuple[Tensor, Columns]:
         """The same, with the names of the columns that it is a table of."""
         config = self.config
-        columns = config.columns
-        num_experts = len(columns) - (columns[-1:] == [FALLBACK_EXPERT] and config.fallback == FALLBACK_EXPERT)
+        columns = self.columns
+        num_experts = len(columns) - (columns[-1:] == (FALLBACK_EXPERT,) and config.fallback == FALLBACK_EXPERT)
         return expert_weight_rows(spec, columns, num_experts), columns
 
     @contextmanager
@@ -186,6 +205,7 @@ class ActiveAdapter:
         """Change the router and the experts that it decides among, in one step for whoever routes meanwhile."""
         with self._changes, self._lock:
             config = self.config
+            self.begin_edition(self.name, [name for name in config.expert_names or () if name not in expert_names])
             config.expert_names, config.experts, config.column_map = expert_names, experts, column_map
             self.routers[self.name] = router
 
@@ -214,11 +234,10 @@ class ActiveAdapter:
         with self._changes, self._lock:
             settings.write_to(self.configs[adapter_name])
 
-    def fitted(self) -> tuple[Router, list[str], FitSettings]:
-        """The router, the names of the columns that it decides, and how its prompts are read: all of one fit."""
+    def fitted(self) -> tuple[Router, Columns, FitSettings]:
+        """The router, the columns that it decides, and how its prompts are read: all of one fit."""
         with self._lock:
-            config = self.config
-            return self.router, config.columns, FitSettings.of(config)
+            return self.router, self.columns, FitSettings.of(self.config)
 
     def locks(self) -> tuple[Any, ...]:
         """What is held at a fork, in the order in which they are taken."""
@@ -407,12 +426,12 @@ class PromptRouter:
         reading = self.fitted_reading()
         return self._judged(reading.router, self.features(input_ids, attention_mask, reading))
 
-    def routed_table(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, list[str]]:
+    def routed_table(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Columns]:
         """Expert weights (B, C) of prompts, and the names of their columns."""
         reading = self.fitted_reading()
         return self.judged_table(self.features(input_ids, attention_mask, reading), reading)
 
-    def judged_table(self, features: Tensor, reading: Reading) -> tuple[Tensor, list[str]]:
+    def judged_table(self, features: Tensor, reading: Reading) -> tuple[Tensor, Columns]:
         """(B, H) that were read so → expert weights (B, C), and the names of their columns."""
         return self._judged(reading.router, features).expert_weights, reading.columns
 

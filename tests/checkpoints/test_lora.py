@@ -22,7 +22,7 @@ from mediator_peft import (
 from mediator_peft.checkpoints import patterns
 from mediator_peft.checkpoints.fused_parts import transposed_tensors
 from mediator_peft.checkpoints.name_mapping import named_as_in_model
-from mediator_peft.checkpoints.opening import open_checkpoint
+from mediator_peft.checkpoints.opening import Reading, open_checkpoint
 from mediator_peft.checkpoints.tensor_inventory import outline_of
 from mediator_peft.errors import AdapterError, CheckpointError, MediatorError
 from mediator_peft.storage import to_tensor
@@ -216,6 +216,10 @@ REFUSED = {
     "layers replicated": ({"layer_replication": [[0, 2]]}, "replicated"),
     "another method": ({"peft_type": "IA3"}, "IA3"),
     "single tokens": ({"trainable_token_indices": [1]}, "tokens"),
+    "bare parameters": ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters: it changes bare"),
+    "KaSA": ({"kasa_config": {"beta": 1e-4}}, "KaSA"),
+    "LoRA-GA": ({"init_lora_weights": "lora_ga"}, "lora_ga"),
+    "a variant of tomorrow": ({"use_nonesuch": True, "nonesuch_config": {"a": 1}}, "nonesuch_config: not known"),
 }
 
 
@@ -323,7 +327,7 @@ def test_adapters_are_found_and_read_however_they_were_saved(kind, tmp_path):
     base.save_pretrained(tmp_path / "base")
     merged = saved_lora(base, tmp_path / "lora", **options).state_dict()
     change(tmp_path / "lora")
-    expert = open_checkpoint(str(tmp_path / "lora"), "expert 'a'", allow_pickle=True)
+    expert = open_checkpoint(str(tmp_path / "lora"), "expert 'a'", Reading(allow_pickle=True))
     assert expert.bind(open_checkpoint(str(tmp_path / "base"), "base"), {}) == []
     for name, tensor in merged.items():
         torch.testing.assert_close(expert.tensor(name), tensor, rtol=1e-5, atol=1e-5)
