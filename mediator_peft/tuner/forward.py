@@ -96,7 +96,8 @@ class RoutedForward:
             return generate(*args, **kwargs)
         else:
             self._board.warn_of_blocks_elsewhere()
-            table, columns = self._route_request(_named(type(self._active.model).generate, args, kwargs))
+            with torch.no_grad():  # as in generation itself: in training, gradients would mix in every expert
+                table, columns = self._route_request(_named(type(self._active.model).generate, args, kwargs))
         with self.request(table, columns):
             return generate(*args, **kwargs)
 
