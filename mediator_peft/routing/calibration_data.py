@@ -66,7 +66,10 @@ def labelled_texts(
                 raise RoutingError(
                     f"{where}: column {columns.text!r} must hold strings or chats, found {type(text).__name__}."
                 )
-            text = render(list(text))
+            try:
+                text = render(list(text))
+            except Exception as fault:  # whatever a template may raise
+                raise RoutingError(f"{where}: the tokenizer's template cannot render this chat: {fault}") from fault
         fault = surrogate_fault(text)
         if fault is not None:
             raise RoutingError(f"{where}: column {columns.text!r} {fault}.")
@@ -179,7 +182,8 @@ def _placed(rows: Any, what: str) -> Iterator[tuple[str, Any]]:
         return
     if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
         raise RoutingError(f"{what} must be a list of rows, a dataset or a file, got {type(rows).__name__}.")
-    for number, row in enumerate(rows):
+    is_table = hasattr(rows, "columns") and hasattr(rows, "to_dict")  # a pandas DataFrame
+    for number, row in enumerate(rows.to_dict("records") if is_table else rows):
         yield f"{what}, row {number}", row
 
 

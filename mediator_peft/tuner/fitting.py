@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import RoutingError
 from ..progress import bar_progress, no_progress
 from ..ranks import Ranks
 from ..routing.augmentation import augment, recombine, shared_words, vary_in_turn
@@ -282,7 +283,13 @@ def read_texts(
     seed: int,
     split: str,
 ) -> LabelledTexts:
-    """Calibration texts of a model's experts; chats are rendered with the tokenizer's template."""
+    """Calibration texts of a model's experts; chats are rendered with the tokenizer's template.
+
+    Raises:
+        RoutingError: these are no texts, or this is no tokenizer.
+    """
+    if not callable(tokenizer):
+        raise RoutingError(f"give the backbone's tokenizer, got {type(tokenizer).__name__}.")
     template: Any = getattr(unwrapped(tokenizer), "apply_chat_template", None)
 
     def render(chat: list[dict[str, str]]) -> str:
