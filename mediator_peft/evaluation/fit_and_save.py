@@ -75,6 +75,38 @@ def fit_and_save(
     return Ranks().first(save)
 
 
+def make_and_save(
+    model: Any,
+    tokenizer: Any,
+    adapter: Path,
+    settings: PromptSettings = AS_USUAL,
+    background: str | None = None,
+) -> dict[str, Any]:
+    """Make a model's router from its experts' deltas, without texts, and put it into the adapter file.
+
+    Args:
+        model: as ``load_mediator`` gives it.
+        tokenizer: of its backbone.
+        adapter: the adapter's folder.
+        settings: how prompts are put to the model; all ranks share them.
+        background: a JSONL or text file of prompts that belong to no expert, added to the library's.
+
+    Returns:
+        What ``report/routing.json`` holds: the :class:`~mediator_peft.tuner.fitting_from_deltas.DeltaReport`.
+    """
+    report = model.fit_router_from_deltas(
+        tokenizer, settings.batch_size, show_progress=True, background=background, over_ranks=True
+    )
+    summary = {"made_from": "deltas", **report._asdict()}
+
+    def write(folder: Path) -> dict[str, Any]:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "routing.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        return summary
+
+    return Ranks().first(lambda: save_router(model, adapter, write))
+
+
 def save_router(model: Any, adapter: Path, write_report: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     """Put a model's router and the report on it into the adapter folder it was loaded from, both or neither.
 
