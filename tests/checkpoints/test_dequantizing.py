@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mediator_peft import build_mediator, load_mediator, plan_mediator
-from mediator_peft.checkpoints.opening import open_checkpoint
+from mediator_peft.checkpoints.opening import Reading, open_checkpoint
 from mediator_peft.config import MediatorSettings
 from mediator_peft.errors import CheckpointError
 from mediator_peft.storage import to_tensor
@@ -167,7 +167,7 @@ def quantized(folder, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_are_read_as_what_they_stand_for(kind, paths):
     stood_for = quantized(paths["math"], kind)
-    ours = open_checkpoint(str(paths["math"]), "expert 'math'", dequantize=True)
+    ours = open_checkpoint(str(paths["math"]), "expert 'math'", Reading(dequantize=True))
     assert ours.tensors.keys() == stood_for.keys()
     for name, expected in stood_for.items():
         assert ours.tensors[name].shape == tuple(expected.shape)
@@ -213,7 +213,7 @@ def test_codes_that_are_not_known_are_refused_by_name(method, paths):
     (paths["math"] / "config.json").write_text(json.dumps({**settings, "quantization_config": method}))
     name = method["quant_method"] if isinstance(method, dict) else "unknown method"
     with pytest.raises(CheckpointError, match=f"(?i)cannot be dequantised here: {name}"):
-        open_checkpoint(str(paths["math"]), "expert 'math'", dequantize=True)
+        open_checkpoint(str(paths["math"]), "expert 'math'", Reading(dequantize=True))
 
 
 def test_codes_without_their_scales_are_refused(paths, tmp_path):
