@@ -20,7 +20,7 @@ from ..routing.background import families_by_hash, user_families
 from .batching import AS_USUAL, PromptSettings
 from .outcomes import judge_outcomes
 from .prompts import TaskItem, render
-from .routing_report import write_routing_report
+from .routing_report import FIGURES, write_routing_report
 
 
 def fit_and_save(
@@ -104,7 +104,14 @@ def make_and_save(
         (folder / "routing.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         return summary
 
-    return Ranks().first(lambda: save_router(model, adapter, write))
+    def save() -> dict[str, Any]:
+        saved = save_router(model, adapter, write)
+        for name in FIGURES:
+            # Those of an earlier fit on texts say nothing of this router.
+            (adapter / "report" / name).unlink(missing_ok=True)
+        return saved
+
+    return Ranks().first(save)
 
 
 def save_router(model: Any, adapter: Path, write_report: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:

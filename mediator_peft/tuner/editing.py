@@ -64,7 +64,7 @@ def add_expert(
     Its deltas are taken against the backbone as it stands, which stays as it is: an averaged backbone does not take the
     new expert in, and what the expert changed outside the routed layers is not used. A fitted router is extended in
     closed form; the other experts' scores and held-out statistics stay the same, bit for bit. A router that was made
-    from deltas is made again, with the new expert's delta, and needs the tokenizer alone: texts are not used.
+    from deltas is made again, with the new expert's delta, and takes the tokenizer alone, no texts.
 
     Args:
         prompts: of a model whose backbone is not quantised; its active adapter gets the expert.
@@ -93,6 +93,11 @@ def add_expert(
         deltas, rows = _deltas(active, name, checkpoint)
     background = prompts.background if background is None else background
     if isinstance(reading.router, SpectralRouter) and reading.router.is_fitted and not reset_router:
+        if texts is not None:
+            raise RoutingError(
+                "the router was made from deltas and takes no texts: leave them out, or use reset_router=True and fit "
+                "the router on texts of all experts."
+            )
         router: Router = _made_again(prompts, name, deltas, rows, tokenizer, batch_size, max_length, background)
     else:
         router = _extended(

@@ -230,9 +230,9 @@ def _first_readers(prompts: PromptRouter, block: int, row: list[int]) -> _Reader
 @torch.no_grad()
 def _scale_of(norm: nn.Module, state: Tensor) -> Tensor:
     """(H,) the scale of a norm, whether it centres its input or not and however it keeps the scale."""
-    probe = torch.ones_like(state[:1, :1])
-    probe[..., 1::2] = -1
-    return ((norm(probe) - norm(-probe)) / 2 * probe).flatten().float().cpu()
+    probe = torch.ones_like(state.flatten(0, -2)[:1])
+    probe[:, 1::2] = -1
+    return ((norm(probe) - norm(-probe)) / 2 * probe)[0].float().cpu()
 
 
 def _directions(names: Sequence[str], differences: Differences, layers: dict[str, MediatorLayer], seed: int) -> Tensor:
