@@ -70,9 +70,8 @@ def labelled_texts(
                 text = render(list(text))
             except Exception as fault:  # whatever a template may raise
                 raise RoutingError(f"{where}: the tokenizer's template cannot render this chat: {fault}") from fault
-        fault = surrogate_fault(text)
-        if fault is not None:
-            raise RoutingError(f"{where}: column {columns.text!r} {fault}.")
+        if (odd := surrogate_fault(text)) is not None:
+            raise RoutingError(f"{where}: column {columns.text!r} {odd}.")
         chosen.add(name, (text, group))
     unknown = sorted(set(chosen.kept) - set(experts))
     if unknown:
@@ -183,7 +182,8 @@ def _placed(rows: Any, what: str) -> Iterator[tuple[str, Any]]:
     if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
         raise RoutingError(f"{what} must be a list of rows, a dataset or a file, got {type(rows).__name__}.")
     is_table = hasattr(rows, "columns") and hasattr(rows, "to_dict")  # a pandas DataFrame
-    for number, row in enumerate(rows.to_dict("records") if is_table else rows):
+    listed: Any = rows
+    for number, row in enumerate(listed.to_dict("records") if is_table else listed):
         yield f"{what}, row {number}", row
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy as shallow_copy
 from functools import partial
 from pathlib import Path
@@ -85,9 +85,10 @@ def fit_router(
     config = shallow_copy(live)
     data = read_texts(dataset, names, tokenizer, columns, max_samples, config.seed, split)
     # Whoever routes meanwhile goes on by the last fit's settings.
-    settings = prompts.learned(tokenizer)
+    settings = prompts.learned(tokenizer)._replace(fitted_router=None)
     settings.write_to(config)
     reading = prompts.reading(settings)
+    reading = reading._replace(router=prompts.of_kind(reading.router, live, settings))
     max_length = prompts.within_positions(max_length)
     rows = token_rows(tokenizer, data.texts, max_length)
     num_texts = len(rows)
@@ -156,6 +157,12 @@ class NegativeRows(NamedTuple):
     hard: frozenset[str]
     """Families of hard negatives."""
 
+    @classmethod
+    def of(cls, families: Mapping[str, list[list[int]]], hard: frozenset[str] = frozenset()) -> NegativeRows:
+        """From family → rows."""
+        rows = [row for ids in families.values() for row in ids]
+        return cls(rows, [name for name, ids in families.items() for _ in ids], hard)
+
     @property
     def names(self) -> list[str]:
         """The families, in the order of their numbers."""
@@ -216,17 +223,7 @@ def negative_rows(
         max_length: longer prompts are cut after this many tokens.
     """
     seed = config.seed
-    own = {} if background is None else user_families(background)
-    if background is not None and not own:
-        return NegativeRows([], [], frozenset())
-    plain = unwrapped(tokenizer)
-    read: dict[str, list[list[int]]] = {}
-    for name, some in {**background_families(seed), **own}.items():
-        ids = token_rows(tokenizer, some, max_length)
-        if name in own or not _are_unknown(plain, ids):
-            read[name] = ids
-    if set(read) - set(own):
-        read[RANDOM_TOKENS] = random_token_rows(_ordinary_tokens(plain), seed)
+    read = background_rows(seed, tokenizer, background, max_length)
     hard: list[list[int]] = []
     if hard_negatives and read:
         chosen = _some_of_each(data, seed)
@@ -235,14 +232,32 @@ def negative_rows(
         )
     size = len(hard) // len(HARD_NEGATIVE_FORMS)
     near = {name: hard[way * size : (way + 1) * size] for way, name in enumerate(_HARD_FAMILIES)} if hard else {}
-    if near and set(read) - set(own):
+    if near and RANDOM_TOKENS in read:
         near[NUMBERS_ALONE] = token_rows(tokenizer, numbers_alone(seed), max_length)
-    families = {**read, **near}
-    return NegativeRows(
-        [row for ids in families.values() for row in ids],
-        [name for name, ids in families.items() for _ in ids],
-        frozenset(near),
-    )
+    return NegativeRows.of({**read, **near}, frozenset(near))
+
+
+def background_rows(seed: int, tokenizer: Any, background: Any, max_length: int) -> dict[str, list[list[int]]]:
+    """Family → token ids of its prompts, of all background families that the tokenizer can read.
+
+    Args:
+        seed: chooses the library's prompts.
+        tokenizer: of the backbone.
+        background: the user's own, added to the library's; an empty list for none at all.
+        max_length: longer prompts are cut after this many tokens.
+    """
+    own = {} if background is None else user_families(background)
+    if background is not None and not own:
+        return {}
+    plain = unwrapped(tokenizer)
+    read: dict[str, list[list[int]]] = {}
+    for name, some in {**background_families(seed), **own}.items():
+        ids = token_rows(tokenizer, some, max_length)
+        if name in own or not _are_unknown(plain, ids):
+            read[name] = ids
+    if set(read) - set(own):
+        read[RANDOM_TOKENS] = random_token_rows(_ordinary_tokens(plain), seed)
+    return read
 
 
 def _some_of_each(data: LabelledTexts, seed: int) -> list[int]:
@@ -553,7 +568,8 @@ def _cache(
     config = prompts.active.config
     weight = next(prompts.active.model.parameters())
     in_place = reading.prompt_form is None and prompts.reads_in_one_pass(reading.layer)
-    form = [reading.routing_turn, in_place, reading.turn_markers, reading.prompt_form]
+    form: list[Any] = [reading.routing_turn, in_place, reading.turn_markers, reading.prompt_form]
+    form += [hashlib.sha256(part.cpu().numpy().tobytes()).hexdigest() for part in reading.router.pools_by]
     settings = [config.backbone_fingerprint, list(layers), form, str(weight.dtype), str(weight.device)]
     settings.append(_read_weights(prompts, max(layers)))
     origin = json.dumps(settings, sort_keys=True)
