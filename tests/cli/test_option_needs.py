@@ -69,7 +69,7 @@ SETTINGS = {
 }
 EFFECTIVE = {
     "plan": {"base", "expert", "save", *SETTINGS, *WORK},
-    "build": {"base", "expert", *SETTINGS, *WORK},
+    "build": {"base", "expert", "router_from_deltas", *SETTINGS, *WORK},
     "merge": {"base", "expert", "method", "merge_parameter", "merge_data", "depth_scaling", "seed", *WORK},
     "measure": {"prompts", "statistic", "text_column", "answer_column", "raw", "max_sequences", "max_tokens", "memory"},
     "search": {"base", "expert", "data", "with_answers", "max_prompts", "option", "figure"},
