@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.replacing import replaced_together, write_replacing
+from ..checkpoints.replacing import replaced_together, write_figure, write_replacing
 from ..errors import MissingPackageError
 from .runner import EvalTask, RoutingScore, SystemScore, TaskScore
 
@@ -224,12 +223,7 @@ def draw_report(report: EvaluationReport, path: Path, sizes: Mapping[str, int] |
     if title:
         figure.suptitle(title, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
-        figure.savefig(partial, dpi=150)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_figure(path, figure)
 
 
 def _draw_accuracies(axes: Axes, report: EvaluationReport) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.adapter_sizes import read_adapter_info
+from ..checkpoints.replacing import write_replacing
 from ..config import MediatorSettings
 from ..demo.tasks import Item
 from ..errors import ConfigError
@@ -282,7 +283,7 @@ def _data(run: Comparison, name: str) -> str | None:
         items = run.bench.sample.tasks[task].calibration[:NUM_SEQUENCES]
         prompts = folder / f"{task}.jsonl"
         lines = [json.dumps({"prompt": item.prompt, "answer": item.answer}) for item in items]
-        prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_replacing(prompts, "\n".join(lines) + "\n")
         report = measure_statistics(expert.path, prompts, output, statistic, answer_column="answer")
         run.bench.say(f"{statistic} of {task}: {report.cpu_seconds:.0f} s")
     return str(folder)

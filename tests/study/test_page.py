@@ -1,10 +1,12 @@
 """The page of the study: every table and every number comes from a result file."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+from mediator_peft.study.app import main
 from mediator_peft.study.page import (
     PageError,
     draw_figures,
@@ -82,3 +84,34 @@ def test_figures_are_drawn_from_results(tmp_path):
     assert [path.name for path in draw_figures(results, tmp_path)] == names
     assert all(path.stat().st_size > 1000 for path in tmp_path.iterdir())
     assert draw_figures(json.loads("{}"), tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["alone", "nowhere"], "holds no trained experts of 'smollm2'"),
+        (["systems", "file"], "holds no trained experts"),
+        (["conflict", "empty", "--base", "gemma3"], "holds no trained experts of 'gemma3'"),
+        (["hard", "empty", "--base", "nonsense"], "neither a base of the study"),
+        (["experts", "file"], "'file' is a file"),
+        (["experts", "file/below"], "file' is a file"),
+        (["page", "nowhere", "--path", "file"], "holds no result files"),
+        (["page", "results", "--path", "nowhere.md"], "no file 'nowhere.md'"),
+        (["page", "damaged", "--path", "file"], "is no result file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_folder_is_refused_and_nothing_is_made_there(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for name, content in (("damaged", '{"a": '), ("results", "{}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "other.json").write_text(content)
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(sys, "argv", ["study", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 3
+    assert message in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before

@@ -169,6 +169,7 @@ def table(bench, lab):
     return found | score_merges(bench, lab)
 
 
+@pytest.mark.slow
 def test_a_second_run_scores_nothing_anew(bench, lab, table, monkeypatch):
     monkeypatch.setattr("mediator_peft.study.systems.score_items", None)
     again = score_alone(bench, lab) | score_mediator(bench, build_default(bench)) | score_merges(bench, lab)
