@@ -87,6 +87,8 @@ def setting_faults(settings: Any) -> Iterator[str]:
     rule = settings.always_rule
     if rule is not None and rule not in ALWAYS_RULES:
         yield unknown_name(str(rule), ALWAYS_RULES, "always_rule")
+    elif rule is not None and not settings.always and not settings.is_built:
+        yield f"always_rule={rule!r} weights always-on deltas: give always=, too, or leave it out."
     always = settings.always
     if always is not None and not (isinstance(always, dict) and are_names([*always, *always.values()])):
         yield f"always must give PATH:WEIGHT for each name, got {always!r}."

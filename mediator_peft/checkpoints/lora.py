@@ -36,9 +36,16 @@ _REFUSED = {
     "alora_invocation_tokens": "it is active for a part of the prompt only",
     "arrow_config": "it routes by itself",
     "use_bdlora": "its factors are block-diagonal",
+    "kasa_config": "KaSA scales a diagonal between its factors and truncates the base",
+    "monteclora_config": "MonteCLoRA draws its factors from a distribution",
+}
+# Of those that PEFT turns variants of LoRA on by: what starts or trains the factors only, or is said elsewhere.
+_HARMLESS = {
+    *("use_rslora", "megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
+    *("runtime_config", *_REFUSED),
 }
 # These start from factors that are not zero, and change the base's own weights to make up for it.
-_CHANGED_BASE = ("pissa", "olora", "corda", "loftq")
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _LARGEST = 1e9
 _MERGE_HINT = "Merge it into its base with merge_and_unload() and give the merged model."
 
@@ -147,6 +154,8 @@ class LoraCheckpoint(Checkpoint):
             kind = settings.get("peft_type") if isinstance(settings, dict) else None
             raise CheckpointError(f"{where}: an adapter of type {kind!r} cannot be folded, only LORA. {_MERGE_HINT}")
         reasons = [f"{key}: {why}" for key, why in _REFUSED.items() if settings.get(key)]
+        unknown = [key for key in settings if key.startswith("use_") or key.endswith("_config")]
+        reasons += [f"{key}: not known of LoRA" for key in unknown if settings[key] and key not in _HARMLESS]
         start = str(settings.get("init_lora_weights", "")).lower()
         if start.startswith(_CHANGED_BASE):
             reasons.append(f"init_lora_weights={start!r} changed the base's own weights")

@@ -59,7 +59,10 @@ def fit_router(
     ] = None,
     match: Annotated[
         str,
-        typer.Option(help="How these answers are compared where a line does not say: exact, contains or last_number."),
+        typer.Option(
+            help="How these answers are compared where a line does not say: exact, contains or last_number.",
+            callback=check_match,
+        ),
     ] = "exact",
     background: Annotated[
         Path | None,
@@ -90,7 +93,6 @@ def fit_router(
         else:
             say_made(out, report)
         return
-    check_match(match)
     files = None if answered is None else str(answered)
     prompts = RouterPrompts(parse_pairs(data or [], "--data"), text_column, files, match)
     report = calibrated(out, prompts, prompting, loading, None if background is None else str(background))

@@ -13,12 +13,13 @@ from torch import Tensor
 from ..bank.column_map import Rows, families, without_input
 from ..bank.sparse_delta import SparseDelta
 from ..checkpoints.opening import Checkpoint, ModelCheckpoint, open_checkpoints
-from ..errors import CheckpointError, ConfigError, RoutingError, UnsupportedError
+from ..errors import ConfigError, RoutingError, UnsupportedError
 from ..merge.compatibility import check_job, coarsest, split_job
 from ..merge.delta_packing import own_factors, pack_delta
 from ..merge.families import least_cosine
 from ..merge.family_packing import RESIDUAL_DENSITY, residual
 from ..merge.locks import check_locks
+from ..merge.tiles import refuse_not_finite
 from ..methods.encoding import ENCODINGS
 from ..methods.encoding.bitmaps import count_bits
 from ..routing.calibration_data import Columns, hash_folds
@@ -44,6 +45,7 @@ from .merged_weight import plain_weight
 from .quantized import is_plain
 from .routing import ActiveAdapter, PromptRouter, Reading
 from .saving import backbone_state, storage_type
+from .sharded import check_not_sharded
 
 
 def add_expert(
@@ -194,6 +196,7 @@ def _deltas(
     label = f"expert {name!r}"
     checkpoint = open_checkpoints({label: str(path)})[label]
     layers = active.layers
+    check_not_sharded(active.model, "add_expert")
     for layer in layers.values():
         if not is_plain(layer.base_layer):
             raise UnsupportedError("deltas against a quantised backbone are not exact. Load it unquantised to add one.")
@@ -294,8 +297,7 @@ def _read(checkpoint: Checkpoint, tensor: str, dtype: FloatType) -> Tensor:
     rows = checkpoint.tensors[tensor].shape[0]
     # Rounded to the storage dtype first, like every checkpoint of the build.
     weight = to_tensor(checkpoint.read_rows(tensor, 0, rows)).to(dtype.torch).float()
-    if not torch.isfinite(weight).all():
-        raise CheckpointError(f"{checkpoint.label} ({checkpoint.source}): tensor {tensor!r} holds NaN or infinity.")
+    refuse_not_finite(checkpoint, tensor, int((~weight.isfinite()).sum()), 0, rows)
     return weight
 
 

@@ -44,6 +44,7 @@ from .merging import AdapterMerging
 from .request_board import RequestBoard
 from .routing import ActiveAdapter, PromptRouter
 from .saving import AdapterFiles
+from .sharded import check_not_sharded
 from .tied_head import tie_head
 
 
@@ -174,6 +175,7 @@ class MediatorModel(BaseTuner):
         """Drop one adapter with its bank and router."""
         super().delete_adapter(adapter_name)
         self.active.awaited.discard(adapter_name)
+        self.active.begin_edition(adapter_name)
         if adapter_name in self.mediator_router:
             del self.mediator_router[adapter_name]
 
@@ -291,8 +293,10 @@ class MediatorModel(BaseTuner):
 
         Raises:
             RoutingError: a name is unknown.
-            UnsupportedError: the backbone is quantised or offloaded.
+            UnsupportedError: the backbone is quantised, offloaded or sharded.
         """
+        if experts:
+            check_not_sharded(self.model, "cache_merged_experts")
         adapter = self.active.name
         mixes = tuple(self.merging.mixes(name, [adapter], board_mix=False)[adapter] for name in experts)
         for layer in self.routed_layers().values():
@@ -542,7 +546,10 @@ class MediatorModel(BaseTuner):
         if settings is not None:
             tuner.active.put_settings(adapter_name, settings, router)
         tuner.routed_forward.expert_store = store
-        tuner.active.awaited.discard(adapter_name)
+        if adapter_name in tuner.active.awaited:
+            tuner.active.awaited.remove(adapter_name)
+        else:
+            tuner.active.begin_edition(adapter_name)
         return loaded
 
     # --- leaving -------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -28,18 +28,19 @@ from ..structure import find_blocks
 from .chat_turns import padded, routing_rows, turn_markers, turn_mask
 from .config import FALLBACK_EXPERT, FitSettings, MediatorConfig
 from .execution import float32_inside
-from .expert_weights import ExpertWeights, expert_weight_rows
+from .expert_weights import Columns, ExpertWeights, expert_weight_rows
 from .layer import MediatorLayer, routed_layers
 from .prompt_form import FormedPrompts, PromptForm, formed, prompt_form
 from .request_board import RequestBoard
+from .sharded import check_router, is_gathered, is_sharded
 
 
 class Reading(NamedTuple):
     """How prompts are read and judged. Taken once a request and never changed: no request mixes two fits."""
 
     router: Router
-    columns: list[str]
-    """Names of the columns that the router decides."""
+    columns: Columns
+    """The columns that the router decides."""
 
     layer: int
     """After how many blocks the hidden state is read."""
@@ -75,6 +76,7 @@ class ActiveAdapter:
         renew_after_fork(self, rank=-2)
         self.awaited: set[str] = set()
         """Adapters whose layers are there and whose deltas have not been loaded yet."""
+        self._editions: dict[tuple[str, str | None], int] = {}
         self._maps: dict[str, tuple[Any, list[str], ColumnMap]] = {}
 
     @property
@@ -121,6 +123,24 @@ class ActiveAdapter:
         return self.configs[self.name]
 
     @property
+    def columns(self) -> Columns:
+        """Names and editions of the columns that its experts have now."""
+        adapter = self.name
+        of_adapter = self._editions.get((adapter, None), 0)
+        names = self.configs[adapter].columns
+        return Columns.of(names, ((adapter, of_adapter, self._editions.get((adapter, name), 0)) for name in names))
+
+    def begin_edition(self, adapter_name: str, names: Sequence[str | None] = (None,)) -> None:
+        """Note that what columns of an adapter, or all of it, held is taken away: what computed with it cannot go on.
+
+        Args:
+            adapter_name: of an adapter that is there, or was.
+            names: of the columns; None stands for all of them.
+        """
+        for name in names:
+            self._editions[adapter_name, name] = self._editions.get((adapter_name, name), 0) + 1
+
+    @property
     def router(self) -> Router:
         """Its router; a new one takes the old one's place whole."""
         return self.routers[self.name]  # type: ignore[return-value]
@@ -139,11 +159,11 @@ class ActiveAdapter:
         """Expert weights as a caller gave them → (1 or B, C) float32; see :func:`expert_weight_rows`."""
         return self.named_table(spec)[0]
 
-    def named_table(self, spec: ExpertWeights) -> tuple[Tensor, list[str]]:
+    def named_table(self, spec: ExpertWeights) -> tuple[Tensor, Columns]:
         """The same, with the names of the columns that it is a table of."""
         config = self.config
-        columns = config.columns
-        num_experts = len(columns) - (columns[-1:] == [FALLBACK_EXPERT] and config.fallback == FALLBACK_EXPERT)
+        columns = self.columns
+        num_experts = len(columns) - (columns[-1:] == (FALLBACK_EXPERT,) and config.fallback == FALLBACK_EXPERT)
         return expert_weight_rows(spec, columns, num_experts), columns
 
     @contextmanager
@@ -186,6 +206,7 @@ class ActiveAdapter:
         """Change the router and the experts that it decides among, in one step for whoever routes meanwhile."""
         with self._changes, self._lock:
             config = self.config
+            self.begin_edition(self.name, [name for name in config.expert_names or () if name not in expert_names])
             config.expert_names, config.experts, config.column_map = expert_names, experts, column_map
             self.routers[self.name] = router
 
@@ -216,11 +237,10 @@ class ActiveAdapter:
             if router is not None:
                 self.routers[adapter_name] = router
 
-    def fitted(self) -> tuple[Router, list[str], FitSettings]:
-        """The router, the names of the columns that it decides, and how its prompts are read: all of one fit."""
+    def fitted(self) -> tuple[Router, Columns, FitSettings]:
+        """The router, the columns that it decides, and how its prompts are read: all of one fit."""
         with self._lock:
-            config = self.config
-            return self.router, config.columns, FitSettings.of(config)
+            return self.router, self.columns, FitSettings.of(self.config)
 
     def locks(self) -> tuple[Any, ...]:
         """What is held at a fork, in the order in which they are taken."""
@@ -381,18 +401,21 @@ class PromptRouter:
         check_mask(input_ids, attention_mask)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows, mask, pooled = self._rows_to_read(input_ids, mask, reading)
+        states = self.states_at(layers, rows, mask)
+        return torch.stack([self.pooled(hidden, pooled, reading.router) for hidden in states], dim=1)
+
+    def states_at(self, layers: Sequence[int], rows: Tensor, mask: Tensor) -> list[Tensor]:
+        """Hidden states of the backbone at several depths, (B, T, H) each; see :func:`hidden_states`."""
         with self._board.no_route():
-            states = hidden_states(self.active.model.base_model, self.blocks, self.block_hook, layers, rows, mask)
-            return torch.stack([self.pooled(hidden, pooled, reading.router) for hidden in states], dim=1)
+            model, sharded = self.active.model, is_sharded(self.active.model)
+            # Only the root gathers what lies outside of the blocks.
+            inner = model if sharded and not is_gathered(model) else model.base_model
+            return hidden_states(inner, self.blocks, self.block_hook, layers, rows, mask, stops=not sharded)
 
     def pooled(self, hidden: Tensor, mask: Tensor, router: Router) -> Tensor:
         """What a router sees of prompts; see :meth:`Router.pool`."""
         with float32_inside(hidden.device), onload_layer(self.active.routers):
             return router.pool(hidden, mask)
-
-    def unrouted(self) -> AbstractContextManager[object]:
-        """Inside the block, passes of this thread are the backbone's."""
-        return self._board.no_route()
 
     def _rows_to_read(self, input_ids: Tensor, mask: Tensor, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids, mask, and the mask of what is pooled."""
@@ -423,12 +446,12 @@ class PromptRouter:
         reading = self.fitted_reading()
         return self._judged(reading.router, self.features(input_ids, attention_mask, reading))
 
-    def routed_table(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, list[str]]:
+    def routed_table(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Columns]:
         """Expert weights (B, C) of prompts, and the names of their columns."""
         reading = self.fitted_reading()
         return self.judged_table(self.features(input_ids, attention_mask, reading), reading)
 
-    def judged_table(self, features: Tensor, reading: Reading) -> tuple[Tensor, list[str]]:
+    def judged_table(self, features: Tensor, reading: Reading) -> tuple[Tensor, Columns]:
         """(B, H) that were read so → expert weights (B, C), and the names of their columns."""
         return self._judged(reading.router, features).expert_weights, reading.columns
 
@@ -437,6 +460,7 @@ class PromptRouter:
         return self._judged(self.fitted_reading().router, features)
 
     def _judged(self, router: Router, features: Tensor) -> RouteOutput:
+        check_router(router)
         features = features.to(router.known_novelty.device)
         readable, unreadable = split_unreadable(features)
         with float32_inside(features.device), onload_layer(self.active.routers):
