@@ -50,7 +50,8 @@ class TaskFiles:
     match: Annotated[
         str,
         typer.Option(
-            help="How answers are compared where a line does not say: exact, contains, last_number, refuse or comply."
+            help="How answers are compared where a line does not say: exact, contains, last_number, refuse or comply.",
+            callback=check_match,
         ),
     ] = "exact"
     max_new_tokens: Annotated[
@@ -62,13 +63,12 @@ class TaskFiles:
         """Task → its items.
 
         Raises:
-            typer.BadParameter: no such pairs were given, or the match is unknown.
+            typer.BadParameter: no such pairs were given.
             MediatorError: a file cannot be read.
         """
         from ..evaluation.prompts import read_task
 
         files = parse_pairs(self.data or [], "--data")
-        check_match(self.match)
         return {name: read_task(path, self.match) for name, path in files.items()}
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, get_type_hints
 
-from ..config import OLD_FIELDS, SETTABLE, MediatorSettings
+from ..config import OLD_FIELDS, SETTABLE, MediatorSettings, with_todays_names
 from ..data_files import DataFileError, read_text, surrogate_fault
 from ..errors import ConfigError
 from ..merge.block_plan import planned_settings
@@ -20,8 +21,12 @@ from .common import MOST_ROWS, MOST_TOKENS, MOST_WORKERS
 from .fit_router import RouterPrompts
 from .loading import Loading, Prompting
 from .merge_options import WorkOptions
+from .option_needs import NEEDS, idle_options, idle_settings
 
 _SECTIONS = ("build", "calibrate", "eval")
+_COMMANDS = {"calibrate": "fit-router", "eval": "eval"}
+"""Section → the command whose options it has."""
+
 _MOST = {"batch_size": MOST_ROWS, "max_new_tokens": MOST_TOKENS, "workers": MOST_WORKERS}
 """Key → the most that it may be; the least is 1."""
 
@@ -98,7 +103,12 @@ class Pipeline:
             ConfigError: the plan cannot be read, or contradicts the file.
         """
         planned = {} if self.build.plan is None else planned_settings(Path(self.build.plan))
-        return MediatorSettings(**{**planned, **(self.build.config or {})})
+        given = with_todays_names(self.build.config or {})
+        idle = idle_settings(given, {**planned, **given}, self.build.plan is not None)
+        faults = [f"build.config.{need.option} {_in_file(need.reason)}." for need in idle]
+        if faults:
+            raise ConfigError("\n".join(faults))
+        return MediatorSettings(**{**planned, **given})
 
 
 def read_pipeline(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Pipeline:
@@ -212,6 +222,8 @@ def _faults(content: Mapping[str, Any]) -> list[str]:
         section = content.get(name)
         if isinstance(section, dict):
             faults += _section_faults(name, section, form)
+            for need in idle_options(NEEDS[_COMMANDS[name]], _given(section), section):
+                faults.append(f"{name}.{need.option} {_in_file(need.reason)}")
             if name == "eval" and section.get("lm_eval"):
                 faults += ["eval: give either data or lm_eval"] if section.get("data") else []
             elif not section.get("data"):
@@ -219,6 +231,11 @@ def _faults(content: Mapping[str, Any]) -> list[str]:
         elif section is not None:
             faults.append(f"{name} must be a section with data:, got {short(section)}")
     return faults
+
+
+def _in_file(reason: str) -> str:
+    """Why an option has no effect, with the names that keys of a file have."""
+    return re.sub(r"--([a-z-]+)", lambda found: found.group(1).replace("-", "_"), reason)
 
 
 def _unwritable(value: Any, place: str = "") -> list[str]:

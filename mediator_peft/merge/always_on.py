@@ -23,6 +23,7 @@ from .compatibility import Job, check_job
 from .delta_packing import pack_delta
 from .distance import sampled_norms
 from .tensor_work import Task, deltas_needed
+from .tiles import refuse_not_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,5 +165,11 @@ def _difference(always: AlwaysOn, tensor: str, dtype: FloatType) -> Tensor:
 
 
 def _rows(checkpoint: Checkpoint, tensor: str, dtype: FloatType) -> Tensor:
-    """A whole tensor, rounded to the storage dtype: float32."""
-    return checkpoint.tensor(tensor).to(dtype.torch).float()
+    """A whole tensor, rounded to the storage dtype: float32.
+
+    Raises:
+        CheckpointError: it holds NaN or infinity.
+    """
+    weight = checkpoint.tensor(tensor).to(dtype.torch).float()
+    refuse_not_finite(checkpoint, tensor, int((~weight.isfinite()).sum()), 0, len(weight))
+    return weight

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..checkpoints.adapter_files import SUBFOLDER, WEIGHTS_FILE, write_config
 from ..checkpoints.backbone_files import BackboneFiles
-from ..checkpoints.checksums import CARD, write_checksums
+from ..checkpoints.checksums import CARD, RunningDigest, write_checksums
 from ..checkpoints.fingerprint import sample
 from ..checkpoints.lora import LoraCheckpoint
 from ..checkpoints.opening import PLAIN, Checkpoint, MeanCheckpoint, Reading, open_checkpoints
@@ -210,12 +210,16 @@ class Build:
         self.folder = folder
         job = merge.job
         self.backbone = BackboneFiles(folder, job.stored, job.dtype)
+        self.written = {path.name: RunningDigest(path, with_quick=True) for path in self.backbone.paths}
+        self._takes_written = False
         self.pieces = JournalStore(folder / JOURNAL)
         self.work = TensorWork(job.base, job.experts, merge.config, job.dtype, self._write, merge.method, merge.groups)
 
     def _write(self, name: str, start: int, rows: Array) -> None:
         job = self.merge.job
-        self.backbone.write_rows(job.stored_name(name), job.stored_row(name, start), rows)
+        path, place, data = self.backbone.write_rows(job.stored_name(name), job.stored_row(name, start), rows)
+        if self._takes_written:
+            self.digests.take_with(self.written[path.name], place, data)
 
     def prepare(self) -> list[int]:
         """Lay out the backbone; numbers of the tensors that are not finished yet, the longest first."""
@@ -247,6 +251,7 @@ class Build:
         return str(path), end, number
 
     def _merge_and_digest(self, number: int) -> None:
+        self._takes_written = True
         with self.digests.watching():
             self._merge_one(number)
         self.digests.follow(self.merge.tasks[number].name)
@@ -298,7 +303,7 @@ class Build:
             if path.is_file() and JOURNAL not in path.parts
         }
         write_report(report, adapter / "report")
-        write_checksums(folder, adapter, [path.name for path in self.backbone.paths])
+        write_checksums(folder, adapter, self.written)
         return report
 
     def _info(self, number: int) -> Finished:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..checkpoints.opening import Checkpoint, FolderCheckpoint, Reading, open_checkpoint
 from ..checkpoints.output_folder import check_free, check_working_folders, free_space, partial_name
+from ..checkpoints.replacing import write_replacing
 from ..checkpoints.side_files import compare_side_files
 from ..config import MediatorSettings
 from ..errors import ConfigError, MediatorError, OutputError
@@ -102,7 +103,7 @@ class BuildPlan:
         decided = {"settings": self.settings, "blocks": self.blocks}
         text = json.dumps({"plan_version": PLAN_VERSION, **decided, "about": about}, indent=2)
         try:
-            Path(path).write_text(text, encoding="utf-8")
+            write_replacing(Path(path), text)
         except OSError as fault:
             raise OutputError(f"plan {str(path)!r} cannot be written: {fault.strerror or fault}") from fault
 
