@@ -87,7 +87,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "kimi_linear": {**_MLA, "layer_types": _HYBRID},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
-    "longcat_flash": {**_MLA, "head_dim": 8},
+    "longcat_flash": {**_MLA, "head_dim": 8, "zero_expert_num": 2},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
     "moshi": {"audio_vocab_size": 64},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe", "mlp"], "n_groups": 1},
