@@ -299,3 +299,32 @@ def test_every_public_name_is_there():
         assert name in dir(mediator_peft)
     with pytest.raises(AttributeError, match="nonesuch"):
         _ = mediator_peft.nonesuch
+
+
+# What these write lies in a working folder, or in one that is replaced as a whole: a kill leaves nothing half of it.
+WRITES_IN_PLACE = {
+    *("checkpoints.replacing", "checkpoints.backbone_files", "checkpoints.adapter_files", "checkpoints.output_folder"),
+    *("merge.journal", "merge.report", "merge.offline", "merge.plain_merge", "merge.provenance", "tuner.saving"),
+    *("evaluation.report", "evaluation.fit_and_save", "evaluation.measuring", "evaluation.routing_report"),
+    *("routing.feature_cache", "bank.expert_store", "demo.training", "demo.train_expert", "cli.common", "__main__"),
+}
+WRITERS = {"write_text", "write_bytes", "savefig"}
+
+
+def writes_in_place(path):
+    """Lines of a file that call what writes a file under its final name."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            modes = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+            is_open = name in ("open", "fdopen") and any(
+                mode in ("w", "wb", "a", "ab", "x", "xb", "w+b") for mode in modes
+            )
+            if name in WRITERS or is_open:
+                yield node.lineno
+
+
+def test_files_that_users_name_are_written_under_another_name_first():
+    """Elsewhere ``write_replacing``, ``write_figure``, ``write_json`` or ``replaced_file`` are used."""
+    found = {name: list(writes_in_place(path)) for name, path in MODULES.items() if name not in WRITES_IN_PLACE}
+    assert not {name: lines for name, lines in found.items() if lines}

@@ -360,6 +360,12 @@ def _expert_names(adapter: Path) -> list[str] | None:
     return names if isinstance(names, list) else None
 
 
+def _is_beside(backbone: Path, adapter: Path) -> bool:
+    """Whether a backbone was written with its adapter; of a base elsewhere, the fingerprint alone is known."""
+    place, home = backbone.resolve(), adapter.resolve()
+    return place == home.parent or place.is_relative_to(home)
+
+
 class FileCheck:
     """Compares an output's files with their checksums, the large ones in threads while others work.
 
@@ -376,7 +382,8 @@ class FileCheck:
         self._pool: ThreadPoolExecutor | None = None
         self._running: list[Future[str | None]] = []
         self.known = read_checksums(adapter)
-        self.covers_all = bool(self.known and self.known.adapter and (self.known.quick_backbone or backbone is None))
+        covers_backbone = backbone is None or not _is_beside(backbone, adapter)
+        self.covers_all = bool(self.known and self.known.adapter and (self.known.quick_backbone or covers_backbone))
         # A configuration alone has nothing beside it.
         self.covers_all |= not (adapter / WEIGHTS_FILE).exists()
         if self.known is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import os
 import secrets
 import shutil
@@ -9,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from ..errors import OutputError
 
@@ -59,22 +62,54 @@ def replaced_together(folder: Path) -> Iterator[Path]:
 
 
 def write_replacing(path: Path, text: str) -> None:
-    """Write a file under a new name that becomes its own: what links share is not written to, and no half is left.
+    """Write a text file under a new name that becomes its own; see :func:`replaced_file`."""
+    with replaced_file(path) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+def write_figure(path: Path, figure: Any, dpi: int = 150) -> None:
+    """Write a figure of matplotlib in the format of its ending; see :func:`replaced_file`."""
+    with replaced_file(path) as new:
+        figure.savefig(new, format=path.suffix[1:].lower(), dpi=dpi)
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """An empty file to fill. When the block ends well, it takes the place of ``path``: old or new, whole, after a kill.
+
+    What links share with an old file is not written to. What killed processes left of earlier tries is cleared away.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written, or a device, a pipe or a folder is in its place.
     """
-    new = path.with_name(f".{path.name}.{secrets.token_hex(8)}.new")
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EEXIST, "something that is no file is in its place", str(path))
+    new, lock = _new_file(path)
     try:
-        with open(new, "x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.new"):
+            if left != new and left.is_file() and not left.is_symlink():
+                with suppress(OSError):
+                    _remove_unless_in_use(left)
+        yield new
+        _to_disk(new)
         os.replace(new, path)
     except BaseException:
         with suppress(OSError):
             new.unlink()
         raise
+    finally:
+        os.close(lock)
+
+
+def _new_file(path: Path) -> tuple[Path, int]:
+    """An empty file beside ``path``, and the descriptor that holds its lock."""
+    while True:
+        new = path.with_name(f".{path.name}.{secrets.token_hex(8)}.new")
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        _lock_file(descriptor, waits=True)
+        if new.exists():
+            return new, descriptor
+        os.close(descriptor)  # another process took it for one that was left behind, before it was locked
 
 
 def final_place(path: Path) -> Path:
@@ -101,7 +136,7 @@ def finish_replacing(folder: Path) -> None:
                 f"({fault.strerror or fault})."
             ) from fault
     for left in [*folder.glob(f"{_STAGING}*"), *folder.glob(f"{_OLD}*")]:
-        with suppress(OSError, ImportError):
+        with suppress(OSError):
             _remove_unless_in_use(left)
 
 
@@ -147,26 +182,32 @@ def _swap_in(entry: Path, place: Path) -> None:
 
 def _lock(folder: Path) -> int:
     descriptor = os.open(folder, os.O_RDONLY)
-    with suppress(ImportError):
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    _lock_file(descriptor)
     return descriptor
 
 
-def _remove_unless_in_use(folder: Path) -> None:
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
+def _lock_file(descriptor: int, waits: bool = False) -> bool:
+    """Lock an open file or folder until it is closed; whether that was possible."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+    except (ImportError, OSError):  # Windows, some file systems, or locked by another
+        return False
+    return True
+
+
+def _remove_unless_in_use(left: Path) -> None:
+    descriptor = os.open(left, os.O_RDONLY)
+    try:
+        if _lock_file(descriptor):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
     finally:
         os.close(descriptor)
 
 
-def _to_disk(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
+def _to_disk(place: Path) -> None:
+    for path in [*place.rglob("*"), place] if place.is_dir() else [place]:
         if path.is_symlink():
             continue
         descriptor = os.open(path, os.O_RDONLY)

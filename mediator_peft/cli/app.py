@@ -22,6 +22,7 @@ from .inspect import inspect
 from .measure import measure
 from .merge import merge
 from .methods import methods
+from .option_needs import CheckedCommand
 from .plan import plan
 from .run import run
 from .search import search
@@ -39,24 +40,24 @@ app = typer.Typer(
     "or disk. Example: mediator-peft plan --base base --expert math=math --expert cron=cron",
 )
 
-app.command()(plan)
-app.command()(build)
-app.command()(merge)
-app.command()(measure)
-app.command()(search)
-app.command()(run)
-app.command("fit-router")(fit_router)
-app.command("calibrate", hidden=True)(fit_router)
-app.command("fit-scales")(fit_scales)
-app.command()(generate)
-app.command("eval")(evaluate)
-app.command()(inspect)
-app.command()(condense)
-app.command()(verify)
-app.command()(bench)
-app.command()(demo)
-app.command()(methods)
-app.command()(env)
+app.command(cls=CheckedCommand)(plan)
+app.command(cls=CheckedCommand)(build)
+app.command(cls=CheckedCommand)(merge)
+app.command(cls=CheckedCommand)(measure)
+app.command(cls=CheckedCommand)(search)
+app.command(cls=CheckedCommand)(run)
+app.command("fit-router", cls=CheckedCommand)(fit_router)
+app.command("calibrate", hidden=True, cls=CheckedCommand)(fit_router)
+app.command("fit-scales", cls=CheckedCommand)(fit_scales)
+app.command(cls=CheckedCommand)(generate)
+app.command("eval", cls=CheckedCommand)(evaluate)
+app.command(cls=CheckedCommand)(inspect)
+app.command(cls=CheckedCommand)(condense)
+app.command(cls=CheckedCommand)(verify)
+app.command(cls=CheckedCommand)(bench)
+app.command(cls=CheckedCommand)(demo)
+app.command(cls=CheckedCommand)(methods)
+app.command(cls=CheckedCommand)(env)
 
 
 def _print_version(wanted: bool) -> None:

@@ -12,7 +12,7 @@ from .common import (
     MOST_ROWS,
     MOST_TOKENS,
     AsJson,
-    check_folder,
+    check_file,
     console,
     print_json,
     usable_cpus,
@@ -87,7 +87,7 @@ def bench(
 
     if plot is not None:
         check_plot(plot)
-        check_folder(plot.absolute().parent, "--plot's folder")
+        check_file(plot, "--plot")
     # More threads than processors wait for each other, for minutes at each step.
     if threads > usable_cpus():
         raise typer.BadParameter(f"this process may use {usable_cpus()} CPUs, not {threads}.", param_hint="--threads")

@@ -331,8 +331,8 @@ def usable_cpus() -> int:
     return max(1, count)
 
 
-def check_match(name: str) -> None:
-    """Refuse an unknown way of judging answers.
+def check_match(name: str) -> str:
+    """Refuse an unknown way of judging answers; the same name is returned, as a callback of an option must.
 
     Raises:
         typer.BadParameter: it is unknown.
@@ -341,6 +341,7 @@ def check_match(name: str) -> None:
 
     if name not in MATCHERS:
         raise typer.BadParameter(unknown_name(name, MATCHERS, "way to match"), param_hint="--match")
+    return name
 
 
 def check_folder(path: Path, what: str) -> None:
@@ -356,6 +357,20 @@ def check_folder(path: Path, what: str) -> None:
         raise OutputError(
             f"{what} {str(path)!r} cannot be written: {str(existing)!r} is read-only. Choose another path."
         )
+
+
+def check_file(path: Path, option: str) -> None:
+    """Refuse, before the work, the place of a file that could not be written, or that holds something else.
+
+    Raises:
+        OutputError: its folder cannot be written to.
+        typer.BadParameter: a folder, a device or a pipe is in its place.
+    """
+    check_folder(path.absolute().parent, f"{option}'s folder")
+    if path.is_dir():
+        raise typer.BadParameter(f"{str(path)!r} is a folder; give a file.", param_hint=option)
+    if path.exists() and not path.is_file():
+        raise typer.BadParameter(f"{str(path)!r} is a device or a pipe; give a file.", param_hint=option)
 
 
 def quiet_transformers() -> None:

@@ -14,6 +14,7 @@ from ..data_files import MalformedJsonError, parse_json
 from ..presets import PRESETS, preset_settings
 from ..tables import unknown_name
 from .common import MOST_WORKERS, parse_pairs
+from .option_needs import idle_settings, is_typed
 
 HOW_TO_MERGE = "How to merge"
 """Panel of the options that are fields of the configuration."""
@@ -187,11 +188,12 @@ def merge_settings(ctx: typer.Context, base: str, given: MergeOptions) -> Mediat
 
     Raises:
         ConfigError: a setting is out of range or contradicts another; the plan file cannot be read.
+        typer.BadParameter: an option has no effect beside the others.
     """
     settings: dict[str, Any] = {
         _FIELD_OF.get(name, name): list(value) if isinstance(value, tuple) else value
         for name, value in asdict(given).items()
-        if _FIELD_OF.get(name, name) in _FIELDS and _is_typed(ctx, name)
+        if _FIELD_OF.get(name, name) in _FIELDS and is_typed(ctx, name)
     }
     if "always" in settings:
         settings["always"] = parse_pairs(settings["always"], "--always")
@@ -206,7 +208,10 @@ def merge_settings(ctx: typer.Context, base: str, given: MergeOptions) -> Mediat
     if "depth_scaling" in settings:
         settings["depth_scaling"] = parse_depth_scaling(settings["depth_scaling"])
     preset = _preset(given.preset, base)
-    return MediatorSettings(**{**preset, **_planned(given.plan_file), **settings})
+    combined = {**preset, **_planned(given.plan_file), **settings}
+    for need in idle_settings(settings, combined, given.plan_file is not None):
+        raise typer.BadParameter(f"{need.reason}.", param_hint=f"--{need.option.replace('_', '-')}")
+    return MediatorSettings(**combined)
 
 
 def _preset(name: str | None, base: str) -> dict[str, Any]:
@@ -219,12 +224,6 @@ def _preset(name: str | None, base: str) -> dict[str, Any]:
 
     config = open_checkpoint(base, "base").config
     return preset_settings(name, int(config.get_text_config().hidden_size))
-
-
-def _is_typed(ctx: typer.Context, name: str) -> bool:
-    source = ctx.get_parameter_source(name)
-    # By name: typer may bring its own copy of click's classes.
-    return source is not None and source.name != "DEFAULT"
 
 
 def parse_parameters(pairs: Sequence[str]) -> dict[str, Any]:

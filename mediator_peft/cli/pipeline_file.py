@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, get_type_hints
 
-from ..config import OLD_FIELDS, SETTABLE, MediatorSettings
+from ..config import OLD_FIELDS, SETTABLE, MediatorSettings, with_todays_names
 from ..data_files import DataFileError, read_text, surrogate_fault
 from ..errors import ConfigError
 from ..merge.block_plan import planned_settings
@@ -19,8 +20,13 @@ from .bounded_yaml import LARGEST_FILE, MalformedYamlError, parse_yaml
 from .common import MOST_ROWS, MOST_TOKENS, MOST_WORKERS
 from .fit_router import RouterPrompts
 from .loading import Loading, Prompting
+from .merge_options import WorkOptions
+from .option_needs import NEEDS, idle_options, idle_settings
 
 _SECTIONS = ("build", "calibrate", "eval")
+_COMMANDS = {"calibrate": "fit-router", "eval": "eval"}
+"""Section → the command whose options it has."""
+
 _MOST = {"batch_size": MOST_ROWS, "max_new_tokens": MOST_TOKENS, "workers": MOST_WORKERS}
 """Key → the most that it may be; the least is 1."""
 
@@ -34,8 +40,8 @@ _PATHS = (
 )
 
 
-@dataclass
-class BuildSection:
+@dataclass(frozen=True)
+class BuildSection(WorkOptions):
     """Arguments of ``build_mediator``."""
 
     base: str | None = None
@@ -45,12 +51,8 @@ class BuildSection:
     """Fields of ``MediatorConfig``."""
 
     plan: str | None = None
-    workers: int = 1
-    max_memory: str | int | None = None
-    allow_pickle: bool = False
     hash_inputs: bool = True
-    dequantize: bool = False
-    allow_distant: bool = False
+    max_memory: str | int | None = None  # type: ignore[assignment]  # YAML has whole numbers, a command line has not
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,12 @@ class Pipeline:
             ConfigError: the plan cannot be read, or contradicts the file.
         """
         planned = {} if self.build.plan is None else planned_settings(Path(self.build.plan))
-        return MediatorSettings(**{**planned, **(self.build.config or {})})
+        given = with_todays_names(self.build.config or {})
+        idle = idle_settings(given, {**planned, **given}, self.build.plan is not None)
+        faults = [f"build.config.{need.option} {_in_file(need.reason)}." for need in idle]
+        if faults:
+            raise ConfigError("\n".join(faults))
+        return MediatorSettings(**{**planned, **given})
 
 
 def read_pipeline(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Pipeline:
@@ -136,14 +143,7 @@ def read_pipeline(path: str | os.PathLike[str], overrides: Mapping[str, Any] | N
     if faults:
         raise ConfigError(f"pipeline {str(path)!r}:\n- " + "\n- ".join(faults))
     folder = path.absolute().parent
-    build = BuildSection(**_given(content["build"]))
-    build.base = _local(build.base, folder)
-    build.experts = {name: _local(source, folder) or "" for name, source in build.experts.items()}
-    build.output = str(folder / Path(build.output).expanduser())
-    if build.config and build.config.get("merge_data"):
-        build.config["merge_data"] = str(folder / Path(build.config["merge_data"]).expanduser())
-    build.plan = None if build.plan is None else str(folder / Path(build.plan).expanduser())
-    pipeline = Pipeline(build)
+    pipeline = Pipeline(BuildSection(**_located(content["build"], folder)))
     if content.get("calibrate") is not None:
         pipeline.calibrate = CalibrateSection(**_located(content["calibrate"], folder))
     if content.get("eval") is not None:
@@ -154,12 +154,17 @@ def read_pipeline(path: str | os.PathLike[str], overrides: Mapping[str, Any] | N
 def _located(section: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What a section says, its files and checkpoints counted from the pipeline's folder."""
     found = _given(section)
-    for name in ("answered", "report", "include_path"):
+    for name in ("output", "plan", "answered", "report", "include_path"):
         if name in found:
             found[name] = str(folder / Path(found[name]).expanduser())
-    for name in ("data", "baselines"):
+    for name in ("experts", "data", "baselines"):
         if name in found:
             found[name] = {key: _local(source, folder) or "" for key, source in found[name].items()}
+    if "base" in found:
+        found["base"] = _local(found["base"], folder)
+    if found.get("config", {}).get("merge_data"):
+        merge_data = str(folder / Path(found["config"]["merge_data"]).expanduser())
+        found["config"] = {**found["config"], "merge_data": merge_data}
     return found
 
 
@@ -217,6 +222,8 @@ def _faults(content: Mapping[str, Any]) -> list[str]:
         section = content.get(name)
         if isinstance(section, dict):
             faults += _section_faults(name, section, form)
+            for need in idle_options(NEEDS[_COMMANDS[name]], _given(section), section):
+                faults.append(f"{name}.{need.option} {_in_file(need.reason)}")
             if name == "eval" and section.get("lm_eval"):
                 faults += ["eval: give either data or lm_eval"] if section.get("data") else []
             elif not section.get("data"):
@@ -224,6 +231,11 @@ def _faults(content: Mapping[str, Any]) -> list[str]:
         elif section is not None:
             faults.append(f"{name} must be a section with data:, got {short(section)}")
     return faults
+
+
+def _in_file(reason: str) -> str:
+    """Why an option has no effect, with the names that keys of a file have."""
+    return re.sub(r"--([a-z-]+)", lambda found: found.group(1).replace("-", "_"), reason)
 
 
 def _unwritable(value: Any, place: str = "") -> list[str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import BAD_INPUT, AsJson, check_folder, console, print_json, quiet_transformers, say
+from .common import BAD_INPUT, AsJson, check_file, console, print_json, quiet_transformers, say
 from .merge_options import MergeOptions, Sources, WorkOptions, merge_settings
 from .option_groups import takes_groups
 
@@ -38,9 +38,7 @@ def plan(
 
     quiet_transformers()
     if save is not None:
-        check_folder(save.absolute().parent, "--save's folder")
-        if save.is_dir():
-            raise typer.BadParameter(f"{str(save)!r} is a folder; give a file.", param_hint="--save")
+        check_file(save, "--save")
     config, experts = merge_settings(ctx, sources.base, merging), sources.experts
     found = plan_mediator(
         base=sources.base, experts=experts, output=output, config=config, plan=merging.plan_file, **work.arguments()

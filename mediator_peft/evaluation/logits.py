@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.fused_parts import transposed_tensors
 from ..checkpoints.lora import LoraCheckpoint
 from ..checkpoints.name_mapping import named_as_in_model
-from ..checkpoints.opening import Checkpoint, open_checkpoint
+from ..checkpoints.opening import PLAIN, Checkpoint, Reading, open_checkpoint
 from ..checkpoints.tensor_inventory import auto_class, outline_of
 from ..errors import CheckpointError
 from ..tuner.loading import load_mediator
@@ -47,7 +48,7 @@ def logit_differences(
     for name, other in against.items():
         with torch.no_grad():
             ours = model(input_ids=tokens, expert_weights=name).logits
-            theirs = original_model(str(other), name, base, allow_pickle)(input_ids=tokens).logits
+            theirs = original_model(str(other), name, base, Reading(allow_pickle))(input_ids=tokens).logits
         found[name] = _largest(ours - theirs)
     return found
 
@@ -56,18 +57,19 @@ def _largest(difference: Tensor) -> float:
     return float(difference.abs().max())
 
 
-def original_model(path: str, name: str, base: str | os.PathLike[str] | None, allow_pickle: bool) -> Any:
+def original_model(path: str, name: str, base: str | os.PathLike[str] | None, reading: Reading = PLAIN) -> Any:
     """An expert's own model, in float32.
 
     Raises:
         CheckpointError: it cannot be read, or is a LoRA and its base is missing.
     """
-    expert: Checkpoint = open_checkpoint(path, f"expert {name!r}", allow_pickle)
+    expert: Checkpoint = open_checkpoint(path, f"expert {name!r}", reading)
     if isinstance(expert, LoraCheckpoint):
         if base is None:
             raise CheckpointError(f"expert {name!r} is a LoRA: give its base as well (base=).")
-        base_model = open_checkpoint(str(base), "base", allow_pickle)
-        expert.bind(named_as_in_model(base_model, outline_of(base_model)), {})
+        base_model = open_checkpoint(str(base), "base", reading)
+        outline = outline_of(base_model)
+        expert.bind(named_as_in_model(base_model, outline), {}, transposed_tensors(outline.structure.layers))
     expert = named_as_in_model(expert, outline_of(expert))
     return plain_model(expert.config, {key: expert.tensor(key).float() for key in expert.tensors})
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.replacing import replaced_together, write_replacing
+from ..checkpoints.replacing import replaced_together, write_figure, write_replacing
 from ..errors import MissingPackageError
 from .runner import EvalTask, RoutingScore, SystemScore, TaskScore
 
@@ -181,7 +180,7 @@ def routing_table(routing: RoutingScore, title: str = "") -> Table:
     from rich.text import Text
 
     table = Table(title=title or None, title_justify="left", caption_justify="left", pad_edge=False)
-    table.caption = "prompts by the column with the most weight; unknown: flagged as OOD, wholly or in part"
+    table.caption = "prompts by the column with the most weight; unknown: the base has more than the experts"
     table.add_column("prompts of", no_wrap=True)
     for column in [*routing.columns, "right", "unknown", "uncertainty"]:
         table.add_column(Text(column), justify="right", no_wrap=True)
@@ -224,12 +223,7 @@ def draw_report(report: EvaluationReport, path: Path, sizes: Mapping[str, int] |
     if title:
         figure.suptitle(title, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
-        figure.savefig(partial, dpi=150)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_figure(path, figure)
 
 
 def _draw_accuracies(axes: Axes, report: EvaluationReport) -> None:

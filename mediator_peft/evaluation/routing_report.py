@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checkpoints.replacing import write_figure
 from ..routing.calibration import CalibrationReport, Evidence
 from ..routing.metrics import ReliabilityBins, auroc, false_positive_rate, reliability_bins
 from .outcomes import Outcomes
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OOD = "unknown"
+FIGURES = ("confusion.csv", "reliability.csv", "uncertainty.csv", "risk_coverage.csv", "routing.png")
+"""Files beside ``routing.json`` that tell of calibration texts."""
+
 _BINS = 20
 _BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "0.6"
 
@@ -145,7 +149,7 @@ def _draw(
     right.bar(edges[:-1], unknown, width, align="edge", color=_ORANGE, alpha=0.7, label="background prompts")
     right.set(xlabel="uncertainty", ylabel="prompts", title="uncertainty, held out", yscale="symlog")
     right.legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=120)
+    write_figure(path, figure, dpi=120)
 
 
 def _draw_confusion(axes: Axes, names: Sequence[str], table: Sequence[Sequence[int]]) -> None:

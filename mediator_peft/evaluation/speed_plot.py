@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..checkpoints.replacing import write_figure
 from ..errors import MediatorError
 from .speed import DENSE, SpeedReport
 
@@ -49,4 +50,4 @@ def draw_speed(report: SpeedReport, path: Path) -> None:
     )
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)

@@ -217,7 +217,7 @@ def _start_team() -> None:
 def address(array: Array) -> int:
     """Where an array's numbers lie now. The caller keeps the array alive while the address is in use."""
     try:
-        return ctypes.addressof(_Byte.from_buffer(array))
+        return ctypes.addressof(_Byte.from_buffer(array))  # type: ignore[arg-type]  # an array has a buffer
     except (TypeError, ValueError):  # read-only, empty or with gaps: the same in four times the time
         return array.__array_interface__["data"][0]
 

@@ -19,7 +19,7 @@ from ..checkpoints.backbone_files import BackboneFiles
 from ..checkpoints.checksums import CARD, RunningDigest, write_checksums
 from ..checkpoints.fingerprint import sample
 from ..checkpoints.lora import LoraCheckpoint
-from ..checkpoints.opening import Checkpoint, MeanCheckpoint, open_checkpoints
+from ..checkpoints.opening import PLAIN, Checkpoint, MeanCheckpoint, Reading, open_checkpoints
 from ..checkpoints.output_folder import (
     JOURNAL,
     check_free,
@@ -122,7 +122,7 @@ def build_mediator(
     check_free(target)
     check_working_folders(target)
     limit = parse_bytes(max_memory)
-    job = open_job(None if base is None else str(base), config, allow_pickle, dequantize, allow_distant)
+    job = open_job(None if base is None else str(base), config, Reading(allow_pickle, dequantize), allow_distant)
     decided = None if plan is None else read_plan(Path(plan), job.structure.num_blocks)
     with single_thread():
         merge = shared_out(plan_merge(job, config, decided))
@@ -134,8 +134,7 @@ def build_mediator(
 def open_job(
     base: str | None,
     config: MediatorSettings,
-    allow_pickle: bool = False,
-    dequantize: bool = False,
+    reading: Reading = PLAIN,
     allow_distant: bool = False,
 ) -> Job:
     """Open base and experts and check that they belong together.
@@ -144,11 +143,11 @@ def open_job(
         CheckpointError: one is missing or damaged.
         CheckpointMismatchError: they do not belong together.
     """
-    opened = open_checkpoints(label_checkpoints(base, config.experts), allow_pickle, dequantize)
+    opened = open_checkpoints(label_checkpoints(base, config.experts), reading)
     experts = checkpoints_by_name(opened, config.experts)
     job = check_job(opened["base"] if base is not None else mean_base(experts, config), experts, may_untie=True)
     check_locks(job)
-    job = with_always(job, config, allow_pickle, dequantize)
+    job = with_always(job, config, reading)
     return job._replace(notes=(*job.notes, *check_distances(job, allow_distant)))
 
 

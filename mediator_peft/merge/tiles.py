@@ -306,13 +306,28 @@ def check_finite(name: str, tile: Tile, checkpoints: Sequence[Checkpoint]) -> No
         return
     # What is summed up may overflow for all that: each term is looked at.
     for checkpoint, weight in zip(checkpoints, tile.rows, strict=True):
-        num_bad = int((~np.isfinite(widened(weight))).sum())
-        if num_bad:
-            raise CheckpointError(
-                f"{checkpoint.label} ({checkpoint.source}): tensor {name!r} holds NaN or infinite values, "
-                f"{num_bad} of them in rows {tile.start} to {tile.stop - 1}. Its fine-tuning diverged or the file "
-                "is damaged; leave this expert out or save it again."
-            )
+        refuse_not_finite(checkpoint, name, int((~np.isfinite(widened(weight))).sum()), tile.start, tile.stop)
+
+
+def refuse_not_finite(checkpoint: Checkpoint, name: str, num_bad: int, start: int, stop: int) -> None:
+    """Say which tensor of which checkpoint holds NaN or infinity.
+
+    Args:
+        checkpoint: that was read.
+        name: of the tensor.
+        num_bad: how many entries of the rows are NaN or infinite; 0 is no fault.
+        start: first of the rows.
+        stop: the row after the last.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    if num_bad:
+        raise CheckpointError(
+            f"{checkpoint.label} ({checkpoint.source}): tensor {name!r} holds NaN or infinite values, {num_bad} of "
+            f"them in rows {start} to {stop - 1}. Its fine-tuning diverged or the file is damaged; leave this expert "
+            "out or save it again."
+        )
 
 
 def check_overflow(name: str, tile: Tile, method: TensorMethod, dtype: FloatType) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(add_completion=False, no_args_is_help=True)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 Root = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the study; the demo's can be shared.")]
 Only = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this expert; repeatable.")]
@@ -43,6 +43,7 @@ def experts(
 
     model = find_base(base)
     place = StudyFolder(folder, model)
+    place.check_writable()
     count_cost(place.cost, "experts")
     for name, expert in study_experts(settings_for(FULL_STUDY, model), place, only, threads).items():
         how = "cached" if expert.was_cached else f"{expert.seconds:.0f} s"
@@ -64,6 +65,7 @@ def _bench(folder: Path, base: str, threads: int, only: list[str] | None) -> Any
     torch.set_num_threads(threads)
     model = find_base(base)
     settings, place = settings_for(FULL_STUDY, model), StudyFolder(folder, model)
+    place.check_trained()
     count_cost(place.cost, "measuring")
     tasks = {name: model.formed_task(task) for name, task in load_tasks(settings, place).items()}
     found = trained_experts(settings, place)
@@ -131,6 +133,17 @@ def systems(
 
 
 @app.command()
+def routes(folder: Root, base: Base = "smollm2", only: Only = None, threads: Threads = 1) -> None:
+    """Route the test prompts anew with the model that `systems` built, and renew that part of its table."""
+    from .systems import rerouted
+    from .tables import with_new_routes
+
+    bench = _bench(folder, base, threads, only)
+    path = bench.folder.results / f"systems{bench.folder.model.suffix}.json"
+    say(f"written: {with_new_routes(path, rerouted(bench), bench)}")
+
+
+@app.command()
 def merges(folder: Root, base: Base = "smollm2", only: Only = None, threads: Threads = 1) -> None:
     """Score single-model merges alone; `systems` then takes their scores from FOLDER."""
     from .comparison import score_merges
@@ -180,12 +193,27 @@ def conflict(folder: Root, base: Base = "smollm2", only: Only = None, threads: T
 
 
 @app.command()
-def ablation(folder: Root, base: Base = "smollm2", only: Only = None, threads: Threads = 1) -> None:
+def ablation(
+    folder: Root,
+    base: Base = "smollm2",
+    ranking: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only this ranking of blocks; repeatable.")
+    ] = None,
+    share: Annotated[
+        list[float] | None, typer.Option(min=0.0, max=1.0, help="Only this share of blocks; repeatable.")
+    ] = None,
+    blocks_only: Annotated[
+        bool, typer.Option(help="Only which blocks are routed: no changed parts, equal bytes or numbers of experts.")
+    ] = False,
+    only: Only = None,
+    threads: Threads = 1,
+) -> None:
     """Measure answer losses with one part of the method changed, and with deltas in a share of the blocks."""
-    from .ablation import ablate
+    from .ablation import SHARES, Choice, ablate
 
     bench = _bench(folder, base, threads, only)
-    ablate(bench, _lab(bench), lambda found: _keep(bench, "ablation", found))
+    choice = Choice(None if ranking is None else tuple(ranking), tuple(share or SHARES), blocks_only)
+    ablate(bench, _lab(bench), lambda found: _keep(bench, "ablation", found), choice)
 
 
 @app.command()
@@ -213,10 +241,15 @@ def page(
     path: Annotated[Path, typer.Option(help="The page.")] = Path("docs/evidence.md"),
 ) -> None:
     """Put the tables of the result files into the page, between its markers, and draw the figures beside it."""
-    from .page import draw_figures, fill_page, read_results
+    from ..checkpoints.replacing import write_replacing
+    from ..data_files import read_text
+    from .page import PageError, draw_figures, fill_page, read_results
 
-    path.write_text(fill_page(path.read_text(encoding="utf-8"), results), encoding="utf-8")
-    for figure in draw_figures(read_results(results), path.parent):
+    found = read_results(results)
+    if not found:
+        raise PageError(f"{str(results)!r} holds no result files. Give the folder results of a study, or docs/results.")
+    write_replacing(path, fill_page(read_text(path), results))
+    for figure in draw_figures(found, path.parent):
         say(f"drawn: {figure}")
 
 
@@ -228,5 +261,11 @@ def _keep(bench: Any, name: str, found: Any) -> None:
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line; errors that a caller can mend are a message and exit code 3."""
+    from ..errors import MediatorError
+
+    try:
+        app()
+    except (MediatorError, OSError) as fault:
+        say(f"error: {fault}")
+        raise SystemExit(3) from fault

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from ..demo.data import make_tasks
 from ..demo.settings import FULL
 from ..demo.tasks import Item, Task
 from ..demo.training import TrainedExpert, expert_folder, train_experts
+from ..errors import CheckpointError, OutputError
 from .bases import SMOLLM2, StudyBase
 from .settings import StudyExpert, StudySettings
 from .tasks import STUDY_TASKS, make_study_task
@@ -31,6 +33,28 @@ class StudyFolder:
     def home(self) -> Path:
         """Of all that depends on the base."""
         return self.root if self.model.is_demo else self.root / self.model.name
+
+    def check_writable(self) -> None:
+        """Refuse, before anything is made, a place where no folder can be.
+
+        Raises:
+            OutputError: a file is in its place, or above it.
+        """
+        existing = next(place for place in (self.root, *self.root.absolute().parents) if os.path.lexists(place))
+        if not existing.is_dir():
+            raise OutputError(f"{str(self.root)!r} cannot be a folder: {str(existing)!r} is a file.")
+
+    def check_trained(self) -> None:
+        """Refuse a folder in which no expert of this base was trained, and make nothing in it.
+
+        Raises:
+            CheckpointError: it is no such folder.
+        """
+        if not any(self.experts.glob("*/losses.json")):
+            raise CheckpointError(
+                f"{str(self.root)!r} holds no trained experts of {self.model.name!r}. Run `experts` with this folder "
+                "and base first, or give another folder."
+            )
 
     @property
     def base(self) -> Path:

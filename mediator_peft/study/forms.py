@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..bank.packed_arrays import PackedArrays, to_disk
 from ..bank.sparse_delta import SparseDelta
+from ..checkpoints.replacing import write_replacing
 from ..demo.tasks import Item
 from ..evaluation.answer_batches import AnswerBatch
 from ..evaluation.prompts import answer_ids, render, token_ids
@@ -260,6 +261,13 @@ class Trial:
 
 
 def measured(model: nn.Module, batches: Sequence[AnswerBatch], references: Sequence[Sequence[Tensor]]) -> Measures:
+    """Compare a model with an expert, token by token of the reference answers.
+
+    Args:
+        model: plain.
+        batches: prompts with their answers.
+        references: the expert's log probabilities before each token: (n, V) for each row of each batch.
+    """
     divergence = loss = right = same = 0.0
     tokens = items = 0
     for batch, experts in zip(batches, references, strict=True):
@@ -293,7 +301,7 @@ def compare_forms(bench: Bench, lab: Lab, forms: Sequence[Form], kept: Path) -> 
                 num_bytes, measures = trial.measure(task, form)
                 known[key] = {"bytes": num_bytes, **measures._asdict()}
                 bench.say(f"{form.name:40} {task:12} {num_bytes:.4f} " + " ".join(f"{each:.4f}" for each in measures))
-                kept.write_text(json.dumps(known, indent=1), encoding="utf-8")
+                write_replacing(kept, json.dumps(known, indent=1))
             tasks[task] = known[key]
         rows[form.name] = _row(form, tasks, new)
     items = {task: trial.encoded(bench.sample.tasks[task].test[: num_items(task)]) for task in bench.experts}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.replacing import write_figure
+from ..data_files import MalformedJsonError, parse_json, read_text
 from ..errors import MediatorError, MissingPackageError
 from .page_tables import TABLES, Results
 
@@ -21,8 +22,18 @@ class PageError(MediatorError, ValueError):
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """All result files, by name."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    """All result files, by name.
+
+    Raises:
+        PageError: one of them is damaged.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            found[path.stem] = parse_json(read_text(path))
+        except MalformedJsonError as fault:
+            raise PageError(f"{path} is no result file: {fault}") from fault
+    return found
 
 
 def fill_page(text: str, folder: Path) -> str:
@@ -93,7 +104,7 @@ def draw_figures(results: Results, folder: Path) -> list[Path]:
     except ImportError:
         raise MissingPackageError("figures need matplotlib: pip install 'mediator_peft[plot]'") from None
     drawn = []
-    measured = [name for name in results if name == "conflict" or name.startswith("conflict_")]
+    measured = _files(results, "conflict")
     if measured:
         figure = Figure(figsize=(7, 3.6), layout="constrained")
         axes = figure.add_subplot()
@@ -103,18 +114,23 @@ def draw_figures(results: Results, folder: Path) -> list[Path]:
         axes.set(xlabel="block, share of the depth", ylabel="sign conflict", ylim=(0, 0.6))
         axes.legend(fontsize=8, frameon=False)
         drawn.append(folder / "evidence_conflict.png")
-        figure.savefig(drawn[-1], dpi=120)
-    if "ablation" in results:
+        write_figure(drawn[-1], figure, dpi=120)
+    for name in _files(results, "ablation"):
         figure = Figure(figsize=(7, 3.8), layout="constrained")
-        _draw_ablation(figure.add_subplot(), results["ablation"])
-        drawn.append(folder / "evidence_ablation.png")
-        figure.savefig(drawn[-1], dpi=120)
+        _draw_ablation(figure.add_subplot(), results[name])
+        drawn.append(folder / f"evidence_{name}.png")
+        write_figure(drawn[-1], figure, dpi=120)
     if "forms" in results:
         figure = Figure(figsize=(7, 4.2), layout="constrained")
         _draw_forms(figure.add_subplot(), results["forms"]["forms"])
         drawn.append(folder / "forms_divergence.png")
-        figure.savefig(drawn[-1], dpi=120)
+        write_figure(drawn[-1], figure, dpi=120)
     return drawn
+
+
+def _files(results: Results, kind: str) -> list[str]:
+    """Names of one kind of result files: that of SmolLM2, and those of other bases."""
+    return [name for name in results if name == kind or name.startswith(f"{kind}_")]
 
 
 def _draw_forms(axes: Any, forms: Results) -> None:

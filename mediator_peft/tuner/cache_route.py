@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -9,10 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedError
-from .expert_weights import LayerRoute
+from ..errors import RoutingError, UnsupportedError
+from .expert_weights import Columns, LayerRoute
 
 _TAG = "mediator_route"
+_NAMES = ("cache", "past_key_values", "cache_params")
+"""What transformers calls a cache: since 5.24, before, and of state-space models before."""
+
+
+def carried_cache(given: Mapping[str, Any]) -> Any:
+    """The cache that a forward pass or a generation was given, under any of its names; None for none."""
+    return next((given[name] for name in _NAMES if given.get(name) is not None), None)
+
+
+def returned_cache(output: Any) -> Any:
+    """The cache in what a forward pass returns; None for none."""
+    if isinstance(output, (tuple, list)):  # with return_dict=False
+        return next((part for part in output if hasattr(part, "get_seq_length")), None)
+    return next((part for name in _NAMES if (part := getattr(output, name, None)) is not None), None)
+
+
+def is_filled(carried: Any) -> bool:
+    """Whether a cache holds anything. Tuples of tensors, the form of former versions, do."""
+    if isinstance(carried, (tuple, list)):
+        return len(carried) > 0
+    return carried is not None and bool(carried.get_seq_length())
 
 
 def tag_cache(carried: Any, route: LayerRoute) -> None:
@@ -24,11 +46,21 @@ def tag_cache(carried: Any, route: LayerRoute) -> None:
         carried.__class__ = _following(kind)
 
 
-def cache_tag(carried: Any) -> tuple[Tensor, tuple[str, ...]] | None:
-    """Expert weights and columns that a carried-over cache was filled under; None for none or an empty cache."""
-    if carried is None or not carried.get_seq_length():
+def cache_tag(carried: Any) -> tuple[Tensor, Columns] | None:
+    """Expert weights and columns that a carried-over cache was filled under; None for none or an empty cache.
+
+    Raises:
+        RoutingError: it was filled, and not under this model's experts.
+    """
+    if not is_filled(carried):
         return None
-    return getattr(carried, _TAG, None)
+    tag: tuple[Tensor, Columns] | None = getattr(carried, _TAG, None)
+    if tag is None:
+        raise RoutingError(
+            "the cache was filled by the plain backbone or another model, or has lost its note of the experts, and a "
+            "prompt is routed from its start. Give a new cache, or say which experts to continue with: expert_weights=."
+        )
+    return tag
 
 
 def empty_cache(carried: Any) -> None:

@@ -146,6 +146,8 @@ def _store(
     if not (report.aliases or groups):
         return
     # Nothing fails from here on. The map is first: by it, a pass that began before sees that deltas have changed.
+    if groups:
+        active.begin_edition(active.name)
     active.put_router(active.router, list(config.expert_names or ()), config.experts, rows)
     for layer, stored, delta in fresh:
         layer.put_delta(active.name, stored, delta)

@@ -75,8 +75,8 @@ def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear, bank: LayerBank,
     # Codes cannot take a delta: rounding the sum again would lose it.
     if uniform and kind is None and route.may_merge and route.execution in (None, "merged"):
         return "merged"
-    if kind == "other" or is_watched:
-        # Offloaded, codes that we cannot read, or watched.
+    if kind == "other" or is_watched or route.is_sharded:
+        # Offloaded, codes that we cannot read, watched, or here for this pass alone.
         return "sparse"
     if route.execution in ("sparse", "dense"):
         return route.execution
@@ -116,7 +116,7 @@ def short_way(
         return WholeWeight(base_layer, bank, route, kept)
     if way != "sparse" or not any(group.mix for group in route.groups):
         return None
-    if FewRows.fits(x, base_layer, bank):
+    if not route.is_sharded and FewRows.fits(x, base_layer, bank):
         _split_rows(x, len(route.expert_weights))
         return FewRows(x, base_layer, bank, route)
     if DeviceRows.fits(x, bank):

@@ -17,6 +17,36 @@ ExpertWeights: TypeAlias = "Tensor | str | Mapping[str, float] | Sequence[RowSpe
 """A (C,) or (B, C) tensor; a name or a dict name → weight for all rows; or one of these, or None, per row."""
 
 
+class Columns(tuple[str, ...]):
+    """Names of the columns of expert weights, and the edition of each: who is removed and added again is another.
+
+    Equal where names and editions are; a plain sequence of names has no editions, and is equal where the names are.
+    """
+
+    editions: tuple[object, ...] = ()
+    """One a column: the adapter's name, and how often what it held under the column's name was taken away."""
+
+    @classmethod
+    def of(cls, names: Iterable[str], editions: Iterable[object]) -> Columns:
+        """Columns with an edition for each name."""
+        made = cls(names)
+        made.editions = tuple(editions)
+        return made
+
+    def edition(self, name: str) -> object:
+        """That of a column; None where it is not known."""
+        return dict(zip(self, self.editions, strict=False)).get(name)
+
+    def __eq__(self, other: object) -> bool:
+        is_same = isinstance(other, (tuple, list)) and tuple.__eq__(self, tuple(other))
+        return is_same and (not isinstance(other, Columns) or self.editions == other.editions)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = tuple.__hash__
+
+
 Mix: TypeAlias = tuple[tuple[str, float], ...]
 """(column, weight) of each column that takes part; empty for the backbone alone."""
 
@@ -68,13 +98,17 @@ class LayerRoute(NamedTuple):
     gradient: WeightGradient | None = None
     """Where layers add their gradient by the expert weights, if these have one."""
 
-    chosen: tuple[Tensor, tuple[str, ...]] | None = None
-    """Expert weights and columns as the router or the caller gave them, where a column map made others of them."""
+    chosen: tuple[Tensor, Columns] | None = None
+    """Expert weights and columns as the router or the caller gave them, before any column map; None where these are
+    those of the layers."""
+
+    is_sharded: bool = False
+    """Whether weights are only gathered for the pass at hand: a layer may call them, and read a copy."""
 
     @property
-    def asked(self) -> tuple[Tensor, tuple[str, ...]]:
+    def asked(self) -> tuple[Tensor, Columns]:
         """Expert weights and columns before any column map."""
-        return (self.expert_weights, self.columns) if self.chosen is None else self.chosen
+        return (self.expert_weights, as_columns(self.columns)) if self.chosen is None else self.chosen
 
     @property
     def is_differentiable(self) -> bool:
@@ -97,6 +131,8 @@ def expert_weight_rows(spec: ExpertWeights, columns: Sequence[str], num_experts:
         RoutingError: a name is unknown, a shape does not fit, or a number is not finite.
     """
     if isinstance(spec, Tensor):
+        if spec.is_complex():
+            raise RoutingError(f"expert weights must be real numbers, got {spec.dtype}.")
         table = spec if spec.ndim == 2 else spec.unsqueeze(0)
         if table.ndim != 2 or table.shape[1] not in (len(columns), num_experts):
             raise RoutingError(
@@ -127,7 +163,11 @@ def _row(spec: RowSpec, columns: Sequence[str]) -> list[float]:
     for name in mix:
         if name not in columns:
             raise RoutingError(unknown_name(name, columns, "expert"))
-        if isinstance(mix[name], str) or not hasattr(mix[name], "__float__"):
+        try:
+            number = None if isinstance(mix[name], str) else float(mix[name])
+        except (TypeError, ValueError, OverflowError):
+            number = None
+        if number is None:
             raise RoutingError(f"the weight of expert {name!r} must be a number, got {mix[name]!r}.")
     return [float(mix.get(name, 0.0)) for name in columns]
 
@@ -152,27 +192,44 @@ def expand_rows(table: Tensor, batch_size: int) -> Tensor:
     return table.repeat_interleave(batch_size // len(table), dim=0)
 
 
+def as_columns(names: Sequence[str]) -> Columns:
+    """Names of columns, their editions kept where they are known."""
+    return names if isinstance(names, Columns) else Columns(names)
+
+
 def by_name(table: Tensor, columns: Sequence[str], now: Sequence[str]) -> Tensor:
     """Expert weights (B, C) of some columns, as a table of the columns that there are now.
 
     Raises:
-        RoutingError: a row wants an expert that there is no more.
+        RoutingError: a row wants an expert that there is no more, or that is another by now.
     """
-    if tuple(columns) == tuple(now):
+    then, now = as_columns(columns), as_columns(now)
+    if then == now:
         return table
-    used = [name for number, name in enumerate(columns) if bool((table[:, number] != 0).any())]
+    used = [name for number, name in enumerate(then) if bool((table[:, number] != 0).any())]
     gone = [name for name in used if name not in now]
     if gone:
         raise RoutingError(
             f"this request was routed to experts that were removed since: {gone}. Ask again; there are {list(now)}."
         )
-    places = {name: number for number, name in enumerate(columns)}
+    others = [name for name in used if then.editions and now.editions and then.edition(name) != now.edition(name)]
+    if others:
+        raise RoutingError(
+            "this request, or the cache that it continues, was computed with experts that were replaced since: "
+            f"{others}. Ask again, with a new cache."
+        )
+    places = {name: number for number, name in enumerate(then)}
     nothing = table.new_zeros(len(table))
     return torch.stack([table[:, places[name]] if name in places else nothing for name in now], dim=1)
 
 
 def make_route(
-    table: Tensor, columns: Sequence[str], may_merge: bool, execution: str | None, column_map: ColumnMap | None = None
+    table: Tensor,
+    columns: Sequence[str],
+    may_merge: bool,
+    execution: str | None,
+    column_map: ColumnMap | None = None,
+    is_sharded: bool = False,
 ) -> LayerRoute:
     """Group the rows of a batch by their mix.
 
@@ -182,10 +239,10 @@ def make_route(
         may_merge: whether the mix may be written into the weights.
         execution: forced way of applying it, or None.
         column_map: from these columns to the stored ones; None where each is stored under its own name.
+        is_sharded: whether weights are only gathered for a pass, so that none may be written to.
     """
-    chosen = None
+    asked = (table, as_columns(columns))
     if column_map is not None:
-        chosen = (table, tuple(columns))
         table, columns = column_map.apply(table), column_map.columns
     values = table.detach().cpu().tolist()
     rows_of: dict[tuple[float, ...], list[int]] = {}
@@ -201,4 +258,5 @@ def make_route(
     has_gradient = torch.is_grad_enabled() and table.requires_grad
     gradient = WeightGradient(table) if has_gradient else None
     key = tuple(map(tuple, values))
-    return LayerRoute(table, tuple(columns), groups, may_merge, execution, key, gradient, chosen)
+    may_merge = may_merge and not is_sharded
+    return LayerRoute(table, tuple(columns), groups, may_merge, execution, key, gradient, asked, is_sharded)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from torch.utils.hooks import RemovableHandle
 
 from ..bank.expert_store import ExpertStore
 from ..errors import RoutingError, UnsupportedError
-from ..routing.features import mean_over_tokens
-from .cache_route import cache_tag, empty_cache, tag_cache
+from .cache_route import cache_tag, carried_cache, empty_cache, is_filled, returned_cache, tag_cache
 from .differentiable import anchor
-from .expert_weights import ExpertWeights, LayerRoute, by_name, expand_rows, make_route
+from .expert_weights import ExpertWeights, LayerRoute, as_columns, by_name, expand_rows, make_route
 from .request_board import Pending, RequestBoard
 from .routing import ActiveAdapter, PromptRouter, check_ids, check_mask
+from .sharded import check_root, is_sharded
 
 
 class RoutedForward:
@@ -83,6 +84,9 @@ class RoutedForward:
     def generate(self, *args: Any, expert_weights: ExpertWeights = None, **kwargs: Any) -> Any:
         """See :meth:`MediatorModel.generate`."""
         generate = self._active.model.generate
+        sharded = is_sharded(self._active.model)
+        if sharded:
+            check_root(self._active.model)
         if expert_weights is not None:
             self.check_not_merged("expert_weights=")
         if self._is_plain(expert_weights) or self._board.merged is not None:
@@ -95,7 +99,9 @@ class RoutedForward:
             return generate(*args, **kwargs)
         else:
             self._board.warn_of_blocks_elsewhere()
-            table, columns = self._route_request(args, kwargs)
+            given = _named(type(self._active.model).generate, args, kwargs)
+            with torch.no_grad():  # as in generation itself: in training, gradients would mix in every expert
+                table, columns = self._route_request(given, sharded)
         with self.request(table, columns):
             return generate(*args, **kwargs)
 
@@ -109,13 +115,13 @@ class RoutedForward:
             self._active.table(expert_weights)
         return self.adapters_off or not self._active.exists
 
-    def _route_request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | Pending, Sequence[str]]:
+    def _route_request(self, given: Mapping[str, Any], sharded: bool) -> tuple[Tensor | Pending, Sequence[str]]:
         """Expert weights and columns of one generation, or the prompts where single-pass routing applies.
 
         A cache filled under other weights is emptied, so that it is filled anew.
         """
-        input_ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        cache: Any = kwargs.get("past_key_values")
+        input_ids = given.get("inputs") if given.get("input_ids") is None else given["input_ids"]
+        cache = carried_cache(given)
         known = self._cache_weights(cache)
         # A later turn can be judged, and the cache be filled again, only with the whole chat at hand.
         has_chat = input_ids is not None and known is not None and input_ids.shape[1] > cache.get_seq_length()
@@ -123,16 +129,17 @@ class RoutedForward:
         # Without markers of turns, the model's own answer would be read as a part of the prompt.
         may_change = reading.routing_turn != "first" and reading.turn_markers is not None
         if known is not None and not (has_chat and may_change):
-            return known, self._active.config.columns
+            return known, self._active.columns
         if input_ids is None:
             raise RoutingError("prompts are routed by their token ids; with inputs_embeds give expert_weights=.")
         check_ids(input_ids)
-        _check_one_prompt_a_row(kwargs)
-        mask = kwargs.get("attention_mask")
+        _check_one_prompt_a_row(given)
+        mask = given.get("attention_mask")
         check_mask(input_ids, mask)
         if mask is None:
-            mask = self._mask_from_padding(input_ids, kwargs)
-        if known is None and self._prompts.single_pass_routing:
+            mask = self._mask_from_padding(input_ids, given)
+        # Sharded parameters are at hand within a forward pass alone.
+        if known is None and (sharded or self._prompts.single_pass_routing):
             self._prompts.fitted_reading()
             return Pending(input_ids, mask), ()
         weights, columns = self._prompts.routed_table(input_ids, mask)
@@ -141,11 +148,11 @@ class RoutedForward:
             empty_cache(cache)
         return weights, columns
 
-    def _mask_from_padding(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    def _mask_from_padding(self, input_ids: Tensor, given: Mapping[str, Any]) -> Tensor | None:
         """What ``generate`` itself assumes when no mask is given: padding tokens, unless they also end texts."""
         model = self._active.model
-        settings = kwargs.get("generation_config") or getattr(model, "generation_config", None) or model.config
-        pad = kwargs.get("pad_token_id", getattr(settings, "pad_token_id", None))
+        settings = given.get("generation_config") or getattr(model, "generation_config", None) or model.config
+        pad = given.get("pad_token_id", getattr(settings, "pad_token_id", None))
         eos = getattr(settings, "eos_token_id", None)
         if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
             return None
@@ -154,12 +161,16 @@ class RoutedForward:
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         spec, context = kwargs.pop("expert_weights", None), kwargs.pop("context_mask", None)
         self._board.refuse_beside_others()
+        if self._board.is_unrouted:
+            self._board.route = None
+            return args, kwargs
         if spec is None and self._board.request is None and self._board.pending is None:
             self._board.warn_of_blocks_elsewhere()
-        if self._is_plain(spec) or (spec is None and self._starts_reading(args, kwargs, context)):
+        given = _named(type(module).forward, args, kwargs)
+        if self._is_plain(spec) or (spec is None and self._starts_reading(given, context)):
             self._post(None)
         else:
-            self._post(self._layer_route(spec, args, kwargs, context))
+            self._post(self._layer_route(spec, given, context))
         return args, kwargs
 
     def _post(self, route: LayerRoute | None) -> None:
@@ -177,14 +188,14 @@ class RoutedForward:
         route = self._board.route
         return hidden if route is None or route.gradient is None else anchor(hidden, route)
 
-    def _starts_reading(self, args: tuple[Any, ...], kwargs: dict[str, Any], context: Tensor | None) -> bool:
+    def _starts_reading(self, given: Mapping[str, Any], context: Tensor | None) -> bool:
         """Have the route decided half-way, where this forward pass allows for it."""
         pending = self._board.pending
-        inputs: Any = kwargs.get("input_ids", args[0] if args else None)
-        mask = None if self._board.request is not None else _readable_mask(kwargs, inputs)
+        inputs: Any = given.get("input_ids")
+        mask = None if self._board.request is not None else _readable_mask(given, inputs)
         if mask is not None and pending is None:
-            _check_one_prompt_a_row(kwargs)
-        if mask is not None and pending is None and kwargs.get("attention_mask") is None:
+            _check_one_prompt_a_row(given)
+        if mask is not None and pending is None and given.get("attention_mask") is None:
             padding = self._mask_from_padding(inputs, {})
             mask = mask if padding is None else padding
             # Positions that count padding are not those that prompts are read with.
@@ -195,16 +206,18 @@ class RoutedForward:
             return False
         # Of one fit to the end of this pass, whatever is fitted meanwhile.
         reading = self._prompts.reading()
-        if not self._prompts.reads_in_one_pass(reading.layer):
+        # Processes that share parameters must make the same passes, whatever their own prompts are.
+        if not self._prompts.reads_in_one_pass(reading.layer) or is_sharded(self._active.model):
             return False
         self._prompts.check_fitted(reading)
-        prompt = prompt_mask(inputs, mask, kwargs.get("labels"), context)
+        prompt = prompt_mask(inputs, mask, given.get("labels"), context)
         pooled = self._prompts.tokens_in_place(inputs, mask if prompt is None else prompt, reading)
         if pooled is None:
             return False
 
         def decide(hidden: Tensor) -> None:
-            table, columns = self._prompts.judged_table(mean_over_tokens(hidden, pooled), reading)
+            features = self._prompts.pooled(hidden, pooled, reading.router)
+            table, columns = self._prompts.judged_table(features, reading)
             if pending is not None:
                 self._board.settle(table, columns)
                 self._post(self._of_request(len(inputs)))
@@ -215,9 +228,14 @@ class RoutedForward:
         return True
 
     def _made_route(self, table: Tensor, columns: Sequence[str], batch_size: int) -> LayerRoute:
-        now = self._active.config.columns
+        now = self._active.columns
         return make_route(
-            expand_rows(by_name(table, columns, now), batch_size), now, False, self.execution, self._active.column_map()
+            expand_rows(by_name(table, columns, now), batch_size),
+            now,
+            False,
+            self.execution,
+            self._active.column_map(),
+            is_sharded(self._active.model),
         )
 
     def _of_request(self, batch_size: int) -> LayerRoute:
@@ -225,29 +243,20 @@ class RoutedForward:
         request = self._board.request
         if request is None:
             raise RuntimeError("no request is open")
-        may_merge = not torch.is_grad_enabled() and self._board.may_merge(request) and not self._is_sharded
-        making = (self._active.config.columns, may_merge, self.execution, self._active.column_map())
+        may_merge = not torch.is_grad_enabled() and self._board.may_merge(request)
+        sharded = is_sharded(self._active.model)
+        making = (self._active.columns, may_merge, self.execution, self._active.column_map(), sharded)
         return self._board.request_route(request, batch_size, making)
-
-    @property
-    def _is_sharded(self) -> bool:
-        """Whether FSDP gathers weights for a block at a time: what is written into them would be dropped."""
-        # Asked at every step, and going through all modules takes a millisecond: FSDP needs a process group.
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return False
-        return any(type(module).__name__.startswith("FSDP") for module in self._active.model.modules())
 
     def _let_go(self, experts: Sequence[str]) -> None:
         """Drop what was copied to a GPU of experts that leave memory."""
         for layer in self._active.layers.values() if experts else ():
             layer.let_go(experts)
 
-    def _layer_route(
-        self, spec: ExpertWeights, args: tuple[Any, ...], kwargs: dict[str, Any], context: Tensor | None
-    ) -> LayerRoute:
-        inputs = kwargs.get("input_ids", args[0] if args else None)
+    def _layer_route(self, spec: ExpertWeights, given: Mapping[str, Any], context: Tensor | None) -> LayerRoute:
+        inputs = given.get("input_ids")
         self._active.check_loaded()
-        rows = inputs if inputs is not None else kwargs.get("inputs_embeds")
+        rows = inputs if inputs is not None else given.get("inputs_embeds")
         if rows is None:
             raise RoutingError("a forward pass needs input_ids or inputs_embeds.")
         pending = self._board.pending
@@ -256,24 +265,24 @@ class RoutedForward:
             self._board.settle(weights.detach(), columns)
         if spec is None and self._board.request is not None:
             return self._of_request(len(rows))
-        named = self._route_forward(inputs, kwargs, context) if spec is None else self._active.named_table(spec)
+        named = self._route_forward(inputs, given, context) if spec is None else self._active.named_table(spec)
         return self._made_route(*named, len(rows))
 
     def _route_forward(
-        self, input_ids: Tensor | None, kwargs: dict[str, Any], context: Tensor | None
+        self, input_ids: Tensor | None, given: Mapping[str, Any], context: Tensor | None
     ) -> tuple[Tensor, Sequence[str]]:
-        known = self._cache_weights(kwargs.get("past_key_values"))
+        known = self._cache_weights(carried_cache(given))
         if known is not None:
-            return known, self._active.config.columns
+            return known, self._active.columns
         if input_ids is None:
             raise RoutingError("prompts are routed by their token ids; with inputs_embeds give expert_weights=.")
         check_ids(input_ids)
-        _check_one_prompt_a_row(kwargs)
-        mask = kwargs.get("attention_mask")
+        _check_one_prompt_a_row(given)
+        mask = given.get("attention_mask")
         check_mask(input_ids, mask)
         if mask is None:
             mask = self._mask_from_padding(input_ids, {})
-        mask = prompt_mask(input_ids, mask, kwargs.get("labels"), context)
+        mask = prompt_mask(input_ids, mask, given.get("labels"), context)
         return self._prompts.routed_table(input_ids, mask)
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -281,8 +290,10 @@ class RoutedForward:
             raise RuntimeError("the model ran without reaching the block at which this prompt was to be routed")
         route = self._board.route
         if route is not None:
-            cache = getattr(output, "past_key_values", None)
             self._check_still_there(route)
+            cache = returned_cache(output)
+            if cache is None:
+                cache = carried_cache(_named(type(module).forward, args, kwargs))
             if cache is not None:
                 tag_cache(cache, route)
         if not torch.is_grad_enabled():
@@ -292,21 +303,29 @@ class RoutedForward:
         """Refuse the output of a pass during which one of its experts was removed, or all were stored in another way:
         some layers ran with other deltas than others."""
         exists = self._active.exists
-        now = self._active.config.columns if exists else []
+        now = self._active.columns if exists else as_columns(())
         weights, columns = route.asked
-        if list(columns) != now:
-            by_name(weights.detach(), columns, now)
-        elif exists and list(route.columns) != self._stored_columns(now):
+        if exists and list(columns) == list(now) and list(route.columns) != self._stored_columns(now):
             raise RoutingError("the experts were condensed during this forward pass. Ask again.")
+        if columns != now:
+            by_name(weights.detach(), columns, now)
 
-    def _stored_columns(self, now: list[str]) -> list[str]:
+    def _stored_columns(self, now: Sequence[str]) -> list[str]:
         made = self._active.column_map()
-        return now if made is None else list(made.columns)
+        return list(now if made is None else made.columns)
 
     def _cache_weights(self, cache: Any) -> Tensor | None:
         """Expert weights that a carried-over cache was filled under, in the columns of now."""
         tag = cache_tag(cache)
-        return None if tag is None else by_name(*tag, self._active.config.columns)
+        return None if tag is None else by_name(*tag, self._active.columns)
+
+
+def _named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
+    """What a call was given, by name, whether it was given by name or by position."""
+    if not args:
+        return kwargs
+    names = list(signature(function).parameters)[1:] if len(args) > 1 else ["input_ids"]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def prompt_mask(
@@ -353,14 +372,14 @@ def without_answers(input_ids: Tensor, attention_mask: Tensor | None, labels: Te
     return torch.where(prompt.sum(dim=1, keepdim=True) > 0, prompt, mask)
 
 
-def _check_one_prompt_a_row(kwargs: dict[str, Any]) -> None:
+def _check_one_prompt_a_row(given: Mapping[str, Any]) -> None:
     """Refuse batches whose rows hold several prompts: each row has one route.
 
     Raises:
         UnsupportedError: positions begin anew within a row, or prompts are numbered there.
     """
-    mask, positions, numbers = (kwargs.get(name) for name in ("attention_mask", "position_ids", "seq_idx"))
-    is_packed = kwargs.get("cu_seq_lens_q") is not None
+    mask, positions, numbers = (given.get(name) for name in ("attention_mask", "position_ids", "seq_idx"))
+    is_packed = given.get("cu_seq_lens_q") is not None
     if isinstance(positions, Tensor) and positions.ndim == 2 and mask is None:
         is_packed = is_packed or bool((positions[:, 1:] <= positions[:, :-1]).any())
     if isinstance(numbers, Tensor) and numbers.ndim == 2:
@@ -372,21 +391,20 @@ def _check_one_prompt_a_row(kwargs: dict[str, Any]) -> None:
         )
 
 
-def _readable_mask(kwargs: dict[str, Any], input_ids: Tensor | None) -> Tensor | None:
+def _readable_mask(given: Mapping[str, Any], input_ids: Tensor | None) -> Tensor | None:
     """The mask of a forward pass that a route can be taken from; None where the pass is not of that kind.
 
     It must see whole prompts from their start (no cache yet), with a plain mask, outside of autograd and compilation,
     and with positions that do not count padding.
     """
-    cache = kwargs.get("past_key_values")
-    if cache is not None and (cache.get_seq_length() or cache_tag(cache) is not None):
+    if is_filled(carried_cache(given)):
         return None
     if input_ids is None or not input_ids.numel() or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    mask = kwargs.get("attention_mask")
+    mask = given.get("attention_mask")
     if mask is None:
         return torch.ones_like(input_ids)
     if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
         return None
     pads_left = bool((mask[:, 0] == 0).any())
-    return None if pads_left and kwargs.get("position_ids") is None else mask
+    return None if pads_left and given.get("position_ids") is None else mask

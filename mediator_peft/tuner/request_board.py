@@ -14,7 +14,7 @@ from torch import Tensor
 from ..bank.column_map import ColumnMap
 from ..errors import UnsupportedError
 from ..forking import renew_after_fork
-from .expert_weights import LayerRoute, Mix, by_name, expand_rows, make_route
+from .expert_weights import LayerRoute, Mix, as_columns, by_name, expand_rows, make_route
 
 Rows: TypeAlias = tuple[tuple[float, ...], ...]
 """The distinct rows of a request's expert weights."""
@@ -35,8 +35,8 @@ class Request:
 
     def __init__(self, expert_weights: Tensor | Pending, columns: Sequence[str]) -> None:
         self.expert_weights = expert_weights
-        self.columns = tuple(columns)
-        """Names of the columns of the weights, as they were when these were found."""
+        self.columns = as_columns(columns)
+        """Names and editions of the columns of the weights, as they were when these were found."""
         self.made: tuple[Any, LayerRoute] | None = None
         """The last route that was made of it, and what of."""
         self.threads: frozenset[int | None] = frozenset()
@@ -59,6 +59,7 @@ class RequestBoard:
     def __init__(self) -> None:
         self._requests: ContextVar[tuple[Request, ...]] = ContextVar("requests", default=())
         self._route: ContextVar[tuple[LayerRoute | None] | None] = ContextVar("route", default=None)
+        self._unrouted: ContextVar[bool] = ContextVar("unrouted", default=False)
         self._lock = threading.Lock()
         # Request → its distinct rows, of all threads and tasks.
         self._open: dict[Request, Rows] = {}
@@ -134,13 +135,13 @@ class RequestBoard:
     def settle(self, expert_weights: Tensor, columns: Sequence[str]) -> None:
         """Give the pending request at hand its expert weights (1 or B, C)."""
         request, rows = self._requests.get()[-1], _distinct_rows(expert_weights)
-        request.columns, request.expert_weights = tuple(columns), expert_weights
+        request.columns, request.expert_weights = as_columns(columns), expert_weights
         with self._lock:
             self._waiting.discard(request)
             self._open[request] = rows
 
     def request_route(
-        self, request: Request, batch_size: int, making: tuple[list[str], bool, str | None, ColumnMap | None]
+        self, request: Request, batch_size: int, making: tuple[Sequence[str], bool, str | None, ColumnMap | None, bool]
     ) -> LayerRoute:
         """The route of a request for a batch: one object, as long as nothing of it changes.
 
@@ -148,7 +149,7 @@ class RequestBoard:
             request: whose expert weights are known.
             batch_size: rows of the batch.
             making: what ``make_route`` gets besides: columns, whether the mix may be folded, forced execution,
-                column map.
+                column map, whether weights are sharded.
 
         Raises:
             RoutingError: the request wants an expert that was removed since.
@@ -316,12 +317,19 @@ class RequestBoard:
     @contextmanager
     def no_route(self) -> Iterator[None]:
         """The backbone alone, for the forward passes inside the block."""
-        before = self._route.get()
+        before, was_unrouted = self._route.get(), self._unrouted.get()
         self._route.set((None,))
+        self._unrouted.set(True)
         try:
             yield
         finally:
             self._route.set(before)
+            self._unrouted.set(was_unrouted)
+
+    @property
+    def is_unrouted(self) -> bool:
+        """Whether a :meth:`no_route` block is around."""
+        return self._unrouted.get()
 
 
 def _nothing() -> None:

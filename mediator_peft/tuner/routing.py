@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from reprlib import repr as short
 from typing import Any, NamedTuple
 
 import torch
@@ -14,31 +16,33 @@ from torch import Tensor, nn
 from ..bank.column_map import ColumnMap, identity_rows
 from ..config import ALWAYS, CORRECTION
 from ..context_length import table_of_positions
+from ..data_files import surrogate_fault
 from ..errors import RouterNotFittedError, RoutingError, UnsupportedError
 from ..forking import renew_after_fork
 from ..routing.block_hook import BlockHook
 from ..routing.explain import Explanation, explain_rows
 from ..routing.feature_cache import FeatureCache
-from ..routing.features import hidden_states, mean_over_tokens
+from ..routing.features import hidden_states
 from ..routing.gate import GateSettings, RouteOutput, gate
-from ..routing.routers import ROUTERS, Router
+from ..routing.routers import DELTA_ROUTERS, ROUTERS, Router
 from ..routing.unreadable import split_unreadable, to_the_base
 from ..structure import find_blocks
 from .chat_turns import padded, routing_rows, turn_markers, turn_mask
 from .config import FALLBACK_EXPERT, FitSettings, MediatorConfig
 from .execution import float32_inside
-from .expert_weights import ExpertWeights, expert_weight_rows
+from .expert_weights import Columns, ExpertWeights, expert_weight_rows
 from .layer import MediatorLayer, routed_layers
 from .prompt_form import FormedPrompts, PromptForm, formed, prompt_form
 from .request_board import RequestBoard
+from .sharded import check_router, is_gathered, is_sharded
 
 
 class Reading(NamedTuple):
     """How prompts are read and judged. Taken once a request and never changed: no request mixes two fits."""
 
     router: Router
-    columns: list[str]
-    """Names of the columns that the router decides."""
+    columns: Columns
+    """The columns that the router decides."""
 
     layer: int
     """After how many blocks the hidden state is read."""
@@ -74,6 +78,7 @@ class ActiveAdapter:
         renew_after_fork(self, rank=-2)
         self.awaited: set[str] = set()
         """Adapters whose layers are there and whose deltas have not been loaded yet."""
+        self._editions: dict[tuple[str, str | None], int] = {}
         self._maps: dict[str, tuple[Any, list[str], ColumnMap]] = {}
 
     @property
@@ -116,8 +121,36 @@ class ActiveAdapter:
 
     @property
     def config(self) -> MediatorConfig:
-        """Its settings."""
-        return self.configs[self.name]
+        """Its settings.
+
+        Raises:
+            UnsupportedError: PEFT has put another method's in their place.
+        """
+        found: Any = self.configs[self.name]
+        if not isinstance(found, MediatorConfig):
+            raise UnsupportedError(
+                f"another PEFT method ({type(found).__name__}) was put around this model, and took the place of its "
+                "Mediator adapter. Load the model anew; to train one of its experts, train the expert and add it again."
+            )
+        return found
+
+    @property
+    def columns(self) -> Columns:
+        """Names and editions of the columns that its experts have now."""
+        adapter = self.name
+        of_adapter = self._editions.get((adapter, None), 0)
+        names = self.config.columns
+        return Columns.of(names, ((adapter, of_adapter, self._editions.get((adapter, name), 0)) for name in names))
+
+    def begin_edition(self, adapter_name: str, names: Sequence[str | None] = (None,)) -> None:
+        """Note that what columns of an adapter, or all of it, held is taken away: what computed with it cannot go on.
+
+        Args:
+            adapter_name: of an adapter that is there, or was.
+            names: of the columns; None stands for all of them.
+        """
+        for name in names:
+            self._editions[adapter_name, name] = self._editions.get((adapter_name, name), 0) + 1
 
     @property
     def router(self) -> Router:
@@ -138,11 +171,11 @@ class ActiveAdapter:
         """Expert weights as a caller gave them → (1 or B, C) float32; see :func:`expert_weight_rows`."""
         return self.named_table(spec)[0]
 
-    def named_table(self, spec: ExpertWeights) -> tuple[Tensor, list[str]]:
+    def named_table(self, spec: ExpertWeights) -> tuple[Tensor, Columns]:
         """The same, with the names of the columns that it is a table of."""
         config = self.config
-        columns = config.columns
-        num_experts = len(columns) - (columns[-1:] == [FALLBACK_EXPERT] and config.fallback == FALLBACK_EXPERT)
+        columns = self.columns
+        num_experts = len(columns) - (columns[-1:] == (FALLBACK_EXPERT,) and config.fallback == FALLBACK_EXPERT)
         return expert_weight_rows(spec, columns, num_experts), columns
 
     @contextmanager
@@ -185,6 +218,7 @@ class ActiveAdapter:
         """Change the router and the experts that it decides among, in one step for whoever routes meanwhile."""
         with self._changes, self._lock:
             config = self.config
+            self.begin_edition(self.name, [name for name in config.expert_names or () if name not in expert_names])
             config.expert_names, config.experts, config.column_map = expert_names, experts, column_map
             self.routers[self.name] = router
 
@@ -208,16 +242,17 @@ class ActiveAdapter:
             settings.write_to(config)
             self.routers[self.name] = router
 
-    def put_settings(self, adapter_name: str, settings: FitSettings) -> None:
-        """Change how an adapter's prompts are read."""
+    def put_settings(self, adapter_name: str, settings: FitSettings, router: Router | None = None) -> None:
+        """Change how an adapter's prompts are read, and with ``router`` what they are judged by."""
         with self._changes, self._lock:
             settings.write_to(self.configs[adapter_name])
+            if router is not None:
+                self.routers[adapter_name] = router
 
-    def fitted(self) -> tuple[Router, list[str], FitSettings]:
-        """The router, the names of the columns that it decides, and how its prompts are read: all of one fit."""
+    def fitted(self) -> tuple[Router, Columns, FitSettings]:
+        """The router, the columns that it decides, and how its prompts are read: all of one fit."""
         with self._lock:
-            config = self.config
-            return self.router, config.columns, FitSettings.of(config)
+            return self.router, self.columns, FitSettings.of(self.config)
 
     def locks(self) -> tuple[Any, ...]:
         """What is held at a fork, in the order in which they are taken."""
@@ -291,8 +326,9 @@ class PromptRouter:
     def reading(self, settings: FitSettings | None = None) -> Reading:
         """How prompts are read and judged now; or would be by other settings, as while they are being fitted."""
         router, columns, fitted = self.active.fitted()
-        markers, form, layer = settings or fitted
-        return Reading(router, columns, self._layer(layer), markers, form, self.active.config.routing_turn)
+        settings = settings or fitted
+        layer, config = self._layer(settings.fitted_router_layer), self.active.config
+        return Reading(router, columns, layer, settings.turn_markers, settings.prompt_form, config.routing_turn)
 
     def fitted_reading(self) -> Reading:
         """The same.
@@ -314,8 +350,9 @@ class PromptRouter:
         if not reading.router.is_fitted:
             raise RouterNotFittedError(
                 "the router is not fitted, so prompts cannot be routed. Fit it with model.fit_router(dataset, "
-                "tokenizer) or `mediator-peft calibrate`, or say which expert to use: expert_weights='name' or "
-                "model.use_experts('name')."
+                "tokenizer) or `mediator-peft fit-router`; without texts, make one with "
+                "model.fit_router_from_deltas(tokenizer) or `mediator-peft fit-router OUT --from-deltas`; or say which "
+                "expert to use: expert_weights='name' or model.use_experts('name')."
             )
 
     @property
@@ -329,9 +366,15 @@ class PromptRouter:
     def new_router(self, config: MediatorConfig) -> Router:
         """An unfitted router for an adapter of this model."""
         hidden_size = self.active.model.config.get_text_config().hidden_size
-        router = ROUTERS[config.router](len(config.expert_names or config.experts), hidden_size, config.seed)
+        router = _kind(config)(len(config.expert_names or config.experts), hidden_size, config.seed)
         router.is_trainable = not config.inference_mode
         return router
+
+    def of_kind(self, router: Router, config: MediatorConfig, settings: FitSettings) -> Router:
+        """A router if it is of the kind that settings name; a new one of this kind if not."""
+        config = copy.copy(config)
+        settings.write_to(config)
+        return router if isinstance(router, _kind(config)) else self.new_router(config).train(router.training)
 
     def learn_turns(self, tokenizer: Any) -> None:
         """Note how the tokenizer marks user turns and what it adds to a plain text, so that neither changes a route."""
@@ -345,7 +388,7 @@ class PromptRouter:
     def features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, reading: Reading | None = None
     ) -> Tensor:
-        """Pooled hidden state of the backbone over the text that is routed on: (B, T) token ids → (B, H) float32."""
+        """What the router sees of the text that is routed on, by ``Router.pool``: (B, T) token ids → (B, H) float32."""
         reading = reading or self.reading()
         return self.features_at(input_ids, attention_mask, [reading.layer], reading)[:, 0]
 
@@ -371,8 +414,20 @@ class PromptRouter:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows, mask, pooled = self._rows_to_read(input_ids, mask, reading)
         with self._board.no_route():
-            states = hidden_states(self.active.model.base_model, self.blocks, self.block_hook, layers, rows, mask)
-            return torch.stack([mean_over_tokens(hidden, pooled) for hidden in states], dim=1)
+            model, sharded = self.active.model, is_sharded(self.active.model)
+            # Only the root gathers what lies outside of the blocks.
+            inner = model if sharded and not is_gathered(model) else model.base_model
+            states = hidden_states(inner, self.blocks, self.block_hook, layers, rows, mask, stops=not sharded)
+            return torch.stack([self.pooled(hidden, pooled, reading.router) for hidden in states], dim=1)
+
+    def pooled(self, hidden: Tensor, mask: Tensor, router: Router) -> Tensor:
+        """What a router sees of prompts; see :meth:`Router.pool`."""
+        with float32_inside(hidden.device), onload_layer(self.active.routers):
+            return router.pool(hidden, mask)
+
+    def unrouted(self) -> AbstractContextManager[object]:
+        """Inside the block, passes of this thread are the backbone's."""
+        return self._board.no_route()
 
     def _rows_to_read(self, input_ids: Tensor, mask: Tensor, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids, mask, and the mask of what is pooled."""
@@ -403,12 +458,12 @@ class PromptRouter:
         reading = self.fitted_reading()
         return self._judged(reading.router, self.features(input_ids, attention_mask, reading))
 
-    def routed_table(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, list[str]]:
+    def routed_table(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Columns]:
         """Expert weights (B, C) of prompts, and the names of their columns."""
         reading = self.fitted_reading()
         return self.judged_table(self.features(input_ids, attention_mask, reading), reading)
 
-    def judged_table(self, features: Tensor, reading: Reading) -> tuple[Tensor, list[str]]:
+    def judged_table(self, features: Tensor, reading: Reading) -> tuple[Tensor, Columns]:
         """(B, H) that were read so → expert weights (B, C), and the names of their columns."""
         return self._judged(reading.router, features).expert_weights, reading.columns
 
@@ -417,6 +472,7 @@ class PromptRouter:
         return self._judged(self.fitted_reading().router, features)
 
     def _judged(self, router: Router, features: Tensor) -> RouteOutput:
+        check_router(router)
         features = features.to(router.known_novelty.device)
         readable, unreadable = split_unreadable(features)
         with float32_inside(features.device), onload_layer(self.active.routers):
@@ -446,6 +502,11 @@ class PromptRouter:
         return explain_rows(
             scores, ood_score, distance, router.known, settings, columns, unreadable, router.times_usual
         )
+
+
+def _kind(config: MediatorConfig) -> type[Router]:
+    """The class of an adapter's router."""
+    return ROUTERS[config.router] if config.fitted_router is None else DELTA_ROUTERS[config.fitted_router]
 
 
 def _formed_prompts(input_ids: Tensor, attention_mask: Tensor, reading: Reading) -> FormedPrompts | None:
@@ -481,7 +542,7 @@ def check_mask(input_ids: Tensor, attention_mask: Any) -> None:
 
     Raises:
         UnsupportedError: it has another number of dimensions, or is a table of masks.
-        RoutingError: it has another shape.
+        RoutingError: it has another shape, or other entries than 0 and 1.
     """
     if attention_mask is None:
         return
@@ -496,6 +557,11 @@ def check_mask(input_ids: Tensor, attention_mask: Any) -> None:
         raise RoutingError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}: give one "
             "entry a token."
+        )
+    if attention_mask.dtype != torch.bool and bool(((attention_mask != 0) & (attention_mask != 1)).any()):
+        raise RoutingError(
+            "attention_mask must hold 1 for the tokens of a prompt and 0 for padding. Masks that are added to scores, "
+            "and numbers of packed prompts, say something else."
         )
 
 
@@ -515,13 +581,20 @@ def _lies_above(model: nn.Module, blocks: nn.ModuleList, layer: int) -> bool:
 
 
 def _tokenised(prompts: Any, tokenizer: Any, use_template: bool, max_length: int) -> tuple[Tensor, Tensor]:
-    if tokenizer is None:
+    if not callable(tokenizer):
         raise RoutingError("give the tokenizer too: model.explain(prompt, tokenizer).")
-    is_chat = isinstance(prompts, Sequence) and not isinstance(prompts, str) and len(prompts) > 0
-    one = isinstance(prompts, str) or (is_chat and isinstance(prompts[0], Mapping))
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise RoutingError(f"prompts are a text, a chat, a list of these, or input_ids=..., got {short(prompts)}.")
+    one = isinstance(prompts, str) or (
+        isinstance(prompts, Sequence) and len(prompts) > 0 and isinstance(prompts[0], Mapping)
+    )
     has_template = getattr(tokenizer, "chat_template", None) is not None
     rows = []
     for prompt in [prompts] if one else prompts:
+        if not isinstance(prompt, (str, list, tuple)):
+            raise RoutingError(f"a prompt is a text or a chat, got {short(prompt)}.")
+        if isinstance(prompt, str) and (fault := surrogate_fault(prompt)) is not None:
+            raise RoutingError(f"a prompt {fault}.")
         if isinstance(prompt, str) and not (use_template and has_template):
             rows.append(tokenizer(prompt, truncation=True, max_length=max_length)["input_ids"])
             continue

@@ -12,7 +12,7 @@ import pytest
 from mediator_peft import MediatorConfig, build_mediator, plan_mediator
 from mediator_peft.checkpoints import output_folder
 from mediator_peft.checkpoints.output_folder import new_folder, partial_name, resumable_folder
-from mediator_peft.checkpoints.replacing import finish_replacing, write_replacing
+from mediator_peft.checkpoints.replacing import finish_replacing, replaced_file, write_replacing
 from mediator_peft.errors import OutputError, OutputExistsError
 from tests.merge.helpers import digests, experts_of
 from tests.tiny import write_tiny_checkpoints
@@ -292,3 +292,39 @@ def test_a_replaced_file_is_no_longer_what_it_was_linked_to(tmp_path, link):
     write_replacing(tmp_path / "new.json", "{}")
     assert (tmp_path / "new.json").read_text() == "{}"
     assert kept.read_text() == "years of work"
+
+
+def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replaced_file(path) as new:
+        new.write_text("half of")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_what_a_killed_writer_left_is_cleared_away_and_that_of_a_running_one_stays(tmp_path):
+    path = tmp_path / "plan [1].json"
+    left = tmp_path / f".{path.name}.{'0' * 16}.new"
+    left.write_text("half of")
+    (tmp_path / ".other.new").write_text("of somebody else")
+    with replaced_file(path) as running:
+        write_replacing(path, "second")
+        assert running.exists()
+        running.write_text("first")
+    assert path.read_text() == "first"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".other.new", path.name]
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path, link):
+    os.mkfifo(tmp_path / "pipe")
+    path = tmp_path / "pipe"
+    if link:
+        path = tmp_path / "link"
+        path.symlink_to(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no file is in its place"):
+        write_replacing(path, "{}")
+    assert (tmp_path / "pipe").is_fifo()
+    assert len(list(tmp_path.iterdir())) == 1 + link

@@ -55,6 +55,8 @@ NEEDED = {
     "rank": ["--sparsifier", "svd"],
     "merge_parameter": ["--merge-method", "ties"],
     "merge_data": ["--merge-method", "weighted"],
+    "always_rule": ["--always", "style=path:0.5"],
+    "correction_density": ["--for-quantization", "nf4"],
 }
 
 # Option → fields that change with it.
@@ -63,6 +65,8 @@ FOLLOWS = {
     "sparsifier": {"sparsifier", "encoding"},
     "merge_parameter": {"merge_method"},
     "merge_data": {"merge_method"},
+    "always_rule": {"always"},
+    "correction_density": {"for_quantization"},
 }
 
 

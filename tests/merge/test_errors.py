@@ -13,7 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mediator_peft import MediatorConfig, build_mediator, get_mediator_model, plan_mediator
+from mediator_peft import (
+    MediatorConfig,
+    build_mediator,
+    get_mediator_model,
+    load_mediator,
+    merge_models,
+    plan_mediator,
+)
 from mediator_peft.checkpoints import backbone_files as shards
 from mediator_peft.checkpoints import output_folder as writing
 from mediator_peft.errors import (
@@ -133,6 +140,44 @@ def test_a_broken_expert_is_named_and_nothing_is_left(kind, paths, tmp_path):
     if not message.endswith(("NaN", "infinite")):  # those need the weights
         problems = "\n".join(plan_mediator(paths["base"], experts).problems)
         assert "math" in problems
+
+
+# Where each of two builds computes: compiled loops without torch, or torch.
+OTHER_WAYS = {
+    "torch": lambda base, experts, out: build_mediator(base, experts, out, MediatorConfig(merge_method="ties")),
+    "low rank": lambda base, experts, out: build_mediator(base, experts, out, MediatorConfig(sparsifier="svd")),
+    "plain merge": lambda base, experts, out: merge_models(base, experts, out, MediatorConfig(merge_method="ties")),
+}
+FAULTS_OF_BOTH = [
+    *("cut short", "header is no JSON", "a tensor is missing", "a tensor too many", "another shape", "integers"),
+    *("NaN in a matrix", "infinity in a matrix", "NaN in a norm"),
+]
+
+
+@pytest.mark.parametrize("whose", ["base", "math"])
+@pytest.mark.parametrize("kind", FAULTS_OF_BOTH)
+def test_a_build_with_torch_and_one_without_say_the_same_of_a_fault(kind, whose, paths, tmp_path):
+    BROKEN_EXPERTS[kind][0](paths[whose])
+    experts = {name: paths[name] for name in ("math", "code")}
+    with pytest.raises(CheckpointError) as expected:
+        build_mediator(paths["base"], experts, tmp_path / "out", MediatorConfig())
+    for way, build in OTHER_WAYS.items():
+        with pytest.raises(CheckpointError) as found:
+            build(paths["base"], experts, tmp_path / "out")
+        assert (type(found.value), str(found.value)) == (type(expected.value), str(expected.value)), way
+
+
+def test_nan_is_called_the_same_in_an_added_expert_and_an_always_on_delta(paths, tmp_path):
+    BROKEN_EXPERTS["NaN in a matrix"][0](paths["math"])
+    build_mediator(paths["base"], {"code": paths["code"]}, tmp_path / "out", MediatorConfig(routed_layers="all"))
+    model, _ = load_mediator(tmp_path / "out")
+    said = rf"tensor '{MATRIX}' holds NaN or infinite values, 1 of them in rows 0 to 47"
+    with pytest.raises(CheckpointError, match=said):
+        model.add_expert("math", str(paths["math"]), reset_router=True)
+    assert model.expert_names == ["code", "base"]
+    config = MediatorConfig(routed_layers="all", always={"style": f"{paths['math']}:0.5"})
+    with pytest.raises(CheckpointError, match=said):
+        build_mediator(paths["base"], {"code": paths["code"]}, tmp_path / "new", config)
 
 
 def test_all_cheap_faults_are_listed_at_once(paths, tmp_path):

@@ -1,10 +1,12 @@
 """The page of the study: every table and every number comes from a result file."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+from mediator_peft.study.app import main
 from mediator_peft.study.page import (
     PageError,
     draw_figures,
@@ -73,14 +75,43 @@ def test_a_table_of_another_base_is_that_of_its_own_file(tmp_path):
 def test_figures_are_drawn_from_results(tmp_path):
     rows = [{"block": block, "kind": "all", "sign": 0.3} for block in range(3)]
     curve = {"1": {"mean": 1.0}, "2": {"mean": 0.5}}
-    results = {
-        "conflict": {"sets": {"seed 0": rows}},
-        "ablation": {"num_blocks": 3, "none": {"mean": 2.0}, "all": {"mean": 0.1}, "curves": {"sign": curve}},
-    }
+    ablation = {"num_blocks": 3, "none": {"mean": 2.0}, "all": {"mean": 0.1}, "curves": {"sign": curve}}
+    results = {"conflict": {"sets": {"seed 0": rows}}, "ablation": ablation, "ablation_gemma3": ablation}
     for name, kind, size in (("sign 0.1", "sign", 0.07), ("sign 0.2", "sign", 0.12), ("whole", "whole", 2.0)):
         row = {"kind": kind, "new": {"bytes": size, "divergence": 0.001 / size}}
         results.setdefault("forms", {"forms": {}})["forms"][name] = row
-    names = ["evidence_conflict.png", "evidence_ablation.png", "forms_divergence.png"]
+    names = [f"evidence_{name}.png" for name in ("conflict", "ablation", "ablation_gemma3")] + ["forms_divergence.png"]
     assert [path.name for path in draw_figures(results, tmp_path)] == names
     assert all(path.stat().st_size > 1000 for path in tmp_path.iterdir())
     assert draw_figures(json.loads("{}"), tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["alone", "nowhere"], "holds no trained experts of 'smollm2'"),
+        (["systems", "file"], "holds no trained experts"),
+        (["conflict", "empty", "--base", "gemma3"], "holds no trained experts of 'gemma3'"),
+        (["hard", "empty", "--base", "nonsense"], "neither a base of the study"),
+        (["experts", "file"], "'file' is a file"),
+        (["experts", "file/below"], "file' is a file"),
+        (["page", "nowhere", "--path", "file"], "holds no result files"),
+        (["page", "results", "--path", "nowhere.md"], "no file 'nowhere.md'"),
+        (["page", "damaged", "--path", "file"], "is no result file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_folder_is_refused_and_nothing_is_made_there(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for name, content in (("damaged", '{"a": '), ("results", "{}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "other.json").write_text(content)
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(sys, "argv", ["study", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 3
+    assert message in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before

@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import copy
+import inspect
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny import fine_tuned, random_prompts, tiny_model, write_tiny_checkpoints
 from tokenizer import topic_texts
-from transformers import AutoModelForCausalLM, TextIteratorStreamer
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, TextIteratorStreamer
 
 from mediator_peft import MediatorConfig, get_mediator_model, load_mediator
 from mediator_peft.errors import RouterNotFittedError, RoutingError, UnsupportedError
@@ -26,6 +27,8 @@ from mediator_peft.tuner.config import FitSettings
 
 from .conftest import build_and_fit
 
+# Transformers 5.24 has renamed it.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 SETTINGS = dict(max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
 
 
@@ -206,7 +209,8 @@ def test_a_thread_of_asyncio_carries_the_experts_along_and_a_plain_one_does_not(
     with model.use_experts("code"), ThreadPoolExecutor(1) as pool:
         copied_context = contextvars.copy_context()
         torch.testing.assert_close(pool.submit(copied_context.run, logits).result(), code, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(pool.submit(logits).result(), routed, rtol=1e-4, atol=1e-4)
+        with pytest.warns(UserWarning, match="does not see it"):
+            torch.testing.assert_close(pool.submit(logits).result(), routed, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(copied_context.run(logits), code, rtol=1e-4, atol=1e-4)
     assert not any(layer.merged_bytes for layer in model.routed_layers().values())
 
@@ -239,6 +243,7 @@ def overlapping_blocks(model):
     return blocks
 
 
+@pytest.mark.filterwarnings("ignore:use_experts blocks overlapped")
 def test_blocks_of_interleaved_generators_end_in_any_order(model):
     first, second = overlapping_blocks(model)
     contextvars.copy_context().run(first.close)
@@ -281,6 +286,102 @@ def test_a_removed_expert_is_refused_and_never_another(model):
         with pytest.raises(RoutingError, match="removed"):
             model(input_ids=prompts, past_key_values=filled)
     assert not model.board.has_requests
+
+
+def replaced(model, saved, tmp_path):
+    model.remove_expert("math")
+    model.add_expert("math", extra_expert(tmp_path), reset_router=True)
+
+
+def other_adapter(model, saved, tmp_path):
+    model.load_adapter(saved, "other", is_trainable=False)
+    model.set_adapter("other")
+
+
+def same_adapter_again(model, saved, tmp_path):
+    other_adapter(model, saved, tmp_path)
+    model.delete_adapter("default")
+    model.load_adapter(saved, "default", is_trainable=False)
+    model.set_adapter("default")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [replaced, other_adapter, same_adapter_again])
+def test_a_cache_does_not_go_on_with_another_expert_of_the_same_name(change, tmp_path, model):
+    prompts = random_prompts(1)
+    model.save_pretrained(tmp_path / "saved")
+    filled = model(input_ids=prompts, use_cache=True, expert_weights="math")[CACHE]
+    kept = pickle.loads(pickle.dumps(filled))
+    change(model, str(tmp_path / "saved"), tmp_path)
+    for cache in (filled, kept):
+        with pytest.raises(RoutingError, match="replaced since"):
+            model(input_ids=prompts, **{CACHE: cache})
+        with pytest.raises(RoutingError, match="replaced since"):
+            model.generate(torch.cat([prompts, prompts], 1), **{CACHE: cache}, **SETTINGS)
+    assert not model.board.has_requests
+
+
+@torch.no_grad()
+def test_a_block_does_not_go_on_with_another_expert_of_the_same_name(tmp_path, model):
+    prompts = random_prompts(1)
+    with model.use_experts("code"):
+        kept = model(input_ids=prompts).logits
+        with model.use_experts("math"):
+            replaced(model, None, tmp_path)
+            for _ in range(2):
+                with pytest.raises(RoutingError, match="replaced since"):
+                    model(input_ids=prompts)
+        torch.testing.assert_close(model(input_ids=prompts).logits, kept, rtol=1e-4, atol=1e-4)
+
+
+def with_names(model, ids, cache, **settings):
+    return model(input_ids=ids, **{CACHE: cache}, **settings)
+
+
+def by_position(model, ids, cache, **settings):
+    return model.base_model(ids, None, None, cache, **settings)  # PEFT gives the places other names
+
+
+def as_tuple(model, ids, cache, **settings):
+    return model(input_ids=ids, **{CACHE: cache}, return_dict=False, **settings)
+
+
+def under_the_former_name(model, ids, cache, **settings):
+    return model(input_ids=ids, past_key_values=cache, **settings)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ask", [with_names, by_position, as_tuple, under_the_former_name])
+def test_a_cache_keeps_its_route_however_it_is_given(ask, model):
+    """The experts go by the prompt: the last token alone would be routed elsewhere, and a random router refuses."""
+    prompts, token = random_prompts(1), torch.tensor([[60]])
+    cache = DynamicCache(config=model.config)
+    ask(model, prompts, cache, expert_weights="code")
+    found = ask(model, token, cache)[0][:, -1:]
+    expected = model(input_ids=torch.cat([prompts, token], 1), expert_weights="code").logits[:, -1:]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_cache_of_the_plain_backbone_is_not_continued_by_routing(model):
+    prompts, token = random_prompts(1), torch.tensor([[60]])
+    with model.disable_adapter():
+        cache = model(input_ids=prompts, use_cache=True)[CACHE]
+    for ask in (lambda: model(input_ids=token, **{CACHE: cache}), lambda: model.generate(
+        torch.cat([prompts, token], 1), **{CACHE: cache}, **SETTINGS
+    )):  # fmt: skip
+        with pytest.raises(RoutingError, match="plain backbone"):
+            ask()
+    assert cache.get_seq_length() == prompts.shape[1]
+    model(input_ids=token, **{CACHE: cache}, expert_weights="code")
+
+
+@torch.no_grad()
+def test_a_mask_by_position_counts(model):
+    row = random_prompts(1)
+    padded = torch.cat([row, torch.full((1, 40), 7)], dim=1)
+    mask = (torch.arange(padded.shape[1]) < row.shape[1]).long()[None]
+    torch.testing.assert_close(model(padded, mask).logits, model(input_ids=padded, attention_mask=mask).logits)
 
 
 def test_edits_beside_requests_give_the_right_expert_or_our_error(tmp_path, model):
@@ -581,6 +682,7 @@ def test_a_refused_wrap_leaves_the_model_as_it_was(tmp_path):
         model(input_ids=prompts)
 
 
+@pytest.mark.slow
 def test_the_short_form_of_the_stress_script_finds_nothing_wrong(tmp_path):
     from stress.concurrent_steps import run
 

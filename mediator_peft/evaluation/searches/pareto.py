@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ...checkpoints.replacing import write_figure
 from ...errors import ConfigError
 from ...progress import Progress, no_progress
 from .expert_merging import Found
@@ -147,4 +148,4 @@ def draw_front(found: Found, experts: Sequence[str], path: Path) -> None:
         axes.set_xlabel(f"negative loss of {experts[i]}")
         axes.set_ylabel(f"negative loss of {experts[j]}")
         axes.legend(fontsize="small")
-    figure.savefig(path)
+    write_figure(path, figure, dpi=100)
