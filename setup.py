@@ -19,6 +19,7 @@ NATIVE = Path("mediator_peft") / "kernels" / "native"
 COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-pthread", "-w", "-g0"]
 # No contraction of products and sums: results must not depend on the instruction set more than they have to.
 COMMON += ["-ffp-contract=off"]
+PLAIN = ("kernels_baseline.cpp", "api.cpp", "team.cpp", "sha256.cpp")
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 FLAGS_OF = {
@@ -66,7 +67,13 @@ class BuildNative(build_ext):
     def _build(self, ext: Extension) -> None:
         if sys.platform == "win32":
             raise RuntimeError("no Windows build yet")
-        flags = {"kernels_baseline.cpp": [], "api.cpp": [], "team.cpp": [], **FLAGS_OF.get(machine(), {})}
+        flags = {
+            "kernels_baseline.cpp": [],
+            "api.cpp": [],
+            "team.cpp": [],
+            "sha256.cpp": [],
+            **FLAGS_OF.get(machine(), {}),
+        }
         macros = [("MEDIATOR_SOURCE_DIGEST", f'"{source_digest()}"')]
         objects = []
         for name, extra in flags.items():

@@ -73,7 +73,7 @@ def write_real_checkpoints(folder):
     return paths
 
 
-@pytest.fixture(scope="module", params=["random", "real"])
+@pytest.fixture(scope="module", params=["random", pytest.param("real", marks=pytest.mark.slow)])
 def built(request, tmp_path_factory):
     """(folder of a built model, name of a checkpoint → its weights)."""
     folder = tmp_path_factory.mktemp("reference")

@@ -66,16 +66,21 @@ class BackboneFiles:
         """Write a whole tensor."""
         self.write_rows(name, 0, tensor)
 
-    def write_rows(self, name: str, start: int, rows: Array) -> None:
+    def write_rows(self, name: str, start: int, rows: Array) -> tuple[Path, int, memoryview]:
         """Write rows of a tensor, the first of them being row ``start``.
 
         A row is what the rows at hand say: of (E, O, I) it is a matrix where they are (r, O, I), or a row of a matrix,
         counted over all of them, where they are (r, I).
+
+        Returns:
+            The file, the place in it, and the bytes that were written there.
         """
         path, place = self._places[name]
         row_bytes = prod(rows.shape[1:]) * rows.itemsize
-        data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
-        write_from(self._open(path), data.data, place.offset + start * row_bytes)
+        data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
+        offset = place.offset + start * row_bytes
+        write_from(self._open(path), data, offset)
+        return path, offset, data
 
     def read(self, name: str) -> Array:
         """One tensor as it was written; it is mapped, so that only what is looked at is read."""

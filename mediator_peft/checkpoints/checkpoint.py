@@ -6,9 +6,9 @@ Weights come as numpy arrays, those in bfloat16 as uint16 with their bits (see `
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -20,8 +20,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-Reader = Callable[[Path, int, memoryview], None]
-"""Gets what was read: (file, place in it, bytes)."""
+class Reader(Protocol):
+    """Is shown what a checkpoint reads from plain files."""
+
+    def before_reading(self, checkpoint: Checkpoint) -> None:
+        """The buffer in which the bytes lie that were shown last is about to be used again."""
+
+    def show(self, checkpoint: Checkpoint, path: Path, start: int, data: memoryview) -> None:
+        """These bytes were read from a place in a file; they stay until ``before_reading``."""
 
 
 class TensorInfo(NamedTuple):
@@ -123,7 +129,7 @@ class Checkpoint(ABC):
         return None
 
     def watch(self, reader: Reader | None) -> None:
-        """Show a function the bytes that are read from plain files, rows in one piece alone; None ends it."""
+        """Show a reader the bytes that are read from plain files, rows in one piece alone; None ends it."""
         del reader  # what is read from no plain file is not shown
 
     def held_bytes(self, name: str) -> int:

@@ -8,7 +8,7 @@ import os
 import stat
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import xxhash
 
 from ..errors import AdapterError
+from ..kernels.hashing import Sha256, update_all
 from .adapter_files import CONFIG_FILE, ROUTER_PREFIX, WEIGHTS_FILE, has_adapter, read_raw_config
 from .folders import INDEX_FILE, SINGLE_FILE
 from .headers import read_header
@@ -40,11 +41,17 @@ _RECORDS = ("provenance.json", "plan.json")
 
 
 class RunningDigest:
-    """SHA-256 of a file that is read on little by little, close behind others who read it: it is in memory still."""
+    """Checksums of a file that is read or written little by little: its bytes are hashed while they are in memory.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: of the file.
+        with_quick: take its XXH3 as well.
+    """
+
+    def __init__(self, path: Path, with_quick: bool = False) -> None:
         self.path = path
-        self._digest = hashlib.sha256()
+        self._sha256 = Sha256()
+        self._quick = xxhash.xxh3_128() if with_quick else None
         self._place = 0
 
     def advance(self, stop: int | None = None) -> None:
@@ -56,22 +63,50 @@ class RunningDigest:
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self._place)
             while left > 0 and (count := file.readinto(buffer[: min(_CHUNK, left)])):
-                self._digest.update(buffer[:count])
-                self._place += count
+                take_all([(self, self._place, buffer[:count])])
                 left -= count
 
-    def take(self, start: int, data: memoryview) -> None:
-        """Bytes of the file that somebody just read, from a place on; what does not follow on closely is ignored."""
+    def wants(self, start: int, data: memoryview) -> bool:
+        """Whether bytes from this place on come next; a small gap before them is read first.
+
+        Where they do, they must be hashed now: they count as taken.
+        """
         if self._place < start <= self._place + _CHUNK:
             self.advance(start)
-        if self._place == start:
-            self._digest.update(data)
-            self._place += len(data)
+        if self._place != start:
+            return False
+        if self._quick is not None:
+            self._quick.update(data)
+        self._place += len(data)
+        return True
 
     def hexdigest(self) -> str:
-        """The checksum of the whole file."""
+        """The SHA-256 of the whole file."""
         self.advance()
-        return self._digest.hexdigest()
+        return self._sha256.hexdigest()
+
+    def quick(self) -> str:
+        """The XXH3 of the whole file."""
+        assert self._quick is not None
+        self.advance()
+        return self._quick.hexdigest()
+
+    @property
+    def sha256(self) -> Sha256:
+        """Of what was taken so far."""
+        return self._sha256
+
+
+def take_all(shown: Iterable[tuple[RunningDigest, int, memoryview]]) -> None:
+    """Hash bytes of several files side by side: (digest, place in its file, bytes).
+
+    What does not follow closely on what a digest took before is ignored, and so are a digest's second bytes.
+    """
+    wanted: dict[RunningDigest, memoryview] = {}
+    for digest, start, data in shown:
+        if digest not in wanted and digest.wants(start, data):
+            wanted[digest] = data
+    update_all([(digest.sha256, data) for digest, data in wanted.items()])
 
 
 def file_sha256(path: Path) -> str:
@@ -93,10 +128,24 @@ def file_quick(path: Path) -> str:
     return _checked_digest(path, xxhash.xxh3_128())
 
 
-def _checked_digest(path: Path, digest: Any) -> str:
+def _digest(path: Path) -> RunningDigest:
+    """Both checksums of a file, in one reading.
+
+    Raises:
+        OSError: it is no plain file.
+    """
+    _check_plain(path)
+    return RunningDigest(path, with_quick=True)
+
+
+def _check_plain(path: Path) -> None:
     if not stat.S_ISREG(path.stat().st_mode):
         # Reading a pipe would wait for somebody to write into it.
         raise OSError(0, "is no plain file")
+
+
+def _checked_digest(path: Path, digest: Any) -> str:
+    _check_plain(path)
     buffer = memoryview(bytearray(_CHUNK))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -234,16 +283,16 @@ def saved_at(adapter: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-def write_checksums(folder: Path, adapter: Path, backbone: Iterable[str]) -> None:
+def write_checksums(folder: Path, adapter: Path, backbone: Mapping[str, RunningDigest]) -> None:
     """Write ``checksums.json`` beside a new adapter and its new backbone.
 
     Args:
         folder: of the backbone.
         adapter: folder of the adapter.
-        backbone: names of the backbone's files of weights.
+        backbone: names of the backbone's files of weights, with what was hashed while they were written.
     """
     known = adapter_checksums(adapter)
-    known.backbone, known.other, known.quick_backbone = _of_backbone(folder, set(backbone))
+    known.backbone, known.other, known.quick_backbone = _of_backbone(folder, backbone)
     put_checksums(adapter, known)
 
 
@@ -262,13 +311,14 @@ def is_merged_model(folder: Path) -> bool:
 def adapter_checksums(adapter: Path, known: Checksums | None = None) -> Checksums:
     """Checksums of an adapter's files as they are now, with what is known of its backbone."""
     known = known or Checksums()
+    digests = {name: _digest(adapter / name) for name in _ADAPTER_FILES}
     return Checksums(
         backbone=known.backbone,
         other=known.other,
         quick_backbone=known.quick_backbone,
         bank=bank_sha256(adapter / WEIGHTS_FILE),
-        adapter={name: file_sha256(adapter / name) for name in _ADAPTER_FILES},
-        quick_adapter={name: file_quick(adapter / name) for name in _ADAPTER_FILES},
+        adapter={name: digest.hexdigest() for name, digest in digests.items()},
+        quick_adapter={name: digest.quick() for name, digest in digests.items()},
         records={name: file_sha256(adapter / name) for name in _RECORDS if (adapter / name).is_file()},
         expert_names=_expert_names(adapter),
     )
@@ -276,7 +326,7 @@ def adapter_checksums(adapter: Path, known: Checksums | None = None) -> Checksum
 
 def backbone_checksums(folder: Path) -> Checksums:
     """Checksums of a backbone's files as they are now."""
-    weights = {path.name for path in folder.glob("*.safetensors")}
+    weights = {path.name: RunningDigest(path, with_quick=True) for path in folder.glob("*.safetensors")}
     backbone, other, quick = _of_backbone(folder, weights)
     return Checksums(backbone=backbone, other=other, quick_backbone=quick)
 
@@ -286,15 +336,18 @@ def put_checksums(adapter: Path, known: Checksums) -> None:
     write_replacing(adapter / CHECKSUM_FILE, json.dumps(known.to_dict(), indent=2))
 
 
-def _of_backbone(folder: Path, weights: set[str]) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+def _of_backbone(
+    folder: Path, weights: Mapping[str, RunningDigest]
+) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
     paths = [path for path in folder.iterdir() if path.is_file() and path.name != CARD and path.name[0] != "."]
     names = sorted([path.name for path in paths] + _templates(folder))
     own = {CHECKSUM_FILE, *_ADAPTER_FILES, *_RECORDS}
     others = [name for name in names if name not in weights and name not in own]
+    digests = {**{name: weights[name] for name in sorted(weights)}, **{name: _digest(folder / name) for name in others}}
     return (
-        {name: file_sha256(folder / name) for name in sorted(weights)},
-        {name: file_sha256(folder / name) for name in others},
-        {name: file_quick(folder / name) for name in [*sorted(weights), *others]},
+        {name: digests[name].hexdigest() for name in sorted(weights)},
+        {name: digests[name].hexdigest() for name in others},
+        {name: digest.quick() for name, digest in digests.items()},
     )
 
 
@@ -305,6 +358,12 @@ def _templates(folder: Path) -> list[str]:
 def _expert_names(adapter: Path) -> list[str] | None:
     names = read_raw_config(adapter).get("expert_names")
     return names if isinstance(names, list) else None
+
+
+def _is_beside(backbone: Path, adapter: Path) -> bool:
+    """Whether a backbone was written with its adapter; of a base elsewhere, the fingerprint alone is known."""
+    place, home = backbone.resolve(), adapter.resolve()
+    return place == home.parent or place.is_relative_to(home)
 
 
 class FileCheck:
@@ -323,7 +382,8 @@ class FileCheck:
         self._pool: ThreadPoolExecutor | None = None
         self._running: list[Future[str | None]] = []
         self.known = read_checksums(adapter)
-        self.covers_all = bool(self.known and self.known.adapter and (self.known.quick_backbone or backbone is None))
+        covers_backbone = backbone is None or not _is_beside(backbone, adapter)
+        self.covers_all = bool(self.known and self.known.adapter and (self.known.quick_backbone or covers_backbone))
         # A configuration alone has nothing beside it.
         self.covers_all |= not (adapter / WEIGHTS_FILE).exists()
         if self.known is None:

@@ -291,6 +291,8 @@ class FolderCheckpoint(Checkpoint):
         num_rows = sum(stop - start for start, stop in groups)
         row_bytes = stored.num_bytes // max(1, shape[0])
         size = row_bytes * num_rows
+        if self._reader is not None:
+            self._reader.before_reading(self)
         if self._buffer.size < size:
             self._buffer = np.empty(size, np.uint8)
         buffer = self._buffer[:size]
@@ -301,7 +303,7 @@ class FolderCheckpoint(Checkpoint):
             read_into(descriptor, view[place:end], stored.offset + start * row_bytes)
             place = end
         if self._reader is not None and len(groups) == 1:
-            self._reader(path, stored.offset + groups[0][0] * row_bytes, view)
+            self._reader.show(self, path, stored.offset + groups[0][0] * row_bytes, view)
         return buffer.view(FLOAT_TYPES[stored.dtype].array).reshape(num_rows, *shape[1:])
 
     def _open(self, path: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "INDEX_FILE",
+    "PLAIN",
     "SINGLE_FILE",
     "Checkpoint",
     "FolderCheckpoint",
@@ -39,6 +41,7 @@ __all__ = [
     "MeanCheckpoint",
     "ModelCheckpoint",
     "PickleCheckpoint",
+    "Reading",
     "TensorInfo",
     "open_checkpoint",
     "open_checkpoints",
@@ -47,15 +50,27 @@ __all__ = [
 ]
 
 
-def open_checkpoints(
-    paths: Mapping[str, str], allow_pickle: bool = False, dequantize: bool = False
-) -> dict[str, Checkpoint]:
+@dataclass(frozen=True)
+class Reading:
+    """What may be read beside plain safetensors."""
+
+    allow_pickle: bool = False
+    """Also ``.bin`` files, with ``weights_only=True``: plain tensors, no code."""
+
+    dequantize: bool = False
+    """Also quantised weights, as what they stand for."""
+
+
+PLAIN = Reading()
+"""Safetensors alone."""
+
+
+def open_checkpoints(paths: Mapping[str, str], reading: Reading = PLAIN) -> dict[str, Checkpoint]:
     """Open several checkpoints.
 
     Args:
         paths: label → folder or hub id (``org/model`` or ``org/model@revision``).
-        allow_pickle: also read ``.bin`` files.
-        dequantize: read quantised weights as what they stand for.
+        reading: what may be read.
 
     Raises:
         CheckpointError: any of them cannot be opened; the faults of all are listed at once.
@@ -64,7 +79,7 @@ def open_checkpoints(
     faults = []
     for label, path in paths.items():
         try:
-            opened[label] = open_checkpoint(str(path), label, allow_pickle, dequantize)
+            opened[label] = open_checkpoint(str(path), label, reading)
         except CheckpointError as fault:
             faults.append(str(fault))
     if faults:
@@ -72,7 +87,7 @@ def open_checkpoints(
     return opened
 
 
-def open_checkpoint(path: str, label: str, allow_pickle: bool = False, dequantize: bool = False) -> Checkpoint:
+def open_checkpoint(path: str, label: str, reading: Reading = PLAIN) -> Checkpoint:
     """Open one checkpoint, of whatever kind it is.
 
     Raises:
@@ -82,12 +97,12 @@ def open_checkpoint(path: str, label: str, allow_pickle: bool = False, dequantiz
         raise CheckpointError(f"{label}: the path is empty. Give a folder or a hub id such as 'org/model@revision'.")
     try:
         folder = resolve(path, label)
-        return _open_folder(folder, label, pinned_source(path, folder), allow_pickle, dequantize)
+        return _open_folder(folder, label, pinned_source(path, folder), reading)
     except OSError as fault:
         raise CheckpointError(f"{label} ({path}): cannot be read: {fault.strerror or fault}") from fault
 
 
-def _open_folder(folder: Path, label: str, source: str, allow_pickle: bool, dequantize: bool) -> Checkpoint:
+def _open_folder(folder: Path, label: str, source: str, reading: Reading) -> Checkpoint:
     has_safetensors = any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
     has_pickle = any((folder / name).is_file() for name in (PICKLE_FILE, PICKLE_INDEX_FILE))
     adapter = find_lora(folder, label)
@@ -97,10 +112,10 @@ def _open_folder(folder: Path, label: str, source: str, allow_pickle: bool, dequ
                 f"{label} ({source}): it holds both the weights of a whole model and an adapter ({ADAPTER_CONFIG}). "
                 "Give a folder with the one that is meant."
             )
-        return LoraCheckpoint(adapter, label, source, allow_pickle)
-    if allow_pickle and not has_safetensors and has_pickle:
+        return LoraCheckpoint(adapter, label, source, reading.allow_pickle)
+    if reading.allow_pickle and not has_safetensors and has_pickle:
         return PickleCheckpoint(folder, label, source)
-    if dequantize and quantization_method(read_json(folder / "config.json")) is not None:
+    if reading.dequantize and quantization_method(read_json(folder / "config.json")) is not None:
         return DequantizedCheckpoint(folder, label, source)
     return FolderCheckpoint(folder, label, source)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial as bind
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,10 +21,12 @@ from .common import (
     print_json,
     say,
 )
+from .evaluate_harness import HarnessTasks, evaluate_harness
 from .loading import LOADING, PROMPTING, Loading, Prompting, Quantize, load, load_plain
 from .option_groups import takes_groups
 
 if TYPE_CHECKING:
+    from ..evaluation.report import EvaluationReport
     from ..evaluation.runner import Scoring, SystemScore
     from ..evaluation.score_store import ScoreStore
 
@@ -31,9 +34,10 @@ _UNFINISHED = ".mediator-eval.scores"
 """Folder in that of a report, with the systems that a stopped run had finished."""
 
 
-@takes_groups
-def evaluate(
-    out: OutputFolder,
+@dataclass(frozen=True)
+class TaskFiles:
+    """Tasks as files of prompts and answers."""
+
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -42,27 +46,42 @@ def evaluate(
             "an expert is that expert's task; any other task is out of distribution.",
             show_default=False,
         ),
-    ] = None,
+    ] = None
     match: Annotated[
         str,
         typer.Option(
             help="How answers are compared where a line does not say: exact, contains, last_number, refuse or comply.",
             callback=check_match,
         ),
-    ] = "exact",
+    ] = "exact"
     max_new_tokens: Annotated[
         int | None,
         typer.Option(min=1, max=MOST_TOKENS, help="Most tokens of an answer; by default 1.5 × the longest reference."),
-    ] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Write results, answers and a figure to this folder.", show_default=False)
-    ] = None,
+    ] = None
+
+    def read(self) -> dict[str, Any]:
+        """Task → its items.
+
+        Raises:
+            typer.BadParameter: no such pairs were given.
+            MediatorError: a file cannot be read.
+        """
+        from ..evaluation.prompts import read_task
+
+        files = parse_pairs(self.data or [], "--data")
+        return {name: read_task(path, self.match) for name, path in files.items()}
+
+
+@dataclass(frozen=True)
+class Systems:
+    """What is measured beside the routed model."""
+
     only_routed: Annotated[
         bool,
         typer.Option(
             "--only-routed", help="Leave out the comparisons with the averaged backbone and the named expert."
         ),
-    ] = False,
+    ] = False
     baseline: Annotated[
         list[str] | None,
         typer.Option(
@@ -73,22 +92,27 @@ def evaluate(
             "was built from; ROUTE chooses the expert: named (default), router (of OUT) or random.",
             show_default=False,
         ),
-    ] = None,
-    lm_eval: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TASKS",
-            help="Run tasks of lm-evaluation-harness, separated by commas, in place of --data.",
-            show_default=False,
-        ),
-    ] = None,
-    include_path: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder with YAML files of own harness tasks.", show_default=False),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Most items of a harness task.", show_default=False)] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Examples before each item of a harness task.", show_default=False)
+    ] = None
+
+    @property
+    def checkpoints(self) -> dict[str, str]:
+        """Name → path of a baseline on disk."""
+        return parse_pairs([text for text in self.baseline or [] if "=" in text], "--baseline")
+
+    @property
+    def published(self) -> list[str]:
+        """Baselines that are made from the experts."""
+        return [text for text in self.baseline or [] if "=" not in text]
+
+
+@takes_groups
+def evaluate(
+    out: OutputFolder,
+    files: TaskFiles,
+    systems: Systems,
+    harness: HarnessTasks,
+    report: Annotated[
+        Path | None, typer.Option(help="Write results, answers and a figure to this folder.", show_default=False)
     ] = None,
     prompting: Prompting = PROMPTING,
     loading: Loading = LOADING,
@@ -101,37 +125,53 @@ def evaluate(
       mediator-peft eval out --data math=math.test.jsonl --data cron=cron.test.jsonl
       mediator-peft eval out --lm-eval arc_easy,gsm8k --baseline base=BASE
     """
-    if (data is None) == (lm_eval is None):
+    if (files.data is None) == (harness.lm_eval is None):
         raise typer.BadParameter("give --data for JSONL tasks, or --lm-eval for tasks of lm-evaluation-harness.")
-    plain = parse_pairs([text for text in baseline or [] if "=" in text], "--baseline")
-    by_name = [text for text in baseline or [] if "=" not in text]
-    if lm_eval is not None:
-        if by_name:
-            raise typer.BadParameter(f"with --lm-eval, give a checkpoint: --baseline {by_name[0]}=CHECKPOINT.")
-        from .evaluate_harness import evaluate_harness
+    if harness.lm_eval is None:
+        from ..evaluation.baselines import check_names
 
-        options = {"limit": limit, "num_fewshot": num_fewshot}
-        options |= {"batch_size": prompting.batch_size, "use_template": not prompting.raw}
-        how = (loading, quantize)
-        evaluate_harness(out, lm_eval.split(","), include_path, plain, how, only_routed, report, as_json, options)
+        check_names(systems.published)
+    elif systems.published:
+        name = systems.published[0]
+        raise typer.BadParameter(f"with --lm-eval, give a checkpoint: --baseline {name}=CHECKPOINT.")
+    if report is not None:
+        check_folder(report, "--report")
+    if harness.lm_eval is not None:
+        evaluate_harness(
+            out, harness, systems.checkpoints, systems.only_routed, (loading, quantize), prompting, report, as_json
+        )
         return
-    from ..evaluation.baselines import PublishedSystems, check_names
-    from ..evaluation.comparison import compare, kept_table, runtime_of
-    from ..evaluation.prompts import read_task
-    from ..evaluation.report import EvaluationReport, accuracy_table, loss_table, routing_table
+    result = _scored(out, files, systems, prompting, loading, quantize, report)
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        _print(result)
+
+
+def _scored(
+    out: Path,
+    files: TaskFiles,
+    systems: Systems,
+    prompting: Prompting,
+    loading: Loading,
+    quantize: str | None,
+    report: Path | None,
+) -> EvaluationReport:
+    """Every system's answers to the items, and where their prompts go."""
+    from ..evaluation.baselines import PublishedSystems
+    from ..evaluation.comparison import compare, runtime_of
+    from ..evaluation.report import EvaluationReport
     from ..evaluation.runner import EvalTask, Scoring, route_tasks
     from ..evaluation.score_store import checkpoint_identity
     from ..progress import bar_progress
     from ..ranks import Ranks
 
-    files = parse_pairs(data or [], "--data")
-    check_names(by_name)
-    if report is not None:
-        check_folder(report, "--report")
     # Read before the model is loaded, so that faults are reported at once.
-    items = {name: read_task(path, match) for name, path in files.items()}
+    items, plain = files.read(), systems.checkpoints
     model, tokenizer = load(out, loading, quantize)
-    tasks = [EvalTask.of_items(name, items[name], model.expert_names, tokenizer, max_new_tokens) for name in files]
+    tasks = [
+        EvalTask.of_items(name, items[name], model.expert_names, tokenizer, files.max_new_tokens) for name in items
+    ]
     result = EvaluationReport(tasks)
     scoring = Scoring(prompting.settings(Ranks()), progress=bar_progress)
     store = None if report is None else _store(report, tasks, out, [loading.dtype, quantize, not prompting.raw])
@@ -142,20 +182,24 @@ def evaluate(
         score = bind(_score_plain, name, bind(load_plain, Path(path), loading), tasks, scoring)
         _once(result, store, name, score, depends)
     published = PublishedSystems(model.peft_config[model.active_adapter], lambda path: load_plain(Path(path), loading))
-    for text in by_name:
+    for text in systems.published:
         _once(result, store, text, bind(published.score, text, tasks, routes, scoring))
         size = published.num_bytes(text)
         if size is not None:
             result.extra.setdefault("baseline_bytes", {})[text] = size
-    _score(result, model, tokenizer, only_routed, scoring, store)
+    _score(result, model, tokenizer, systems.only_routed, scoring, store)
     result.extra["comparison"] = compare(result, plain, runtime_of(out))
     if report is not None:
         Ranks().first(bind(_write, result, report, store))
-    if as_json:
-        print_json(result.to_dict())
-        return
+    return result
+
+
+def _print(result: EvaluationReport) -> None:
+    from ..evaluation.comparison import kept_table
+    from ..evaluation.report import accuracy_table, loss_table, routing_table
+
     target = console()
-    names = [task.name for task in tasks]
+    names = [task.name for task in result.tasks]
     target.print(accuracy_table(result, names, title="Accuracy"))
     target.print(loss_table(result, names, title="Answer loss"))
     if (kept := kept_table(result.extra["comparison"])) is not None:

@@ -2,57 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from .common import check_folder, console, print_json, say
-from .loading import Loading, load, load_plain
+import typer
+
+from .common import console, print_json, say
+from .loading import Loading, Prompting, load, load_plain
 
 _STDERR = "_stderr"
 
 
+@dataclass(frozen=True)
+class HarnessTasks:
+    """Tasks of lm-evaluation-harness."""
+
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASKS",
+            help="Run tasks of lm-evaluation-harness, separated by commas, in place of --data.",
+            show_default=False,
+        ),
+    ] = None
+    include_path: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder with YAML files of own harness tasks.", show_default=False),
+    ] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="Most items of a harness task.", show_default=False)] = None
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each item of a harness task.", show_default=False)
+    ] = None
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks one by one."""
+        return [task.strip() for task in (self.lm_eval or "").split(",") if task.strip()]
+
+
 def evaluate_harness(
     out: Path,
-    tasks: Sequence[str],
-    include_path: Path | None,
+    tasks: HarnessTasks,
     baselines: Mapping[str, str],
-    how: tuple[Loading, str | None],
     only_routed: bool,
+    how: tuple[Loading, str | None],
+    prompting: Prompting,
     report: Path | None,
     as_json: bool,
-    options: Mapping[str, Any],
 ) -> None:
     """Run the tasks on baselines, backbone, each expert and the routed model, and print a table.
 
     Args:
         out: output folder of a build, its router fitted.
-        tasks: names of harness tasks.
-        include_path: folder of own tasks.
+        tasks: which, and how much of them.
         baselines: name → checkpoint, measured beside the output.
-        how: models are loaded; quantisation of the output.
         only_routed: leave out backbone and named experts.
+        how: models are loaded; quantisation of the output.
+        prompting: batch size and template.
         report: folder for ``lm_eval.json``.
         as_json: print JSON in place of the table.
-        options: for ``run_harness``.
     """
     from ..evaluation.harness import BACKBONE, run_harness, task_manager
     from ..evaluation.report import write_json
 
-    if report is not None:
-        check_folder(report, "--report")
-    names = [task.strip() for task in tasks if task.strip()]
-    manager = task_manager(names, include_path)
+    run = partial(
+        run_harness,
+        manager=task_manager(tasks.names, tasks.include_path),
+        tasks=tasks.names,
+        batch_size=prompting.batch_size,
+        use_template=not prompting.raw,
+        limit=tasks.limit,
+        num_fewshot=tasks.num_fewshot,
+    )
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name, path in baselines.items():
-        found[name] = run_harness(*load_plain(Path(path), how[0]), manager, names, **options)
+        model, tokenizer = load_plain(Path(path), how[0])
+        found[name] = run(model, tokenizer)
     model, tokenizer = load(out, *how)
     routed: dict[str, str | None] = {"routed": None}
     others = {} if only_routed else {BACKBONE: BACKBONE, **{f"expert {name}": name for name in model.expert_names}}
     # The routed model first: it fails at once where the router has not been fitted.
     for label, expert in {**routed, **others}.items():
-        say(f"{label}: {', '.join(names)}")
-        found[label] = run_harness(model, tokenizer, manager, names, expert=expert, **options)
+        say(f"{label}: {', '.join(tasks.names)}")
+        found[label] = run(model, tokenizer, expert=expert)
     if report is not None:
         write_json(found, report / "lm_eval.json")
     if as_json:

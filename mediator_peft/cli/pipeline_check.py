@@ -160,6 +160,7 @@ def _is_built(pipeline: Pipeline, output: Path) -> bool:
 
 def _planned_merge(pipeline: Pipeline) -> Merge:
     """The work of the build as far as headers say it; see ``build_mediator``."""
+    from ..checkpoints.opening import Reading
     from ..merge.block_plan import read_plan
     from ..merge.budget import shared_out
     from ..merge.builder import plan_merge, require_experts, single_thread
@@ -168,7 +169,8 @@ def _planned_merge(pipeline: Pipeline) -> Merge:
     section = pipeline.build
     config = with_experts(pipeline.config, section.experts)
     require_experts(config)
-    job = open_job(section.base, config, section.allow_pickle, section.dequantize, section.allow_distant)
+    reading = Reading(section.allow_pickle, section.dequantize)
+    job = open_job(section.base, config, reading, section.allow_distant)
     decided = None if section.plan is None else read_plan(Path(section.plan), job.structure.num_blocks)
     with single_thread():
         merge = plan_merge(job, config, decided)

@@ -20,6 +20,7 @@ from .bounded_yaml import LARGEST_FILE, MalformedYamlError, parse_yaml
 from .common import MOST_ROWS, MOST_TOKENS, MOST_WORKERS
 from .fit_router import RouterPrompts
 from .loading import Loading, Prompting
+from .merge_options import WorkOptions
 from .option_needs import NEEDS, idle_options, idle_settings
 
 _SECTIONS = ("build", "calibrate", "eval")
@@ -39,8 +40,8 @@ _PATHS = (
 )
 
 
-@dataclass
-class BuildSection:
+@dataclass(frozen=True)
+class BuildSection(WorkOptions):
     """Arguments of ``build_mediator``."""
 
     base: str | None = None
@@ -50,12 +51,8 @@ class BuildSection:
     """Fields of ``MediatorConfig``."""
 
     plan: str | None = None
-    workers: int = 1
-    max_memory: str | int | None = None
-    allow_pickle: bool = False
     hash_inputs: bool = True
-    dequantize: bool = False
-    allow_distant: bool = False
+    max_memory: str | int | None = None  # type: ignore[assignment]  # YAML has whole numbers, a command line has not
 
 
 @dataclass(frozen=True)
@@ -146,14 +143,7 @@ def read_pipeline(path: str | os.PathLike[str], overrides: Mapping[str, Any] | N
     if faults:
         raise ConfigError(f"pipeline {str(path)!r}:\n- " + "\n- ".join(faults))
     folder = path.absolute().parent
-    build = BuildSection(**_given(content["build"]))
-    build.base = _local(build.base, folder)
-    build.experts = {name: _local(source, folder) or "" for name, source in build.experts.items()}
-    build.output = str(folder / Path(build.output).expanduser())
-    if build.config and build.config.get("merge_data"):
-        build.config["merge_data"] = str(folder / Path(build.config["merge_data"]).expanduser())
-    build.plan = None if build.plan is None else str(folder / Path(build.plan).expanduser())
-    pipeline = Pipeline(build)
+    pipeline = Pipeline(BuildSection(**_located(content["build"], folder)))
     if content.get("calibrate") is not None:
         pipeline.calibrate = CalibrateSection(**_located(content["calibrate"], folder))
     if content.get("eval") is not None:
@@ -164,12 +154,17 @@ def read_pipeline(path: str | os.PathLike[str], overrides: Mapping[str, Any] | N
 def _located(section: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What a section says, its files and checkpoints counted from the pipeline's folder."""
     found = _given(section)
-    for name in ("answered", "report", "include_path"):
+    for name in ("output", "plan", "answered", "report", "include_path"):
         if name in found:
             found[name] = str(folder / Path(found[name]).expanduser())
-    for name in ("data", "baselines"):
+    for name in ("experts", "data", "baselines"):
         if name in found:
             found[name] = {key: _local(source, folder) or "" for key, source in found[name].items()}
+    if "base" in found:
+        found["base"] = _local(found["base"], folder)
+    if found.get("config", {}).get("merge_data"):
+        merge_data = str(folder / Path(found["config"]["merge_data"]).expanduser())
+        found["config"] = {**found["config"], "merge_data": merge_data}
     return found
 
 

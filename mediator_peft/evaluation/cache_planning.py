@@ -6,7 +6,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from ..data_files import DataFileError, json_lines, surrogate_fault
 from ..setting_checks import is_finite
@@ -124,19 +124,54 @@ def lru_distances(stream: Sequence[str]) -> list[int | None]:
     return found
 
 
+class Priority(Protocol):
+    """Which experts a cache keeps: the ones with the larger value."""
+
+    def access(self, time: int, name: str) -> None:
+        """Be told of the next access."""
+
+    def of(self, name: str) -> tuple[float, ...]:
+        """Of an expert, after the last access that was told."""
+
+
+class _NextUse:
+    """What is wanted sooner goes first."""
+
+    def __init__(self, stream: Sequence[str]) -> None:
+        self._places: dict[str, deque[int]] = {}
+        for time, name in enumerate(stream):
+            self._places.setdefault(name, deque()).append(time)
+
+    def access(self, time: int, name: str) -> None:
+        self._places[name].popleft()
+
+    def of(self, name: str) -> tuple[float, ...]:
+        places = self._places[name]
+        return (-places[0] if places else float("-inf"),)
+
+
+class _UsesAhead:
+    """What is used more often in the next accesses goes first, of equal ones the last used."""
+
+    def __init__(self, stream: Sequence[str], ahead: int) -> None:
+        self._stream, self._ahead = stream, ahead
+        self._counts: Counter[str] = Counter(stream[:ahead])
+        self._last: dict[str, int] = {}
+
+    def access(self, time: int, name: str) -> None:
+        # The window is what comes after this access.
+        self._counts[name] -= 1
+        if time + self._ahead < len(self._stream):
+            self._counts[self._stream[time + self._ahead]] += 1
+        self._last[name] = time
+
+    def of(self, name: str) -> tuple[float, ...]:
+        return (self._counts[name], self._last.get(name, -1))
+
+
 def optimal_distances(stream: Sequence[str]) -> list[int | None]:
-    """As :func:`lru_distances`, for a cache that knows the future and drops what is used last of all (Belady's).
-
-    The priority stack of Mattson et al. (1970): what is wanted sooner stays above.
-    """
-    places: dict[str, deque[int]] = {}
-    for time, name in enumerate(stream):
-        places.setdefault(name, deque()).append(time)
-
-    def priority(name: str, time: int) -> tuple[float, ...]:
-        return (-places[name][0] if places[name] else float("-inf"),)
-
-    return _stack_distances(stream, priority, places)
+    """As :func:`lru_distances`, for a cache that knows the future and drops what is used last of all (Belady's)."""
+    return _stack_distances(stream, _NextUse(stream))
 
 
 def lookahead_distances(stream: Sequence[str], ahead: int) -> list[int | None]:
@@ -148,49 +183,28 @@ def lookahead_distances(stream: Sequence[str], ahead: int) -> list[int | None]:
         stream: of accesses.
         ahead: how many accesses it knows beyond the present one.
     """
-    counts: Counter[str] = Counter(stream[:ahead])
-    last: dict[str, int] = {}
-
-    def priority(name: str, time: int) -> tuple[float, ...]:
-        return (counts[name], last.get(name, -1))
-
-    return _stack_distances(stream, priority, {}, counts, last, ahead)
+    return _stack_distances(stream, _UsesAhead(stream, ahead))
 
 
-def _stack_distances(
-    stream: Sequence[str],
-    priority: Any,
-    places: dict[str, deque[int]],
-    counts: Counter[str] | None = None,
-    last: dict[str, int] | None = None,
-    ahead: int = 0,
-) -> list[int | None]:
-    """Stack distances of a cache that drops what has the least priority at that time."""
+def _stack_distances(stream: Sequence[str], priority: Priority) -> list[int | None]:
+    """Stack distances of a cache that drops what has the least priority at that time.
+
+    The priority stack of Mattson et al. (1970): the accessed expert goes on top, and what it pushes down is, at each
+    place, the one with less priority of what stood there and what came from above.
+    """
     stack: list[str] = []
     found: list[int | None] = []
     for time, name in enumerate(stream):
-        if name in places:
-            places[name].popleft()
-        if counts is not None and last is not None:
-            # The window is what comes after this access.
-            counts[name] -= 1
-            if time + ahead < len(stream):
-                counts[stream[time + ahead]] += 1
+        priority.access(time, name)
         depth = stack.index(name) if name in stack else None
         found.append(None if depth is None else depth + 1)
-        end = len(stack) if depth is None else depth
-        carried, above = (stack[0] if stack else None), [name]
-        for place in range(1, end):
-            other = stack[place]
-            if priority(other, time) < priority(carried, time):
-                carried, other = other, carried
-            above.append(other)
-        rest = stack[end + 1 :] if depth is not None else []
-        if carried is not None and end > 0:
-            above.append(carried)
-        stack = above + rest
-        if last is not None:
-            last[name] = time
+        end, rest = (len(stack), []) if depth is None else (depth, stack[depth + 1 :])
+        above, pushed = [name], stack[:1]
+        for other in stack[1:end]:
+            stays, goes = sorted((other, pushed[0]), key=priority.of, reverse=True)
+            above.append(stays)
+            pushed = [goes]
+        stack = above + (pushed if end > 0 else []) + rest
     return found
 
 

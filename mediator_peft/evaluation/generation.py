@@ -59,7 +59,7 @@ class Route(NamedTuple):
     """The gate's, larger means less sure."""
 
     is_ood: bool
-    """Whether the gate takes the prompt for an unknown one."""
+    """Whether the fallback gets more weight than the experts."""
 
     nearest: str
     """The expert with the best score, however little it is trusted."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.lora import LoraCheckpoint
 from ..checkpoints.name_mapping import named_as_in_model
-from ..checkpoints.opening import Checkpoint, open_checkpoint
+from ..checkpoints.opening import PLAIN, Checkpoint, Reading, open_checkpoint
 from ..checkpoints.tensor_inventory import auto_class, outline_of
 from ..errors import CheckpointError
 from ..tuner.loading import load_mediator
@@ -47,7 +47,7 @@ def logit_differences(
     for name, other in against.items():
         with torch.no_grad():
             ours = model(input_ids=tokens, expert_weights=name).logits
-            theirs = original_model(str(other), name, base, allow_pickle)(input_ids=tokens).logits
+            theirs = original_model(str(other), name, base, Reading(allow_pickle))(input_ids=tokens).logits
         found[name] = _largest(ours - theirs)
     return found
 
@@ -56,17 +56,17 @@ def _largest(difference: Tensor) -> float:
     return float(difference.abs().max())
 
 
-def original_model(path: str, name: str, base: str | os.PathLike[str] | None, allow_pickle: bool) -> Any:
+def original_model(path: str, name: str, base: str | os.PathLike[str] | None, reading: Reading = PLAIN) -> Any:
     """An expert's own model, in float32.
 
     Raises:
         CheckpointError: it cannot be read, or is a LoRA and its base is missing.
     """
-    expert: Checkpoint = open_checkpoint(path, f"expert {name!r}", allow_pickle)
+    expert: Checkpoint = open_checkpoint(path, f"expert {name!r}", reading)
     if isinstance(expert, LoraCheckpoint):
         if base is None:
             raise CheckpointError(f"expert {name!r} is a LoRA: give its base as well (base=).")
-        base_model = open_checkpoint(str(base), "base", allow_pickle)
+        base_model = open_checkpoint(str(base), "base", reading)
         expert.bind(named_as_in_model(base_model, outline_of(base_model)), {})
     expert = named_as_in_model(expert, outline_of(expert))
     return plain_model(expert.config, {key: expert.tensor(key).float() for key in expert.tensors})

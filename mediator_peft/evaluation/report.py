@@ -180,7 +180,7 @@ def routing_table(routing: RoutingScore, title: str = "") -> Table:
     from rich.text import Text
 
     table = Table(title=title or None, title_justify="left", caption_justify="left", pad_edge=False)
-    table.caption = "prompts by the column with the most weight; unknown: flagged as OOD, wholly or in part"
+    table.caption = "prompts by the column with the most weight; unknown: the base has more than the experts"
     table.add_column("prompts of", no_wrap=True)
     for column in [*routing.columns, "right", "unknown", "uncertainty"]:
         table.add_column(Text(column), justify="right", no_wrap=True)

@@ -151,7 +151,7 @@ class RoutingScore:
     """Task with an expert → share of its prompts for which that expert had the most weight."""
 
     ood: dict[str, float]
-    """Task → share of its prompts that were taken for unknown, wholly or in part."""
+    """Task → share of its prompts of which the fallback gets more weight than the experts (``is_ood``)."""
 
     mean_uncertainty: dict[str, float]
     """Task → mean uncertainty, larger means less sure."""

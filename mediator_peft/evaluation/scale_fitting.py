@@ -182,7 +182,7 @@ def fit_scales(
     reports = {}
     for name in experts:
         say(f"{name}: asking the expert")
-        expert = original_model(str(experts[name]), name, base, False)
+        expert = original_model(str(experts[name]), name, base)
         _check_origin(model, state, expert, name)
         known = _asked(expert, tokenizer, pairs[name], fit, use_template)
         del expert

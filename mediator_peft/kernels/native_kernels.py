@@ -130,6 +130,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "count_rows": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p],
     "keep_first": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64],
     "find_ranked": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p],
+    "sha256": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64],
     "use_host_team": [ctypes.c_void_p],
 }
 
@@ -174,6 +175,7 @@ def library() -> ctypes.CDLL:
     for name, arguments in _ARGUMENTS.items():
         function = getattr(loaded, f"mediator_{name}")
         function.argtypes, function.restype = arguments, None
+    loaded.mediator_has_sha256.restype = ctypes.c_int64
     return loaded
 
 
@@ -416,3 +418,22 @@ def ranked(values: NDArray[np.float32], ranks: Sequence[int]) -> list[float]:
     )
     numbers: list[float] = found.tolist()
     return numbers
+
+
+@cache
+def has_sha256() -> bool:
+    """Whether the processor has instructions for SHA-256 that the library uses."""
+    return bool(library().mediator_has_sha256())
+
+
+def hash_blocks(states: Sequence[NDArray[np.uint32]], data: Sequence[NDArray[np.uint8]], num_blocks: int) -> None:
+    """Take blocks of one to three streams into their states; see ``hashing``.
+
+    Args:
+        states: (8,) each, changed in place.
+        data: (64 * num_blocks,) each or longer.
+        num_blocks: of 64 bytes, from each.
+    """
+    places = (ctypes.c_void_p * len(states))(*map(address, states))
+    sources = (ctypes.c_void_p * len(data))(*map(address, data))
+    library().mediator_sha256(ctypes.addressof(places), ctypes.addressof(sources), len(states), num_blocks)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..bank.column_map import identity_rows
 from ..bank.packed_arrays import PackedArrays
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.opening import open_checkpoints
+from ..checkpoints.opening import PLAIN, Reading, open_checkpoints
 from ..config import ALWAYS, ALWAYS_PREFIX, MediatorSettings
 from ..deferred import torch
 from ..errors import ConfigError
@@ -64,7 +64,7 @@ def parse_always(text: str) -> tuple[str, str | None, float]:
     return path, reference or None, weight
 
 
-def with_always(job: Job, config: MediatorSettings, allow_pickle: bool = False, dequantize: bool = False) -> Job:
+def with_always(job: Job, config: MediatorSettings, reading: Reading = PLAIN) -> Job:
     """The job with the checkpoints of the configuration's always-on deltas, opened and compared with the base.
 
     Raises:
@@ -75,7 +75,7 @@ def with_always(job: Job, config: MediatorSettings, allow_pickle: bool = False, 
         path, reference, weight = parse_always(text)
         places = {"checkpoint": path} | ({} if reference is None else {"reference": reference})
         labels = {f"always-on {name!r} ({role})": place for role, place in places.items()}
-        opened = open_checkpoints(labels, allow_pickle, dequantize)
+        opened = open_checkpoints(labels, reading)
         pair = check_job(job.base, dict(zip(places, opened.values(), strict=True)), may_untie=True).experts
         found[name] = AlwaysOn(pair["checkpoint"], pair.get("reference", job.base), weight)
     return job._replace(always=found) if found else job

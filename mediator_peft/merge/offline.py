@@ -16,10 +16,10 @@ from typing import Any
 
 from ..checkpoints.adapter_files import SUBFOLDER, WEIGHTS_FILE, write_config
 from ..checkpoints.backbone_files import BackboneFiles
-from ..checkpoints.checksums import CARD, write_checksums
+from ..checkpoints.checksums import CARD, RunningDigest, write_checksums
 from ..checkpoints.fingerprint import sample
 from ..checkpoints.lora import LoraCheckpoint
-from ..checkpoints.opening import Checkpoint, MeanCheckpoint, open_checkpoints
+from ..checkpoints.opening import PLAIN, Checkpoint, MeanCheckpoint, Reading, open_checkpoints
 from ..checkpoints.output_folder import (
     JOURNAL,
     check_free,
@@ -122,7 +122,7 @@ def build_mediator(
     check_free(target)
     check_working_folders(target)
     limit = parse_bytes(max_memory)
-    job = open_job(None if base is None else str(base), config, allow_pickle, dequantize, allow_distant)
+    job = open_job(None if base is None else str(base), config, Reading(allow_pickle, dequantize), allow_distant)
     decided = None if plan is None else read_plan(Path(plan), job.structure.num_blocks)
     with single_thread():
         merge = shared_out(plan_merge(job, config, decided))
@@ -134,8 +134,7 @@ def build_mediator(
 def open_job(
     base: str | None,
     config: MediatorSettings,
-    allow_pickle: bool = False,
-    dequantize: bool = False,
+    reading: Reading = PLAIN,
     allow_distant: bool = False,
 ) -> Job:
     """Open base and experts and check that they belong together.
@@ -144,11 +143,11 @@ def open_job(
         CheckpointError: one is missing or damaged.
         CheckpointMismatchError: they do not belong together.
     """
-    opened = open_checkpoints(label_checkpoints(base, config.experts), allow_pickle, dequantize)
+    opened = open_checkpoints(label_checkpoints(base, config.experts), reading)
     experts = checkpoints_by_name(opened, config.experts)
     job = check_job(opened["base"] if base is not None else mean_base(experts, config), experts, may_untie=True)
     check_locks(job)
-    job = with_always(job, config, allow_pickle, dequantize)
+    job = with_always(job, config, reading)
     return job._replace(notes=(*job.notes, *check_distances(job, allow_distant)))
 
 
@@ -211,12 +210,16 @@ class Build:
         self.folder = folder
         job = merge.job
         self.backbone = BackboneFiles(folder, job.stored, job.dtype)
+        self.written = {path.name: RunningDigest(path, with_quick=True) for path in self.backbone.paths}
+        self._takes_written = False
         self.pieces = JournalStore(folder / JOURNAL)
         self.work = TensorWork(job.base, job.experts, merge.config, job.dtype, self._write, merge.method, merge.groups)
 
     def _write(self, name: str, start: int, rows: Array) -> None:
         job = self.merge.job
-        self.backbone.write_rows(job.stored_name(name), job.stored_row(name, start), rows)
+        path, place, data = self.backbone.write_rows(job.stored_name(name), job.stored_row(name, start), rows)
+        if self._takes_written:
+            self.digests.take_with(self.written[path.name], place, data)
 
     def prepare(self) -> list[int]:
         """Lay out the backbone; numbers of the tensors that are not finished yet, the longest first."""
@@ -248,6 +251,7 @@ class Build:
         return str(path), end, number
 
     def _merge_and_digest(self, number: int) -> None:
+        self._takes_written = True
         with self.digests.watching():
             self._merge_one(number)
         self.digests.follow(self.merge.tasks[number].name)
@@ -299,7 +303,7 @@ class Build:
             if path.is_file() and JOURNAL not in path.parts
         }
         write_report(report, adapter / "report")
-        write_checksums(folder, adapter, [path.name for path in self.backbone.paths])
+        write_checksums(folder, adapter, self.written)
         return report
 
     def _info(self, number: int) -> Finished:

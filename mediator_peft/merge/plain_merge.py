@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checksums import CARD, write_merged_checksums
+from ..checkpoints.opening import Reading
 from ..checkpoints.output_folder import JOURNAL, check_free, check_working_folders
 from ..config import MediatorSettings
 from ..methods.merging import MERGE_METHODS
@@ -106,7 +107,7 @@ def merge_models(
     check_free(target)
     check_working_folders(target)
     limit = parse_bytes(max_memory)
-    job = open_job(None if base is None else str(base), config, allow_pickle, dequantize, allow_distant)
+    job = open_job(None if base is None else str(base), config, Reading(allow_pickle, dequantize), allow_distant)
     with single_thread():
         merge = plan_merge(job, config)
         tasks = [task._replace(density=None, measure=False) for task in merge.tasks]

@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.opening import Checkpoint, FolderCheckpoint, open_checkpoint
+from ..checkpoints.opening import Checkpoint, FolderCheckpoint, Reading, open_checkpoint
 from ..checkpoints.output_folder import check_free, check_working_folders, free_space, partial_name
 from ..checkpoints.replacing import write_replacing
 from ..checkpoints.side_files import compare_side_files
@@ -135,7 +135,7 @@ def plan_mediator(
     require_experts(config)
     limit = parse_bytes(max_memory)
     found = BuildPlan(workers=workers)
-    job = _open(None if base is None else str(base), config, (allow_pickle, dequantize), found)
+    job = _open(None if base is None else str(base), config, Reading(allow_pickle, dequantize), found)
     if output is not None:
         target = Path(output).expanduser().absolute()
         try:
@@ -172,20 +172,20 @@ def plan_mediator(
     return found
 
 
-def _open(base: str | None, config: MediatorSettings, how: tuple[bool, bool], found: BuildPlan) -> Job | None:
+def _open(base: str | None, config: MediatorSettings, reading: Reading, found: BuildPlan) -> Job | None:
     """Open what can be opened and compare it; everything wrong goes into the plan.
 
     Args:
         base: folder or hub id.
         config: names the experts.
-        how: whether pickles are read, and whether quantised weights are dequantised.
+        reading: what may be read.
         found: takes problems and warnings.
     """
     paths = {f"expert {name!r}": path for name, path in config.experts.items()}
     opened: dict[str, Checkpoint] = {}
     for label, path in (({} if base is None else {"base": base}) | paths).items():
         try:
-            opened[label] = open_checkpoint(path, label, *how)
+            opened[label] = open_checkpoint(path, label, reading)
         except MediatorError as fault:
             found.problems += str(fault).splitlines()
     experts = {name: opened[f"expert {name!r}"] for name in config.experts if f"expert {name!r}" in opened}
@@ -200,7 +200,7 @@ def _open(base: str | None, config: MediatorSettings, how: tuple[bool, bool], fo
     found.problems += faults
     if not faults:
         try:
-            job = with_always(job, config, *how)
+            job = with_always(job, config, reading)
         except MediatorError as fault:
             found.problems.append(str(fault))
     folders = {

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checksums import RunningDigest
+from ..checkpoints.checksums import RunningDigest, take_all
 from ..checkpoints.dequantizing import DequantizedCheckpoint
 from ..checkpoints.opening import Checkpoint, MeanCheckpoint
 from ..checkpoints.replacing import write_replacing
@@ -41,6 +41,8 @@ class InputDigests:
         self.is_wanted = is_wanted
         self._running: dict[Path, RunningDigest] = {}
         """By file; none for files that carry their checksum in their name."""
+        self._shown: dict[int, tuple[RunningDigest, int, memoryview]] = {}
+        """By checkpoint: what it read last, in its buffer."""
         for path in (path for checkpoint in self._checkpoints for path in checkpoint.files):
             if is_wanted and _named_sha256(path) is None:
                 self._of(path)
@@ -49,16 +51,32 @@ class InputDigests:
     def watching(self) -> Iterator[None]:
         """Take what is read of the files within the block, as far as it is read in order."""
         for checkpoint in self._checkpoints if self.is_wanted else ():
-            checkpoint.watch(self._take)
+            checkpoint.watch(self)
         try:
             yield
         finally:
             for checkpoint in self._checkpoints:
                 checkpoint.watch(None)
+            self._take_shown()
 
-    def _take(self, path: Path, start: int, data: memoryview) -> None:
+    def before_reading(self, checkpoint: Checkpoint) -> None:
+        """Take what lies in a checkpoint's buffer, and what is shown of the others: they are hashed side by side."""
+        if id(checkpoint) in self._shown:
+            self._take_shown()
+
+    def show(self, checkpoint: Checkpoint, path: Path, start: int, data: memoryview) -> None:
+        """Hold bytes that a checkpoint has read until it reads the next."""
         if path in self._running:
-            self._running[path].take(start, data)
+            self._shown[id(checkpoint)] = self._running[path], start, data
+
+    def take_with(self, digest: RunningDigest, start: int, data: memoryview) -> None:
+        """Hash bytes that are written beside all that is shown."""
+        self._take_shown((digest, start, data))
+
+    def _take_shown(self, *others: tuple[RunningDigest, int, memoryview]) -> None:
+        shown = [*self._shown.values(), *others]
+        self._shown.clear()
+        take_all(shown)
 
     def follow(self, name: str) -> None:
         """Read on in every file to the end of a tensor that was just read."""

@@ -18,7 +18,7 @@ from ..checkpoints.fused_parts import parts_of, split_checkpoint
 from ..checkpoints.headers import read_header
 from ..checkpoints.lora import LoraCheckpoint
 from ..checkpoints.name_mapping import named_as_in_model
-from ..checkpoints.opening import Checkpoint, open_checkpoint
+from ..checkpoints.opening import Checkpoint, Reading, open_checkpoint
 from ..checkpoints.tensor_inventory import outline_of
 from ..checkpoints.tied_head import supply_head
 from ..config import MediatorSettings
@@ -105,11 +105,11 @@ def verify_mediator(
     for name, other in (against or {}).items():
         if name not in config.columns:
             raise AdapterError(f"this adapter has no expert {name!r}; it has {config.columns}.")
-        expert = open_checkpoint(str(other), f"expert {name!r}", allow_pickle)
+        expert = open_checkpoint(str(other), f"expert {name!r}", Reading(allow_pickle))
         if isinstance(expert, LoraCheckpoint):
             if base is None:
                 raise CheckpointError(f"expert {name!r} is a LoRA: give its base as well (base=).")
-            source = named_as_in_model(open_checkpoint(str(base), "base", allow_pickle), outline)
+            source = named_as_in_model(open_checkpoint(str(base), "base", Reading(allow_pickle)), outline)
             supply_head(source, backbone.tensors)
             expert.bind(source, {})
         else:

@@ -22,6 +22,7 @@ def hidden_states(
     layers: Sequence[int],
     input_ids: Tensor,
     attention_mask: Tensor,
+    stops: bool = True,
 ) -> list[Tensor]:
     """Hidden states of ``model`` after the first blocks; those above the last one wanted are not run.
 
@@ -32,6 +33,7 @@ def hidden_states(
         layers: how many blocks, from 0 (embedding alone) to all; in rising order, each once.
         input_ids: (B, T)
         attention_mask: (B, T), 1 for real tokens, padding on either side.
+        stops: False runs all blocks, for models that must not be left in the middle of a pass.
 
     Returns:
         One (B, T, H) for each of ``layers``.
@@ -40,9 +42,10 @@ def hidden_states(
 
     def listen(hidden: Tensor) -> None:
         found.append(hidden)
-        if len(found) == len(layers):
+        if len(found) < len(layers):
+            block_hook.start(blocks, layers[len(found)], listen)
+        elif stops:
             raise _Reached
-        block_hook.start(blocks, layers[len(found)], listen)
 
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     # Positions count real tokens, so that padding on the left changes nothing where positions are absolute.
@@ -55,7 +58,9 @@ def hidden_states(
         return found
     finally:
         block_hook.stop()
-    raise RuntimeError("the model ran without reaching its blocks")
+    if len(found) < len(layers):
+        raise RuntimeError("the model ran without reaching its blocks")
+    return found
 
 
 def mean_over_tokens(hidden: Tensor, attention_mask: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..evaluation.report import write_json
 from ..evaluation.statistics import bootstrap_mean
 from ..methods.merging import MERGE_METHODS
+from ..tables import lookup
 from .conflict import DENSITY as CONFLICT_DENSITY
 from .conflict import conflict_table, rankings, routed_matrices
 from .forms import Pack, packed, whole
@@ -34,8 +35,13 @@ NUM_LOSSES, NUM_LONG = 20, 5
 """Items of a task, and of word problems, which are long."""
 
 OWN = "experts themselves"
+DENSE = "sign of all entries"
+"""Ranking by sign conflict without denoising."""
+
 RANDOM = "random "
 """Begin of the names of random rankings."""
+
+NUM_RANDOM = 3
 
 Blocks = tuple[int, ...]
 
@@ -74,7 +80,21 @@ VARIANTS = (
 """One part changed at a time, in the order of the table."""
 
 
-class Parts:
+@dataclass(frozen=True)
+class Choice:
+    """How much of the ablation is measured."""
+
+    rankings: tuple[str, ...] | None = None
+    """None for all."""
+
+    shares: tuple[float, ...] = SHARES
+    """Shares of blocks, the most important first."""
+
+    blocks_only: bool = False
+    """Whether only the curves over blocks are measured, at equal numbers of blocks."""
+
+
+class Ablation:
     """Weights of every expert with deltas in some blocks, and their losses."""
 
     def __init__(self, bench: Bench, lab: Lab) -> None:
@@ -164,42 +184,66 @@ def num_losses(task: str) -> int:
     return NUM_LONG if task == "maths" else NUM_LOSSES
 
 
-def ablate(bench: Bench, lab: Lab, save: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+def ablate(
+    bench: Bench, lab: Lab, save: Callable[[dict[str, Any]], object], choice: Choice | None = None
+) -> dict[str, Any]:
     """All tables of the ablation.
 
     Args:
         bench: what is measured.
         lab: the model and its weights.
         save: takes what there is after each part, so that a stopped run has it.
+        choice: None measures everything.
 
     Returns:
         ``curves``, ``none``, ``all``, ``against_random``: see :func:`block_curves`; ``variants``: name → losses and
         bytes; ``equal_bytes``: see :func:`equal_bytes`; ``num_experts``: see :func:`by_number`.
+
+    Raises:
+        ConfigError: a chosen ranking is unknown.
     """
-    parts = Parts(bench, lab)
+    choice = choice or Choice()
+    run = Ablation(bench, lab)
     found: dict[str, Any] = {
         "num_losses": {task: num_losses(task) for task in bench.sample.known},
-        "num_blocks": parts.num_blocks,
+        "num_blocks": run.num_blocks,
     }
-    orders = all_rankings(bench, lab)
+    orders = chosen_rankings(bench, lab, choice.rankings)
+    first, shares = choice.shares[:2], choice.shares
     # The most important first: a stopped run has them.
-    for step in (
-        lambda: block_curves(parts, orders, SHARES[:2]),
-        lambda: {"variants": variants(parts)},
-        lambda: {"equal_bytes": equal_bytes(parts, orders, SHARES[:2])},
-        lambda: block_curves(parts, orders, SHARES),
-        lambda: {"num_experts": by_number(parts)},
-    ):
+    steps: list[Callable[[], dict[str, Any]]] = [lambda: block_curves(run, orders, first)]
+    if not choice.blocks_only:
+        steps += [
+            lambda: {"variants": variants(run)},
+            lambda: {"equal_bytes": equal_bytes(run, orders, first)},
+            lambda: {"num_experts": by_number(run)},
+        ]
+    if len(shares) > len(first):
+        steps.append(lambda: block_curves(run, orders, shares))
+    for step in steps:
         found |= step()
         save(found)
     return found
 
 
-def all_rankings(bench: Bench, lab: Lab) -> dict[str, list[int]]:
-    """Ranking → blocks; beside those of the conflict table, sign conflict of all entries (without denoising)."""
-    found = rankings(_conflicts(bench, lab, CONFLICT_DENSITY), num_random=3)
-    dense = rankings(_conflicts(bench, lab, 1.0))["sign"]
-    return {"sign": found.pop("sign"), "sign of all entries": dense, **found}
+def chosen_rankings(bench: Bench, lab: Lab, names: Sequence[str] | None = None) -> dict[str, list[int]]:
+    """Ranking → blocks; beside those of the conflict table, sign conflict of all entries (without denoising).
+
+    Args:
+        bench: what is measured.
+        lab: the experts' weights.
+        names: the rankings that are wanted; None for all.
+
+    Raises:
+        ConfigError: a ranking is unknown.
+    """
+    found = rankings(_conflicts(bench, lab, CONFLICT_DENSITY), num_random=NUM_RANDOM)
+    if names is None or DENSE in names:
+        dense = rankings(_conflicts(bench, lab, 1.0))["sign"]
+        found = {"sign": found.pop("sign"), DENSE: dense, **found}
+    for name in names or ():
+        lookup(found, name, kind="ranking")
+    return {name: order for name, order in found.items() if names is None or name in names}
 
 
 def _conflicts(bench: Bench, lab: Lab, density: float) -> list[dict[str, object]]:
@@ -223,27 +267,28 @@ def block_sets(
     }
 
 
-def block_curves(parts: Parts, orders: Mapping[str, Sequence[int]], shares: Sequence[float]) -> dict[str, Any]:
+def block_curves(run: Ablation, orders: Mapping[str, Sequence[int]], shares: Sequence[float]) -> dict[str, Any]:
     """Losses with the default's deltas in a number of blocks.
 
     Returns:
         ``curves``: ranking → number of blocks → mean loss over tasks, each task's, bytes a routed parameter; ``none``
-        and ``all``: the same; ``against_random``: ranking → number → mean difference from the random rankings.
+        and ``all``: the same; ``against_random``: ranking → number → mean difference from the random rankings, where
+        there are any.
     """
-    sets = block_sets(orders, parts.num_blocks, shares)
-    none, every = parts.measured(DEFAULT, ()), parts.measured(DEFAULT)
+    sets = block_sets(orders, run.num_blocks, shares)
+    none, every = run.measured(DEFAULT, ()), run.measured(DEFAULT)
     counts = sorted({count for chosen in sets.values() for count in chosen})
     scores: dict[str, dict[int, dict[str, Scores]]] = {name: {} for name in sets}
     # Number by number, so that a stopped run has all rankings of the first ones.
     for count in next(iter(sets.values())):
         for name, chosen in sets.items():
-            scores[name][count] = parts.measured(DEFAULT, chosen[count])
+            scores[name][count] = run.measured(DEFAULT, chosen[count])
     return {
         "none": {**_mean(none), "bytes": 0.0},
-        "all": {**_mean(every), "bytes": parts.num_bytes(DEFAULT)},
+        "all": {**_mean(every), "bytes": run.num_bytes(DEFAULT)},
         "curves": {
             name: {
-                str(count): {**_mean(scores[name][count]), "bytes": parts.num_bytes(DEFAULT, sets[name][count])}
+                str(count): {**_mean(scores[name][count]), "bytes": run.num_bytes(DEFAULT, sets[name][count])}
                 for count in counts
             }
             for name in sets
@@ -255,6 +300,8 @@ def block_curves(parts: Parts, orders: Mapping[str, Sequence[int]], shares: Sequ
 def _against_random(scores: Mapping[str, Mapping[int, Mapping[str, Scores]]]) -> dict[str, Any]:
     """Paired over items, every task with the same weight; positive is worse than random blocks."""
     drawn = [name for name in scores if name.startswith(RANDOM)]
+    if not drawn:
+        return {}
     return {
         name: {
             str(count): bootstrap_mean(_differences(found, [scores[each][count] for each in drawn]))._asdict()
@@ -275,15 +322,15 @@ def _differences(found: Mapping[str, Scores], drawn: Sequence[Mapping[str, Score
     return values
 
 
-def variants(parts: Parts) -> dict[str, Any]:
+def variants(run: Ablation) -> dict[str, Any]:
     """Mean loss over tasks, each task's, and bytes a routed parameter, with one part changed."""
-    own = _mean({task: parts.own_losses(task) for task in parts.bench.sample.known})
+    own = _mean({task: run.own_losses(task) for task in run.bench.sample.known})
     return {OWN: {**own, "bytes": 2.0}} | {
-        variant.name: {**_mean(parts.measured(variant)), "bytes": parts.num_bytes(variant)} for variant in VARIANTS
+        variant.name: {**_mean(run.measured(variant)), "bytes": run.num_bytes(variant)} for variant in VARIANTS
     }
 
 
-def equal_bytes(parts: Parts, orders: Mapping[str, Sequence[int]], shares: Sequence[float]) -> dict[str, Any]:
+def equal_bytes(run: Ablation, orders: Mapping[str, Sequence[int]], shares: Sequence[float]) -> dict[str, Any]:
     """Few blocks with dense deltas against all blocks with thin ones, of the same bytes.
 
     Returns:
@@ -291,29 +338,29 @@ def equal_bytes(parts: Parts, orders: Mapping[str, Sequence[int]], shares: Seque
         blocks → the same.
     """
     thin = Variant(f"sign {THIN}", packed(THIN))
-    size = _sizes(parts)
+    size = _sizes(run)
     drawn = [name for name in orders if name.startswith(RANDOM)]
-    chosen = {name: orders[name] for name in ("sign", "sign reversed", "spread", *drawn)}
-    sets = block_sets(chosen, parts.num_blocks, shares)
+    chosen = {name: orders[name] for name in ("sign", "sign reversed", "spread", *drawn) if name in orders}
+    sets = block_sets(chosen, run.num_blocks, shares)
     found: dict[str, dict[str, Any]] = {name: {} for name in sets}
-    whole_model = {**_mean(parts.measured(thin)), "density": THIN, "bytes": parts.num_bytes(thin)}
+    whole_model = {**_mean(run.measured(thin)), "density": THIN, "bytes": run.num_bytes(thin)}
     for count in sorted(next(iter(sets.values())), reverse=True):
-        if count < parts.num_blocks / 4 - 1:
+        if count < run.num_blocks / 4 - 1:
             continue  # Signs of any density take fewer bytes.
-        density = _density(size, size(THIN) * parts.num_blocks / count)
+        density = _density(size, size(THIN) * run.num_blocks / count)
         dense = Variant(f"sign {density}", packed(density))
         for name in sets:
             blocks = sets[name][count]
-            losses = _mean(parts.measured(dense, blocks))
-            found[name][str(count)] = {**losses, "density": density, "bytes": parts.num_bytes(dense, blocks)}
+            losses = _mean(run.measured(dense, blocks))
+            found[name][str(count)] = {**losses, "density": density, "bytes": run.num_bytes(dense, blocks)}
     return {"all": whole_model, "curves": found}
 
 
-def _sizes(parts: Parts) -> Callable[[float], float]:
+def _sizes(run: Ablation) -> Callable[[float], float]:
     """Density → bytes a parameter, of the matrices of the middle block of one expert."""
-    task = parts.bench.sample.known[0]
-    names = [name for name in parts.targets if block_of(name) == parts.num_blocks // 2]
-    backbone, expert = parts.backbone(DEFAULT), parts.weights(Variant("whole", whole), task, None)
+    task = run.bench.sample.known[0]
+    names = [name for name in run.targets if block_of(name) == run.num_blocks // 2]
+    backbone, expert = run.backbone(DEFAULT), run.weights(Variant("whole", whole), task, None)
     deltas = {name: expert[name].float() - backbone[name].float() for name in names}
 
     @cache
@@ -335,17 +382,17 @@ def _density(size: Callable[[float], float], wanted: float) -> float:
     return low / 1000
 
 
-def by_number(parts: Parts) -> dict[str, Any]:
+def by_number(run: Ablation) -> dict[str, Any]:
     """Number of experts → losses of the first two, and of all, above those of the whole experts."""
-    known = list(parts.bench.sample.known)
-    own = {task: parts.own_losses(task) for task in known}
+    known = list(run.bench.sample.known)
+    own = {task: run.own_losses(task) for task in known}
     found = {}
     for count in range(2, len(known) + 1):
         experts = tuple(known[:count])
         variant = Variant(f"{DEFAULT.name} of {count}", DEFAULT.pack, experts=experts)
         if count == len(known):
             variant = DEFAULT
-        scores = parts.measured(variant)
+        scores = run.measured(variant)
         above = {task: scores[task].loss - own[task].loss for task in experts}
         found[str(count)] = {
             "above": above,

@@ -133,6 +133,17 @@ def systems(
 
 
 @app.command()
+def routes(folder: Root, base: Base = "smollm2", only: Only = None, threads: Threads = 1) -> None:
+    """Route the test prompts anew with the model that `systems` built, and renew that part of its table."""
+    from .systems import rerouted
+    from .tables import with_new_routes
+
+    bench = _bench(folder, base, threads, only)
+    path = bench.folder.results / f"systems{bench.folder.model.suffix}.json"
+    say(f"written: {with_new_routes(path, rerouted(bench), bench)}")
+
+
+@app.command()
 def merges(folder: Root, base: Base = "smollm2", only: Only = None, threads: Threads = 1) -> None:
     """Score single-model merges alone; `systems` then takes their scores from FOLDER."""
     from .comparison import score_merges
@@ -182,12 +193,27 @@ def conflict(folder: Root, base: Base = "smollm2", only: Only = None, threads: T
 
 
 @app.command()
-def ablation(folder: Root, base: Base = "smollm2", only: Only = None, threads: Threads = 1) -> None:
+def ablation(
+    folder: Root,
+    base: Base = "smollm2",
+    ranking: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only this ranking of blocks; repeatable.")
+    ] = None,
+    share: Annotated[
+        list[float] | None, typer.Option(min=0.0, max=1.0, help="Only this share of blocks; repeatable.")
+    ] = None,
+    blocks_only: Annotated[
+        bool, typer.Option(help="Only which blocks are routed: no changed parts, equal bytes or numbers of experts.")
+    ] = False,
+    only: Only = None,
+    threads: Threads = 1,
+) -> None:
     """Measure answer losses with one part of the method changed, and with deltas in a share of the blocks."""
-    from .ablation import ablate
+    from .ablation import SHARES, Choice, ablate
 
     bench = _bench(folder, base, threads, only)
-    ablate(bench, _lab(bench), lambda found: _keep(bench, "ablation", found))
+    choice = Choice(None if ranking is None else tuple(ranking), tuple(share or SHARES), blocks_only)
+    ablate(bench, _lab(bench), lambda found: _keep(bench, "ablation", found), choice)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from ..checkpoints.adapter_sizes import read_adapter_info
 from ..checkpoints.replacing import write_replacing
 from ..config import MediatorSettings
 from ..demo.tasks import Item
+from ..errors import ConfigError
 from ..evaluation.baselines import (
     NAMED_ROUTE,
     ROUTER_ROUTE,
@@ -34,6 +35,7 @@ from ..merge.plain_merge import merge_models
 from ..methods.baselines import BASELINES
 from ..methods.merging import MERGE_METHODS
 from ..presets import PRESETS, preset_settings
+from ..tables import unknown_name
 from ..tuner.config import MediatorConfig
 from .dynamic import dynamic_parts
 from .lab import (
@@ -57,6 +59,7 @@ from .systems import (
     built_model,
     default_name,
     is_built,
+    known_coefficient,
     load_built,
     model_key,
     score_alone,
@@ -68,8 +71,9 @@ ORDER = (
     *("experts@router", "emr", "t-switch", "twin", "twin, routed", "t-switch, routed", "tall", "bitdelta"),
     *("dare_ties", "widen", "pcb", "tsv", "regmean", "fisher", "dare", "weighted", "consensus", "consensus_ties"),
     *("delta-come", "dynamic", "experts@random", "karcher", "opcm", "ota"),
+    *("average", "task_arithmetic", "ties", "slerp", "doge"),
 )
-"""The most important first. ``average``, ``task_arithmetic`` and ``ties`` are in the table of systems."""
+"""The most important first, the slowest last. Whole experts, named, are what all of them are compared with."""
 
 NUM_SEQUENCES = 32
 """Calibration items of each expert on which Gram matrices and Fisher information are measured."""
@@ -132,26 +136,39 @@ class System:
     """Whether it answers tasks without an expert."""
 
 
-def find_system(run: Comparison, name: str) -> System:
-    """A system by its name: a baseline with its route, a preset, a merge method, or ``dynamic``.
+def check_system(name: str) -> None:
+    """Refuse a name that is no baseline with its route, preset with its router, merge method, or ``dynamic``.
 
     Raises:
-        ValueError: it is unknown, or does not merge this number of experts.
+        ConfigError: it is none of them.
     """
+    own, _ = parse_baseline(name)
+    preset, _, rest = name.partition(", ")
+    is_preset = preset in PRESETS and rest == "routed"
+    if not (own in BASELINES or is_preset or name == "dynamic" or name in MERGE_METHODS):
+        raise ConfigError(unknown_name(name, ORDER, kind="system"))
+
+
+def find_system(run: Comparison, name: str) -> System:
+    """A system by its name.
+
+    Raises:
+        ConfigError: see :func:`check_system`.
+    """
+    check_system(name)
     own, route = parse_baseline(name)
     if own in BASELINES:
         return _restored(run, own, route)
-    if name.partition(", ")[0] in PRESETS and name.endswith(", routed"):
-        return _preset(run, name.partition(", ")[0])
     if name == "dynamic":
         key = model_key(run.bench, MediatorConfig())
         return System(key, lambda task: dynamic_parts(run.lab, run.default, run.default_model), lambda: None, False)
-    if name in MERGE_METHODS:
-        wanted = MERGE_METHODS[name].num_experts
-        if wanted is not None and wanted != len(run.bench.experts):
-            raise ValueError(f"{name} merges {wanted} experts")
-        return _merged(run, name)
-    raise ValueError(f"unknown system {name!r}; choose one of {', '.join(ORDER)}")
+    return _merged(run, name) if name in MERGE_METHODS else _preset(run, name.partition(", ")[0])
+
+
+def why_unsuited(run: Comparison, name: str) -> str | None:
+    """Why a system cannot be made of this number of experts; None where it can."""
+    wanted = MERGE_METHODS[name].num_experts if name in MERGE_METHODS else None
+    return None if wanted in (None, len(run.bench.experts)) else f"{name} merges {wanted} experts"
 
 
 def _restored(run: Comparison, name: str, route: str) -> System:
@@ -293,7 +310,9 @@ def score_system(run: Comparison, name: str) -> dict[str, Scores]:
 
 
 def known_scores(run: Comparison, name: str) -> dict[str, Scores] | None:
-    """Those of earlier runs; None where a task is missing."""
+    """Those of earlier runs; None where a task is missing. Nothing is measured for it."""
+    if name == "task_arithmetic" and known_coefficient(run.bench) is None:
+        return None
     system = find_system(run, name)
     found = {}
     for task in _tasks(run, system):
@@ -333,20 +352,24 @@ def compare(run: Comparison, names: Sequence[str]) -> dict[str, Any]:
     Returns:
         ``systems``: name → accuracy, loss, shares kept, bytes; ``tests``: p-values against the whole experts;
         ``left_out``: name → why.
+
+    Raises:
+        ConfigError: a name is unknown; nothing has been scored then.
     """
+    for name in names:
+        check_system(name)
     bench = run.bench
     known, left_out, table = bench.sample.known, {}, {}
     alone = score_alone(bench, run.lab)
     own = {task: alone[f"expert {task}"][task].first(run.sizes(task)) for task in known}
     one = sum(path.stat().st_size for path in bench.folder.base.glob("*.safetensors"))
     for name in dict.fromkeys([*names, *ORDER]):
-        try:
+        reason = why_unsuited(run, name)
+        found = None
+        if reason is None:
             found = score_system(run, name) if name in names else known_scores(run, name)
-        except ValueError as fault:
-            left_out[name] = str(fault)
-            continue
         if found is None:
-            left_out[name] = "not scored"
+            left_out[name] = reason or "not scored"
             continue
         table[name] = system_row(known, found, own, find_system(run, name).num_bytes() or one)
         table[name]["against_experts"] = paired_tests(own, found)

@@ -261,6 +261,13 @@ class Trial:
 
 
 def measured(model: nn.Module, batches: Sequence[AnswerBatch], references: Sequence[Sequence[Tensor]]) -> Measures:
+    """Compare a model with an expert, token by token of the reference answers.
+
+    Args:
+        model: plain.
+        batches: prompts with their answers.
+        references: the expert's log probabilities before each token: (n, V) for each row of each batch.
+    """
     divergence = loss = right = same = 0.0
     tokens = items = 0
     for batch, experts in zip(batches, references, strict=True):

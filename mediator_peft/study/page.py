@@ -104,7 +104,7 @@ def draw_figures(results: Results, folder: Path) -> list[Path]:
     except ImportError:
         raise MissingPackageError("figures need matplotlib: pip install 'mediator_peft[plot]'") from None
     drawn = []
-    measured = [name for name in results if name == "conflict" or name.startswith("conflict_")]
+    measured = _files(results, "conflict")
     if measured:
         figure = Figure(figsize=(7, 3.6), layout="constrained")
         axes = figure.add_subplot()
@@ -115,10 +115,10 @@ def draw_figures(results: Results, folder: Path) -> list[Path]:
         axes.legend(fontsize=8, frameon=False)
         drawn.append(folder / "evidence_conflict.png")
         write_figure(drawn[-1], figure, dpi=120)
-    if "ablation" in results:
+    for name in _files(results, "ablation"):
         figure = Figure(figsize=(7, 3.8), layout="constrained")
-        _draw_ablation(figure.add_subplot(), results["ablation"])
-        drawn.append(folder / "evidence_ablation.png")
+        _draw_ablation(figure.add_subplot(), results[name])
+        drawn.append(folder / f"evidence_{name}.png")
         write_figure(drawn[-1], figure, dpi=120)
     if "forms" in results:
         figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -126,6 +126,11 @@ def draw_figures(results: Results, folder: Path) -> list[Path]:
         drawn.append(folder / "forms_divergence.png")
         write_figure(drawn[-1], figure, dpi=120)
     return drawn
+
+
+def _files(results: Results, kind: str) -> list[str]:
+    """Names of one kind of result files: that of SmolLM2, and those of other bases."""
+    return [name for name in results if name == kind or name.startswith(f"{kind}_")]
 
 
 def _draw_forms(axes: Any, forms: Results) -> None:

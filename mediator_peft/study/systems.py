@@ -17,6 +17,7 @@ import torch
 from ..checkpoints.adapter_files import find_adapter
 from ..demo.tasks import Item, Task
 from ..demo.training import TrainedExpert
+from ..errors import AdapterError
 from ..evaluation.fit_and_save import fit_and_save
 from ..evaluation.generation import ROUTED, Memo, answer_losses, route_prompts
 from ..evaluation.report import write_json
@@ -38,6 +39,7 @@ NUM_ROUTED = 100
 NUM_VALIDATION = 10
 """Validation items a task."""
 
+_ROUTES = "study-routes.json"
 _PACKAGE = Path(__file__).parents[1]
 
 Say = Callable[[str], None]
@@ -200,10 +202,9 @@ def tuned_coefficient(bench: Bench, lab: Lab) -> float:
 
     The mean over tasks of losses, as accuracies of so few items would hardly tell coefficients apart.
     """
-    path = bench.folder.scores / "coefficients.json"
-    key = [bench.hashes, list(COEFFICIENTS), NUM_VALIDATION]
-    if path.exists() and (found := json.loads(path.read_text(encoding="utf-8")))["key"] == key:
-        return float(found["coefficient"])
+    known = known_coefficient(bench)
+    if known is not None:
+        return known
     losses = {}
     for coefficient in COEFFICIENTS:
         state = merge_states(lab.base, lab.experts, MERGE_METHODS["task_arithmetic"], scale=coefficient)
@@ -211,8 +212,25 @@ def tuned_coefficient(bench: Bench, lab: Lab) -> float:
             losses[coefficient] = _validation_loss(bench, model, lab.tokenizer)
         bench.say(f"task arithmetic, {coefficient}: validation loss {losses[coefficient]:.3f}")
     best = min(losses, key=lambda coefficient: losses[coefficient])
-    write_json({"key": key, "coefficient": best, "losses": losses}, path)
+    write_json({"key": _coefficient_key(bench), "coefficient": best, "losses": losses}, _coefficient_path(bench))
     return best
+
+
+def known_coefficient(bench: Bench) -> float | None:
+    """The tuned coefficient of an earlier run; None where there is none."""
+    path = _coefficient_path(bench)
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return float(found["coefficient"]) if found["key"] == _coefficient_key(bench) else None
+
+
+def _coefficient_path(bench: Bench) -> Path:
+    return bench.folder.scores / "coefficients.json"
+
+
+def _coefficient_key(bench: Bench) -> list[Any]:
+    return [bench.hashes, list(COEFFICIENTS), NUM_VALIDATION]
 
 
 def _validation_loss(bench: Bench, model: Any, tokenizer: Any) -> float:
@@ -313,9 +331,22 @@ def score_mediator(bench: Bench, folder: Path, suffix: str = "") -> Table:
     return table
 
 
+def rerouted(bench: Bench) -> dict[str, dict[str, float]]:
+    """The routing shares of the model that ``systems`` built, whatever version built it, by today's gate.
+
+    Raises:
+        AdapterError: nothing has been built.
+    """
+    folder = bench.folder.models / default_name(bench)
+    if not (folder / "study.json").exists():
+        raise AdapterError(f"{folder} has no model yet: run the sub-command `systems` first.")
+    (folder / _ROUTES).unlink(missing_ok=True)
+    return routing_shares(bench, folder)
+
+
 def routing_shares(bench: Bench, folder: Path) -> dict[str, dict[str, float]]:
-    """Task → share of its test prompts by the column with the most weight, and of those flagged as OOD."""
-    path = folder / "study-routes.json"
+    """Task → share of its test prompts by the column with the most weight, and ``flagged``: the base has over half."""
+    path = folder / _ROUTES
     if path.exists():
         found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
         return found

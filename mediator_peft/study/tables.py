@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -73,6 +74,12 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_rounded(item) for item in value]
     return value
+
+
+def with_new_routes(path: Path, routing: Mapping[str, Mapping[str, float]], bench: Bench) -> Path:
+    """Put routing shares into the file of the table of systems, with what they depend on as ``about_routing``."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return write_result(path.parent, path.stem, {**found, "routing": routing, "about_routing": about(bench)})
 
 
 def systems_result(bench: Bench, table: Table, model: Path) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from .merged_weight import plain_weight
 from .quantized import is_plain
 from .routing import ActiveAdapter, PromptRouter, Reading
 from .saving import backbone_state, storage_type
+from .sharded import check_not_sharded
 
 
 def add_expert(
@@ -183,6 +184,7 @@ def _deltas(
     label = f"expert {name!r}"
     checkpoint = open_checkpoints({label: str(path)})[label]
     layers = active.layers
+    check_not_sharded(active.model, "add_expert")
     for layer in layers.values():
         if not is_plain(layer.base_layer):
             raise UnsupportedError("deltas against a quantised backbone are not exact. Load it unquantised to add one.")

@@ -75,8 +75,8 @@ def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear, bank: LayerBank,
     # Codes cannot take a delta: rounding the sum again would lose it.
     if uniform and kind is None and route.may_merge and route.execution in (None, "merged"):
         return "merged"
-    if kind == "other" or is_watched:
-        # Offloaded, codes that we cannot read, or watched.
+    if kind == "other" or is_watched or route.is_sharded:
+        # Offloaded, codes that we cannot read, watched, or here for this pass alone.
         return "sparse"
     if route.execution in ("sparse", "dense"):
         return route.execution
@@ -112,7 +112,7 @@ def few_rows(
     """The short way of computing such batches under this route, kept for the next step; None where it is not open."""
     if choose(x, route, base_layer, bank, kept) != "sparse" or not any(group.mix for group in route.groups):
         return None
-    if FewRows.fits(x, base_layer, bank):
+    if not route.is_sharded and FewRows.fits(x, base_layer, bank):
         _split_rows(x, len(route.expert_weights))
         return FewRows(x, base_layer, bank, route)
     if DeviceRows.fits(x, bank):

@@ -102,6 +102,9 @@ class LayerRoute(NamedTuple):
     """Expert weights and columns as the router or the caller gave them, before any column map; None where these are
     those of the layers."""
 
+    is_sharded: bool = False
+    """Whether weights are only gathered for the pass at hand: a layer may call them, and read a copy."""
+
     @property
     def asked(self) -> tuple[Tensor, Columns]:
         """Expert weights and columns before any column map."""
@@ -221,7 +224,12 @@ def by_name(table: Tensor, columns: Sequence[str], now: Sequence[str]) -> Tensor
 
 
 def make_route(
-    table: Tensor, columns: Sequence[str], may_merge: bool, execution: str | None, column_map: ColumnMap | None = None
+    table: Tensor,
+    columns: Sequence[str],
+    may_merge: bool,
+    execution: str | None,
+    column_map: ColumnMap | None = None,
+    is_sharded: bool = False,
 ) -> LayerRoute:
     """Group the rows of a batch by their mix.
 
@@ -231,6 +239,7 @@ def make_route(
         may_merge: whether the mix may be written into the weights.
         execution: forced way of applying it, or None.
         column_map: from these columns to the stored ones; None where each is stored under its own name.
+        is_sharded: whether weights are only gathered for a pass, so that none may be written to.
     """
     asked = (table, as_columns(columns))
     if column_map is not None:
@@ -249,4 +258,5 @@ def make_route(
     has_gradient = torch.is_grad_enabled() and table.requires_grad
     gradient = WeightGradient(table) if has_gradient else None
     key = tuple(map(tuple, values))
-    return LayerRoute(table, tuple(columns), groups, may_merge, execution, key, gradient, asked)
+    may_merge = may_merge and not is_sharded
+    return LayerRoute(table, tuple(columns), groups, may_merge, execution, key, gradient, asked, is_sharded)

@@ -40,6 +40,7 @@ from .chat_turns import padded, turn_contents, unwrapped, user_turns
 from .config import MediatorConfig
 from .layer import reading_weights
 from .routing import ActiveAdapter, PromptRouter, Reading
+from .sharded import check_not_sharded
 
 _MOST_UNKNOWN = 0.2
 _HASHED_AT_ONCE = 1 << 24
@@ -78,6 +79,7 @@ def fit_router(
     ranks: Ranks,
 ) -> CalibrationReport:
     """See :meth:`MediatorModel.fit_router`."""
+    check_not_sharded(prompts.active.model, "fit_router")
     live = prompts.active.config
     names = list(live.expert_names or ())
     config = shallow_copy(live)

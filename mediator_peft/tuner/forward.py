@@ -19,6 +19,7 @@ from .differentiable import anchor
 from .expert_weights import ExpertWeights, LayerRoute, as_columns, by_name, expand_rows, make_route
 from .request_board import Pending, RequestBoard
 from .routing import ActiveAdapter, PromptRouter, check_ids, check_mask
+from .sharded import check_root, is_sharded
 
 
 class RoutedForward:
@@ -84,6 +85,9 @@ class RoutedForward:
     def generate(self, *args: Any, expert_weights: ExpertWeights = None, **kwargs: Any) -> Any:
         """See :meth:`MediatorModel.generate`."""
         generate = self._active.model.generate
+        sharded = is_sharded(self._active.model)
+        if sharded:
+            check_root(self._active.model)
         if expert_weights is not None:
             self.check_not_merged("expert_weights=")
         if self._is_plain(expert_weights) or self._board.merged is not None:
@@ -96,8 +100,9 @@ class RoutedForward:
             return generate(*args, **kwargs)
         else:
             self._board.warn_of_blocks_elsewhere()
+            given = _named(type(self._active.model).generate, args, kwargs)
             with torch.no_grad():  # as in generation itself: in training, gradients would mix in every expert
-                table, columns = self._route_request(_named(type(self._active.model).generate, args, kwargs))
+                table, columns = self._route_request(given, sharded)
         with self.request(table, columns):
             return generate(*args, **kwargs)
 
@@ -111,7 +116,7 @@ class RoutedForward:
             self._active.table(expert_weights)
         return self.adapters_off or not self._active.exists
 
-    def _route_request(self, given: Mapping[str, Any]) -> tuple[Tensor | Pending, Sequence[str]]:
+    def _route_request(self, given: Mapping[str, Any], sharded: bool) -> tuple[Tensor | Pending, Sequence[str]]:
         """Expert weights and columns of one generation, or the prompts where single-pass routing applies.
 
         A cache filled under other weights is emptied, so that it is filled anew.
@@ -134,7 +139,8 @@ class RoutedForward:
         check_mask(input_ids, mask)
         if mask is None:
             mask = self._mask_from_padding(input_ids, given)
-        if known is None and self._prompts.single_pass_routing:
+        # Sharded parameters are at hand within a forward pass alone.
+        if known is None and (sharded or self._prompts.single_pass_routing):
             self._prompts.fitted_reading()
             return Pending(input_ids, mask), ()
         weights, columns = self._prompts.routed_table(input_ids, mask)
@@ -156,6 +162,9 @@ class RoutedForward:
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         spec, context = kwargs.pop("expert_weights", None), kwargs.pop("context_mask", None)
         self._board.refuse_beside_others()
+        if self._board.is_unrouted:
+            self._board.route = None
+            return args, kwargs
         if spec is None and self._board.request is None and self._board.pending is None:
             self._board.warn_of_blocks_elsewhere()
         given = _named(type(module).forward, args, kwargs)
@@ -198,7 +207,8 @@ class RoutedForward:
             return False
         # Of one fit to the end of this pass, whatever is fitted meanwhile.
         reading = self._prompts.reading()
-        if not self._prompts.reads_in_one_pass(reading.layer):
+        # Processes that share parameters must make the same passes, whatever their own prompts are.
+        if not self._prompts.reads_in_one_pass(reading.layer) or is_sharded(self._active.model):
             return False
         self._prompts.check_fitted(reading)
         prompt = prompt_mask(inputs, mask, given.get("labels"), context)
@@ -220,7 +230,12 @@ class RoutedForward:
     def _made_route(self, table: Tensor, columns: Sequence[str], batch_size: int) -> LayerRoute:
         now = self._active.columns
         return make_route(
-            expand_rows(by_name(table, columns, now), batch_size), now, False, self.execution, self._active.column_map()
+            expand_rows(by_name(table, columns, now), batch_size),
+            now,
+            False,
+            self.execution,
+            self._active.column_map(),
+            is_sharded(self._active.model),
         )
 
     def _of_request(self, batch_size: int) -> LayerRoute:
@@ -228,17 +243,10 @@ class RoutedForward:
         request = self._board.request
         if request is None:
             raise RuntimeError("no request is open")
-        may_merge = not torch.is_grad_enabled() and self._board.may_merge(request) and not self._is_sharded
-        making = (self._active.columns, may_merge, self.execution, self._active.column_map())
+        may_merge = not torch.is_grad_enabled() and self._board.may_merge(request)
+        sharded = is_sharded(self._active.model)
+        making = (self._active.columns, may_merge, self.execution, self._active.column_map(), sharded)
         return self._board.request_route(request, batch_size, making)
-
-    @property
-    def _is_sharded(self) -> bool:
-        """Whether FSDP gathers weights for a block at a time: what is written into them would be dropped."""
-        # Asked at every step, and going through all modules takes a millisecond: FSDP needs a process group.
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return False
-        return any(type(module).__name__.startswith("FSDP") for module in self._active.model.modules())
 
     def _let_go(self, experts: Sequence[str]) -> None:
         """Drop what was copied to a GPU of experts that leave memory."""

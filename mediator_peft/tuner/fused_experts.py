@@ -26,7 +26,7 @@ from ..structure import follows_interface
 from .execution import float32_inside
 from .expert_weights import LayerRoute, Mix
 from .layer import MediatorLayer
-from .merged_weight import mixed_bias, mixed_weight, plain_weight
+from .merged_weight import mixed_bias, mixed_weight
 from .request_board import RequestBoard
 from .weight_state import copy_if_in_use
 
@@ -279,7 +279,9 @@ class RoutedExperts(nn.Module):
             key, number, bank = matrix.base_layer.key, matrix.base_layer.number, matrix.active_bank
             if bank is None or (wanted is not None and number not in wanted):
                 continue
-            mixed = mixed_weight(plain_weight(matrix.base_layer), bank, mix)  # type: ignore[arg-type]
+            # Of the copy: no view of a tensor that may be sharded is held.
+            weight = tensors[key][number].T if matrix.is_transposed else tensors[key][number]
+            mixed = mixed_weight(weight, bank, mix)
             tensors[key][number] = mixed.T if matrix.is_transposed else mixed
             shift = mixed_bias(bank, mix)
             if shift is not None:

@@ -18,6 +18,7 @@ from .fused_experts import check_experts, is_expert_matrix, unwrap_experts
 from .layer import MediatorLayer, routed_layers
 from .quantized import quantization_of
 from .request_board import RequestBoard
+from .sharded import check_not_split
 from .tied_head import check_tie, untie_head
 
 
@@ -30,8 +31,9 @@ def check_layers(model: Any, names: Sequence[str]) -> None:
 
     Raises:
         UnsupportedError: the model has no such layer, an embedding does more than look rows up or is tied to a head
-            with a weight of its own, or fused experts are quantised.
+            with a weight of its own, fused experts are quantised, or layers are split over processes.
     """
+    check_not_split(model)
     modules = dict(model.named_modules())
     for name in names:
         if is_expert_matrix(modules, name):

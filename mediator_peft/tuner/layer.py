@@ -99,7 +99,9 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         base: Any = self.base_layer
         if mixed is None:
             return base.weight
-        weight = mixed_weight(readable_weight(base), *mixed)
+        weight = readable_weight(base)
+        route = self.board.route
+        weight = mixed_weight(weight.clone() if route is not None and route.is_sharded else weight, *mixed)
         return weight.T if isinstance(base, Conv1D) else weight
 
     @property

@@ -18,6 +18,7 @@ from .fused_experts import is_fused
 from .merged_weight import mixed_bias
 from .request_board import RequestBoard
 from .routing import ActiveAdapter
+from .sharded import check_not_sharded
 
 
 class AdapterMerging:
@@ -83,6 +84,7 @@ class AdapterMerging:
                 "a generation or a use_experts block is under way. Merge outside of them: "
                 "model.merge_adapter(expert_weights='name')."
             )
+        check_not_sharded(self._active.model, "merge_adapter")
         mixes = self.mixes(spec, adapter_names, board_mix=False)
         if len(mixes) > 1:
             raise UnsupportedError("merge_adapter takes one adapter at a time; merge_and_unload takes several.")
@@ -106,6 +108,7 @@ class AdapterMerging:
         """Bring all weights back to the backbone's, bit for bit, and route prompts again."""
         if self._board.merged is None:
             return
+        check_not_sharded(self._active.model, "unmerge_adapter")
         self._board.merged = None
         for layer in self._active.layers.values():
             layer.merged_adapters.clear()
@@ -114,6 +117,7 @@ class AdapterMerging:
 
     def merge_for_good(self, mixes: dict[str, Mix], safe_merge: bool, progressbar: bool) -> None:
         """Write mixes into the weights; nothing is kept to take them out again."""
+        check_not_sharded(self._active.model, "merge_and_unload")
         layers = self._active.layers
         for layer in layers.values():
             layer.check_mergeable()
@@ -132,6 +136,7 @@ class AdapterMerging:
             RoutingError: rows of the mix differ.
             UnsupportedError: deltas of biases, embeddings or fused experts, which have no place in such a LoRA.
         """
+        check_not_sharded(self._active.model, "convert_to_lora")
         mix = self.mixes(spec, [adapter_name], board_mix=True)[adapter_name]
         layers = self._active.layers
         for name, layer in layers.items():

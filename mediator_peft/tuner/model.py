@@ -43,6 +43,7 @@ from .merging import AdapterMerging
 from .request_board import RequestBoard
 from .routing import ActiveAdapter, PromptRouter
 from .saving import AdapterFiles
+from .sharded import check_not_sharded
 from .tied_head import tie_head
 
 
@@ -291,8 +292,10 @@ class MediatorModel(BaseTuner):
 
         Raises:
             RoutingError: a name is unknown.
-            UnsupportedError: the backbone is quantised or offloaded.
+            UnsupportedError: the backbone is quantised, offloaded or sharded.
         """
+        if experts:
+            check_not_sharded(self.model, "cache_merged_experts")
         adapter = self.active.name
         mixes = tuple(self.merging.mixes(name, [adapter], board_mix=False)[adapter] for name in experts)
         for layer in self.routed_layers().values():

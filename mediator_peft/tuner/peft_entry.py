@@ -24,6 +24,7 @@ from ..errors import AdapterError, UnsupportedError
 from .config import MediatorConfig
 from .model import MediatorModel
 from .saving import writing_files
+from .sharded import check_not_sharded
 
 
 def extend_peft() -> None:
@@ -69,6 +70,7 @@ def _saving(original: Callable[..., None]) -> Callable[..., None]:
                 "safe_serialization=False would write a pickle, which is not read back: leave it out, and "
                 f"{WEIGHTS_FILE} is written."
             )
+        check_not_sharded(self.base_model.model, "save_pretrained")
         # Embeddings belong to the backbone: changed ones are saved with it.
         options["save_embedding_layers"] = False
         if not is_main_process or os.path.isfile(save_directory):

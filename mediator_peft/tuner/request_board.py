@@ -59,6 +59,7 @@ class RequestBoard:
     def __init__(self) -> None:
         self._requests: ContextVar[tuple[Request, ...]] = ContextVar("requests", default=())
         self._route: ContextVar[tuple[LayerRoute | None] | None] = ContextVar("route", default=None)
+        self._unrouted: ContextVar[bool] = ContextVar("unrouted", default=False)
         self._lock = threading.Lock()
         # Request → its distinct rows, of all threads and tasks.
         self._open: dict[Request, Rows] = {}
@@ -140,7 +141,7 @@ class RequestBoard:
             self._open[request] = rows
 
     def request_route(
-        self, request: Request, batch_size: int, making: tuple[Sequence[str], bool, str | None, ColumnMap | None]
+        self, request: Request, batch_size: int, making: tuple[Sequence[str], bool, str | None, ColumnMap | None, bool]
     ) -> LayerRoute:
         """The route of a request for a batch: one object, as long as nothing of it changes.
 
@@ -148,7 +149,7 @@ class RequestBoard:
             request: whose expert weights are known.
             batch_size: rows of the batch.
             making: what ``make_route`` gets besides: columns, whether the mix may be folded, forced execution,
-                column map.
+                column map, whether weights are sharded.
 
         Raises:
             RoutingError: the request wants an expert that was removed since.
@@ -316,12 +317,19 @@ class RequestBoard:
     @contextmanager
     def no_route(self) -> Iterator[None]:
         """The backbone alone, for the forward passes inside the block."""
-        before = self._route.get()
+        before, was_unrouted = self._route.get(), self._unrouted.get()
         self._route.set((None,))
+        self._unrouted.set(True)
         try:
             yield
         finally:
             self._route.set(before)
+            self._unrouted.set(was_unrouted)
+
+    @property
+    def is_unrouted(self) -> bool:
+        """Whether a :meth:`no_route` block is around."""
+        return self._unrouted.get()
 
 
 def _nothing() -> None:

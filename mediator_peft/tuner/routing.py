@@ -33,6 +33,7 @@ from .expert_weights import Columns, ExpertWeights, expert_weight_rows
 from .layer import MediatorLayer, routed_layers
 from .prompt_form import FormedPrompts, PromptForm, formed, prompt_form
 from .request_board import RequestBoard
+from .sharded import check_router, is_gathered, is_sharded
 
 
 class Reading(NamedTuple):
@@ -402,7 +403,10 @@ class PromptRouter:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows, mask, pooled = self._rows_to_read(input_ids, mask, reading)
         with self._board.no_route():
-            states = hidden_states(self.active.model.base_model, self.blocks, self.block_hook, layers, rows, mask)
+            model, sharded = self.active.model, is_sharded(self.active.model)
+            # Only the root gathers what lies outside of the blocks.
+            inner = model if sharded and not is_gathered(model) else model.base_model
+            states = hidden_states(inner, self.blocks, self.block_hook, layers, rows, mask, stops=not sharded)
             return torch.stack([mean_over_tokens(hidden, pooled) for hidden in states], dim=1)
 
     def _rows_to_read(self, input_ids: Tensor, mask: Tensor, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
@@ -448,6 +452,7 @@ class PromptRouter:
         return self._judged(self.fitted_reading().router, features)
 
     def _judged(self, router: Router, features: Tensor) -> RouteOutput:
+        check_router(router)
         features = features.to(router.known_novelty.device)
         readable, unreadable = split_unreadable(features)
         with float32_inside(features.device), onload_layer(self.active.routers):

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.utils.quantization_config import QuantizationMethod
 
 from mediator_peft import build_mediator, load_mediator, plan_mediator
-from mediator_peft.checkpoints.opening import open_checkpoint
+from mediator_peft.checkpoints.opening import Reading, open_checkpoint
 from mediator_peft.config import MediatorSettings
 from mediator_peft.errors import CheckpointError
 from mediator_peft.storage import to_tensor
@@ -167,7 +168,7 @@ def quantized(folder, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_are_read_as_what_they_stand_for(kind, paths):
     stood_for = quantized(paths["math"], kind)
-    ours = open_checkpoint(str(paths["math"]), "expert 'math'", dequantize=True)
+    ours = open_checkpoint(str(paths["math"]), "expert 'math'", Reading(dequantize=True))
     assert ours.tensors.keys() == stood_for.keys()
     for name, expected in stood_for.items():
         assert ours.tensors[name].shape == tuple(expected.shape)
@@ -213,7 +214,23 @@ def test_codes_that_are_not_known_are_refused_by_name(method, paths):
     (paths["math"] / "config.json").write_text(json.dumps({**settings, "quantization_config": method}))
     name = method["quant_method"] if isinstance(method, dict) else "unknown method"
     with pytest.raises(CheckpointError, match=f"(?i)cannot be dequantised here: {name}"):
-        open_checkpoint(str(paths["math"]), "expert 'math'", dequantize=True)
+        open_checkpoint(str(paths["math"]), "expert 'math'", Reading(dequantize=True))
+
+
+def test_every_method_of_transformers_is_refused_by_name_or_dequantised_on_request(paths):
+    settings = json.loads((paths["math"] / "config.json").read_text())
+    readable = {"fp8", "fbgemm_fp8", "compressed-tensors", "gptq", "awq", "bitsandbytes"}
+    assert readable < {method.value for method in QuantizationMethod}
+    for method in QuantizationMethod:
+        named = {**settings, "quantization_config": {"quant_method": method.value, "bits": 4}}
+        (paths["math"] / "config.json").write_text(json.dumps(named))
+        with pytest.raises(CheckpointError, match=rf"(?s)quantised.*{method.value}"):
+            open_checkpoint(str(paths["math"]), "expert 'math'")
+        if method.value in readable:
+            open_checkpoint(str(paths["math"]), "expert 'math'", dequantize=True)
+            continue
+        with pytest.raises(CheckpointError, match=f"cannot be dequantised here: {method.value} is not among"):
+            open_checkpoint(str(paths["math"]), "expert 'math'", dequantize=True)
 
 
 def test_codes_without_their_scales_are_refused(paths, tmp_path):

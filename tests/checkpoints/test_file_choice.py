@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from mediator_peft import build_mediator
-from mediator_peft.checkpoints.opening import open_checkpoint
+from mediator_peft.checkpoints.opening import Reading, open_checkpoint
 from mediator_peft.config import MediatorSettings
 from mediator_peft.errors import CheckpointError
 from tests.tiny import tiny_model
@@ -59,7 +59,7 @@ def test_any_mix_of_files_is_read_as_transformers_reads_it(mix, empty):
     for kind in mix:
         write(empty, kind)
     loaded = AutoModelForCausalLM.from_pretrained(empty).state_dict()
-    ours = open_checkpoint(str(empty), "model", allow_pickle=True)
+    ours = open_checkpoint(str(empty), "model", Reading(allow_pickle=True))
     assert ours.tensors.keys() == loaded.keys()
     for name, tensor in loaded.items():
         torch.testing.assert_close(ours.tensor(name), tensor, rtol=0, atol=0)

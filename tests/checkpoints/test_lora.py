@@ -19,7 +19,7 @@ from mediator_peft import (
     verify_mediator,
 )
 from mediator_peft.checkpoints import patterns
-from mediator_peft.checkpoints.opening import open_checkpoint
+from mediator_peft.checkpoints.opening import Reading, open_checkpoint
 from mediator_peft.errors import AdapterError, CheckpointError, MediatorError
 from mediator_peft.storage import to_tensor
 from tests.tiny import tiny_model, write_tiny_checkpoints
@@ -322,7 +322,7 @@ def test_adapters_are_found_and_read_however_they_were_saved(kind, tmp_path):
     base.save_pretrained(tmp_path / "base")
     merged = saved_lora(base, tmp_path / "lora", **options).state_dict()
     change(tmp_path / "lora")
-    expert = open_checkpoint(str(tmp_path / "lora"), "expert 'a'", allow_pickle=True)
+    expert = open_checkpoint(str(tmp_path / "lora"), "expert 'a'", Reading(allow_pickle=True))
     assert expert.bind(open_checkpoint(str(tmp_path / "base"), "base"), {}) == []
     for name, tensor in merged.items():
         torch.testing.assert_close(expert.tensor(name), tensor, rtol=1e-5, atol=1e-5)

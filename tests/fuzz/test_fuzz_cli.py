@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.fuzz.fuzz_cli import BAD, fuzz, prepare
 
 
+@pytest.mark.slow
 def test_mutated_inputs_end_in_our_errors_or_work(tmp_path, monkeypatch):
     prepare(tmp_path)
     said = []

@@ -132,6 +132,7 @@ def test_merging_a_tile_is_what_torch_does(num_experts, shape, method, dtype, mo
 
 @pytest.mark.parametrize("use_loops", [True, False])
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 1000])
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # signalling NaN
 def test_rounding_is_what_torch_does(use_loops, length, monkeypatch):
     if not use_loops:
         monkeypatch.setattr(dispatch, "native", lambda: None)

@@ -79,7 +79,8 @@ def test_the_sample_tells_the_distance_of_the_whole(tmp_path):
     settings = MediatorSettings(experts={"a": str(tmp_path / "a")})
     found = distances(open_job(str(tmp_path / "base"), settings))["a"]
     ours, theirs = (
-        torch.cat([p.flatten() for name, p in model.named_parameters() if "proj" in name]) for model in (base, tuned)
+        torch.cat([p.detach().flatten() for name, p in model.named_parameters() if "proj" in name])
+        for model in (base, tuned)
     )
     expected = float((theirs - ours).norm() / ours.norm())
     assert found.relative == pytest.approx(expected, rel=0.05)

@@ -6,10 +6,11 @@ import hashlib
 import json
 
 import pytest
+import xxhash
 import yaml
 
 from mediator_peft import plan_mediator
-from mediator_peft.checkpoints.checksums import RunningDigest
+from mediator_peft.checkpoints.checksums import RunningDigest, take_all
 from mediator_peft.cli.pipeline_file import read_pipeline
 from mediator_peft.errors import ConfigError
 from mediator_peft.merge.provenance import InputDigests, _files
@@ -58,9 +59,30 @@ def test_a_checksum_takes_what_others_read_and_reads_the_rest(tmp_path):
     digest = RunningDigest(tmp_path / "file")
     # In order, over a gap, what is known already, and what lies far ahead.
     for start, stop in ((0, 700), (700, 900), (1000, 70_000), (500, 800), (60_000, 80_000), (2_000_000, 2_100_000)):
-        digest.take(start, memoryview(data)[start:stop])
+        take_all([(digest, start, memoryview(data)[start:stop])])
     assert digest._place == 70_000
     assert digest.hexdigest() == hashlib.sha256(data).hexdigest()
+
+
+def test_bytes_that_come_twice_are_taken_once(tmp_path):
+    data = bytes(range(256)) * 10
+    for name in ("one", "other"):
+        (tmp_path / name).write_bytes(data)
+    one, other = (RunningDigest(tmp_path / name, with_quick=True) for name in ("one", "other"))
+    first, second = memoryview(data)[:900], memoryview(data)[900:]
+    take_all([(one, 0, first), (other, 0, first), (one, 0, first), (one, 900, second)])
+    assert (one._place, other._place) == (900, 900)
+    assert one.hexdigest() == other.hexdigest() == hashlib.sha256(data).hexdigest()
+    assert one.quick() == other.quick() == xxhash.xxh3_128(data).hexdigest()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_outputs_checksums_are_those_of_its_files(workers, paths, tmp_path):
+    build(paths, tmp_path / "out", workers=workers)
+    known = json.loads((tmp_path / "out" / "mediator" / "checksums.json").read_text())
+    data = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert known["backbone"]["model.safetensors"] == hashlib.sha256(data).hexdigest()
+    assert known["quick"]["backbone"]["model.safetensors"] == xxhash.xxh3_128(data).hexdigest()
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -145,7 +145,9 @@ def test_copies_share_their_texts_fold_and_are_never_judged():
     assert held_out.ood_score.shape == (60,)
 
 
-@pytest.mark.parametrize("name", list(ROUTERS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "mlp" else name for name in ROUTERS]
+)
 def test_a_router_is_fitted_on_texts_and_copies_alike(name):
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(90) % 3

@@ -130,7 +130,9 @@ def test_a_family_is_judged_by_rules_that_never_saw_it():
     assert left_out.statistics.shape == (180, 2)
 
 
-@pytest.mark.parametrize("name", list(ROUTERS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "mlp" else name for name in ROUTERS]
+)
 def test_unknown_families_go_to_the_base_and_known_prompts_to_their_expert(name):
     router, report, *_ = fitted(name)
     generator = torch.Generator().manual_seed(5)

@@ -75,14 +75,12 @@ def test_a_table_of_another_base_is_that_of_its_own_file(tmp_path):
 def test_figures_are_drawn_from_results(tmp_path):
     rows = [{"block": block, "kind": "all", "sign": 0.3} for block in range(3)]
     curve = {"1": {"mean": 1.0}, "2": {"mean": 0.5}}
-    results = {
-        "conflict": {"sets": {"seed 0": rows}},
-        "ablation": {"num_blocks": 3, "none": {"mean": 2.0}, "all": {"mean": 0.1}, "curves": {"sign": curve}},
-    }
+    ablation = {"num_blocks": 3, "none": {"mean": 2.0}, "all": {"mean": 0.1}, "curves": {"sign": curve}}
+    results = {"conflict": {"sets": {"seed 0": rows}}, "ablation": ablation, "ablation_gemma3": ablation}
     for name, kind, size in (("sign 0.1", "sign", 0.07), ("sign 0.2", "sign", 0.12), ("whole", "whole", 2.0)):
         row = {"kind": kind, "new": {"bytes": size, "divergence": 0.001 / size}}
         results.setdefault("forms", {"forms": {}})["forms"][name] = row
-    names = ["evidence_conflict.png", "evidence_ablation.png", "forms_divergence.png"]
+    names = [f"evidence_{name}.png" for name in ("conflict", "ablation", "ablation_gemma3")] + ["forms_divergence.png"]
     assert [path.name for path in draw_figures(results, tmp_path)] == names
     assert all(path.stat().st_size > 1000 for path in tmp_path.iterdir())
     assert draw_figures(json.loads("{}"), tmp_path) == []

@@ -18,14 +18,23 @@ from mediator_peft import MediatorConfig, build_mediator, load_mediator, referen
 from mediator_peft.demo.settings import FULL
 from mediator_peft.demo.tasks import Item, Task
 from mediator_peft.demo.training import train_experts
+from mediator_peft.errors import AdapterError, ConfigError
 from mediator_peft.evaluation.baselines import RestoredExperts
 from mediator_peft.methods.baselines import BASELINES
 from mediator_peft.methods.baselines.dynamic import sharpened, sharpness
 from mediator_peft.methods.merging import MERGE_METHODS
 from mediator_peft.study import ablation, hard
 from mediator_peft.study import tasks as study_tasks
-from mediator_peft.study.ablation import DEFAULT, Parts, Variant, ablate
-from mediator_peft.study.comparison import Comparison, compare, find_system, score_merges, score_system
+from mediator_peft.study.ablation import DEFAULT, Ablation, Choice, Variant, ablate
+from mediator_peft.study.comparison import (
+    ORDER,
+    Comparison,
+    check_system,
+    compare,
+    score_merges,
+    score_system,
+    why_unsuited,
+)
 from mediator_peft.study.conflict import (
     block_of,
     conflict_table,
@@ -53,10 +62,11 @@ from mediator_peft.study.systems import (
     build_default,
     make_sample,
     model_key,
+    rerouted,
     score_alone,
     score_mediator,
 )
-from mediator_peft.study.tables import conflict_result, systems_result, write_result
+from mediator_peft.study.tables import conflict_result, systems_result, with_new_routes, write_result
 
 WORDNET = """  1 the licence
 00000001 03 n 01 entity 0 000 | a root
@@ -159,6 +169,7 @@ def table(bench, lab):
     return found | score_merges(bench, lab)
 
 
+@pytest.mark.slow
 def test_a_second_run_scores_nothing_anew(bench, lab, table, monkeypatch):
     monkeypatch.setattr("mediator_peft.study.systems.score_items", None)
     again = score_alone(bench, lab) | score_mediator(bench, build_default(bench)) | score_merges(bench, lab)
@@ -183,13 +194,30 @@ def test_every_system_is_in_the_table_and_its_file(bench, table, tmp_path):
     assert write_result(tmp_path, "systems", json.loads(first)).read_bytes() == first
 
 
+def test_routes_are_taken_anew_and_nothing_else_of_the_table_changes(bench, table, tmp_path, monkeypatch):
+    experts = {name: StudyExpert(name, StudyRecipe(1)) for name in bench.experts}
+    bench = replace(bench, settings=replace(bench.settings, experts=experts))
+    path = write_result(tmp_path, "systems", systems_result(bench, table, build_default(bench)))
+    found = json.loads(path.read_text())
+    # The cached shares of an earlier version are not taken.
+    routes = bench.folder.models / "default-2" / "study-routes.json"
+    routes.write_text(json.dumps({"first": {"flagged": 7.0}}))
+    monkeypatch.setattr("mediator_peft.study.systems.library_digest", lambda: "other")
+    renewed = json.loads(with_new_routes(path, rerouted(bench), bench).read_text())
+    assert set(renewed.pop("about_routing")["experts"]) == {"first", "second"}
+    assert renewed == found
+    with pytest.raises(AdapterError, match="run the sub-command `systems` first"):
+        rerouted(replace(bench, folder=StudyFolder(tmp_path)))
+
+
 ALL_KINDS = ("experts@router", "emr", "weighted", "dynamic")
 
 
 def test_baselines_and_merges_are_compared_on_the_items_of_the_table(bench, lab, table, monkeypatch):
     run = Comparison(bench, lab, Sizes(2, 3))
     first = compare(run, ALL_KINDS)
-    assert set(first["systems"]) == {*ALL_KINDS, NAMED, ROUTED_SYSTEM}
+    # Single-model merges of the table of systems are in this one too.
+    assert set(first["systems"]) == {*ALL_KINDS, *FEW, NAMED, ROUTED_SYSTEM}
     whole = table[ROUTED_SYSTEM]["first"].first(Sizes(2, 3))
     assert first["systems"][ROUTED_SYSTEM]["tasks"]["first"]["loss"] == whole.loss
     assert first["left_out"]["tall"] == "not scored"
@@ -202,10 +230,29 @@ def test_baselines_and_merges_are_compared_on_the_items_of_the_table(bench, lab,
     # Nothing is scored again, by this run or another, and what was scored before is in the table too.
     monkeypatch.setattr("mediator_peft.study.systems.score_items", None)
     assert compare(Comparison(bench, lab, Sizes(2, 3)), ["weighted"]) == first
-    with pytest.raises(ValueError, match="unknown system"):
-        find_system(run, "nothing")
+    with pytest.raises(ConfigError, match=r"unknown system 'emrr'.*'emr'"):
+        compare(run, ["weighted", "emrr"])
     lines = comparison_table({"comparison": first}).splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == list(first["systems"])
+
+
+def test_every_merge_method_and_baseline_has_its_place_in_the_comparison(bench, lab):
+    # Whole experts are what others are compared with, and the base merges nothing.
+    compared = {name.partition("@")[0].partition(", ")[0] for name in ORDER}
+    assert compared >= {*MERGE_METHODS, *BASELINES} - {"base"}
+    for name in ORDER:
+        check_system(name)
+    run = Comparison(replace(bench, experts={**bench.experts, "third": bench.experts["first"]}), lab)
+    assert {name: why for name in ORDER if (why := why_unsuited(run, name))} == {"slerp": "slerp merges 2 experts"}
+
+
+def test_a_fault_while_a_system_is_scored_is_not_taken_for_a_system_that_is_left_out(bench, lab, table, monkeypatch):
+    def broken(*_):
+        raise ValueError("a fault")
+
+    monkeypatch.setattr("mediator_peft.study.comparison.merge_states", broken)
+    with pytest.raises(ValueError, match="a fault"):
+        compare(Comparison(bench, lab, Sizes(1, 1)), ["consensus"])
 
 
 @pytest.mark.slow
@@ -254,9 +301,9 @@ def test_scores_of_parts_come_back_in_the_order_of_the_items():
 def test_a_block_without_conflict_is_averaged_and_one_at_chance_level_is_the_named_expert(bench, lab):
     folder = build_default(bench)
     model, _ = load_mediator(folder, dtype=torch.float32)
-    parts = Parts(bench, lab)
-    backbone = {name: tensor.float() for name, tensor in parts.backbone(DEFAULT).items()}
-    experts = {name: parts.weights(DEFAULT, name, None) for name in ("first", "second")}
+    run = Ablation(bench, lab)
+    backbone = {name: tensor.float() for name, tensor in run.backbone(DEFAULT).items()}
+    experts = {name: run.weights(DEFAULT, name, None) for name in ("first", "second")}
     beta = sharpness(torch.tensor([0.0, 0.25, 0.5]))
     weights = sharpened(torch.tensor([0.8, 0.2]), beta)
     mixed = mixed_weights(model, weights)
@@ -322,18 +369,18 @@ def test_every_row_without_data_merges_a_model(lab, name):
 
 
 def test_all_blocks_give_the_named_model_and_none_the_backbone(bench, lab):
-    parts = Parts(bench, lab)
+    run = Ablation(bench, lab)
     model, _ = load_mediator(build_default(bench), dtype=torch.float32)
     ids = torch.arange(5, 25).view(2, 10)
-    for name, weights in {"first": parts.weights(DEFAULT, "first", None), None: parts.backbone(DEFAULT)}.items():
+    for name, weights in {"first": run.weights(DEFAULT, "first", None), None: run.backbone(DEFAULT)}.items():
         with torch.no_grad(), model.use_experts(name), lab.holding(weights) as plain:
             torch.testing.assert_close(plain(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_whole_deltas_in_one_block_leave_the_others_to_the_backbone(bench, lab):
-    parts = Parts(bench, lab)
-    state = parts.weights(Variant("whole", whole), "first", (1,))
-    backbone = parts.backbone(DEFAULT)
+    run = Ablation(bench, lab)
+    state = run.weights(Variant("whole", whole), "first", (1,))
+    backbone = run.backbone(DEFAULT)
     for name in routed_matrices(lab.base):
         wanted = lab.experts["first"] if block_of(name) == 1 else backbone
         torch.testing.assert_close(state[name].float(), wanted[name].float(), atol=1e-6, rtol=0)
@@ -361,6 +408,14 @@ def test_the_ablation_has_every_ranking_at_equal_numbers_and_bytes(bench, lab, m
     assert set(found["num_experts"]) == {"2"}
     deltas, with_embedding = (found["variants"][name] for name in WHOLE)
     assert with_embedding["bytes"] > deltas["bytes"] == 2
+    # A choice of rankings and shares measures these alone, and finds what was measured before.
+    monkeypatch.setattr("mediator_peft.study.systems.score_items", None)
+    few_blocks = ablate(bench, lab, lambda content: None, Choice(("spread", "random 1"), (0.5,), blocks_only=True))
+    assert set(few_blocks) == {"num_losses", "num_blocks", "none", "all", "curves", "against_random"}
+    assert few_blocks["curves"] == {name: {"2": curves[name]["2"]} for name in ("spread", "random 1")}
+    assert set(few_blocks["against_random"]) == {"spread"}
+    with pytest.raises(ConfigError, match=r"unknown ranking 'spred'.*'spread'"):
+        ablate(bench, lab, saved.append, Choice(("spred",)))
     # What is left are averaged norms.
     own = found["variants"]["experts themselves"]
     assert abs(with_embedding["mean"] - own["mean"]) < abs(found["none"]["mean"] - own["mean"])

@@ -209,7 +209,8 @@ def test_a_thread_of_asyncio_carries_the_experts_along_and_a_plain_one_does_not(
     with model.use_experts("code"), ThreadPoolExecutor(1) as pool:
         copied_context = contextvars.copy_context()
         torch.testing.assert_close(pool.submit(copied_context.run, logits).result(), code, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(pool.submit(logits).result(), routed, rtol=1e-4, atol=1e-4)
+        with pytest.warns(UserWarning, match="does not see it"):
+            torch.testing.assert_close(pool.submit(logits).result(), routed, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(copied_context.run(logits), code, rtol=1e-4, atol=1e-4)
     assert not any(layer.merged_bytes for layer in model.routed_layers().values())
 
@@ -242,6 +243,7 @@ def overlapping_blocks(model):
     return blocks
 
 
+@pytest.mark.filterwarnings("ignore:use_experts blocks overlapped")
 def test_blocks_of_interleaved_generators_end_in_any_order(model):
     first, second = overlapping_blocks(model)
     contextvars.copy_context().run(first.close)
@@ -680,6 +682,7 @@ def test_a_refused_wrap_leaves_the_model_as_it_was(tmp_path):
         model(input_ids=prompts)
 
 
+@pytest.mark.slow
 def test_the_short_form_of_the_stress_script_finds_nothing_wrong(tmp_path):
     from stress.concurrent_steps import run
 

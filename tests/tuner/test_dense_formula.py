@@ -50,7 +50,7 @@ def test_every_way_of_applying_deltas_gives_the_same(tmp_path, arch, execution):
         torch.testing.assert_close(mixed[row], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("encoding", ["int8", "nf4"])
+@pytest.mark.parametrize("encoding", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_quantised_values_too_in_every_way_and_after_a_round_trip(tmp_path, encoding):
     pytest.importorskip("bitsandbytes")
@@ -70,7 +70,7 @@ def test_quantised_values_too_in_every_way_and_after_a_round_trip(tmp_path, enco
                 torch.testing.assert_close(each(input_ids=prompts).logits, expected[-1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("arch", ["gpt2", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("llama", "qwen2"))])
 @torch.no_grad()
 def test_low_rank_deltas_too_in_every_way_and_after_a_round_trip(tmp_path, arch):
     _, model = built(tmp_path, arch, sparsifier="svd", rank=5)

@@ -120,7 +120,9 @@ def test_layers_of_another_library_need_no_word_in_the_configuration(folders, tm
     assert torch.equal(again(prompts, expert_weights="math").logits, expected)
 
 
-@pytest.mark.parametrize("kind", [NotImplementedError, ImportError, ValueError, RuntimeError])
+@pytest.mark.parametrize(
+    "kind", [NotImplementedError, ImportError, ValueError, RuntimeError, NameError, AttributeError]
+)
 def test_a_quantization_that_transformers_cannot_load_is_refused_by_name(folders, monkeypatch, kind):
     fault = kind("not available yet.")
     from transformers import LlamaForCausalLM

@@ -102,7 +102,7 @@ def dense_model(folders, kind, mix):
     return model
 
 
-@pytest.mark.parametrize("in_bfloat16", [False, True])
+@pytest.mark.parametrize("in_bfloat16", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("execution", [None, "sparse", "dense"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -220,7 +220,7 @@ def test_low_rank_deltas_stay_beside_the_codes(folders, tmp_path, kind):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("in_bfloat16", [False, True])
+@pytest.mark.parametrize("in_bfloat16", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
 def test_saving_leaves_the_model_as_it_is(folders, tmp_path, kind, in_bfloat16):
@@ -251,7 +251,14 @@ def test_one_way_of_applying_deltas_after_the_other(folders, kind):
         assert torch.equal(found, (sparse, dense)[place % 2])
 
 
-@pytest.mark.parametrize(("kind", "encoding"), [("nf4", "sign"), ("nf4", "float"), ("fp4", "sign"), ("int8", "sign")])
+@pytest.mark.parametrize(
+    ("kind", "encoding"),
+    [
+        ("nf4", "sign"),
+        ("int8", "sign"),
+        *(pytest.param(*both, marks=pytest.mark.slow) for both in [("nf4", "float"), ("fp4", "sign")]),
+    ],
+)
 @pytest.mark.parametrize("execution", ["sparse", "dense"])
 @torch.no_grad()
 def test_a_correction_corrects_quantization_error(folders, tmp_path, monkeypatch, kind, encoding, execution):

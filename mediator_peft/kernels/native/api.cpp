@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "sha256.h"
 #include "team.h"
 
 #if defined(__x86_64__)
@@ -120,4 +121,9 @@ EXPORT void mediator_keep_first(uint8_t* bitmap, int64_t num_bytes, int64_t coun
 EXPORT void mediator_find_ranked(const float* values, int64_t count, const int64_t* ranks, int64_t num_ranks, float* scratch,
                                  float* found) {
     chosen->find_ranked(values, count, ranks, num_ranks, scratch, found);
+}
+
+EXPORT int64_t mediator_has_sha256() { return has_sha256(); }
+EXPORT void mediator_sha256(uint32_t* const* states, const uint8_t* const* data, int64_t num_streams, int64_t num_blocks) {
+    hash_side_by_side(states, data, num_streams, num_blocks);
 }
