@@ -292,7 +292,8 @@ class WholeWeight:
         mix = route.groups[0].mix
         weight, shift = kept.weight(mix), mixed_bias(bank, mix)
         assert weight is not None
-        self._base_layer, self._weight, self._bias = base_layer, weight, base_layer.bias
+        self._base_layer, self._weight = base_layer, weight
+        self._bias: Tensor | None = base_layer.bias
         if shift is not None:
             self._bias = (base_layer.bias.float() + shift).to(base_layer.bias.dtype)
 
