@@ -300,8 +300,8 @@ E linear layers.
   one more copy of a block's fused tensors, and forms the matrices anew at every step of a generation;
   `cache_merged_experts` keeps them. It works under `eager`, `batched_mm` and `grouped_mm`; a test compares each with a
   dense formula.
-- **PEFT.** Its `target_parameters` wraps such tensors by a parametrization, which gives one weight for a whole batch:
-  there is no room for rows with different mixes.
+- **PEFT.** LoRA experts that change fused tensors (`target_parameters`) are folded into them. Here another wrapper runs
+  them: PEFT's is a parametrization, which gives one weight for a whole batch; rows could not have different mixes.
 - **Refused:** fused tensors that are quantised, offloaded or sharded; inputs that are not one entry a token, where rows
   have different mixes; `convert_to_lora`.
 - **Not done:** checks for locked checkpoints, unusual distances and hints look at other layers only. Measured

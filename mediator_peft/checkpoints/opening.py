@@ -93,6 +93,8 @@ def open_checkpoint(path: str, label: str, reading: Reading = PLAIN) -> Checkpoi
     Raises:
         CheckpointError: it cannot be opened.
     """
+    if not path.strip():
+        raise CheckpointError(f"{label}: the path is empty. Give a folder or a hub id such as 'org/model@revision'.")
     try:
         folder = resolve(path, label)
         return _open_folder(folder, label, pinned_source(path, folder), reading)

@@ -131,6 +131,8 @@ def expert_weight_rows(spec: ExpertWeights, columns: Sequence[str], num_experts:
         RoutingError: a name is unknown, a shape does not fit, or a number is not finite.
     """
     if isinstance(spec, Tensor):
+        if spec.is_complex():
+            raise RoutingError(f"expert weights must be real numbers, got {spec.dtype}.")
         table = spec if spec.ndim == 2 else spec.unsqueeze(0)
         if table.ndim != 2 or table.shape[1] not in (len(columns), num_experts):
             raise RoutingError(
@@ -161,7 +163,11 @@ def _row(spec: RowSpec, columns: Sequence[str]) -> list[float]:
     for name in mix:
         if name not in columns:
             raise RoutingError(unknown_name(name, columns, "expert"))
-        if isinstance(mix[name], str) or not hasattr(mix[name], "__float__"):
+        try:
+            number = None if isinstance(mix[name], str) else float(mix[name])
+        except (TypeError, ValueError, OverflowError):
+            number = None
+        if number is None:
             raise RoutingError(f"the weight of expert {name!r} must be a number, got {mix[name]!r}.")
     return [float(mix.get(name, 0.0)) for name in columns]
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import RoutingError
 from ..progress import bar_progress, no_progress
 from ..ranks import Ranks
 from ..routing.augmentation import augment, recombine, shared_words, vary_in_turn
@@ -38,6 +39,7 @@ from ..routing.wording import choose_depth_by_wordings, reference_prompts, wordi
 from .chat_turns import padded, turn_contents, unwrapped, user_turns
 from .config import MediatorConfig
 from .layer import reading_weights
+from .prompt_form import PromptForm
 from .routing import ActiveAdapter, PromptRouter, Reading
 from .sharded import check_not_sharded
 
@@ -46,6 +48,7 @@ _HASHED_AT_ONCE = 1 << 24
 _FEWEST_BACKGROUND = 20
 _HARD_PER_EXPERT = 25
 _TRIED = 100
+_FEWEST_TOKENS = 512
 _HARD_FAMILIES = ("other questions about the same subject", "other commands about the same subject")
 RANDOM_TOKENS = "random tokens"
 NUMBERS_ALONE = "numbers alone"
@@ -297,7 +300,13 @@ def read_texts(
     seed: int,
     split: str,
 ) -> LabelledTexts:
-    """Calibration texts of a model's experts; chats are rendered with the tokenizer's template."""
+    """Calibration texts of a model's experts; chats are rendered with the tokenizer's template.
+
+    Raises:
+        RoutingError: these are no texts, or this is no tokenizer.
+    """
+    if not callable(tokenizer):
+        raise RoutingError(f"give the backbone's tokenizer, got {type(tokenizer).__name__}.")
     template: Any = getattr(unwrapped(tokenizer), "apply_chat_template", None)
 
     def render(chat: list[dict[str, str]]) -> str:
@@ -515,10 +524,11 @@ def row_features(
     keys = [cache.key(row) for row in rows]
     new = {key: row for key, row in zip(keys, rows, strict=True) if cache.get(key) is None}
     # Texts of like length share a batch, so that little is padded.
-    order = sorted(new, key=lambda key: len(new[key]))
+    lengths = _lengths_read(new, reading)
+    order = sorted(new, key=lengths.__getitem__)
     device = prompts.active.device
     progress = bar_progress if show_progress else no_progress
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = _batches(order, lengths, batch_size)
     ranks = ranks or Ranks.alone()
 
     def read(some: Sequence[list[str]]) -> Iterator[Tensor]:
@@ -535,6 +545,30 @@ def row_features(
     cache.put(computed)
     everything = torch.stack([cache.get(key) for key in keys]).unflatten(1, (len(wanted), -1))  # type: ignore[misc]
     return everything[:, 0] if layers is None else everything
+
+
+def _lengths_read(rows: Mapping[str, list[int]], reading: Reading) -> dict[str, int]:
+    """How many tokens of each prompt are read: a chat's template is not."""
+    if reading.prompt_form is None:
+        return {key: len(row) for key, row in rows.items()}
+    form = PromptForm.from_config(reading.prompt_form)
+    return {key: len(form.content(row, reading.turn_markers, reading.routing_turn)) for key, row in rows.items()}
+
+
+def _batches(order: Sequence[str], lengths: Mapping[str, int], batch_size: int) -> list[list[str]]:
+    """Batches of ``batch_size`` texts; of more where they are short, until they have ``_FEWEST_TOKENS`` tokens.
+
+    Args:
+        order: keys of texts, by their length.
+        lengths: key → number of tokens.
+        batch_size: texts a batch at least, but for the last one.
+    """
+    batches: list[list[str]] = []
+    for key in order:
+        if not batches or len(batches[-1]) >= max(batch_size, _FEWEST_TOKENS // max(1, lengths[key])):
+            batches.append([])
+        batches[-1].append(key)
+    return batches
 
 
 def _read_weights(prompts: PromptRouter, layer: int) -> str:

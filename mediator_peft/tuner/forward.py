@@ -100,7 +100,8 @@ class RoutedForward:
         else:
             self._board.warn_of_blocks_elsewhere()
             given = _named(type(self._active.model).generate, args, kwargs)
-            table, columns = self._route_request(given, sharded)
+            with torch.no_grad():  # as in generation itself: in training, gradients would mix in every expert
+                table, columns = self._route_request(given, sharded)
         with self.request(table, columns):
             return generate(*args, **kwargs)
 

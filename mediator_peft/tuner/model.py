@@ -407,7 +407,7 @@ class MediatorModel(BaseTuner):
             text_column: column with the prompt, as it will be tokenised in use; or with a chat, a list of messages,
                 which is rendered with the tokenizer's template.
             label_column: column with the expert's name.
-            batch_size: texts per forward pass.
+            batch_size: texts per forward pass, more where they are short: until a pass has 512 tokens.
             max_length: longer texts are cut after this many tokens.
             show_progress: a bar on the error stream.
             group_column: column with what texts have in common (a template, a source). Whole groups are then held out

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from reprlib import repr as short
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ..bank.column_map import ColumnMap, identity_rows
 from ..config import ALWAYS, CORRECTION
 from ..context_length import table_of_positions
+from ..data_files import surrogate_fault
 from ..errors import RouterNotFittedError, RoutingError, UnsupportedError
 from ..forking import renew_after_fork
 from ..routing.block_hook import BlockHook
@@ -119,15 +121,25 @@ class ActiveAdapter:
 
     @property
     def config(self) -> MediatorConfig:
-        """Its settings."""
-        return self.configs[self.name]
+        """Its settings.
+
+        Raises:
+            UnsupportedError: PEFT has put another method's in their place.
+        """
+        found: Any = self.configs[self.name]
+        if not isinstance(found, MediatorConfig):
+            raise UnsupportedError(
+                f"another PEFT method ({type(found).__name__}) was put around this model, and took the place of its "
+                "Mediator adapter. Load the model anew; to train one of its experts, train the expert and add it again."
+            )
+        return found
 
     @property
     def columns(self) -> Columns:
         """Names and editions of the columns that its experts have now."""
         adapter = self.name
         of_adapter = self._editions.get((adapter, None), 0)
-        names = self.configs[adapter].columns
+        names = self.config.columns
         return Columns.of(names, ((adapter, of_adapter, self._editions.get((adapter, name), 0)) for name in names))
 
     def begin_edition(self, adapter_name: str, names: Sequence[str | None] = (None,)) -> None:
@@ -530,7 +542,7 @@ def check_mask(input_ids: Tensor, attention_mask: Any) -> None:
 
     Raises:
         UnsupportedError: it has another number of dimensions, or is a table of masks.
-        RoutingError: it has another shape.
+        RoutingError: it has another shape, or other entries than 0 and 1.
     """
     if attention_mask is None:
         return
@@ -545,6 +557,11 @@ def check_mask(input_ids: Tensor, attention_mask: Any) -> None:
         raise RoutingError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}: give one "
             "entry a token."
+        )
+    if attention_mask.dtype != torch.bool and bool(((attention_mask != 0) & (attention_mask != 1)).any()):
+        raise RoutingError(
+            "attention_mask must hold 1 for the tokens of a prompt and 0 for padding. Masks that are added to scores, "
+            "and numbers of packed prompts, say something else."
         )
 
 
@@ -564,13 +581,20 @@ def _lies_above(model: nn.Module, blocks: nn.ModuleList, layer: int) -> bool:
 
 
 def _tokenised(prompts: Any, tokenizer: Any, use_template: bool, max_length: int) -> tuple[Tensor, Tensor]:
-    if tokenizer is None:
+    if not callable(tokenizer):
         raise RoutingError("give the tokenizer too: model.explain(prompt, tokenizer).")
-    is_chat = isinstance(prompts, Sequence) and not isinstance(prompts, str) and len(prompts) > 0
-    one = isinstance(prompts, str) or (is_chat and isinstance(prompts[0], Mapping))
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise RoutingError(f"prompts are a text, a chat, a list of these, or input_ids=..., got {short(prompts)}.")
+    one = isinstance(prompts, str) or (
+        isinstance(prompts, Sequence) and len(prompts) > 0 and isinstance(prompts[0], Mapping)
+    )
     has_template = getattr(tokenizer, "chat_template", None) is not None
     rows = []
     for prompt in [prompts] if one else prompts:
+        if not isinstance(prompt, (str, list, tuple)):
+            raise RoutingError(f"a prompt is a text or a chat, got {short(prompt)}.")
+        if isinstance(prompt, str) and (fault := surrogate_fault(prompt)) is not None:
+            raise RoutingError(f"a prompt {fault}.")
         if isinstance(prompt, str) and not (use_template and has_template):
             rows.append(tokenizer(prompt, truncation=True, max_length=max_length)["input_ids"])
             continue

@@ -116,7 +116,20 @@ COMMANDS = [
 # What stands in place of a part of a command line, or of a value.
 ODD_TEXTS = [
     *("", " ", "-", "--", "=", "a=", "=a", "a=b=c", "0", "-1", "1e999", "nan", "inf", "9" * 5000, str(2**64)),
-    *("[/b]", "[red]", ":smile:", "\0", "\ud800", "ü" * 300, "a/../b", "/dev/null", "~nobody/x", "%s", "{}", "null"),
+    *(
+        "[/b]",
+        "[red]",
+        ":smile:",
+        "\0",
+        "\ud800",
+        "ü" * 300,
+        "a/../b",
+        "/dev/null",
+        "~nobody-here/x",
+        "%s",
+        "{}",
+        "null",
+    ),
     *("out", "base", "math", "math.jsonl", "all.yaml", "true", "auto", "meta", "cuda", "mps", "x" * 5000, "None"),
 ]
 ODD_NODES = [

@@ -1,4 +1,5 @@
-"""Kills ``run`` and ``eval`` at random moments, and looks at what is left: always old or new, and whole.
+"""Kills ``run``, ``eval``, ``condense``, ``fit-scales`` and ``measure`` at random moments, and looks at what is left:
+always old or new, and whole.
 
     python tests/stress/kill_commands.py --kills 100 --seed 0
 
@@ -227,10 +228,80 @@ def kill_eval(folder: Path, kills: int, moments: random.Random) -> Counter[str]:
     return states
 
 
+# Command → what it changes, how that is made before, and the command.
+CHANGES = {
+    "condense": (
+        "shared",
+        ["build", "--base=base", "--expert=a=math", "--expert=b=math", "--expert=c=code", "--output=shared",
+         "--routed-layers=all"],
+        ["condense", "shared"],
+    ),
+    "fit-scales": (
+        "scaled",
+        ["build", "--base=base", "--expert=math=math", "--expert=code=code", "--output=scaled", "--routed-layers=all"],
+        ["fit-scales", "scaled", "--expert=math=math", "--data=math=math.jsonl", "--steps=3", "--batch-size=4"],
+    ),
+    "measure": (
+        "side",
+        None,
+        ["measure", "base", "--prompts=math.jsonl", "--memory=16KiB", "--output=side/math.safetensors"],
+    ),
+}  # fmt: skip
+
+
+def kill_change(folder: Path, name: str, kills: int, moments: random.Random) -> Counter[str]:
+    """Kill a command that changes an output, or writes a file, again and again; state → number."""
+    place, making, command = CHANGES[name]
+    target, before = folder / place, folder / f"{place}-before"
+
+    def reset() -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        if before.exists():
+            shutil.copytree(before, target)
+
+    if making is not None:
+        finish(start(making))
+        shutil.copytree(target, before)
+    began = time.perf_counter()
+    old = visible(target)
+    finish(start(command))
+    new, duration = visible(target), time.perf_counter() - began
+    if old == new:
+        raise SystemExit(f"{name} changes nothing here, so that no kill can be seen")
+    states: Counter[str] = Counter()
+    is_due = False
+    for number in range(kills):
+        reset()
+        child = start(command)
+        # Most of the writing is at the end.
+        time.sleep(moments.uniform(0, duration) if number % 3 else moments.uniform(0.7, 1.0) * duration)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        finish_replacing(target / "mediator")  # what the next command does first
+        found = visible(target)
+        wrong = sorted(path for path in {*found, *new} if found.get(path) not in (old.get(path), new.get(path)))
+        states["old" if found == old else "new" if found == new else f"WRONG: {wrong or 'mixed'}"] += 1
+        is_due = is_due or number % 10 == 0
+        if is_due and found == old:  # what is left of the killed one is there
+            is_due = False
+            finish(start(command))
+            states["run again: same bytes" if visible(target) == new else "WRONG: run again gives other bytes"] += 1
+            left = [path.name for path in target.rglob(".*")]
+            states["run again: nothing left behind" if not left else f"WRONG: left behind {left}"] += 1
+        if number % 10 == 9:
+            print(f"{name}, after {number + 1} kills: {dict(states)}", flush=True)
+    return states
+
+
+def visible(folder: Path) -> dict[str, str]:
+    """:func:`digests` without hidden files and what is in hidden folders."""
+    return {path: digest for path, digest in digests(folder).items() if not f"/{path}".count("/.")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--only", choices=("run", "eval"), help="kill this command alone")
+    parser.add_argument("--only", choices=("run", "eval", *CHANGES), help="kill this command alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
     options = parser.parse_args()
@@ -247,26 +318,37 @@ def main() -> None:
 
         import mediator_peft.tuner.loading  # noqa: F401
 
+        states = {}
+        for name in CHANGES:
+            if options.only in (None, name):
+                states[name] = kill_change(folder, name, options.kills, moments)
+        if options.only in CHANGES:
+            report(states)
+            os.chdir("/")
+            return
         finish(start(["run", "all.yaml"]))
         clear(folder)
-        began = time.perf_counter()
         expected = Expected(folder)
         clear(folder)
         began = time.perf_counter()
         finish(start(["run", "all.yaml"]))
         duration = time.perf_counter() - began
         print(f"one run takes {duration:.1f} s", flush=True)
-        states = {}
-        if options.only != "eval":
+        if options.only in (None, "run"):
             states["run"] = kill_run(folder, expected, options.kills, moments, duration)
             finish(start(["run", "all.yaml"]))
-        if options.only != "run":
+        if options.only in (None, "eval"):
             states["eval"] = kill_eval(folder, options.kills, moments)
+        report(states)
         os.chdir("/")
+
+
+def report(states: dict[str, Counter[str]]) -> None:
+    """Print all states; one that is wrong ends the script with exit status 1."""
     for command, counts in states.items():
         for state, count in sorted(counts.items()):
             print(f"{command}: {state}: {count}")
-    if any(state.startswith("WRONG") or "WRONG" in state for counts in states.values() for state in counts):
+    if any("WRONG" in state for counts in states.values() for state in counts):
         raise SystemExit(1)
 
 
