@@ -82,8 +82,6 @@ def fit_router(
       mediator-peft fit-router out --data math=math.jsonl --data cron=cron.jsonl --answered others.jsonl
       mediator-peft fit-router out --from-deltas
     """
-    if from_deltas and (data or answered is not None):
-        raise typer.BadParameter("it takes no prompts: leave out --data and --answered.", param_hint="--from-deltas")
     if not (from_deltas or data):
         raise typer.BadParameter("give prompts of each expert, or --from-deltas.", param_hint="--data")
     if from_deltas:
