@@ -560,8 +560,8 @@ def _tokenised(prompts: Any, tokenizer: Any, use_template: bool, max_length: int
         raise RoutingError("give the tokenizer too: model.explain(prompt, tokenizer).")
     if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
         raise RoutingError(f"prompts are a text, a chat, a list of these, or input_ids=..., got {short(prompts)}.")
-    is_chat = isinstance(prompts, Sequence) and not isinstance(prompts, str) and len(prompts) > 0
-    one = isinstance(prompts, str) or (is_chat and isinstance(prompts[0], Mapping))
+    is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str) and len(prompts) > 0
+    one = isinstance(prompts, str) or (is_list and isinstance(next(iter(prompts)), Mapping))
     has_template = getattr(tokenizer, "chat_template", None) is not None
     rows = []
     for prompt in [prompts] if one else prompts:
