@@ -143,7 +143,7 @@ class MediatorSettings:
     of EnchTable (arXiv 2511.09880); ``"alpha-omega"`` also less where they interfere with the experts."""
 
     router: str = "gaussian"
-    """A key of ``ROUTERS``."""
+    """A key of ``ROUTERS``: what a fit on texts makes."""
 
     router_layer: int | str | None = "auto"
     """The router reads the backbone's hidden state after this many blocks; 0 is the embedding. ``"auto"`` has the fit
@@ -206,6 +206,10 @@ class MediatorSettings:
 
     fitted_router_layer: int | None = None
     """After how many blocks the fitted router reads the hidden state. Written when it is fitted."""
+
+    fitted_router: str | None = None
+    """A key of ``DELTA_ROUTERS`` where the router was made from the experts' deltas, without texts. ``None``: it is, or
+    will be, the one of ``router``, fitted on texts. Written when the router is fitted."""
 
     backbone_fingerprint: dict[str, Any] | None = None
     """Shapes and sampled values of the backbone the deltas belong to. Written by the build."""

@@ -27,6 +27,7 @@ OMITTED_UNSET = frozenset(
         "always",
         "always_rule",
         "families",
+        "fitted_router",
     }
 )
 """Fields that a file has only where they are set, so that adapters without them have the bytes that they always had."""

@@ -13,7 +13,7 @@ from .methods.encoding.scales import SIGN_SCALES
 from .methods.merging import MERGE_METHODS
 from .methods.rounding import ROUNDINGS
 from .methods.sparsifying import SPARSIFIERS
-from .routing.router_names import ROUTER_NAMES
+from .routing.router_names import DELTA_ROUTER_NAMES, ROUTER_NAMES
 from .tables import unknown_name
 
 FALLBACKS = ("base", "backbone")
@@ -47,6 +47,9 @@ def setting_faults(settings: Any) -> Iterator[str]:
             yield f"{name} must be a name, one of {', '.join(table)}, got {value!r}."
         elif value not in table:
             yield unknown_name(value, table, kind)
+    fitted = settings.fitted_router
+    if fitted is not None and not (isinstance(fitted, str) and fitted in DELTA_ROUTER_NAMES):
+        yield unknown_name(str(fitted), DELTA_ROUTER_NAMES, "fitted_router")
     wanted = settings.for_quantization
     if wanted is not None and not (isinstance(wanted, str) and wanted in ROUNDINGS):
         yield unknown_name(str(wanted), ROUNDINGS, "for_quantization")

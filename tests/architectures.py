@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
@@ -87,14 +87,17 @@ _OWN: dict[str, dict[str, Any]] = {
     "kimi_linear": {**_MLA, "layer_types": _HYBRID},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "longcat_flash": {**_MLA, "head_dim": 8, "zero_expert_num": 2},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
     "moshi": {"audio_vocab_size": 64},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe", "mlp"], "n_groups": 1},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [8, 24], "axial_pos_shape": [8, 16]},
+    "xlstm": {"hidden_size": 64, "embedding_dim": 64},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_hidden_size": 64,
               "attention_head_dim": 16, "num_key_value_heads": 4},
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_key_value_heads": 4, "n_mamba_heads": 4},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_key_value_heads": 4, "n_mamba_heads": 4,
+               "attention_hidden_size": 64, "head_dim": 16, "mamba_headdim": 16, "num_query_groups": 4},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
@@ -300,8 +303,8 @@ E linear layers.
   one more copy of a block's fused tensors, and forms the matrices anew at every step of a generation;
   `cache_merged_experts` keeps them. It works under `eager`, `batched_mm` and `grouped_mm`; a test compares each with a
   dense formula.
-- **PEFT.** Its `target_parameters` wraps such tensors by a parametrization, which gives one weight for a whole batch:
-  there is no room for rows with different mixes.
+- **PEFT.** LoRA experts that change fused tensors (`target_parameters`) are folded into them. Here another wrapper runs
+  them: PEFT's is a parametrization, which gives one weight for a whole batch; rows could not have different mixes.
 - **Refused:** fused tensors that are quantised, offloaded or sharded; inputs that are not one entry a token, where rows
   have different mixes; `convert_to_lora`.
 - **Not done:** checks for locked checkpoints, unusual distances and hints look at other layers only. Measured
@@ -317,8 +320,6 @@ def table_rows(text: str) -> dict[str, str]:
 
 def write_document(outcomes: Mapping[str, Outcome]) -> None:
     """Write ``docs/architectures.md``."""
-    counts = Counter(outcome.status for outcome in outcomes.values())
-    said = ", ".join(f"{number} {status}" for status, number in sorted(counts.items(), reverse=True))
     rows = []
     for kind, outcome in sorted(outcomes.items()):
         share = f"{outcome.routed:.0%}" if outcome.status == "works" else ""
@@ -326,8 +327,15 @@ def write_document(outcomes: Mapping[str, Outcome]) -> None:
         rows.append(
             f"| `{kind}` | {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]} | {outcome.status} | {share} | {remarks} |"
         )
-    head = _HEAD.format(version=transformers.__version__, counts=f"{len(outcomes)} types: {said}.")
-    DOCUMENT.write_text(head + "\n".join(rows) + "\n" + _TAIL, encoding="utf-8")
+    DOCUMENT.write_text(document(rows), encoding="utf-8")
+
+
+def document(rows: Sequence[str]) -> str:
+    """The whole text around the rows of the table."""
+    counts = Counter(row.split(" | ")[2].strip() for row in rows)
+    said = ", ".join(f"{number} {status}" for status, number in sorted(counts.items(), reverse=True))
+    head = _HEAD.format(version=transformers.__version__, counts=f"{len(rows)} types: {said}.")
+    return head + "\n".join(rows) + "\n" + _TAIL
 
 
 def _remark(note: str) -> str:

@@ -98,7 +98,8 @@ class AdapterInfo:
             "settings": {
                 name: self.config.get(name)
                 for name in ("merge_method", "sparsifier", "density", "encoding", "router", "router_layer", "fallback")
-            },
+            }
+            | {"router_made_from_deltas": self.config.get("fitted_router")},
             "provenance": self.config.get("provenance"),
             "num_blocks": self.config.get("num_blocks"),
             "routed_blocks": self.report.get("routed_blocks"),

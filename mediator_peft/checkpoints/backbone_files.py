@@ -62,6 +62,11 @@ class BackboneFiles:
             index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
             (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
+    @property
+    def header_bytes(self) -> dict[str, int]:
+        """File name → size of what :meth:`create` writes at its start."""
+        return {path.name: len(head) for path, head in self._heads.items()}
+
     def put(self, name: str, tensor: Array) -> None:
         """Write a whole tensor."""
         self.write_rows(name, 0, tensor)

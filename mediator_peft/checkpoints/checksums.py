@@ -46,10 +46,13 @@ class RunningDigest:
     Args:
         path: of the file.
         with_quick: take its XXH3 as well.
+        is_growing: the file is being written: what lies between two writes may not be there yet, and is not read
+            before the end.
     """
 
-    def __init__(self, path: Path, with_quick: bool = False) -> None:
+    def __init__(self, path: Path, with_quick: bool = False, is_growing: bool = False) -> None:
         self.path = path
+        self._is_growing = is_growing
         self._sha256 = Sha256()
         self._quick = xxhash.xxh3_128() if with_quick else None
         self._place = 0
@@ -71,7 +74,7 @@ class RunningDigest:
 
         Where they do, they must be hashed now: they count as taken.
         """
-        if self._place < start <= self._place + _CHUNK:
+        if not self._is_growing and self._place < start <= self._place + _CHUNK:
             self.advance(start)
         if self._place != start:
             return False

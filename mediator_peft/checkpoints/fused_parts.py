@@ -44,6 +44,11 @@ def parts_of(layers: Iterable[LinearLayer]) -> dict[str, Part]:
     return found
 
 
+def transposed_tensors(layers: Iterable[LinearLayer]) -> set[str]:
+    """Fused tensors that hold their matrices as (inputs, outputs)."""
+    return {layer.part.tensor for layer in layers if layer.part is not None and layer.is_transposed}
+
+
 class SplitCheckpoint(Checkpoint):
     """A checkpoint that has the parts of fused tensors in their place.
 

@@ -66,8 +66,8 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 def _stored(name: str, entry: object, start: int, size: int) -> Stored:
     try:
-        dtype, shape = str(entry["dtype"]), tuple(int(length) for length in entry["shape"])  # type: ignore[index]
-        begin, end = (int(offset) for offset in entry["data_offsets"])  # type: ignore[index]
+        dtype, shape = str(entry["dtype"]), tuple(map(int, entry["shape"]))  # type: ignore[index]
+        begin, end = map(int, entry["data_offsets"])  # type: ignore[index]
     except (KeyError, TypeError, ValueError, OverflowError) as fault:
         raise ValueError(f"the header's entry {name!r} is malformed") from fault
     expected = prod(shape) * _ALL_SIZES.get(dtype, 0)
@@ -128,7 +128,8 @@ def read_into(descriptor: int, buffer: memoryview, offset: int) -> None:
     Raises:
         OSError: the file ends before the buffer is full.
     """
-    done = 0
+    # Nearly always all of it comes at once, and many a piece is a single row.
+    done = os.preadv(descriptor, [buffer], offset)
     while done < len(buffer):
         count = os.preadv(descriptor, [buffer[done:]], offset + done)
         if count == 0:

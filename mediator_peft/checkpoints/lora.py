@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,7 +31,6 @@ _REFUSED = {
     "use_dora": "DoRA scales columns by their norm",
     "use_qalora": "QALoRA pools its inputs",
     "layer_replication": "layers are replicated",
-    "target_parameters": "it changes bare parameters",
     "trainable_token_indices": "it changes single tokens",
     "alora_invocation_tokens": "it is active for a part of the prompt only",
     "arrow_config": "it routes by itself",
@@ -83,6 +82,16 @@ class _Factors(NamedTuple):
     """(r, columns) float32"""
 
 
+class _Stacks(NamedTuple):
+    """The same for each matrix of a tensor (E, rows, columns)."""
+
+    left: Tensor
+    """(E, rows, r) float32"""
+
+    right: Tensor
+    """(E, r, columns) float32"""
+
+
 class LoraCheckpoint(Checkpoint):
     """A folder with a LoRA adapter, seen as the model that merging it into the base gives.
 
@@ -101,6 +110,7 @@ class LoraCheckpoint(Checkpoint):
         self.tensors = {}
         self._base: Checkpoint | None = None
         self._factors: dict[str, _Factors] = {}
+        self._stacks: dict[str, _Stacks] = {}
         self._replaced: dict[str, Tensor] = {}
         self._added: dict[str, Tensor] = {}
         self._settings = self._read_settings()
@@ -178,12 +188,13 @@ class LoraCheckpoint(Checkpoint):
     def files(self) -> list[Path]:
         return [self.path]
 
-    def bind(self, base: Checkpoint, tied: Mapping[str, str]) -> list[str]:
+    def bind(self, base: Checkpoint, tied: Mapping[str, str], transposed: Container[str] = ()) -> list[str]:
         """Fit the adapter to its base.
 
         Args:
             base: the model it was trained on.
             tied: names of tensors that only repeat another, and the names of these.
+            transposed: tensors of fused experts that are (E, inputs, outputs).
 
         Returns:
             What does not fit, one message each.
@@ -196,7 +207,9 @@ class LoraCheckpoint(Checkpoint):
         self._base, self.tensors = base, dict(base.tensors)
         faults: list[str] = []
         read = {self._plain_name(name): self._read(name) for name in (*self._stored, *self._state)}
-        self._match_patterns({name.rpartition(".lora_")[0] for name in read} - {""})
+        modules = {name.rpartition(".lora_")[0] for name in read} - {""}
+        parameters = {module: found for module in modules if (found := self._parameters_of(module))}
+        self._match_patterns({*modules, *(name for found in parameters.values() for name in found)})
         for name, source in tied.items():
             for saved in {name, source} & read.keys():
                 # PEFT saves embeddings with the adapter on request, and where it was unsure whether they were changed.
@@ -208,6 +221,9 @@ class LoraCheckpoint(Checkpoint):
                 faults += self._replace(name, tensor)
             elif part in ("A.weight", "embedding_A"):
                 other = read.get(f"{module}.lora_{part.replace('A', 'B', 1)}")
+                if module in parameters:
+                    faults += self._fold_parameter(module, parameters[module], tensor, other, transposed)
+                    continue
                 faults += self._fold(module, tensor, other, is_embedding=part == "embedding_A")
             elif part == "B.bias":
                 faults += self._add_bias(module, tensor)
@@ -299,6 +315,51 @@ class LoraCheckpoint(Checkpoint):
         self._factors[name] = _Factors(left * self._scale(module, a.shape[0]), right)
         return []
 
+    def _parameters_of(self, module: str) -> list[str]:
+        """What a pair of factors may belong to, where ``target_parameters`` names tensors that are no layer's weight.
+
+        PEFT puts one wrapper around another for each such tensor of a module, and names factors after the wrappers.
+        """
+        targets = self._settings.get("target_parameters") or ()
+        owner = module.replace(".base_layer", "")
+        if f"{owner}.weight" in self.tensors or not isinstance(targets, (list, tuple)):
+            return []
+        names = [name for name in self.tensors if name.rpartition(".")[0] == owner]
+        return [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
+
+    def _fold_parameter(
+        self, module: str, names: Sequence[str], a: Tensor, b: Tensor | None, transposed: Container[str]
+    ) -> list[str]:
+        r"""Factors of a tensor (E, O, I): A is (E r, I) and B is (O, r E), the expert being the last index of B.
+
+        .. math:: \Delta_e = s B_{:, :, e} A_e
+
+        As PEFT's ``ParamWrapper``; of a tensor (E, I, O) each matrix is the transpose of that.
+        """
+        fitting: dict[str, _Stacks] = {}
+        for name in names:
+            shape = self._bound().tensors[name].shape
+            shape = (1, *shape) if len(shape) == 2 else shape
+            if b is None or len(shape) != 3 or a.shape[0] % shape[0] or b.shape[1] != a.shape[0]:
+                continue
+            count, rank = shape[0], a.shape[0] // shape[0]
+            inner = a.float().reshape(count, rank, -1)
+            outer = b.float().reshape(b.shape[0], rank, count).permute(2, 0, 1) * self._scale(name, rank)
+            if name in transposed:
+                outer, inner = inner.transpose(1, 2), outer.transpose(1, 2)
+            fits = (outer.shape[1], inner.shape[2]) == shape[1:]
+            if fits and rank == self._by_pattern("rank_pattern", name, self._settings.get("r", rank)):
+                fitting[name] = _Stacks(outer.contiguous(), inner.contiguous())
+        if len(fitting) != 1:
+            what = f"fit {sorted(fitting)} alike" if fitting else f"do not fit {sorted(names)}"
+            return [f"the factors of {module!r} {what}. {_MERGE_HINT}"]
+        ((name, stacks),) = fitting.items()
+        if len(self._bound().tensors[name].shape) == 2:
+            self._factors[name] = _Factors(stacks.left[0], stacks.right[0])
+        else:
+            self._stacks[name] = stacks
+        return []
+
     def _add_bias(self, module: str, bias: Tensor) -> list[str]:
         name = f"{module}.bias"
         if name not in self._bound().tensors:
@@ -326,8 +387,10 @@ class LoraCheckpoint(Checkpoint):
     def read_rows(self, name: str, start: int, stop: int) -> Array:
         replaced = self._replaced.get(name)
         stored = self._bound().read_rows(name, start, stop) if replaced is None else as_array(replaced[start:stop])
-        factors, bias = self._factors.get(name), self._added.get(name)
-        if factors is not None:
+        factors, bias, stacks = self._factors.get(name), self._added.get(name), self._stacks.get(name)
+        if stacks is not None:
+            change = stacks.left[start:stop] @ stacks.right[start:stop]
+        elif factors is not None:
             change = factors.left[start:stop] @ factors.right
         elif bias is not None:
             change = bias[start:stop]
@@ -337,7 +400,7 @@ class LoraCheckpoint(Checkpoint):
         return as_array((rows.float() + change).to(rows.dtype))
 
     def read_part(self, name: str, number: int, groups: Sequence[tuple[int, int]]) -> Array | None:
-        is_changed = any(name in changes for changes in (self._replaced, self._factors, self._added))
+        is_changed = any(name in changes for changes in (self._replaced, self._factors, self._added, self._stacks))
         return None if is_changed else self._bound().read_part(name, number, groups)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .common import AsJson, console, print_json, quiet_transformers, say
+from .fit_router import made_from_deltas, say_made
 from .merge_options import MergeOptions, Sources, WorkOptions, merge_settings
 from .option_groups import takes_groups
 
@@ -23,6 +24,10 @@ def build(
     hash_inputs: Annotated[bool, typer.Option(help="Record the SHA-256 of every input file.")] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the inputs and print the plan; write nothing.")
+    ] = False,
+    router_from_deltas: Annotated[
+        bool,
+        typer.Option("--router-from-deltas", help="Make a router too, without prompts; as fit-router --from-deltas."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -54,8 +59,9 @@ def build(
         hash_inputs=hash_inputs,
         **options,
     )
+    routing = made_from_deltas(output) if router_from_deltas else None
     if as_json:
-        print_json(report.to_dict())
+        print_json({**report.to_dict(), **({} if routing is None else {"routing": routing})})
         return
     from ..checkpoints.adapter_sizes import read_adapter_info
     from .inspect import print_info
@@ -64,5 +70,9 @@ def build(
     say(f"built in {report.seconds:.0f} s; largest resident memory {report.peak_memory_bytes / 1e9:.1f} GB")
     for note in report.notes:
         say(f"note: {note}")
+    if routing is not None:
+        say_made(output, routing)
+        return
     data = " ".join(f"--data {name}={name}.jsonl" for name in experts)
     say(f"next: mediator-peft fit-router {output} {data}")
+    say(f"without prompts: mediator-peft fit-router {output} --from-deltas")

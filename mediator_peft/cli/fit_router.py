@@ -44,9 +44,12 @@ class RouterPrompts:
 def fit_router(
     out: OutputFolder,
     data: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(metavar="NAME=FILE", help="JSONL file of prompts of an expert; repeatable.", show_default=False),
-    ],
+    ] = None,
+    from_deltas: Annotated[
+        bool, typer.Option("--from-deltas", help="Make a router from the experts' deltas, without prompts of theirs.")
+    ] = False,
     text_column: Annotated[str, typer.Option(help="Column that holds the prompt.")] = "prompt",
     answered: Annotated[
         Path | None,
@@ -71,13 +74,25 @@ def fit_router(
 ) -> None:
     """Fit the router of OUT on prompts of each expert, preferably 50 or more, and save it in OUT.
 
-    Near-OOD prompts that an expert answers worse than the base are found with --answered only.
+    Near-OOD prompts that an expert answers worse than the base are found with --answered only. Without prompts,
+    --from-deltas makes a router that is a start: it routes fewer wordings to their expert. A later fit on prompts takes
+    its place.
 
     Example:
       mediator-peft fit-router out --data math=math.jsonl --data cron=cron.jsonl --answered others.jsonl
+      mediator-peft fit-router out --from-deltas
     """
+    if not (from_deltas or data):
+        raise typer.BadParameter("give prompts of each expert, or --from-deltas.", param_hint="--data")
+    if from_deltas:
+        report = made_from_deltas(out, prompting, loading, None if background is None else str(background))
+        if as_json:
+            print_json(report)
+        else:
+            say_made(out, report)
+        return
     files = None if answered is None else str(answered)
-    prompts = RouterPrompts(parse_pairs(data, "--data"), text_column, files, match)
+    prompts = RouterPrompts(parse_pairs(data or [], "--data"), text_column, files, match)
     report = calibrated(out, prompts, prompting, loading, None if background is None else str(background))
     if as_json:
         print_json(report)
@@ -106,6 +121,28 @@ def fit_router(
     if "outcomes" in report:
         say(outcomes_line(report["outcomes"]))
     say(f"figures and data: {find_adapter(out) / 'report'}")
+    say(f"next: mediator-peft generate {out} 'your prompt'")
+
+
+def made_from_deltas(
+    out: Path, prompting: Prompting = PROMPTING, loading: Loading = LOADING, background: str | None = None
+) -> dict[str, Any]:
+    """Make the router of ``out`` from its deltas and save it there; see :func:`make_and_save`."""
+    from ..evaluation.fit_and_save import make_and_save
+
+    model, tokenizer = load(out, loading)
+    return make_and_save(model, tokenizer, find_adapter(out), prompting.settings(), background)
+
+
+def say_made(out: Path, report: Mapping[str, Any]) -> None:
+    """What :func:`made_from_deltas` has done, and what is not known of it."""
+    say("router made from the experts' deltas and saved; no prompts of theirs were used")
+    say(f"prompts are read after {report['router_layer']} blocks")
+    family, share = min(report["base_weight_by_family"].items(), key=lambda item: item[1])
+    say(f"OOD prompts give {report['unknown_to_expert']:.1%} to experts, each judged without its kind of prompts")
+    say(f"the fallback gets least of {family}: {share:.0%}")
+    say("how many in-distribution prompts go to the fallback is not known without prompts of the experts")
+    say(f"a router fitted on prompts is better: mediator-peft fit-router {out} --data NAME=FILE ...")
     say(f"next: mediator-peft generate {out} 'your prompt'")
 
 

@@ -16,6 +16,7 @@ from .common import (
     OutputFolder,
     console,
     print_json,
+    say,
 )
 from .loading import LOADING, PROMPTING, Loading, Prompting, Quantize, load
 from .option_groups import takes_groups
@@ -59,7 +60,13 @@ def generate(
 
     numbered = _prompts(prompt, file)
     prompts = [text for _, text in numbered]
-    asked = PromptedModel(*load(out, loading, quantize), prompting.settings())
+    model, tokenizer = load(out, loading, quantize)
+    asked = PromptedModel(model, tokenizer, prompting.settings())
+    if expert is None and model.active_peft_config.fitted_router is not None:
+        say(
+            "note: the router was made from deltas, without prompts of the experts; one fitted on prompts is better: "
+            f"mediator-peft fit-router {out} --data NAME=FILE ..."
+        )
     try:
         routes = asked.routes(prompts) if expert is None else None
         weights = torch.tensor([list(route.expert_weights.values()) for route in routes]) if routes else expert

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..config import ALWAYS, ALWAYS_PREFIX, CORRECTION, FAMILY_PREFIX
@@ -85,7 +86,7 @@ def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
             f"{settings['density']:.0%} of entries by {settings['sparsifier']}, stored as {settings['encoding']}",
         ),
         ("backbone by", str(settings["merge_method"])),
-        ("router", f"{settings['router']}, {'fitted' if facts['has_router'] else 'not fitted: run fit-router'}"),
+        ("router", _router(settings, facts["has_router"])),
         ("fallback", str(settings["fallback"])),
         ("routed layers", _plan(facts)),
     ]
@@ -99,6 +100,14 @@ def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
             ("conflict by block", f"{bar}  ({min(conflict):.2f} to {max(conflict):.2f}; full height is chance, 0.5)")
         )
     return rows
+
+
+def _router(settings: Mapping[str, Any], is_fitted: bool) -> str:
+    """Its kind, and what it was made of."""
+    if not is_fitted:
+        return f"{settings['router']}, not fitted: run fit-router"
+    made = settings["router_made_from_deltas"]
+    return f"{settings['router']}, fitted" if made is None else f"{made}, made from deltas without texts"
 
 
 def _plan(facts: dict[str, Any]) -> str:

@@ -37,7 +37,7 @@ def _instead_of(other: str, *options: str) -> list[Need]:
     return [Need(name, f"has no effect beside {flag}", lambda given: not given.get(other)) for name in options]
 
 
-_FIT_ROUTER = _beside("answered", "match")
+_FIT_ROUTER = [*_beside("answered", "match"), *_instead_of("from_deltas", "data", "text_column", "answered")]
 
 NEEDS: dict[str, list[Need]] = {
     "fit-router": _FIT_ROUTER,

@@ -20,7 +20,7 @@ from ..routing.background import families_by_hash, user_families
 from .batching import AS_USUAL, PromptSettings
 from .outcomes import judge_outcomes
 from .prompts import TaskItem, render
-from .routing_report import write_routing_report
+from .routing_report import FIGURES, write_routing_report
 
 
 def fit_and_save(
@@ -71,6 +71,45 @@ def fit_and_save(
 
     def save() -> dict[str, Any]:
         return save_router(model, adapter, lambda to: write_routing_report(to, report, model.router.evidence, outcomes))
+
+    return Ranks().first(save)
+
+
+def make_and_save(
+    model: Any,
+    tokenizer: Any,
+    adapter: Path,
+    settings: PromptSettings = AS_USUAL,
+    background: str | None = None,
+) -> dict[str, Any]:
+    """Make a model's router from its experts' deltas, without texts, and put it into the adapter file.
+
+    Args:
+        model: as ``load_mediator`` gives it.
+        tokenizer: of its backbone.
+        adapter: the adapter's folder.
+        settings: how prompts are put to the model; all ranks share them.
+        background: a JSONL or text file of prompts that belong to no expert, added to the library's.
+
+    Returns:
+        What ``report/routing.json`` holds: the :class:`~mediator_peft.tuner.fitting_from_deltas.DeltaReport`.
+    """
+    report = model.fit_router_from_deltas(
+        tokenizer, settings.batch_size, show_progress=True, background=background, over_ranks=True
+    )
+    summary = {"made_from": "deltas", **report._asdict()}
+
+    def write(folder: Path) -> dict[str, Any]:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "routing.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        return summary
+
+    def save() -> dict[str, Any]:
+        saved = save_router(model, adapter, write)
+        for name in FIGURES:
+            # Those of an earlier fit on texts say nothing of this router.
+            (adapter / "report" / name).unlink(missing_ok=True)
+        return saved
 
     return Ranks().first(save)
 

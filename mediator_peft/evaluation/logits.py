@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.fused_parts import transposed_tensors
 from ..checkpoints.lora import LoraCheckpoint
 from ..checkpoints.name_mapping import named_as_in_model
 from ..checkpoints.opening import PLAIN, Checkpoint, Reading, open_checkpoint
@@ -67,7 +68,8 @@ def original_model(path: str, name: str, base: str | os.PathLike[str] | None, re
         if base is None:
             raise CheckpointError(f"expert {name!r} is a LoRA: give its base as well (base=).")
         base_model = open_checkpoint(str(base), "base", reading)
-        expert.bind(named_as_in_model(base_model, outline_of(base_model)), {})
+        outline = outline_of(base_model)
+        expert.bind(named_as_in_model(base_model, outline), {}, transposed_tensors(outline.structure.layers))
     expert = named_as_in_model(expert, outline_of(expert))
     return plain_model(expert.config, {key: expert.tensor(key).float() for key in expert.tensors})
 

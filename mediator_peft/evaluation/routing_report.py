@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OOD = "unknown"
+FIGURES = ("confusion.csv", "reliability.csv", "uncertainty.csv", "risk_coverage.csv", "routing.png")
+"""Files beside ``routing.json`` that tell of calibration texts."""
+
 _BINS = 20
 _BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "0.6"
 

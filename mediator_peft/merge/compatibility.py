@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..checkpoints.checkpoint import Checkpoint, TensorInfo
-from ..checkpoints.fused_parts import Part, parts_of, split_checkpoint
+from ..checkpoints.fused_parts import Part, parts_of, split_checkpoint, transposed_tensors
 from ..checkpoints.lora import LoraCheckpoint
 from ..checkpoints.name_mapping import named_as_in_model
 from ..checkpoints.opening import MeanCheckpoint
@@ -133,7 +133,7 @@ def examine_job(base: Checkpoint, experts: Mapping[str, Checkpoint], may_untie: 
     faults = []
     for expert in experts.values():
         if isinstance(expert, LoraCheckpoint):
-            faults += expert.bind(base, tied_sources(outline))
+            faults += expert.bind(base, tied_sources(outline), transposed_tensors(outline.structure.layers))
     seen = {name: aligned(expert, base) for name, expert in experts.items()}
     experts = {name: expert for name, (expert, _) in seen.items()}
     compared = compare_configs(base, experts.values())

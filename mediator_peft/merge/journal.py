@@ -72,6 +72,8 @@ class JournalStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._known: dict[int, Finished] = {}
+        self._places: dict[int, dict[str, Stored]] = {}
+        """Where the deltas lie in the files that this process wrote."""
 
     def path(self, number: int) -> Path:
         """File of one tensor."""
@@ -90,7 +92,7 @@ class JournalStore:
             for name in sorted(tensors, key=lambda name: places[name].offset):
                 file.write(tensors[name].view(np.uint8).data)
         os.replace(partial, target)
-        self._known[number] = info
+        self._known[number], self._places[number] = info, places
 
     def get(self, number: int) -> Finished | None:
         """The small part of one tensor's result; None where it is not finished or its file is damaged."""
@@ -104,18 +106,23 @@ class JournalStore:
 
     def join(self, numbers: Iterable[int], target: Path) -> None:
         """Write the deltas of these tensors into one safetensors file, as the library itself would lay it out."""
-        sources: dict[str, tuple[Path, Stored]] = {}
+        sources: dict[str, tuple[str, Stored]] = {}
         for number in numbers:
-            header, _ = read_header(self.path(number))
-            sources.update({name: (self.path(number), stored) for name, stored in header.items()})
+            path, places = self.path(number), self._places.get(number)
+            if places is None:
+                places, _ = read_header(path)
+            file = str(path)
+            sources.update({name: (file, stored) for name, stored in places.items()})
         _join(sources, target)
 
 
-def _join(sources: Mapping[str, tuple[Path, Stored]], target: Path) -> None:
+def _join(sources: Mapping[str, tuple[str, Stored]], target: Path) -> None:
     shapes = {name: (stored.dtype, stored.shape) for name, (_, stored) in sources.items()}
     # Nothing routed and no router yet: PEFT wants a file all the same.
     head, places = lay_out(shapes or {"empty": ("F32", (0,))})
-    descriptors: dict[Path, int] = {}
+    descriptors: dict[str, int] = {}
+    # Fresh memory for each would take longer than the copying.
+    space = memoryview(bytearray(max((stored.num_bytes for _, stored in sources.values()), default=0)))
     try:
         with open(target, "wb") as file:
             file.write(head)
@@ -126,13 +133,12 @@ def _join(sources: Mapping[str, tuple[Path, Stored]], target: Path) -> None:
                     if len(descriptors) >= _MOST_FILES:
                         _close_all(descriptors)
                     descriptors[path] = os.open(path, os.O_RDONLY)
-                buffer = bytearray(stored.num_bytes)
-                read_into(descriptors[path], memoryview(buffer), stored.offset)
-                file.write(buffer)
+                read_into(descriptors[path], space[: stored.num_bytes], stored.offset)
+                file.write(space[: stored.num_bytes])
     finally:
         _close_all(descriptors)
 
 
-def _close_all(descriptors: dict[Path, int]) -> None:
+def _close_all(descriptors: dict[str, int]) -> None:
     while descriptors:
         os.close(descriptors.popitem()[1])

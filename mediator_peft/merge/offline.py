@@ -210,7 +210,9 @@ class Build:
         self.folder = folder
         job = merge.job
         self.backbone = BackboneFiles(folder, job.stored, job.dtype)
-        self.written = {path.name: RunningDigest(path, with_quick=True) for path in self.backbone.paths}
+        self.written = {
+            path.name: RunningDigest(path, with_quick=True, is_growing=True) for path in self.backbone.paths
+        }
         self._takes_written = False
         self.pieces = JournalStore(folder / JOURNAL)
         self.work = TensorWork(job.base, job.experts, merge.config, job.dtype, self._write, merge.method, merge.groups)
@@ -239,6 +241,8 @@ class Build:
         if workers == 1 and len(todo) == len(self.merge.tasks):
             # In the order of the files, which are then read for their checksums at the same time.
             todo, merge_one = sorted(todo, key=self._place), self._merge_and_digest
+            for name, size in self.backbone.header_bytes.items():
+                self.written[name].advance(size)
         with single_thread(), progress("merging", len(todo)) as advance:
             if workers > 1 and self.merge.needs_torch:
                 torch.get_num_threads()  # imported once, before there are several processes

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from ..checkpoints.adapter_files import WEIGHTS_FILE, backbone_of, bank_key, find_adapter, read_settings
 from ..checkpoints.checksums import accept_files, all_problems, is_merged_model, write_merged_checksums
 from ..checkpoints.fingerprint import check_fingerprint
-from ..checkpoints.fused_parts import parts_of, split_checkpoint
+from ..checkpoints.fused_parts import parts_of, split_checkpoint, transposed_tensors
 from ..checkpoints.headers import read_header
 from ..checkpoints.lora import LoraCheckpoint
 from ..checkpoints.name_mapping import named_as_in_model
@@ -111,7 +111,7 @@ def verify_mediator(
                 raise CheckpointError(f"expert {name!r} is a LoRA: give its base as well (base=).")
             source = named_as_in_model(open_checkpoint(str(base), "base", Reading(allow_pickle)), outline)
             supply_head(source, backbone.tensors)
-            expert.bind(source, {})
+            expert.bind(source, {}, transposed_tensors(outline.structure.layers))
         else:
             expert = named_as_in_model(expert, outline)
             supply_head(expert, backbone.tensors)

@@ -68,11 +68,10 @@ def labelled_texts(
                 )
             try:
                 text = render(list(text))
-            except Exception as error:  # whatever a template may raise
-                raise RoutingError(f"{where}: the tokenizer's template cannot render this chat: {error}") from error
-        fault = surrogate_fault(text)
-        if fault is not None:
-            raise RoutingError(f"{where}: column {columns.text!r} {fault}.")
+            except Exception as fault:  # whatever a template may raise
+                raise RoutingError(f"{where}: the tokenizer's template cannot render this chat: {fault}") from fault
+        if (odd := surrogate_fault(text)) is not None:
+            raise RoutingError(f"{where}: column {columns.text!r} {odd}.")
         chosen.add(name, (text, group))
     unknown = sorted(set(chosen.kept) - set(experts))
     if unknown:
@@ -182,9 +181,9 @@ def _placed(rows: Any, what: str) -> Iterator[tuple[str, Any]]:
         return
     if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
         raise RoutingError(f"{what} must be a list of rows, a dataset or a file, got {type(rows).__name__}.")
-    if hasattr(rows, "columns") and hasattr(rows, "to_dict"):  # a pandas DataFrame gives the names of its columns
-        rows = rows.to_dict("records")
-    for number, row in enumerate(rows):
+    is_table = hasattr(rows, "columns") and hasattr(rows, "to_dict")  # a pandas DataFrame
+    listed: Any = rows
+    for number, row in enumerate(listed.to_dict("records") if is_table else listed):
         yield f"{what}, row {number}", row
 
 

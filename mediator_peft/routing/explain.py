@@ -36,8 +36,9 @@ class Explanation(NamedTuple):
     threshold: float
     """The OOD score above which a prompt of this expert is OOD."""
 
-    tail_share: float
-    """Share of the nearest expert's known prompts that are at least as novel."""
+    tail_share: float | None
+    """Share of the nearest expert's known prompts that are at least as novel; None where the router was made from the
+    deltas, without texts."""
 
     gate_coefficient: float
     """Weight given to the experts, in [0, 1]; the rest goes to the fallback."""
@@ -78,6 +79,8 @@ class Explanation(NamedTuple):
     def _likeness(self) -> str:
         if not math.isfinite(self.ood_score):
             return "there is nothing to read: no text, or a hidden state that holds NaN or infinity"
+        if self.tail_share is None:
+            return self._response()
         times = "" if self.times_usual is None else f", {self.times_usual:.1f} × its usual distance"
         if self.gate_coefficient <= _LITTLE:
             if self.times_usual is not None and self.times_usual < _NOT_FAR:
@@ -88,6 +91,15 @@ class Explanation(NamedTuple):
         if not self.like_calibration:
             return f"unlike the calibration texts of {self.nearest}{times}, but more like them than background prompts"
         return f"like the calibration texts of {self.nearest}"
+
+    def _response(self) -> str:
+        """For routers made from deltas, whose OOD score is minus the largest response."""
+        response, border = f"{-self.ood_score:.1f} standard deviations", f"border {-self.threshold:.1f}"
+        if self.gate_coefficient <= _LITTLE:
+            most = f"most: {self.nearest}, {response}, {border}"
+            return f"no delta responds much more than to background prompts ({most})"
+        more = "more than" if self.gate_coefficient >= 1 - _LITTLE else "about as much as the strongest"
+        return f"the delta of {self.nearest} responds {more} to background prompts ({response}, {border})"
 
     def _destination(self) -> str:
         if len(self.expert_weights) == 1 and max(self.expert_weights.values()) > 1 - _LITTLE:
@@ -131,10 +143,12 @@ def explain_rows(
         ood_score = torch.where(unreadable, torch.inf, ood_score)
     nearest = scores.argmax(dim=1)
     trusted = gate_coefficients(ood_score, distance, nearest, known, settings.ood_alpha, settings.ood_beta)
-    limits = ood_threshold(known, settings.ood_alpha, settings.ood_beta)[nearest]
+    limits = ood_threshold(known, settings.ood_alpha, settings.ood_beta).expand(scores.shape[1])[nearest]
     ambiguity = normalised_entropy(scores.float().softmax(dim=1))
-    usual = torch.stack([known.distance[known.labels == k].median() for k in range(scores.shape[1])])
-    times = None if times_usual is None else times_usual(distance, usual[nearest])
+    times = None
+    if times_usual is not None:
+        usual = torch.stack([known.distance[known.labels == k].median() for k in range(scores.shape[1])])
+        times = times_usual(distance, usual[nearest])
     explanations = []
     for row in range(len(scores)):
         probabilities = scores[row].float().softmax(dim=0)
@@ -147,13 +161,13 @@ def explain_rows(
                 ambiguity=float(ambiguity[row]),
                 ood_score=float(ood_score[row]),
                 threshold=float(limits[row]),
-                tail_share=float(trusted.tail_share[row]),
+                tail_share=float(trusted.tail_share[row]) if known.has_texts else None,
                 gate_coefficient=float(trusted.gate_coefficient[row]),
                 uncertainty=float(decided.uncertainty[row]),
                 is_ood=bool(decided.is_ood[row]),
                 expert_weights={name: weight for name, weight in weights if weight > 0},
                 times_usual=None if times is None else float(times[row]),
-                like_calibration=bool(trusted.tail_share[row] >= settings.ood_alpha),
+                like_calibration=not known.has_texts or bool(trusted.tail_share[row] >= settings.ood_alpha),
             )
         )
     return explanations

@@ -17,7 +17,7 @@ class Known(NamedTuple):
     """Prompts the router was not fitted on, the held-out statistics of the gate."""
 
     ood_score: Tensor
-    """(N,) of calibration prompts."""
+    """(N,) of calibration prompts; N is 0 for a router that was made without texts."""
 
     labels: Tensor
     """(N,) number of each prompt's expert."""
@@ -39,6 +39,11 @@ class Known(NamedTuple):
     def num_experts(self) -> int:
         """K"""
         return int(self.labels.max()) + 1
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether there are calibration prompts; without, background prompts alone decide."""
+        return len(self.labels) > 0
 
 
 class Tail(NamedTuple):
@@ -103,7 +108,7 @@ class Trust(NamedTuple):
     """How far a prompt is from what is known, and what follows."""
 
     tail_share: Tensor
-    """(B,) share of the nearest expert's known prompts that are at least as novel."""
+    """(B,) share of the nearest expert's known prompts that are at least as novel; NaN where there are none."""
 
     is_ood: Tensor
     """(B,) bool, whether the fallback gets more than the experts. Routers that were fitted without a decision rule:
@@ -124,7 +129,8 @@ def gate_coefficients(
     their expert except for a share :math:`\alpha`. :math:`\beta(x)` is the share of held-out background prompts with
     at most this OOD score, each from a family that the rule was not fitted on; over these prompts the mean of the
     second term is :math:`\beta`. Where both rates cannot be held, the first one is. A prompt is OOD where
-    :math:`t < \tfrac12`. Our choice, measured in ``docs/routing.md``.
+    :math:`t < \tfrac12`. Without calibration prompts the first term is 0, and :math:`\alpha` is not held. Our choice,
+    measured in ``docs/routing.md``.
 
     Args:
         ood_score: (B,) OOD scores.
@@ -134,9 +140,11 @@ def gate_coefficients(
         ood_alpha: share of known prompts that may be flagged as unknown.
         ood_beta: share of unknown prompts that may reach an expert.
     """
-    tail = fit_tail(known.ood_score, known.labels, known.num_experts)
-    share = tail_share(ood_score, nearest, tail)
-    gate_coefficient = (share / ood_alpha).clamp(max=1.0)
+    if known.has_texts:
+        share = tail_share(ood_score, nearest, fit_tail(known.ood_score, known.labels, known.num_experts))
+        gate_coefficient = (share / ood_alpha).clamp(max=1.0)
+    else:
+        share, gate_coefficient = torch.full_like(ood_score, torch.nan), torch.zeros_like(ood_score)
     if known.background_share is not None:
         accepted = unknown_share(ood_score, known)
         gate_coefficient = torch.maximum(gate_coefficient, (1.5 - accepted / ood_beta).clamp(0.0, 1.0))
@@ -149,20 +157,22 @@ def gate_coefficients(
 
 
 def ood_threshold(known: Known, ood_alpha: float, ood_beta: float) -> Tensor:
-    """(K,) the OOD score above which a prompt of each expert is OOD; see :func:`gate_coefficients`.
+    """(K,) the OOD score above which a prompt of each expert is OOD; see :func:`gate_coefficients`. (1,) for all of
+    them without calibration prompts.
 
     Args:
         known: held-out statistics.
         ood_alpha: share of known prompts that may be flagged as unknown.
         ood_beta: share of unknown prompts that may reach an expert.
     """
-    tail = fit_tail(known.ood_score, known.labels, known.num_experts)
+    tail = fit_tail(known.ood_score, known.labels, known.num_experts) if known.has_texts else None
     if known.background_share is None:
+        assert tail is not None
         return threshold(tail, ood_alpha)
     values, order = known.background_novelty.sort()
     beyond = known.background_share[order].cumsum(dim=0) > ood_beta
     least = values[beyond][0] if beyond.any() else values.new_tensor(torch.inf)
-    return torch.maximum(threshold(tail, 0.5 * ood_alpha), least)
+    return least.reshape(1) if tail is None else torch.maximum(threshold(tail, 0.5 * ood_alpha), least)
 
 
 def unknown_share(ood_score: Tensor, known: Known) -> Tensor:

@@ -4,3 +4,6 @@ from __future__ import annotations
 
 ROUTER_NAMES = ["gaussian", "knn", "mlp", "prototype"]
 """The keys of ``ROUTERS``; ``register_method`` adds to both."""
+
+DELTA_ROUTER_NAMES = ["spectral"]
+"""The keys of ``DELTA_ROUTERS``."""

@@ -27,6 +27,7 @@ class FitSettings(NamedTuple):
     turn_markers: list[list[int]] | None
     prompt_form: dict[str, list[int]] | None
     fitted_router_layer: int | None
+    fitted_router: str | None = None
 
     @classmethod
     def of(cls, config: MediatorSettings) -> FitSettings:

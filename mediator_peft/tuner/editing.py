@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bank.column_map import families, without_input
+from ..bank.column_map import Rows, families, without_input
 from ..bank.sparse_delta import SparseDelta
 from ..checkpoints.opening import Checkpoint, ModelCheckpoint, open_checkpoints
 from ..errors import ConfigError, RoutingError, UnsupportedError
@@ -24,7 +24,7 @@ from ..methods.encoding import ENCODINGS
 from ..methods.encoding.bitmaps import count_bits
 from ..routing.calibration_data import Columns, hash_folds
 from ..routing.decision_rule import Negatives
-from ..routing.routers import Router
+from ..routing.routers import Router, SpectralRouter
 from ..routing.wording import wording_basis
 from ..storage import FloatType, to_tensor
 from .condensing import find_equal, nearest_family
@@ -39,6 +39,7 @@ from .fitting import (
     settle,
     token_rows,
 )
+from .fitting_from_deltas import expert_differences, router_from_deltas
 from .layer import MediatorLayer, reading_weights
 from .merged_weight import plain_weight
 from .quantized import is_plain
@@ -64,7 +65,8 @@ def add_expert(
 
     Its deltas are taken against the backbone as it stands, which stays as it is: an averaged backbone does not take the
     new expert in, and what the expert changed outside the routed layers is not used. A fitted router is extended in
-    closed form; the other experts' scores and held-out statistics stay the same, bit for bit.
+    closed form; the other experts' scores and held-out statistics stay the same, bit for bit. A router that was made
+    from deltas is made again, with the new expert's delta, and takes the tokenizer alone, no texts.
 
     Args:
         prompts: of a model whose backbone is not quantised; its active adapter gets the expert.
@@ -91,18 +93,27 @@ def add_expert(
     reading, rows_before = prompts.reading(), config.column_map
     with reading_weights(active.model):
         deltas, rows = _deltas(active, name, checkpoint)
-    router = _extended(
-        prompts,
-        reading,
-        name,
-        texts,
-        tokenizer,
-        text_column,
-        batch_size,
-        prompts.within_positions(max_length),
-        reset_router,
-        prompts.background if background is None else background,
-    )
+    background = prompts.background if background is None else background
+    if isinstance(reading.router, SpectralRouter) and reading.router.is_fitted and not reset_router:
+        if texts is not None:
+            raise RoutingError(
+                "the router was made from deltas and takes no texts: leave them out, or use reset_router=True and fit "
+                "the router on texts of all experts."
+            )
+        router: Router = _made_again(prompts, name, deltas, rows, tokenizer, batch_size, max_length, background)
+    else:
+        router = _extended(
+            prompts,
+            reading,
+            name,
+            texts,
+            tokenizer,
+            text_column,
+            batch_size,
+            prompts.within_positions(max_length),
+            reset_router,
+            background,
+        )
     layers = active.layers
     with active.changes_wait():
         if active.router is not reading.router:
@@ -143,12 +154,13 @@ def _remove(active: ActiveAdapter, name: str) -> None:
         if router.rule is not None:
             smaller.set_rule(router.rule.without_expert(number))
         known = router.known
-        stay = known.labels != number
-        labels = known.labels[stay]
-        fewer = known._replace(
-            ood_score=known.ood_score[stay], labels=labels - (labels > number).long(), distance=known.distance[stay]
-        )
-        smaller.set_known(fewer, float(router.temperature))
+        if known.has_texts:
+            stay = known.labels != number
+            labels = known.labels[stay]
+            fewer = known._replace(
+                ood_score=known.ood_score[stay], labels=labels - (labels > number).long(), distance=known.distance[stay]
+            )
+            smaller.set_known(fewer, float(router.temperature))
     else:
         smaller = type(router)(router.num_experts - 1, router.num_features, router.seed)
     paths = {other: path for other, path in config.experts.items() if other != name}
@@ -287,6 +299,30 @@ def _read(checkpoint: Checkpoint, tensor: str, dtype: FloatType) -> Tensor:
     weight = to_tensor(checkpoint.read_rows(tensor, 0, rows)).to(dtype.torch).float()
     refuse_not_finite(checkpoint, tensor, int((~weight.isfinite()).sum()), 0, rows)
     return weight
+
+
+def _made_again(
+    prompts: PromptRouter,
+    name: str,
+    deltas: Mapping[str, SparseDelta],
+    rows: Rows | None,
+    tokenizer: Any,
+    batch_size: int,
+    max_length: int,
+    background: Any,
+) -> Router:
+    """A router from the deltas of the experts and of a new one that is not in the bank yet."""
+    if tokenizer is None:
+        raise RoutingError("the router was made from deltas: give the tokenizer, by which it is made again.")
+    active = prompts.active
+    names = [*(active.config.expert_names or ()), name]
+    by_layer = {id(layer): deltas.get(path) for path, layer in active.layers.items()}
+
+    def new(stored: str, layer: MediatorLayer) -> SparseDelta | None:
+        return by_layer[id(layer)] if stored == name else None
+
+    differences = expert_differences(names, active.name, rows, new)
+    return router_from_deltas(prompts, names, differences, tokenizer, batch_size, max_length, background).router
 
 
 def _extended(

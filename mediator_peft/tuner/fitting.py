@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy as shallow_copy
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from ..routing.wording import choose_depth_by_wordings, reference_prompts, wordi
 from .chat_turns import padded, turn_contents, unwrapped, user_turns
 from .config import MediatorConfig
 from .layer import reading_weights
+from .prompt_form import PromptForm
 from .routing import ActiveAdapter, PromptRouter, Reading
 from .sharded import check_not_sharded
 
@@ -47,6 +48,7 @@ _HASHED_AT_ONCE = 1 << 24
 _FEWEST_BACKGROUND = 20
 _HARD_PER_EXPERT = 25
 _TRIED = 100
+_FEWEST_TOKENS = 512
 _HARD_FAMILIES = ("other questions about the same subject", "other commands about the same subject")
 RANDOM_TOKENS = "random tokens"
 NUMBERS_ALONE = "numbers alone"
@@ -85,9 +87,10 @@ def fit_router(
     config = shallow_copy(live)
     data = read_texts(dataset, names, tokenizer, columns, max_samples, config.seed, split)
     # Whoever routes meanwhile goes on by the last fit's settings.
-    settings = prompts.learned(tokenizer)
+    settings = prompts.learned(tokenizer)._replace(fitted_router=None)
     settings.write_to(config)
     reading = prompts.reading(settings)
+    reading = reading._replace(router=prompts.of_kind(reading.router, live, settings))
     max_length = prompts.within_positions(max_length)
     rows = token_rows(tokenizer, data.texts, max_length)
     num_texts = len(rows)
@@ -156,6 +159,12 @@ class NegativeRows(NamedTuple):
     hard: frozenset[str]
     """Families of hard negatives."""
 
+    @classmethod
+    def of(cls, families: Mapping[str, list[list[int]]], hard: frozenset[str] = frozenset()) -> NegativeRows:
+        """From family → rows."""
+        rows = [row for ids in families.values() for row in ids]
+        return cls(rows, [name for name, ids in families.items() for _ in ids], hard)
+
     @property
     def names(self) -> list[str]:
         """The families, in the order of their numbers."""
@@ -216,17 +225,7 @@ def negative_rows(
         max_length: longer prompts are cut after this many tokens.
     """
     seed = config.seed
-    own = {} if background is None else user_families(background)
-    if background is not None and not own:
-        return NegativeRows([], [], frozenset())
-    plain = unwrapped(tokenizer)
-    read: dict[str, list[list[int]]] = {}
-    for name, some in {**background_families(seed), **own}.items():
-        ids = token_rows(tokenizer, some, max_length)
-        if name in own or not _are_unknown(plain, ids):
-            read[name] = ids
-    if set(read) - set(own):
-        read[RANDOM_TOKENS] = random_token_rows(_ordinary_tokens(plain), seed)
+    read = background_rows(seed, tokenizer, background, max_length)
     hard: list[list[int]] = []
     if hard_negatives and read:
         chosen = _some_of_each(data, seed)
@@ -235,14 +234,32 @@ def negative_rows(
         )
     size = len(hard) // len(HARD_NEGATIVE_FORMS)
     near = {name: hard[way * size : (way + 1) * size] for way, name in enumerate(_HARD_FAMILIES)} if hard else {}
-    if near and set(read) - set(own):
+    if near and RANDOM_TOKENS in read:
         near[NUMBERS_ALONE] = token_rows(tokenizer, numbers_alone(seed), max_length)
-    families = {**read, **near}
-    return NegativeRows(
-        [row for ids in families.values() for row in ids],
-        [name for name, ids in families.items() for _ in ids],
-        frozenset(near),
-    )
+    return NegativeRows.of({**read, **near}, frozenset(near))
+
+
+def background_rows(seed: int, tokenizer: Any, background: Any, max_length: int) -> dict[str, list[list[int]]]:
+    """Family → token ids of its prompts, of all background families that the tokenizer can read.
+
+    Args:
+        seed: chooses the library's prompts.
+        tokenizer: of the backbone.
+        background: the user's own, added to the library's; an empty list for none at all.
+        max_length: longer prompts are cut after this many tokens.
+    """
+    own = {} if background is None else user_families(background)
+    if background is not None and not own:
+        return {}
+    plain = unwrapped(tokenizer)
+    read: dict[str, list[list[int]]] = {}
+    for name, some in {**background_families(seed), **own}.items():
+        ids = token_rows(tokenizer, some, max_length)
+        if name in own or not _are_unknown(plain, ids):
+            read[name] = ids
+    if set(read) - set(own):
+        read[RANDOM_TOKENS] = random_token_rows(_ordinary_tokens(plain), seed)
+    return read
 
 
 def _some_of_each(data: LabelledTexts, seed: int) -> list[int]:
@@ -507,10 +524,11 @@ def row_features(
     keys = [cache.key(row) for row in rows]
     new = {key: row for key, row in zip(keys, rows, strict=True) if cache.get(key) is None}
     # Texts of like length share a batch, so that little is padded.
-    order = sorted(new, key=lambda key: len(new[key]))
+    lengths = _lengths_read(new, reading)
+    order = sorted(new, key=lengths.__getitem__)
     device = prompts.active.device
     progress = bar_progress if show_progress else no_progress
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = _batches(order, lengths, batch_size)
     ranks = ranks or Ranks.alone()
 
     def read(some: Sequence[list[str]]) -> Iterator[Tensor]:
@@ -527,6 +545,30 @@ def row_features(
     cache.put(computed)
     everything = torch.stack([cache.get(key) for key in keys]).unflatten(1, (len(wanted), -1))  # type: ignore[misc]
     return everything[:, 0] if layers is None else everything
+
+
+def _lengths_read(rows: Mapping[str, list[int]], reading: Reading) -> dict[str, int]:
+    """How many tokens of each prompt are read: a chat's template is not."""
+    if reading.prompt_form is None:
+        return {key: len(row) for key, row in rows.items()}
+    form = PromptForm.from_config(reading.prompt_form)
+    return {key: len(form.content(row, reading.turn_markers, reading.routing_turn)) for key, row in rows.items()}
+
+
+def _batches(order: Sequence[str], lengths: Mapping[str, int], batch_size: int) -> list[list[str]]:
+    """Batches of ``batch_size`` texts; of more where they are short, until they have ``_FEWEST_TOKENS`` tokens.
+
+    Args:
+        order: keys of texts, by their length.
+        lengths: key → number of tokens.
+        batch_size: texts a batch at least, but for the last one.
+    """
+    batches: list[list[str]] = []
+    for key in order:
+        if not batches or len(batches[-1]) >= max(batch_size, _FEWEST_TOKENS // max(1, lengths[key])):
+            batches.append([])
+        batches[-1].append(key)
+    return batches
 
 
 def _read_weights(prompts: PromptRouter, layer: int) -> str:
@@ -553,7 +595,8 @@ def _cache(
     config = prompts.active.config
     weight = next(prompts.active.model.parameters())
     in_place = reading.prompt_form is None and prompts.reads_in_one_pass(reading.layer)
-    form = [reading.routing_turn, in_place, reading.turn_markers, reading.prompt_form]
+    form: list[Any] = [reading.routing_turn, in_place, reading.turn_markers, reading.prompt_form]
+    form += [hashlib.sha256(part.cpu().numpy().tobytes()).hexdigest() for part in reading.router.pools_by]
     settings = [config.backbone_fingerprint, list(layers), form, str(weight.dtype), str(weight.device)]
     settings.append(_read_weights(prompts, max(layers)))
     origin = json.dumps(settings, sort_keys=True)

@@ -13,7 +13,6 @@ from torch.utils.hooks import RemovableHandle
 
 from ..bank.expert_store import ExpertStore
 from ..errors import RoutingError, UnsupportedError
-from ..routing.features import mean_over_tokens
 from .cache_route import cache_tag, carried_cache, empty_cache, is_filled, returned_cache, tag_cache
 from .differentiable import anchor
 from .expert_weights import ExpertWeights, LayerRoute, as_columns, by_name, expand_rows, make_route
@@ -217,7 +216,8 @@ class RoutedForward:
             return False
 
         def decide(hidden: Tensor) -> None:
-            table, columns = self._prompts.judged_table(mean_over_tokens(hidden, pooled), reading)
+            features = self._prompts.pooled(hidden, pooled, reading.router)
+            table, columns = self._prompts.judged_table(features, reading)
             if pending is not None:
                 self._board.settle(table, columns)
                 self._post(self._of_request(len(inputs)))

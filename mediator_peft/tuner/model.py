@@ -35,6 +35,7 @@ from .editing import add_expert, remove_expert
 from .execution import check_execution
 from .expert_weights import ExpertWeights
 from .fitting import fit_router
+from .fitting_from_deltas import DeltaReport, fit_router_from_deltas
 from .forward import RoutedForward
 from .fused_experts import wrap_experts
 from .injection import add_deltas, check_layers, routed, unwrap_layers, warn_of_other_quantization
@@ -406,7 +407,7 @@ class MediatorModel(BaseTuner):
             text_column: column with the prompt, as it will be tokenised in use; or with a chat, a list of messages,
                 which is rendered with the tokenizer's template.
             label_column: column with the expert's name.
-            batch_size: texts per forward pass.
+            batch_size: texts per forward pass, more where they are short: until a pass has 512 tokens.
             max_length: longer texts are cut after this many tokens.
             show_progress: a bar on the error stream.
             group_column: column with what texts have in common (a template, a source). Whole groups are then held out
@@ -456,6 +457,46 @@ class MediatorModel(BaseTuner):
             ranks=Ranks() if over_ranks else Ranks.alone(),
         )
 
+    def fit_router_from_deltas(
+        self,
+        tokenizer: Any,
+        batch_size: int = 16,
+        max_length: int = 2048,
+        show_progress: bool = False,
+        *,
+        background: Background | str | os.PathLike[str] | None = None,
+        over_ranks: bool = False,
+    ) -> DeltaReport:
+        """Make a router from the experts' deltas, without texts of theirs: a start until there are some.
+
+        A router that :meth:`fit_router` fits on texts is better, and takes its place. See
+        :mod:`~mediator_peft.routing.routers.spectral` for the formula; ``docs/routing.md`` has measurements.
+
+        Args:
+            tokenizer: the backbone's.
+            batch_size: background prompts per forward pass.
+            max_length: longer ones are cut after this many tokens.
+            show_progress: a bar on the error stream.
+            background: prompts of yours that belong to no expert, added to the library's background families.
+            over_ranks: as for :meth:`fit_router`.
+
+        Returns:
+            What background prompts say of it.
+
+        Raises:
+            RoutingError: there are too few background prompts.
+            UnsupportedError: there are no deltas at the depth of ``router_layer``, or two experts cannot be told apart.
+        """
+        return fit_router_from_deltas(
+            self.prompt_router,
+            tokenizer,
+            batch_size=batch_size,
+            max_length=max_length,
+            background=background,
+            show_progress=show_progress,
+            ranks=Ranks() if over_ranks else Ranks.alone(),
+        )
+
     # --- editing -------------------------------------------------------------------------------------------------
 
     def add_expert(self, name: str, checkpoint: Any, texts: Any = None, tokenizer: Any = None, **options: Any) -> None:
@@ -498,9 +539,12 @@ class MediatorModel(BaseTuner):
         tuner.board.check_idle("loading an adapter's tensors")
         state_dict = dict(state_dict)
         settings = AdapterFiles.fit_settings(state_dict)
-        loaded, store = tuner.adapter_files.load(config, tuner.mediator_router[adapter_name], adapter_name, state_dict)
+        router = tuner.mediator_router[adapter_name]
         if settings is not None:
-            tuner.active.put_settings(adapter_name, settings)
+            router = tuner.prompt_router.of_kind(router, config, settings)
+        loaded, store = tuner.adapter_files.load(config, router, adapter_name, state_dict)
+        if settings is not None:
+            tuner.active.put_settings(adapter_name, settings, router)
         tuner.routed_forward.expert_store = store
         if adapter_name in tuner.active.awaited:
             tuner.active.awaited.remove(adapter_name)
@@ -630,7 +674,11 @@ class MediatorModel(BaseTuner):
         """Take over what :meth:`get_extra_state` gave, for adapters of the same names."""
         for adapter, settings in json.loads(bytes(state.tolist())).items():
             if adapter in self.peft_config:
-                self.active.put_settings(adapter, FitSettings(*map(settings.get, FitSettings._fields)))
+                fitted = FitSettings(*map(settings.get, FitSettings._fields))
+                with self.active.changes_wait():
+                    old: Any = self.mediator_router[adapter]
+                    router = self.prompt_router.of_kind(old, self.peft_config[adapter], fitted)
+                    self.active.put_settings(adapter, fitted, router)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As in torch; a router that is fitted or edited meanwhile is in it as it was, whole."""

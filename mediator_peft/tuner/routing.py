@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,9 +22,9 @@ from ..forking import renew_after_fork
 from ..routing.block_hook import BlockHook
 from ..routing.explain import Explanation, explain_rows
 from ..routing.feature_cache import FeatureCache
-from ..routing.features import hidden_states, mean_over_tokens
+from ..routing.features import hidden_states
 from ..routing.gate import GateSettings, RouteOutput, gate
-from ..routing.routers import ROUTERS, Router
+from ..routing.routers import DELTA_ROUTERS, ROUTERS, Router
 from ..routing.unreadable import split_unreadable, to_the_base
 from ..structure import find_blocks
 from .chat_turns import padded, routing_rows, turn_markers, turn_mask
@@ -241,10 +242,12 @@ class ActiveAdapter:
             settings.write_to(config)
             self.routers[self.name] = router
 
-    def put_settings(self, adapter_name: str, settings: FitSettings) -> None:
-        """Change how an adapter's prompts are read."""
+    def put_settings(self, adapter_name: str, settings: FitSettings, router: Router | None = None) -> None:
+        """Change how an adapter's prompts are read, and with ``router`` what they are judged by."""
         with self._changes, self._lock:
             settings.write_to(self.configs[adapter_name])
+            if router is not None:
+                self.routers[adapter_name] = router
 
     def fitted(self) -> tuple[Router, Columns, FitSettings]:
         """The router, the columns that it decides, and how its prompts are read: all of one fit."""
@@ -323,8 +326,9 @@ class PromptRouter:
     def reading(self, settings: FitSettings | None = None) -> Reading:
         """How prompts are read and judged now; or would be by other settings, as while they are being fitted."""
         router, columns, fitted = self.active.fitted()
-        markers, form, layer = settings or fitted
-        return Reading(router, columns, self._layer(layer), markers, form, self.active.config.routing_turn)
+        settings = settings or fitted
+        layer, config = self._layer(settings.fitted_router_layer), self.active.config
+        return Reading(router, columns, layer, settings.turn_markers, settings.prompt_form, config.routing_turn)
 
     def fitted_reading(self) -> Reading:
         """The same.
@@ -346,8 +350,9 @@ class PromptRouter:
         if not reading.router.is_fitted:
             raise RouterNotFittedError(
                 "the router is not fitted, so prompts cannot be routed. Fit it with model.fit_router(dataset, "
-                "tokenizer) or `mediator-peft calibrate`, or say which expert to use: expert_weights='name' or "
-                "model.use_experts('name')."
+                "tokenizer) or `mediator-peft fit-router`; without texts, make one with "
+                "model.fit_router_from_deltas(tokenizer) or `mediator-peft fit-router OUT --from-deltas`; or say which "
+                "expert to use: expert_weights='name' or model.use_experts('name')."
             )
 
     @property
@@ -361,9 +366,15 @@ class PromptRouter:
     def new_router(self, config: MediatorConfig) -> Router:
         """An unfitted router for an adapter of this model."""
         hidden_size = self.active.model.config.get_text_config().hidden_size
-        router = ROUTERS[config.router](len(config.expert_names or config.experts), hidden_size, config.seed)
+        router = _kind(config)(len(config.expert_names or config.experts), hidden_size, config.seed)
         router.is_trainable = not config.inference_mode
         return router
+
+    def of_kind(self, router: Router, config: MediatorConfig, settings: FitSettings) -> Router:
+        """A router if it is of the kind that settings name; a new one of this kind if not."""
+        config = copy.copy(config)
+        settings.write_to(config)
+        return router if isinstance(router, _kind(config)) else self.new_router(config).train(router.training)
 
     def learn_turns(self, tokenizer: Any) -> None:
         """Note how the tokenizer marks user turns and what it adds to a plain text, so that neither changes a route."""
@@ -377,7 +388,7 @@ class PromptRouter:
     def features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, reading: Reading | None = None
     ) -> Tensor:
-        """Pooled hidden state of the backbone over the text that is routed on: (B, T) token ids → (B, H) float32."""
+        """What the router sees of the text that is routed on, by ``Router.pool``: (B, T) token ids → (B, H) float32."""
         reading = reading or self.reading()
         return self.features_at(input_ids, attention_mask, [reading.layer], reading)[:, 0]
 
@@ -402,12 +413,21 @@ class PromptRouter:
         check_mask(input_ids, attention_mask)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows, mask, pooled = self._rows_to_read(input_ids, mask, reading)
+        states = self.states_at(layers, rows, mask)
+        return torch.stack([self.pooled(hidden, pooled, reading.router) for hidden in states], dim=1)
+
+    def states_at(self, layers: Sequence[int], rows: Tensor, mask: Tensor) -> list[Tensor]:
+        """Hidden states of the backbone at several depths, (B, T, H) each; see :func:`hidden_states`."""
         with self._board.no_route():
             model, sharded = self.active.model, is_sharded(self.active.model)
             # Only the root gathers what lies outside of the blocks.
             inner = model if sharded and not is_gathered(model) else model.base_model
-            states = hidden_states(inner, self.blocks, self.block_hook, layers, rows, mask, stops=not sharded)
-            return torch.stack([mean_over_tokens(hidden, pooled) for hidden in states], dim=1)
+            return hidden_states(inner, self.blocks, self.block_hook, layers, rows, mask, stops=not sharded)
+
+    def pooled(self, hidden: Tensor, mask: Tensor, router: Router) -> Tensor:
+        """What a router sees of prompts; see :meth:`Router.pool`."""
+        with float32_inside(hidden.device), onload_layer(self.active.routers):
+            return router.pool(hidden, mask)
 
     def _rows_to_read(self, input_ids: Tensor, mask: Tensor, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids, mask, and the mask of what is pooled."""
@@ -482,6 +502,11 @@ class PromptRouter:
         return explain_rows(
             scores, ood_score, distance, router.known, settings, columns, unreadable, router.times_usual
         )
+
+
+def _kind(config: MediatorConfig) -> type[Router]:
+    """The class of an adapter's router."""
+    return ROUTERS[config.router] if config.fitted_router is None else DELTA_ROUTERS[config.fitted_router]
 
 
 def _formed_prompts(input_ids: Tensor, attention_mask: Tensor, reading: Reading) -> FormedPrompts | None:
@@ -560,8 +585,9 @@ def _tokenised(prompts: Any, tokenizer: Any, use_template: bool, max_length: int
         raise RoutingError("give the tokenizer too: model.explain(prompt, tokenizer).")
     if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
         raise RoutingError(f"prompts are a text, a chat, a list of these, or input_ids=..., got {short(prompts)}.")
-    is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str) and len(prompts) > 0
-    one = isinstance(prompts, str) or (is_list and isinstance(next(iter(prompts)), Mapping))
+    one = isinstance(prompts, str) or (
+        isinstance(prompts, Sequence) and len(prompts) > 0 and isinstance(prompts[0], Mapping)
+    )
     has_template = getattr(tokenizer, "chat_template", None) is not None
     rows = []
     for prompt in [prompts] if one else prompts:

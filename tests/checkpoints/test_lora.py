@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from shutil import copytree
 
 import pytest
 import torch
@@ -19,9 +20,13 @@ from mediator_peft import (
     verify_mediator,
 )
 from mediator_peft.checkpoints import patterns
+from mediator_peft.checkpoints.fused_parts import transposed_tensors
+from mediator_peft.checkpoints.name_mapping import named_as_in_model
 from mediator_peft.checkpoints.opening import Reading, open_checkpoint
+from mediator_peft.checkpoints.tensor_inventory import outline_of
 from mediator_peft.errors import AdapterError, CheckpointError, MediatorError
 from mediator_peft.storage import to_tensor
+from tests.architectures import tiny_config
 from tests.tiny import tiny_model, write_tiny_checkpoints
 
 
@@ -411,3 +416,69 @@ def test_a_pointer_in_the_place_of_an_adapter_is_named(tmp_path):
     (tmp_path / "lora" / "adapter_model.safetensors").write_bytes(pointer)
     with pytest.raises(CheckpointError, match="Git LFS pointer"):
         open_checkpoint(str(tmp_path / "lora"), "expert 'a'")
+
+
+FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.fixture(scope="module", params=["mixtral", "gpt_oss"])
+def mixture(request, tmp_path_factory):
+    """A base with fused experts (E, O, I), or (E, I, O) with square matrices, whose layout no shape tells."""
+    folder = tmp_path_factory.mktemp("mixture")
+    config = tiny_config(request.param)
+    config.intermediate_size = config.hidden_size
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
+    settings = {"target_parameters": FUSED, "target_modules": ["q_proj"], "lora_dropout": 0.0}
+    patterns_of_parameters = {
+        "rank_pattern": {"layers.1.mlp.experts.down_proj": 2}, "alpha_pattern": {"gate_up_proj": 5}
+    }  # fmt: skip
+    write_lora(folder / "base", folder / "expert", **settings, **patterns_of_parameters)
+    return folder
+
+
+def bound(folder):
+    base = open_checkpoint(str(folder / "base"), "base")
+    outline = outline_of(base)
+    expert = open_checkpoint(str(folder / "expert"), "expert 'math'")
+    transposed = transposed_tensors(outline.structure.layers)
+    return expert, expert.bind(named_as_in_model(base, outline), {}, transposed)
+
+
+@torch.no_grad()
+def test_factors_of_fused_experts_are_folded_as_by_peft(mixture):
+    expert, faults = bound(mixture)
+    assert faults == []
+    expected = merged(mixture / "base", mixture / "expert")
+    plain = AutoModelForCausalLM.from_pretrained(mixture / "base").state_dict()
+    changed = {name for name in plain if not torch.equal(plain[name], expected[name])}
+    assert {name.rpartition(".")[2] for name in changed} == {"weight", "gate_up_proj", "down_proj"}
+    for name in changed:
+        torch.testing.assert_close(expert.tensor(name), expected[name])
+        torch.testing.assert_close(to_tensor(expert.read_rows(name, 1, 3)), expected[name][1:3])
+        torch.testing.assert_close(to_tensor(expert.read_rows(name, 3, 4)), expected[name][3:4])
+
+
+def test_a_mixture_is_built_with_a_lora_of_its_experts(mixture, tmp_path):
+    settings = MediatorConfig(density=1.0, encoding="float", routed_layers="all")
+    build_mediator(mixture / "base", {"math": mixture / "expert"}, tmp_path / "out", settings)
+    model, _ = load_mediator(tmp_path / "out")
+    expert = AutoModelForCausalLM.from_pretrained(mixture / "base")
+    expert.load_state_dict(merged(mixture / "base", mixture / "expert"))
+    prompts = torch.tensor([[7, 9, 12, 30, 22, 8]])
+    with torch.no_grad():
+        expected = expert(prompts).logits
+        torch.testing.assert_close(model(prompts, expert_weights="math").logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_factors_that_fit_no_targeted_parameter_are_refused(mixture, tmp_path):
+    for name in ("base", "expert"):
+        copytree(mixture / name, tmp_path / name)
+    path = tmp_path / "expert" / "adapter_model.safetensors"
+    factors = load_file(path)
+    name = next(name for name in factors if name.endswith("experts.lora_A.weight"))
+    save_file({**factors, name: factors[name][:, :-1].contiguous()}, path)
+    _, faults = bound(tmp_path)
+    assert len(faults) == 1
+    assert "do not fit" in faults[0]
+    assert "down_proj" in faults[0]

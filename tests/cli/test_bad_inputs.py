@@ -288,6 +288,8 @@ COMMAND_LINES = {
     "plan: saved under a file": (BAD_INPUT, ["plan", "--base=base", "--expert=a=math", "--save=math.jsonl/plan"],
                                  "is a file"),
     "fit-router: no data": (USAGE, ["fit-router", "out"], "--data"),
+    "fit-router: deltas and data": (USAGE, ["fit-router", "out", "--from-deltas", "--data=math=good.jsonl"],
+                                    "no prompts"),
     "fit-router: no name": (USAGE, ["fit-router", "out", "--data", "=x"], "NAME=PATH"),
     "fit-router: match": (USAGE, ["fit-router", "out", "--data=math=good.jsonl", "--match=nope"], "way to match"),
     "calibrate: match": (USAGE, ["calibrate", "out", "--data=math=good.jsonl", "--match=nope"], "way to match"),

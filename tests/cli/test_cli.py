@@ -151,6 +151,23 @@ def test_a_calibrated_folder_can_be_moved(folder, tmp_path):
     assert shown.exit_code == 0, shown.stderr
 
 
+def test_a_build_routes_without_prompts_and_says_so(folder):
+    out = folder / "from-deltas"
+    built = build(folder, out.name, "--router-from-deltas")
+    assert built.exit_code == 0, built.stderr
+    assert "no prompts of theirs were used" in built.stderr
+    assert "is not known without prompts" in built.stderr
+    report = json.loads((out / "mediator" / "report" / "routing.json").read_text())
+    assert report["made_from"] == "deltas"
+    assert "spectral, made from deltas without texts" in run("inspect", out).stdout
+    shown = run("generate", out, "7 + 7 is", "--max-new-tokens", 2)
+    assert shown.exit_code == 0, shown.stderr
+    assert "made from deltas, without prompts of the experts; one fitted on prompts is better" in shown.stderr
+    again = run("fit-router", out, "--from-deltas", "--json")
+    assert json.loads(again.stdout) == report
+    assert "made from deltas" not in run("generate", folder / "out", "7 + 7 is", "--max-new-tokens", 2).stderr
+
+
 def test_generate_says_who_answered(folder):
     shown = run("generate", folder / "out", prompts_of("code")[3], "--max-new-tokens", 4)
     assert shown.exit_code == 0
@@ -308,7 +325,7 @@ def test_a_router_that_is_not_fitted_is_bad_input_unless_an_expert_is_named(fold
     build(folder, "unfitted")
     refused = run("generate", folder / "unfitted", "x", "--max-new-tokens", 2)
     assert refused.exit_code == 3
-    assert "calibrate" in refused.stderr
+    assert "mediator-peft fit-router" in refused.stderr
     assert run("generate", folder / "unfitted", "x", "--expert", "code", "--max-new-tokens", 2).exit_code == 0
 
 

@@ -23,6 +23,8 @@ PLANNED = [*BUILD, "--plan=plan.json"]
 IDLE = [
     (["fit-router", "out", "--data=a=a.jsonl", "--match=exact"], "--match", "--answered"),
     (["calibrate", "out", "--data=a=a.jsonl", "--match=exact"], "--match", "--answered"),
+    *((["fit-router", "out", "--from-deltas", f"--{name}=a=x"], f"--{name}", "beside --from-deltas") for name in (
+        "data", "text-column", "answered")),
     ([*EVAL, "--include-path=x"], "--include-path", "--lm-eval"),
     ([*EVAL, "--limit=3"], "--limit", "--lm-eval"),
     ([*EVAL, "--num-fewshot=0"], "--num-fewshot", "--lm-eval"),
@@ -67,13 +69,13 @@ SETTINGS = {
 }
 EFFECTIVE = {
     "plan": {"base", "expert", "save", *SETTINGS, *WORK},
-    "build": {"base", "expert", *SETTINGS, *WORK},
+    "build": {"base", "expert", "router_from_deltas", *SETTINGS, *WORK},
     "merge": {"base", "expert", "method", "merge_parameter", "merge_data", "depth_scaling", "seed", *WORK},
     "measure": {"prompts", "statistic", "text_column", "answer_column", "raw", "max_sequences", "max_tokens", "memory"},
     "search": {"base", "expert", "data", "with_answers", "max_prompts", "option", "figure"},
     "run": {"setting", "only"},
-    "fit-router": {"data", "text_column", "answered", "background", *LOADING},
-    "calibrate": {"data", "text_column", "answered", "background", *LOADING},
+    "fit-router": {"data", "from_deltas", "background", *LOADING},
+    "calibrate": {"data", "from_deltas", "background", *LOADING},
     "fit-scales": {"expert", "data", "base", "steps", "batch_size", "seed", "raw"},
     "generate": {"file", "expert", "max_new_tokens", "quantize", *LOADING},
     "eval": {"data", "report", "only_routed", "baseline", "lm_eval", "quantize", *LOADING},

@@ -1,5 +1,7 @@
 """The same user text has the same route plain, in a chat, after a system prompt, as a later turn, and padded."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -7,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mediator_peft.errors import RoutingError
 from mediator_peft.tuner.chat_turns import turn_contents, turn_markers
+from mediator_peft.tuner.fitting import row_features
 from mediator_peft.tuner.prompt_form import PromptForm, formed, prompt_form
 
 CHATML = (
@@ -158,6 +161,32 @@ def test_a_model_routes_a_chat_as_the_plain_text(build, chat_tokenizer, topics, 
         rows = list(ways_of_asking(chat_tokenizer, text).values())
         weights = torch.cat([model.route(torch.tensor([row])).expert_weights for row in rows])
         torch.testing.assert_close(weights, weights[:1].expand_as(weights), atol=0.02, rtol=0)
+
+
+def test_short_texts_share_a_pass_and_are_read_as_if_alone(build, chat_tokenizer, topics, monkeypatch):
+    model = build()
+    prompts = model.prompt_router
+    reading = prompts.reading(prompts.learned(chat_tokenizer))
+    texts = [" ".join(topics["math"][number : number + 1 + number % 7]) for number in range(20)]
+    rows = [row for text in texts for row in ways_of_asking(chat_tokenizer, text).values()]
+    lengths, read = [], prompts.features_at
+
+    def counted(ids, mask, layers, how):
+        form = PromptForm.from_config(how.prompt_form)
+        real = [row[keep > 0].tolist() for row, keep in zip(ids, mask, strict=True)]
+        lengths.append([len(form.content(row, how.turn_markers, how.routing_turn)) for row in real])
+        return read(ids, mask, layers, how)
+
+    monkeypatch.setattr(prompts, "features_at", counted)
+    found = row_features(prompts, rows, 3, None, False, reading=reading)
+    passes = list(lengths)
+    alone = torch.cat([read(torch.tensor([row]), None, [reading.layer], reading)[:, 0] for row in rows[::9]])
+    torch.testing.assert_close(found[::9], alone)
+    for some, following in pairwise(passes):
+        assert len(some) >= 3
+        assert (len(some) + 1) * following[0] > 512
+    # Those of one content have one length, whatever surrounds it, so nothing but neighbours in length is padded.
+    assert [length for some in passes for length in some] == sorted(length for some in passes for length in some)
 
 
 def test_a_route_can_be_taken_from_the_context_alone(build, tokenizer, topics):

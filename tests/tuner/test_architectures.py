@@ -8,10 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mediator_peft import MediatorConfig, build_mediator, get_mediator_model, load_mediator
 from mediator_peft.errors import UnsupportedError
-from tests.architectures import CAUSAL, DOCUMENT, PROMPT, round_trip, table_rows, tiny_architecture, tiny_config
+from tests.architectures import (
+    CAUSAL,
+    DOCUMENT,
+    PROMPT,
+    document,
+    round_trip,
+    table_rows,
+    tiny_architecture,
+    tiny_config,
+)
 
 # One of each kind: fused projections, other names on disk, hybrids, state spaces, mixtures of experts, buffers
 # that checkpoints keep, towers.
@@ -49,6 +59,13 @@ def test_every_architecture_works_or_is_refused(kind, tmp_path):
 def test_the_table_names_every_architecture():
     """Written by ``python -m tests.architectures``; a new version of transformers brings new rows."""
     assert sorted(table_rows(Path(DOCUMENT).read_text(encoding="utf-8"))) == CAUSAL
+
+
+def test_the_document_is_what_the_program_writes_around_these_rows():
+    text = Path(DOCUMENT).read_text(encoding="utf-8")
+    rows = table_rows(text)
+    assert text == document(list(rows.values()))
+    assert [row.split(" | ")[1] for row in rows.values()] == [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind] for kind in rows]
 
 
 def test_prompts_with_different_mixes_are_refused_where_weights_are_read_past_the_layer(tmp_path):

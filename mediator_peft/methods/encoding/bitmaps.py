@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from ...deferred import torch
 from ...errors import AdapterError
+from ..sparsifying.selection import count_ones
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +21,7 @@ Bytes = NDArray[np.uint8]
 
 # Level 1 codes literals by their entropy and hardly looks for repetitions, of which a random bitmap has none.
 _LEVEL = 1
+_OF_THREAD = threading.local()
 
 # Above this share of ones a bitmap is the shorter form; below, both are tried.
 _MOST_GAPS = 0.15
@@ -79,8 +82,15 @@ def compress(data: Bytes) -> Bytes:
     Returns:
         (n,) uint8, one zstandard frame that states its size.
     """
-    frame = zstandard.ZstdCompressor(level=_LEVEL).compress(np.ascontiguousarray(data).data)
+    frame = _compressor().compress(np.ascontiguousarray(data).data)
     return np.frombuffer(bytearray(frame), np.uint8)
+
+
+def _compressor() -> zstandard.ZstdCompressor:
+    """One a thread: it keeps its tables, which take longer to be made than a small frame."""
+    if not hasattr(_OF_THREAD, "compressor"):
+        _OF_THREAD.compressor = zstandard.ZstdCompressor(level=_LEVEL)
+    return _OF_THREAD.compressor
 
 
 def compress_mask(mask: Bytes) -> Bytes:
@@ -95,7 +105,7 @@ def compress_mask(mask: Bytes) -> Bytes:
         (n,) uint8
     """
     frame = compress(mask)
-    if np.bitwise_count(mask).sum(dtype=np.int64) > _MOST_GAPS * 8 * mask.size:
+    if count_ones(mask) > _MOST_GAPS * 8 * mask.size:
         return frame
     bits = np.unpackbits(mask.reshape(-1), bitorder="little")
     gaps = np.diff(np.flatnonzero(bits), prepend=-1) - 1

@@ -21,6 +21,8 @@ Ranked = Callable[[Floats, Sequence[int]], list[float]]
 TINY = float(np.finfo(np.float32).smallest_subnormal)
 """The smallest magnitude that can be kept."""
 
+_MOST_SUMMED = 1 << 13
+
 LANES = 16
 """How many sums a row is added up in."""
 
@@ -252,12 +254,8 @@ class TopSelection:
         keep = values > edge
         at_edge = np.flatnonzero(values == edge)
         keep[at_edge[: num_left - np.count_nonzero(keep)]] = True
-        kept_values = np.multiply(values, keep, dtype=np.float32)
         # The values stand in the order of rows.
-        lengths = loops.row_counts(self.inside)
-        sums = _grouped_sums(kept_values, lengths)
-        # In float32 the squares of large values would overflow.
-        squares = _grouped_sums(np.square(kept_values, dtype=np.float64), lengths)
+        sums, squares = _sums_of_kept(values, keep, loops.row_counts(self.inside))
         return loops.chosen_ones(self.inside, keep, self.shape[1]), sums, squares
 
 
@@ -267,6 +265,25 @@ def chosen_ones(bitmap: Bitmap, choice: NDArray[np.bool_], num_columns: int) -> 
     flat = bits.reshape(-1)
     flat[np.flatnonzero(flat)] = choice
     return pack_rows(bits)
+
+
+def _sums_of_kept(
+    values: Floats, keep: NDArray[np.bool_], lengths: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Sums of the values that are kept, and of their squares, in consecutive groups of these lengths."""
+    sums, squares = np.zeros((2, lengths.size))
+    ends = np.cumsum(lengths)
+    first = start = 0
+    # Some groups at a time: large arrays would take longer to be had than to be filled.
+    while first < lengths.size:
+        last = max(first + 1, int(np.searchsorted(ends, start + _MOST_SUMMED, side="right")))
+        stop = int(ends[last - 1])
+        kept = np.multiply(values[start:stop], keep[start:stop], dtype=np.float32)
+        sums[first:last] = _grouped_sums(kept, lengths[first:last])
+        # In float32 the squares of large values would overflow.
+        squares[first:last] = _grouped_sums(np.square(kept, dtype=np.float64), lengths[first:last])
+        first, start = last, stop
+    return sums, squares
 
 
 def _grouped_sums(values: Floats | NDArray[np.float64], lengths: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -7,6 +7,7 @@ from .gaussian import GaussianRouter
 from .knn import KnnRouter
 from .mlp import MlpRouter
 from .prototype import PrototypeRouter
+from .spectral import SpectralRouter
 
 ROUTERS: dict[str, type[Router]] = {
     "gaussian": GaussianRouter,
@@ -14,5 +15,9 @@ ROUTERS: dict[str, type[Router]] = {
     "mlp": MlpRouter,
     "prototype": PrototypeRouter,
 }
+"""Routers that are fitted on texts."""
 
-__all__ = ["ROUTERS", "Router"]
+DELTA_ROUTERS: dict[str, type[SpectralRouter]] = {"spectral": SpectralRouter}
+"""Routers that are made from the experts' deltas, without texts."""
+
+__all__ = ["DELTA_ROUTERS", "ROUTERS", "Router", "SpectralRouter"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import AdapterError, UnsupportedError
 from ..decision_rule import DecisionRule
+from ..features import mean_over_tokens
 from ..neighbours import Neighbours
 from ..ood import Known
 
@@ -75,6 +76,23 @@ class Router(nn.Module, ABC):
     def is_fitted(self) -> bool:
         """Whether scores can be asked for."""
         return getattr(self, "known_novelty", None) is not None
+
+    @property
+    def pools_by(self) -> tuple[Tensor, ...]:
+        """Tensors of the router on which :meth:`pool` depends."""
+        return ()
+
+    def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """What the router sees of a prompt: here the mean hidden state over its tokens.
+
+        Args:
+            hidden: (B, T, H) after the first blocks.
+            mask: (B, T), 1 for tokens that are routed on; a row without any gives zeros.
+
+        Returns:
+            (B, H) float32; other routers may have another number of features.
+        """
+        return mean_over_tokens(hidden, mask)
 
     @abstractmethod
     def fit(
