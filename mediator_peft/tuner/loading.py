@@ -109,9 +109,29 @@ def _load_once(
         raise AdapterError(f"{str(folder)!r} or its backbone cannot be loaded: {_reason(fault)}") from fault
     if check is not None:
         check.finish()
+        if not check.covers_all:
+            _check_finite(model.get_base_model())
         tuner: Any = model.base_model
         tuner.adapter_files.know_backbone(backbone_path, check.known)
     return model, tokenizer
+
+
+def _check_finite(backbone: Any) -> None:
+    """Refuse NaN and infinity in a backbone whose files have no checksums.
+
+    Raises:
+        AdapterError: a tensor holds one.
+    """
+    for name, tensor in backbone.named_parameters():
+        values = tensor.detach()
+        if not values.is_floating_point() or values.device.type == "meta":
+            continue
+        # Where the sum is finite, all are; it takes a fraction of the time. A sum may overflow for all that.
+        if not bool(values.sum(dtype=torch.float32).isfinite()) and not bool(values.isfinite().all()):
+            raise AdapterError(
+                f"tensor {name.replace('.base_layer', '')!r} of the backbone holds NaN or infinite values: its file is "
+                "damaged. Copy or build the folder again."
+            )
 
 
 # Passed on as it is, also where not all files are known to be whole.

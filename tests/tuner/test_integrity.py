@@ -270,6 +270,17 @@ def test_numbers_that_cannot_be_are_refused_without_checksums_too(out, part, cha
         load_mediator(out, verify_files=False)
 
 
+@pytest.mark.parametrize("part", ["layers.2.mlp.up_proj", "norm", "lm_head"])
+def test_nan_in_a_backbone_without_checksums_is_refused(part, out):
+    def damage(tensors):
+        tensors[next(name for name in tensors if part in name)].view(-1)[-1] = float("nan")
+
+    edit_tensors(out / "model.safetensors", damage)
+    forget_checksums(out)
+    with pytest.raises(AdapterError, match=rf"{part}.*of the backbone holds NaN"):
+        load_mediator(out)
+
+
 @pytest.mark.parametrize(
     "change",
     [
