@@ -128,7 +128,8 @@ def read_into(descriptor: int, buffer: memoryview, offset: int) -> None:
     Raises:
         OSError: the file ends before the buffer is full.
     """
-    done = 0
+    # Nearly always all of it comes at once, and many a piece is a single row.
+    done = os.preadv(descriptor, [buffer], offset)
     while done < len(buffer):
         count = os.preadv(descriptor, [buffer[done:]], offset + done)
         if count == 0:

@@ -21,6 +21,7 @@ Training does not do this: the gradient of any loss is orthogonal to directions 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from math import prod
@@ -30,13 +31,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.fused_parts import split_checkpoint
 from ..checkpoints.opening import MeanCheckpoint
 from ..checkpoints.tensor_inventory import widths_of
 from ..errors import CheckpointMismatchError
 from ..kernels.numpy_kernels import widened
 from ..methods.sparsifying.selection import Floats
 from ..structure import LinearLayer
-from .compatibility import Job
+from .compatibility import Job, split_job
 
 Places = NDArray[np.int64]
 
@@ -54,6 +56,8 @@ _PAIRS_A_HEAD = 2
 _MOST_BLOCKS = 8
 """At most so many blocks of each kind are tested exactly, those that moved most."""
 
+_FUSED_EXPERTS = 3
+"""Experts of a fused mixture whose matrices are looked at in each block."""
 _LISTED = 3
 
 
@@ -78,10 +82,11 @@ class _Part(NamedTuple):
     is_transposed: bool
     start: int
     stop: int
+    step: int = 1
 
     def read(self, checkpoint: Checkpoint, outputs: Places | None = None, inputs: Places | None = None) -> Floats:
         """Some outputs and inputs, by number; None for all: (O, I) float32."""
-        every = np.arange(self.start, self.stop)
+        every = np.arange(self.start, self.stop, self.step)
         wanted = every if outputs is None else every[outputs]
         if self.is_transposed:
             return _rows(checkpoint, self.tensor, inputs)[:, wanted].T
@@ -154,7 +159,13 @@ def lock_faults(job: Job) -> dict[str, str]:
 
 
 def find_locks(job: Job, base: Checkpoint, expert: Checkpoint) -> list[Finding]:
-    """All changes of coordinates of one expert that sampled rows lead to."""
+    """All changes of coordinates of one expert that sampled rows lead to.
+
+    Of fused mixtures of experts, the matrices of a few experts a block are looked at.
+    """
+    if not job.parts:
+        job = split_job(job)
+        base, expert = split_checkpoint(base, job.parts), split_checkpoint(expert, job.parts)
     attentions, neurons, norms = _modules_of(job)
     found: list[Finding] = []
     kinds: tuple[tuple[Sequence[Any], Callable[..., float], Callable[..., Iterator[Finding]]], ...] = (
@@ -193,18 +204,25 @@ _MLPS = (
 def _modules_of(job: Job) -> tuple[list[_Attention], list[_Neurons], list[_Norm]]:
     siblings: dict[str, dict[str, LinearLayer]] = {}
     names = set(job.names)
+    counts = Counter(layer.part.tensor for layer in job.structure.layers if layer.part is not None)
     for layer in job.structure.layers:
+        if f"{layer.name}.weight" not in names:
+            continue
         parent, _, leaf = layer.name.rpartition(".")
-        if f"{layer.name}.weight" in names:
-            siblings.setdefault(parent, {})[leaf] = layer
+        if layer.part is not None:
+            if layer.part.number not in _spread(counts[layer.part.tensor], _FUSED_EXPERTS):
+                continue
+            parent, leaf = f"{layer.part.module}.{layer.part.number}", layer.part.tensor.rpartition(".")[2]
+        siblings.setdefault(parent, {})[leaf] = layer
     attentions = [
         found for parent, leaves in siblings.items() if (found := _attention(job, parent, leaves)) is not None
     ]
     neurons = [
-        _Neurons(parent, {"up": _up(job, leaves[up]), "down": _part(job, leaves[down])})
+        _Neurons(parent, {"up": part, "down": _part(job, leaves[down])})
         for parent, leaves in siblings.items()
         for up, down in _MLPS
         if up in leaves and down in leaves
+        for part in _ups(job, leaves[up], up)
     ]
     return attentions, neurons, _norms(job)
 
@@ -215,9 +233,15 @@ def _part(job: Job, layer: LinearLayer, start: int = 0, stop: int | None = None)
     return _Part(f"{layer.name}.weight", layer.is_transposed, start, outputs if stop is None else stop)
 
 
-def _up(job: Job, layer: LinearLayer) -> _Part:
+def _ups(job: Job, layer: LinearLayer, leaf: str) -> Iterator[_Part]:
+    """Where the rows of ``up`` are: of a matrix with ``gate``, in its second half, or every second one (gpt-oss)."""
     whole = _part(job, layer)
-    return whole._replace(start=whole.stop // 2) if layer.name.endswith("gate_up_proj") else whole
+    if leaf != "gate_up_proj":
+        yield whole
+        return
+    yield whole._replace(start=whole.stop // 2)
+    if layer.part is not None:
+        yield whole._replace(start=1, step=2)
 
 
 def _attention(job: Job, parent: str, leaves: Mapping[str, LinearLayer]) -> _Attention | None:

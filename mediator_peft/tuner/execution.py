@@ -106,11 +106,15 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
-def few_rows(
+def short_way(
     x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, kept: MergedWeightCache
-) -> FewRows | DeviceRows | None:
+) -> ShortWay | None:
     """The short way of computing such batches under this route, kept for the next step; None where it is not open."""
-    if choose(x, route, base_layer, bank, kept) != "sparse" or not any(group.mix for group in route.groups):
+    way = choose(x, route, base_layer, bank, kept)
+    if way == "dense" and WholeWeight.fits(x, route, kept):
+        _split_rows(x, len(route.expert_weights))
+        return WholeWeight(base_layer, bank, route, kept)
+    if way != "sparse" or not any(group.mix for group in route.groups):
         return None
     if not route.is_sharded and FewRows.fits(x, base_layer, bank):
         _split_rows(x, len(route.expert_weights))
@@ -280,6 +284,39 @@ def _add_biases(result: Tensor, bank: LayerBank, route: LayerRoute) -> Tensor:
     return result if shift is None else (result.float() + shift[:, None]).to(result.dtype)
 
 
+class WholeWeight:
+    """What one layer computes where all rows have one mix whose whole weight is kept: a plain product."""
+
+    def __init__(self, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, kept: MergedWeightCache) -> None:
+        self.route = route
+        mix = route.groups[0].mix
+        weight, shift = kept.weight(mix), mixed_bias(bank, mix)
+        assert weight is not None
+        self._base_layer, self._weight = base_layer, weight
+        self._bias: Tensor | None = base_layer.bias
+        if shift is not None:
+            self._bias = (base_layer.bias.float() + shift).to(base_layer.bias.dtype)
+
+    @staticmethod
+    def fits(x: Tensor, route: LayerRoute, kept: MergedWeightCache) -> bool:
+        """Whether this way is open: one mix with a weight of its own, no gradients, no other dtype."""
+        weight = kept.weight(route.groups[0].mix) if len(route.groups) == 1 and not route.is_differentiable else None
+        return weight is not None and _is_plain_input(x, weight) and not torch.compiler.is_compiling()
+
+    def is_for(self, x: Tensor) -> bool:
+        """Whether an input is like the one this was made for."""
+        return _is_plain_input(x, self._weight) and not is_hooked(self._base_layer)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Output of the layer, (..., O)."""
+        return F.linear(x, self._weight, self._bias)
+
+
+def _is_plain_input(x: Tensor, weight: Tensor) -> bool:
+    is_other = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+    return x.dtype == weight.dtype and x.device == weight.device and not is_other
+
+
 class FewRows:
     """What one layer computes under one route on a CPU: backbone and deltas in one pass over the weight."""
 
@@ -368,3 +405,7 @@ class DeviceRows:
         if self._shift is not None:
             result = (result.float() + self._shift.view(result.shape)).to(result.dtype)
         return result
+
+
+ShortWay = WholeWeight | FewRows | DeviceRows
+"""What is kept of a pass, for further steps under its route."""

@@ -18,7 +18,6 @@ from ..methods.sparsifying.svd import low_rank
 from ..ranks import Ranks
 from ..routing.background import kind_numbers
 from ..routing.decision_rule import equal_weights, family_numbers
-from ..routing.features import hidden_states
 from ..routing.ood import gate_coefficients
 from ..routing.routers import SpectralRouter
 from .config import FALLBACK_EXPERT, FitSettings, MediatorConfig
@@ -26,6 +25,7 @@ from .fitting import NegativeRows, background_rows, row_features, settle
 from .layer import MediatorLayer, routed_layers
 from .merged_weight import mixed_delta
 from .routing import PromptRouter
+from .sharded import check_not_sharded
 
 KIND = "spectral"
 _DEPTH_SHARE = 0.25
@@ -119,6 +119,7 @@ def router_from_deltas(
             apart by their deltas.
     """
     active = prompts.active
+    check_not_sharded(active.model, "a router from deltas")
     config = active.config
     against = NegativeRows.of(background_rows(config.seed, tokenizer, background, prompts.within_positions(max_length)))
     if not against.can_make_a_rule:
@@ -212,9 +213,8 @@ def _first_readers(prompts: PromptRouter, block: int, row: list[int]) -> _Reader
     ids = torch.tensor([row], device=prompts.active.device)
     handles = [module.register_forward_hook(hear) for module in prompts.blocks[block].modules()]
     try:
-        with torch.no_grad(), prompts.unrouted():
-            model, hook = prompts.active.model.base_model, prompts.block_hook
-            hidden_states(model, prompts.blocks, hook, [block + 1], ids, torch.ones_like(ids))
+        with torch.no_grad():
+            prompts.states_at([block + 1], ids, torch.ones_like(ids))
     finally:
         for handle in handles:
             handle.remove()

@@ -165,13 +165,13 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
 
     def forget_steps(self) -> None:
         """Drop what was kept for further steps under the last route."""
-        self.steps.few_rows = None
+        self.steps.short_way = None
         self.weight_state.merged.route = None
 
     def put_delta(self, adapter_name: str, expert: str, delta: SparseDelta) -> None:
         """Set one expert's delta, while other threads answer."""
         with self.weight_state.lock:
-            self.steps.few_rows = None
+            self.steps.short_way = None
             self.bank(adapter_name).put(expert, delta)
 
     def remove_delta(self, adapter_name: str, expert: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from reprlib import repr as short
 from typing import Any, NamedTuple
 
@@ -413,21 +413,21 @@ class PromptRouter:
         check_mask(input_ids, attention_mask)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows, mask, pooled = self._rows_to_read(input_ids, mask, reading)
+        states = self.states_at(layers, rows, mask)
+        return torch.stack([self.pooled(hidden, pooled, reading.router) for hidden in states], dim=1)
+
+    def states_at(self, layers: Sequence[int], rows: Tensor, mask: Tensor) -> list[Tensor]:
+        """Hidden states of the backbone at several depths, (B, T, H) each; see :func:`hidden_states`."""
         with self._board.no_route():
             model, sharded = self.active.model, is_sharded(self.active.model)
             # Only the root gathers what lies outside of the blocks.
             inner = model if sharded and not is_gathered(model) else model.base_model
-            states = hidden_states(inner, self.blocks, self.block_hook, layers, rows, mask, stops=not sharded)
-            return torch.stack([self.pooled(hidden, pooled, reading.router) for hidden in states], dim=1)
+            return hidden_states(inner, self.blocks, self.block_hook, layers, rows, mask, stops=not sharded)
 
     def pooled(self, hidden: Tensor, mask: Tensor, router: Router) -> Tensor:
         """What a router sees of prompts; see :meth:`Router.pool`."""
         with float32_inside(hidden.device), onload_layer(self.active.routers):
             return router.pool(hidden, mask)
-
-    def unrouted(self) -> AbstractContextManager[object]:
-        """Inside the block, passes of this thread are the backbone's."""
-        return self._board.no_route()
 
     def _rows_to_read(self, input_ids: Tensor, mask: Tensor, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids, mask, and the mask of what is pooled."""

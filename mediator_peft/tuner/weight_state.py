@@ -13,7 +13,7 @@ from ..bank.layer_bank import LayerBank
 from ..errors import UnsupportedError
 from ..forking import renew_after_fork
 from . import execution
-from .execution import DeviceRows, FewRows, is_hooked
+from .execution import ShortWay, is_hooked
 from .expert_weights import LayerRoute
 from .merged_weight import MergedWeight, MergedWeightCache
 from .request_board import RequestBoard
@@ -64,7 +64,7 @@ class LayerSteps:
 
     def __init__(self, state: WeightState, board: RequestBoard) -> None:
         self._state, self._board = state, board
-        self.few_rows: FewRows | DeviceRows | None = None
+        self.short_way: ShortWay | None = None
         """What was kept for further steps under one route."""
 
     def next(self, x: Tensor, base_layer: Any, route: LayerRoute) -> Tensor | None:
@@ -85,10 +85,10 @@ class LayerSteps:
                     return base_layer(x)
                 parameters = base_layer._parameters
                 return F.linear(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
-            few_rows = self.few_rows
-            if few_rows is not None and few_rows.route is route and few_rows.is_for(x):
+            short_way = self.short_way
+            if short_way is not None and short_way.route is route and short_way.is_for(x):
                 state.restore()
-                return few_rows(x)
+                return short_way(x)
         return None
 
     def first(
@@ -117,10 +117,10 @@ class LayerSteps:
                 "the deltas of this layer were offloaded. Offload without buffers (offload_buffers=False), and limit "
                 "their memory with load_mediator(max_resident_experts=...)."
             )
-        self.few_rows = execution.few_rows(x, base_layer, bank, route, state.cached)
-        if self.few_rows is not None:
+        self.short_way = execution.short_way(x, base_layer, bank, route, state.cached)
+        if self.short_way is not None:
             state.restore()
-            return self.few_rows(x)
+            return self.short_way(x)
         return execution.apply(x, base_layer, bank, route, state.merged, state.cached)
 
 

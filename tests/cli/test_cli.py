@@ -325,7 +325,7 @@ def test_a_router_that_is_not_fitted_is_bad_input_unless_an_expert_is_named(fold
     build(folder, "unfitted")
     refused = run("generate", folder / "unfitted", "x", "--max-new-tokens", 2)
     assert refused.exit_code == 3
-    assert "calibrate" in refused.stderr
+    assert "mediator-peft fit-router" in refused.stderr
     assert run("generate", folder / "unfitted", "x", "--expert", "code", "--max-new-tokens", 2).exit_code == 0
 
 

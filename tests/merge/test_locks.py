@@ -6,7 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, GPT2Config, GptOssConfig, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 from typer.testing import CliRunner
 
 from mediator_peft import build_mediator, plan_mediator
@@ -327,3 +327,50 @@ def test_the_rule():
     assert not is_lock(0.3, 0.04)
     assert not is_lock(0.19, 0.0)
     assert not is_lock(float("nan"), 0.0)
+
+
+def fused_base(interleaved):
+    """A mixture of experts whose gate and up are one tensor, one after the other, or row by row (gpt-oss)."""
+    kind = GptOssConfig if interleaved else Qwen3MoeConfig
+    own = {"num_local_experts": 4} if interleaved else {"num_experts": 4, "moe_intermediate_size": 16}
+    sizes = {**_SIZES, "hidden_size": 32, "intermediate_size": 16, "head_dim": 8}
+    config = kind(**sizes, num_key_value_heads=2, num_experts_per_tok=2, **own)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2)
+    return model.eval()
+
+
+def with_neurons_in_another_order(model, interleaved):
+    """The same function: the neurons of every expert of block 1 change places."""
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    experts = model.model.layers[1].mlp.experts
+    both, down = experts.gate_up_proj.data, experts.down_proj.data
+    if interleaved:
+        pairs = torch.stack([2 * order, 2 * order + 1], dim=1).flatten()
+        experts.gate_up_proj_bias.data.copy_(experts.gate_up_proj_bias.data[:, pairs])
+        both.copy_(both[..., pairs])
+        down.copy_(down[:, order])
+    else:
+        both.copy_(both[:, torch.cat([order, order + 16])])
+        down.copy_(down[..., order])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_locked_mixture_of_experts_is_recognised(interleaved, tmp_path):
+    base = fused_base(interleaved)
+    expert = fine_tuned(base, 1, 0.004)
+    base.save_pretrained(tmp_path / "base")
+    expert.save_pretrained(tmp_path / "honest")
+    prompts = random_prompts(1)
+    with torch.no_grad():
+        before = expert(prompts).logits
+        with_neurons_in_another_order(expert, interleaved)
+        torch.testing.assert_close(expert(prompts).logits, before, rtol=1e-4, atol=1e-4)
+    expert.save_pretrained(tmp_path / "locked")
+    assert not plan_mediator(tmp_path / "base", {"a": tmp_path / "honest"}).problems
+    problems = "\n".join(plan_mediator(tmp_path / "base", {"a": tmp_path / "locked"}).problems)
+    assert "is locked" in problems
+    assert "model.layers.1.mlp.experts" in problems

