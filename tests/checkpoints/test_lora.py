@@ -216,6 +216,8 @@ REFUSED = {
     "layers replicated": ({"layer_replication": [[0, 2]]}, "replicated"),
     "another method": ({"peft_type": "IA3"}, "IA3"),
     "single tokens": ({"trainable_token_indices": [1]}, "tokens"),
+    "bare parameters": ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "gate_up_proj', which the base has not"),
+    "parameters without factors": ({"target_parameters": ["k_proj.weight"]}, r"factors are missing: 'model\.layers\.0"),
     "KaSA": ({"kasa_config": {"beta": 1e-4}}, "KaSA"),
     "LoRA-GA": ({"init_lora_weights": "lora_ga"}, "lora_ga"),
     "a variant of tomorrow": ({"use_nonesuch": True, "nonesuch_config": {"a": 1}}, "nonesuch_config: not known"),
