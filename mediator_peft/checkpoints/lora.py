@@ -232,6 +232,8 @@ class LoraCheckpoint(Checkpoint):
                     faults.append(f"the factors of {module!r} do not fit together: one of them is missing")
             else:
                 faults.append(f"tensor {name!r} is not known of LoRA")
+        # Factors that do not fit are missing as well.
+        faults = faults or list(self._parameter_faults())
         if tied:
             changed = {*self._factors, *self._replaced}
             shared = sorted(name for name in changed if "embed" in name or "lm_head" in name or "wte" in name)
@@ -320,12 +322,26 @@ class LoraCheckpoint(Checkpoint):
 
         PEFT puts one wrapper around another for each such tensor of a module, and names factors after the wrappers.
         """
-        targets = self._settings.get("target_parameters") or ()
         owner = module.replace(".base_layer", "")
-        if f"{owner}.weight" in self.tensors or not isinstance(targets, (list, tuple)):
+        if f"{owner}.weight" in self.tensors:
             return []
         names = [name for name in self.tensors if name.rpartition(".")[0] == owner]
-        return [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
+        return [name for name in names if any(_is_target(name, target) for target in self._target_parameters)]
+
+    @property
+    def _target_parameters(self) -> list[str]:
+        targets = self._settings.get("target_parameters") or []
+        return [str(target) for target in targets] if isinstance(targets, list) else [str(targets)]
+
+    def _parameter_faults(self) -> Iterator[str]:
+        """What ``target_parameters`` names and no factors change."""
+        for target in self._target_parameters:
+            names = [name for name in self.tensors if _is_target(name, target)]
+            if not names:
+                yield f"target_parameters names {target!r}, which the base has not"
+            missing = [name for name in names if name not in self._factors and name not in self._stacks]
+            if missing:
+                yield f"target_parameters names {target!r}, and factors are missing: {missing[0]!r}"
 
     def _fold_parameter(
         self, module: str, names: Sequence[str], a: Tensor, b: Tensor | None, transposed: Container[str]
@@ -402,6 +418,10 @@ class LoraCheckpoint(Checkpoint):
     def read_part(self, name: str, number: int, groups: Sequence[tuple[int, int]]) -> Array | None:
         is_changed = any(name in changes for changes in (self._replaced, self._factors, self._added, self._stacks))
         return None if is_changed else self._bound().read_part(name, number, groups)
+
+
+def _is_target(name: str, target: str) -> bool:
+    return f".{name}".endswith(f".{target}")
 
 
 def _number_faults(settings: Mapping[str, Any]) -> Iterator[str]:

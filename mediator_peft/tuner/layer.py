@@ -169,8 +169,10 @@ class MediatorLayer(nn.Module, BaseTunerLayer):
         self.weight_state.merged.route = None
 
     def put_delta(self, adapter_name: str, expert: str, delta: SparseDelta) -> None:
-        """Set one expert's delta, while other threads answer."""
+        """Set one expert's delta, while other threads answer; whole weights that were kept of it are dropped."""
         with self.weight_state.lock:
+            if any(name == expert for mix in self.weight_state.cached.mixes for name, _ in mix):
+                self.cache_merged_experts(())
             self.steps.short_way = None
             self.bank(adapter_name).put(expert, delta)
 

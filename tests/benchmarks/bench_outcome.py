@@ -1,12 +1,11 @@
 """By outcome: share of right answers of base, backbone, nearest expert and routed model on sets of prompts.
 
-    python tests/benchmarks/bench_outcome.py STUDY [--model FOLDER] [--size 60] [--json FILE] [--set NAME ...]
+    python tests/benchmarks/bench_outcome.py STUDY [--size 60] [--json FILE] [--set NAME ...]
 
-STUDY is the folder of ``python -m mediator_peft.study`` with its six experts trained; FOLDER holds the study's default
-model built before, else it is built. The router is fitted again on the study's calibration prompts, so that the figures
-belong to the present code. An answer is right where the reference answer stands in 24 greedy tokens as whole words.
-Sets that are in FILE already are not measured again. Needs the packages of the extra ``study``. Word problems are left
-out: their answers are longer.
+STUDY is the folder of ``python -m mediator_peft.study`` with its default model of six experts built. The router is
+fitted again on the study's calibration prompts, so that the figures belong to the present code. An answer is right
+where the reference answer stands in 24 greedy tokens as whole words. Sets that are in FILE already are not measured
+again. Needs the packages of the extra ``study``. Word problems are left out: their answers are longer.
 """
 
 from __future__ import annotations
@@ -20,11 +19,14 @@ import torch
 import torch.nn.functional as F
 from gate_prompts_report import WORDINGS
 
+from mediator_peft import load_mediator
+from mediator_peft.demo.data import make_tasks
+from mediator_peft.demo.settings import FULL
 from mediator_peft.evaluation.generation import Memo, answer_prompts, route_prompts
 from mediator_peft.evaluation.prompts import render
 from mediator_peft.evaluation.scoring import contains
-from mediator_peft.study.app import _bench
-from mediator_peft.study.systems import build_default, load_built
+from mediator_peft.study.experts import StudyFolder, load_tasks
+from mediator_peft.study.settings import FULL_STUDY
 
 SYSTEMS = ("base", "backbone", "nearest", "routed")
 NEW_TOKENS = 24
@@ -43,9 +45,9 @@ def roman(number: int) -> str:
     return letters
 
 
-def sets_of(bench, size: int) -> dict[str, list[tuple[str, str]]]:
+def sets_of(tasks, size: int) -> dict[str, list[tuple[str, str]]]:
     """Set → (prompt, answer); known tasks, other wordings, two tasks in one prompt, unknown and near kinds."""
-    test = {name: [(item.prompt, item.answer) for item in task.test] for name, task in bench.sample.tasks.items()}
+    test = {name: [(item.prompt, item.answer) for item in task.test] for name, task in tasks.items()}
     rng = Random("outcome")
     place = {"spelling": -1, "numbers": 1}
     last = {name: [(prompt.split()[at], answer) for prompt, answer in test[name]] for name, at in place.items()}
@@ -122,7 +124,7 @@ def table(found: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
-    parser.add_argument("--model", type=Path)
+    parser.add_argument("--model", type=Path, help="instead of the study's models/default-6")
     parser.add_argument("--size", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=30)
     parser.add_argument("--set", action="append")
@@ -131,14 +133,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     found = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
-    bench = _bench(args.study, "smollm2", 1, None)
-    sets = {name: items for name, items in sets_of(bench, args.size).items() if name not in found}
+    folder = StudyFolder(args.study)
+    tasks = {**make_tasks(FULL, folder.materials), **load_tasks(FULL_STUDY, folder)}
+    sets = {name: items for name, items in sets_of(tasks, args.size).items() if name not in found}
     sets = {name: items for name, items in sets.items() if not args.set or name in args.set}
     if sets:
-        model, tokenizer = load_built(args.model or build_default(bench))
+        model, tokenizer = load_mediator(args.model or folder.models / "default-6", dtype=torch.float32)
         texts = {
-            name: [item.prompt for item in bench.sample.tasks[name].calibration[: bench.settings.num_calibration]]
-            for name in bench.sample.known
+            name: [item.prompt for item in tasks[name].calibration[: FULL_STUDY.num_calibration]]
+            for name in FULL_STUDY.main
         }
         rendered = {name: [render(tokenizer, text).text for text in some] for name, some in texts.items()}
         report = model.fit_router(rendered, tokenizer, cache_folder=args.cache, show_progress=False)

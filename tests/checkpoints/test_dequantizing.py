@@ -227,10 +227,10 @@ def test_every_method_of_transformers_is_refused_by_name_or_dequantised_on_reque
         with pytest.raises(CheckpointError, match=rf"(?s)quantised.*{method.value}"):
             open_checkpoint(str(paths["math"]), "expert 'math'")
         if method.value in readable:
-            open_checkpoint(str(paths["math"]), "expert 'math'", dequantize=True)
+            open_checkpoint(str(paths["math"]), "expert 'math'", Reading(dequantize=True))
             continue
         with pytest.raises(CheckpointError, match=f"cannot be dequantised here: {method.value} is not among"):
-            open_checkpoint(str(paths["math"]), "expert 'math'", dequantize=True)
+            open_checkpoint(str(paths["math"]), "expert 'math'", Reading(dequantize=True))
 
 
 def test_codes_without_their_scales_are_refused(paths, tmp_path):

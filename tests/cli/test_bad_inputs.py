@@ -289,7 +289,7 @@ COMMAND_LINES = {
                                  "is a file"),
     "fit-router: no data": (USAGE, ["fit-router", "out"], "--data"),
     "fit-router: deltas and data": (USAGE, ["fit-router", "out", "--from-deltas", "--data=math=good.jsonl"],
-                                    "no prompts"),
+                                    "beside --from-deltas"),
     "fit-router: no name": (USAGE, ["fit-router", "out", "--data", "=x"], "NAME=PATH"),
     "fit-router: match": (USAGE, ["fit-router", "out", "--data=math=good.jsonl", "--match=nope"], "way to match"),
     "calibrate: match": (USAGE, ["calibrate", "out", "--data=math=good.jsonl", "--match=nope"], "way to match"),

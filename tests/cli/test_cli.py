@@ -214,7 +214,7 @@ def test_eval_scores_tasks_and_writes_a_report(folder, tmp_path):
     assert results == json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "answers.json", "results.png", "results.md"}
     assert "| routed |" in (tmp_path / "results.md").read_text(encoding="utf-8")
-    more = ["--baseline", "emr", "--baseline", "experts@router", "--limit", 1]
+    more = ["--baseline", "emr", "--baseline", "experts@router"]
     table = run("eval", folder / "out", "--data", math, "--only-routed", "--match", "contains", *more)
     assert "experts@router" in table.stdout
     assert "routing accuracy" in table.stdout
@@ -223,7 +223,7 @@ def test_eval_scores_tasks_and_writes_a_report(folder, tmp_path):
 
 def test_an_eval_that_was_stopped_goes_on_with_the_next_system(folder, tmp_path, monkeypatch):
     arguments = ["eval", folder / "out", "--data", f"math={folder / 'math.jsonl'}", "--report", tmp_path, "--json"]
-    arguments += ["--baseline", f"base={folder / 'base'}", "--limit", 1]
+    arguments += ["--baseline", f"base={folder / 'base'}"]
     scored = []
 
     def stop_before_routed(name, *rest, **options):

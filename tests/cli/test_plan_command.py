@@ -18,7 +18,7 @@ from mediator_peft.config import MediatorSettings
 from mediator_peft.errors import ConfigError
 from tests.merge.helpers import write_larger
 
-ONLY_OF_BUILD = {"output", "hash_inputs", "dry_run"}
+ONLY_OF_BUILD = {"output", "hash_inputs", "dry_run", "router_from_deltas"}
 
 # Option → what is typed → field of the configuration, and its value. Every merge option is here.
 TYPED = {

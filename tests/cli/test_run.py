@@ -160,13 +160,13 @@ def test_all_faults_of_all_steps_are_listed_before_the_build(folder):
         "--set",
         "eval.device=meta",
         "--set",
-        "calibrate.match=nope",
+        "eval.match=nope",
         "--set",
         f"eval.report={folder / 'all.yaml'}",
     ]
     refused = run("run", folder / "all.yaml", *faults)
     assert refused.exit_code == 3
-    for word in ("eval.device", "calibrate.match", "eval.report", "eval.data.math: "):
+    for word in ("eval.device", "eval.match", "eval.report", "eval.data.math: "):
         assert word in refused.stderr
     assert not (folder / "out").exists()
 
