@@ -93,7 +93,7 @@ def test_equal_entries_at_the_threshold_are_shared_evenly(tmp_path):
             assert float(delta.kept.float().mean()) == pytest.approx(0.3, abs=1 / delta.kept.numel())
 
 
-@pytest.mark.parametrize("scope", ["matrix", "model"])
+@pytest.mark.parametrize("scope", ["matrix", pytest.param("model", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("settings", "budget"),
     [({}, "1.25x"), ({"density": 0.9}, "1.05x"), ({"encoding": "float"}, "2x"), ({"sparsifier": "svd"}, "1.3x"),

@@ -51,7 +51,11 @@ def by_the_formula(model, weights, arch):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
     ("encoding", "execution"),
-    [*product(["sign", "float"], [None, "merged", "sparse", "dense"]), ("factors_sign", None)],
+    [
+        *product(["sign"], [None, "merged", "sparse", "dense"]),
+        ("factors_sign", None),
+        *(pytest.param("float", way, marks=pytest.mark.slow) for way in (None, "merged", "sparse", "dense")),
+    ],
 )
 @torch.no_grad()
 def test_equals_a_plain_model_with_the_mixed_matrices(tmp_path, arch, encoding, execution):
