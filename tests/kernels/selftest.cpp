@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "sha256.h"
 
 namespace {
 
@@ -281,6 +282,39 @@ void check_build(const KernelTable& table, int rows, int columns, int64_t form) 
     }
 }
 
+// The example "abc" of FIPS 180-4 among streams of other bytes, and several blocks at once as one after the other.
+void check_sha256() {
+    const uint32_t start[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                               0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+    const uint32_t digest[8] = {0xba7816bf, 0x8f01cfea, 0x414140de, 0x5dae2223,
+                                0xb00361a3, 0x96177a9c, 0xb410ff61, 0xf20015ad};
+    const int num_streams = 1 + below(3), num_blocks = 1 + below(5), known = below(num_streams);
+    std::vector<Block<uint8_t>> bytes(num_streams, Block<uint8_t>(size_t(64 * num_blocks)));
+    std::vector<Block<uint32_t>> together(num_streams, Block<uint32_t>(8)), alone = together;
+    uint32_t* states[3];
+    const uint8_t* places[3];
+    for (int n = 0; n < num_streams; ++n) {
+        for (int i = 0; i < 64 * num_blocks; ++i) bytes[n][i] = uint8_t(below(256));
+        std::copy_n(start, 8, together[n].data());
+        std::copy_n(start, 8, alone[n].data());
+        states[n] = together[n].data();
+        places[n] = bytes[n].data();
+    }
+    std::fill_n(bytes[known].data(), 64, uint8_t(0));
+    std::copy_n("abc\x80", 4, bytes[known].data());
+    bytes[known][63] = 24;  // bits
+    hash_side_by_side(states, places, num_streams, num_blocks);
+    for (int n = 0; n < num_streams; ++n) {
+        for (int block = 0; block < num_blocks; ++block) {
+            uint32_t* state = alone[n].data();
+            const uint8_t* place = bytes[n].data() + 64 * block;
+            hash_side_by_side(&state, &place, 1, 1);
+            if (n == known && block == 0) expect(std::equal(state, state + 8, digest), "sha256", "the digest of abc", 1, 1);
+        }
+    }
+    expect(together == alone, "sha256", "streams side by side", num_streams, num_blocks);
+}
+
 bool is_here(const KernelTable& table) {
 #if defined(__x86_64__)
     if (&table == &table_avx512) return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
@@ -317,6 +351,7 @@ int main(int count, char** arguments) {
         }
         std::printf("%s: %d rounds\n", table->name, rounds);
     }
+    for (int round = 0; has_sha256() && round < rounds; ++round) check_sha256();
     std::printf(num_faults ? "%d faults\n" : "all right\n", num_faults);
     return num_faults != 0;
 }

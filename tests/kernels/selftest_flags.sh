@@ -18,6 +18,6 @@ compile() {
         # shellcheck disable=SC2086
         "$compiler" -std=c++17 -ffp-contract=off -w "$@" ${flags[$name]} -c "$native/kernels_$name.cpp" -o "$folder/$name.o"
     done
-    "$compiler" -std=c++17 -Wall -Wextra "$@" -I"$native" "$tests/selftest.cpp" "$folder"/*.o -o "$output"
+    "$compiler" -std=c++17 -Wall -Wextra "$@" -I"$native" "$tests/selftest.cpp" "$native/sha256.cpp" "$folder"/*.o -o "$output"
     rm -r "$folder"
 }
