@@ -114,7 +114,14 @@ def test_the_files_meet_the_budget(scope, settings, budget, larger, tmp_path):
     assert saved["budget"] == budget
 
 
-@pytest.mark.parametrize("settings", [MODEL, {"budget": "1.48x"}, {**MODEL, "budget": "2.2x", "encoding": "float"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        MODEL,
+        {"budget": "1.48x"},
+        pytest.param({**MODEL, "budget": "2.2x", "encoding": "float"}, marks=pytest.mark.slow),
+    ],
+)
 def test_workers_order_and_a_plan_change_nothing(settings, paths, tmp_path):
     build(paths, tmp_path / "one", settings)
     build(paths, tmp_path / "two", settings, workers=2)

@@ -7,6 +7,11 @@ from tiny import ARCHITECTURES, random_prompts, tiny_model, write_tiny_checkpoin
 
 from mediator_peft import MediatorConfig, build_mediator, get_mediator_model, load_mediator
 
+SOME = [
+    arch if arch in ("llama", "gpt2", "gemma") else pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHITECTURES
+]
+"""All architectures, the others by slow tests."""
+
 MIXES = [{"math": 1.0}, {"math": 0.3, "code": 0.6}, {"code": 0.5, "base": 0.5}, {}]
 
 
@@ -19,7 +24,7 @@ def built(tmp_path, arch, **settings):
 
 
 @pytest.mark.parametrize("encoding", ["sign", "float"])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", SOME)
 @torch.no_grad()
 def test_each_row_equals_its_own_dense_model(tmp_path, arch, encoding):
     paths, model = built(tmp_path, arch, density=0.3, encoding=encoding)
@@ -102,7 +107,7 @@ def test_low_rank_deltas_too_in_every_way_and_after_a_round_trip(tmp_path, arch)
                 torch.testing.assert_close(logits[row], expected[row], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", SOME)
 @torch.no_grad()
 def test_zero_weights_give_the_backbone_bit_for_bit(tmp_path, arch):
     _, model = built(tmp_path, arch)
@@ -117,7 +122,7 @@ def test_zero_weights_give_the_backbone_bit_for_bit(tmp_path, arch):
         assert torch.equal(model(input_ids=prompts).logits, plain)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", SOME)
 @torch.no_grad()
 def test_density_one_gives_back_experts_and_base(tmp_path, arch):
     # Experts that differ from the base in targeted layers alone.
@@ -159,7 +164,7 @@ def test_a_backbone_equal_to_the_base_works_too(tmp_path):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", SOME)
 def test_in_memory_and_offline_builds_are_bit_equal(tmp_path, arch):
     paths, offline = built(tmp_path, arch, density=0.25)
     experts = {name: str(path) for name, path in paths.items() if name != "base"}

@@ -92,6 +92,7 @@ def test_one_batch_may_need_more_experts_than_the_limit(folder):
     assert len(few.base_model.expert_store.resident) == 2
 
 
+@pytest.mark.slow
 def test_threads_that_push_each_others_experts_out_get_their_own_answers(folder):
     few, _ = load_mediator(folder, max_resident_experts=1)
     prompts = random_prompts(2)
@@ -111,6 +112,7 @@ def test_threads_that_push_each_others_experts_out_get_their_own_answers(folder)
     assert not faults
 
 
+@pytest.mark.slow
 def test_the_limit_is_not_saved_and_saving_reads_all_experts(folder, tmp_path):
     few, _ = load_mediator(folder, max_resident_experts=2)
     few.save_pretrained(tmp_path / "again")
@@ -170,6 +172,7 @@ def test_a_pinned_expert_stays_in_memory(folder, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_copy_shares_the_files_and_a_pickle_does_without_them(folder):
     prompts = random_prompts(1)
     model, _ = load_mediator(folder, max_resident_experts=2)
