@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
@@ -40,24 +41,28 @@ app = typer.Typer(
     "or disk. Example: mediator-peft plan --base base --expert math=math --expert cron=cron",
 )
 
-app.command(cls=CheckedCommand)(plan)
-app.command(cls=CheckedCommand)(build)
-app.command(cls=CheckedCommand)(merge)
-app.command(cls=CheckedCommand)(measure)
-app.command(cls=CheckedCommand)(search)
-app.command(cls=CheckedCommand)(run)
-app.command("fit-router", cls=CheckedCommand)(fit_router)
-app.command("calibrate", hidden=True, cls=CheckedCommand)(fit_router)
-app.command("fit-scales", cls=CheckedCommand)(fit_scales)
-app.command(cls=CheckedCommand)(generate)
-app.command("eval", cls=CheckedCommand)(evaluate)
-app.command(cls=CheckedCommand)(inspect)
-app.command(cls=CheckedCommand)(condense)
-app.command(cls=CheckedCommand)(verify)
-app.command(cls=CheckedCommand)(bench)
-app.command(cls=CheckedCommand)(demo)
-app.command(cls=CheckedCommand)(methods)
-app.command(cls=CheckedCommand)(env)
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "plan": plan,
+    "build": build,
+    "merge": merge,
+    "measure": measure,
+    "search": search,
+    "run": run,
+    "fit-router": fit_router,
+    "calibrate": fit_router,
+    "fit-scales": fit_scales,
+    "generate": generate,
+    "eval": evaluate,
+    "inspect": inspect,
+    "condense": condense,
+    "verify": verify,
+    "bench": bench,
+    "demo": demo,
+    "methods": methods,
+    "env": env,
+}
+for _name, _command in _COMMANDS.items():
+    app.command(_name, hidden=_name == "calibrate", cls=CheckedCommand)(_command)
 
 
 def _print_version(wanted: bool) -> None:

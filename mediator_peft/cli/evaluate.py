@@ -127,16 +127,12 @@ def evaluate(
     """
     if (files.data is None) == (harness.lm_eval is None):
         raise typer.BadParameter("give --data for JSONL tasks, or --lm-eval for tasks of lm-evaluation-harness.")
-    if harness.lm_eval is None:
-        from ..evaluation.baselines import check_names
-
-        check_names(systems.published)
-    elif systems.published:
-        name = systems.published[0]
-        raise typer.BadParameter(f"with --lm-eval, give a checkpoint: --baseline {name}=CHECKPOINT.")
     if report is not None:
         check_folder(report, "--report")
     if harness.lm_eval is not None:
+        if systems.published:
+            name = systems.published[0]
+            raise typer.BadParameter(f"with --lm-eval, give a checkpoint: --baseline {name}=CHECKPOINT.")
         evaluate_harness(
             out, harness, systems.checkpoints, systems.only_routed, (loading, quantize), prompting, report, as_json
         )
@@ -158,7 +154,7 @@ def _scored(
     report: Path | None,
 ) -> EvaluationReport:
     """Every system's answers to the items, and where their prompts go."""
-    from ..evaluation.baselines import PublishedSystems
+    from ..evaluation.baselines import PublishedSystems, check_names
     from ..evaluation.comparison import compare, runtime_of
     from ..evaluation.report import EvaluationReport
     from ..evaluation.runner import EvalTask, Scoring, route_tasks
@@ -166,6 +162,7 @@ def _scored(
     from ..progress import bar_progress
     from ..ranks import Ranks
 
+    check_names(systems.published)
     # Read before the model is loaded, so that faults are reported at once.
     items, plain = files.read(), systems.checkpoints
     model, tokenizer = load(out, loading, quantize)

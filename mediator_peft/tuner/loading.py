@@ -126,7 +126,7 @@ def _check_finite(backbone: Any) -> None:
         values = tensor.detach()
         if not values.is_floating_point() or values.device.type == "meta":
             continue
-        # Where the sum is finite, all are; it takes a fraction of the time. A sum may overflow for all that.
+        # A finite sum means finite values, and is much cheaper to ask for. Finite values may have a sum that overflows.
         if not bool(values.sum(dtype=torch.float32).isfinite()) and not bool(values.isfinite().all()):
             raise AdapterError(
                 f"tensor {name.replace('.base_layer', '')!r} of the backbone holds NaN or infinite values: its file is "
