@@ -253,7 +253,7 @@ def library_digest() -> str:
     digest = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*")):
         name = path.relative_to(_PACKAGE)
-        if path.suffix in (".py", ".cpp", ".h") and name.parts[0] not in ("evaluation", "demo", "study", "cli"):
+        if path.suffix in (".py", ".cpp", ".h", ".inl") and name.parts[0] not in ("evaluation", "demo", "study", "cli"):
             digest.update(f"{name.as_posix()}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 
