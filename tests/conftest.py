@@ -21,6 +21,7 @@ def pytest_configure(config):
     config.stash[_PROGRAM] = None
     if getattr(config.option, "numprocesses", None):
         return  # tests run in the workers, each of which comes here too: this process needs no imports
+    gc.disable()  # until all is imported: see pytest_collection_finish
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -38,9 +39,11 @@ def pytest_unconfigure(config):
 
 
 def pytest_collection_finish():
-    # What has been imported stays to the end: searches for garbage need not go through it again and again.
-    gc.collect()
+    # What has been imported stays to the end: searches for garbage need not go through it again and again. And they
+    # come after ten times as many new objects as by default, which are no more than a few tiny models.
     gc.freeze()
+    gc.set_threshold(7000, 10, 10)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ stream what fails then.
 from __future__ import annotations
 
 import atexit
+import gc
 import io
 import json
 import os
@@ -176,6 +177,7 @@ def _received(channel: socket.socket, start: bytes = b"") -> bytes:
 def _serve(channel: socket.socket) -> NoReturn:
     """Fork for each order until the tests end."""
     os.setsid()
+    gc.enable()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     while True:

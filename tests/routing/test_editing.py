@@ -139,7 +139,6 @@ def test_faults_change_nothing(build, checkpoints, topics, tokenizer, tmp_path):
 
 def test_a_router_that_cannot_grow_says_so_or_is_left_unfitted(build, checkpoints, topics, tokenizer):
     model, quick = build(router="mlp"), {"background": [], "augmented": False, "hard_negatives": False}
-    topics = {name: texts[:12] for name, texts in topics.items()}
     model.fit_router(two(topics), tokenizer, **quick)
     with pytest.raises(UnsupportedError, match="fitted again"):
         model.add_expert("law", str(checkpoints["law"]), topics["law"], tokenizer)
