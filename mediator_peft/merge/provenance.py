@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,7 @@ def _sizes(path: Path, digests: InputDigests) -> Iterator[tuple[str, Any]]:
         yield "sha256", sha256
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return version(package)
