@@ -11,13 +11,13 @@ import torch
 from tqdm import tqdm
 
 from ..errors import AdapterError, RoutingError, UnsupportedError
+from .active_adapter import ActiveAdapter
 from .embedding import MediatorEmbedding
 from .expert_weights import ExpertWeights, Mix, by_name, expert_weight_rows, make_route
 from .forward import RoutedForward
 from .fused_experts import is_fused
 from .merged_weight import mixed_bias
 from .request_board import RequestBoard
-from .routing import ActiveAdapter
 from .sharded import check_not_sharded
 
 

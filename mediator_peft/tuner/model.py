@@ -28,6 +28,7 @@ from ..routing.calibration_data import Columns
 from ..routing.explain import Explanation
 from ..routing.gate import RouteOutput
 from ..routing.routers import Router
+from .active_adapter import ActiveAdapter
 from .build_in_memory import build_in_memory
 from .condensing import CondenseReport, condense
 from .config import FitSettings, MediatorConfig
@@ -42,7 +43,7 @@ from .injection import add_deltas, check_layers, routed, unwrap_layers, warn_of_
 from .layer import MediatorLayer, reading_weights, routed_layers
 from .merging import AdapterMerging
 from .request_board import RequestBoard
-from .routing import ActiveAdapter, PromptRouter
+from .routing import PromptRouter
 from .saving import AdapterFiles
 from .sharded import check_not_sharded
 from .tied_head import tie_head
