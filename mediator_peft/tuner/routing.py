@@ -153,6 +153,13 @@ class PromptRouter:
         settings.write_to(config)
         return router if isinstance(router, _kind(config)) else self.new_router(config).train(router.training)
 
+    def put_settings(self, adapter_name: str, settings: FitSettings) -> None:
+        """Change how an adapter's prompts are read; a router of another kind than the settings name is replaced."""
+        with self.active.changes_wait():
+            old: Any = self.active.routers[adapter_name]
+            router = self.of_kind(old, self.active.configs[adapter_name], settings)
+            self.active.put_settings(adapter_name, settings, router)
+
     def learn_turns(self, tokenizer: Any) -> None:
         """Note how the tokenizer marks user turns and what it adds to a plain text, so that neither changes a route."""
         self.active.put_settings(self.active.name, self.learned(tokenizer))
