@@ -287,10 +287,12 @@ class RoutedForward:
         return self._prompts.routed_table(input_ids, mask)
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if self._prompts.block_hook.stop() and output is not None:
-            raise RuntimeError("the model ran without reaching the block at which this prompt was to be routed")
         route = self._board.route
-        if route is not None:
+        if route is None:
+            # It may still be waiting for the block at which its prompt was to be routed.
+            if self._prompts.block_hook.stop() and output is not None:
+                raise RuntimeError("the model ran without reaching the block at which this prompt was to be routed")
+        else:
             self._check_still_there(route)
             cache = returned_cache(output)
             if cache is None:
