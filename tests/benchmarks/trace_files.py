@@ -44,7 +44,8 @@ def trace(action, inside=None):
             return
         if event == "call":
             calls = seen.setdefault(file, {})
-            calls[code.co_qualname] = calls.get(code.co_qualname, 0) + 1
+            name = getattr(code, "co_qualname", code.co_name)  # from Python 3.11 on
+            calls[name] = calls.get(name, 0) + 1
 
     sys.setprofile(profile)
     try:
