@@ -6,30 +6,44 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the processes that tests start: see _one_thread
 
+import gc
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).parent))
-from program import Program
-
-transformers_logging.disable_progress_bar()
-
 
 _PROGRAM = pytest.StashKey()
 
 
 def pytest_configure(config):
-    # Before any test: the processes that it starts know nothing of those that ran here.
-    config.stash[_PROGRAM] = Program() if hasattr(os, "fork") else None
+    config.stash[_PROGRAM] = None
+    if getattr(config.option, "numprocesses", None):
+        return  # tests run in the workers, each of which comes here too: this process needs no imports
+    gc.disable()  # until all is imported: see pytest_collection_finish
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    if hasattr(os, "fork"):
+        from program import Program
+
+        # Before any test: the processes that it starts know nothing of those that ran here.
+        config.stash[_PROGRAM] = Program()
 
 
 def pytest_unconfigure(config):
+    gc.unfreeze()
     if config.stash[_PROGRAM] is not None:
         config.stash[_PROGRAM].close()
+
+
+def pytest_collection_finish():
+    # What has been imported stays to the end: searches for garbage need not go through it again and again. And they
+    # come after ten times as many new objects as by default, which are no more than a few tiny models.
+    gc.freeze()
+    gc.set_threshold(7000, 10, 10)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +56,8 @@ def program(pytestconfig):
 
 @pytest.fixture(autouse=True)
 def _one_thread():
+    import torch
+
     # Tests run side by side; threads of tiny matrices only get in each other's way.
     torch.set_num_threads(1)
 
@@ -57,6 +73,7 @@ def checkpoints(tmp_path):
 @pytest.fixture(scope="session")
 def pristine(tmp_path_factory):
     """A folder of tiny checkpoints, to be copied and not to be changed."""
+    import torch
     from tiny import write_tiny_checkpoints
 
     folder = tmp_path_factory.mktemp("pristine")

@@ -1,15 +1,17 @@
 """The program in processes of its own that need not import anything.
 
 Starting Python and importing torch and transformers takes seconds of a processor, and tests of the command line would
-do so many times. Instead a server is forked from pytest's process before any test runs; it imports what is missing when
-it is first used, and forks for each process that a test wants. A fork has the arguments, environment, folder and
-standard streams that the test gives it. It sets up ``sys.stdin``, ``sys.stdout`` and ``sys.stderr`` as Python does when
-it starts, and at the end writes their buffers as Python does, and says on the error stream what fails then.
+do so many times. Instead pytest's process imports what the program needs, since tests need most of it too, and forks a
+server before any test is collected; the server forks for each process that a test wants. A fork has the arguments,
+environment, folder and standard streams that the test gives it. It sets up ``sys.stdin``, ``sys.stdout`` and
+``sys.stderr`` as Python does when it starts, and at the end writes their buffers as Python does, and says on the error
+stream what fails then.
 """
 
 from __future__ import annotations
 
 import atexit
+import gc
 import io
 import json
 import os
@@ -21,9 +23,10 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
+from unittest import mock
 
 import torch
 
@@ -34,6 +37,9 @@ SECONDS = 300
 """After so many without an answer, all processes are ended."""
 
 PRELOADED = (
+    "mediator_peft",
+    "bitsandbytes",
+    "peft",
     "mediator_peft.__main__",
     "mediator_peft.cli.app",
     "mediator_peft.evaluation.runner",
@@ -46,7 +52,7 @@ PRELOADED = (
 )
 
 
-OPTIONAL = ("matplotlib.figure",)
+OPTIONAL = ("bitsandbytes", "matplotlib.figure")
 """Of these, what a machine may lack."""
 
 
@@ -62,6 +68,8 @@ class Program:
     """Starts processes of the program, or of some code; needs ``fork``."""
 
     def __init__(self) -> None:
+        self.said_at_start = _prepare()
+        """What was written when the package and PEFT were imported."""
         self._socket, theirs = socket.socketpair()
         self._server = os.fork()
         if not self._server:
@@ -69,8 +77,6 @@ class Program:
             _serve(theirs)
         theirs.close()
         self._socket.settimeout(SECONDS)
-        self.said_at_start: str | None = None
-        """What was written when the server imported the package and PEFT; None before the first process."""
 
     def close(self) -> None:
         """End the server."""
@@ -138,7 +144,7 @@ class Program:
                 })  # fmt: skip
             socket.send_fds(self._socket, [_framed(orders)], files)
             try:
-                codes, self.said_at_start = json.loads(_received(self._socket))
+                codes = json.loads(_received(self._socket))
             except TimeoutError:
                 os.killpg(self._server, signal.SIGKILL)
                 raise
@@ -171,16 +177,14 @@ def _received(channel: socket.socket, start: bytes = b"") -> bytes:
 def _serve(channel: socket.socket) -> NoReturn:
     """Fork for each order until the tests end."""
     os.setsid()
+    gc.enable()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    said: str | None = None
     while True:
         start, files, _, _ = socket.recv_fds(channel, 1 << 16, 64)
         if not start:
             os._exit(0)
         orders = json.loads(_received(channel, start))
-        if said is None:
-            said = _prepare()
         children = []
         for order in orders:
             child = os.fork()
@@ -192,20 +196,35 @@ def _serve(channel: socket.socket) -> NoReturn:
         for file in files:
             os.close(file)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        channel.sendall(_framed([codes, said]))
+        channel.sendall(_framed(codes))
 
 
 def _prepare() -> str:
     """Import what processes of the program import; returns what that wrote."""
     with tempfile.TemporaryFile() as log:
-        for number in (1, 2):
-            os.dup2(log.fileno(), number)
-        _open_streams()
-        for name in ("mediator_peft", "peft", *PRELOADED):
-            with suppress(ImportError) if name in OPTIONAL else nullcontext():
-                import_module(name)
         sys.stdout.flush()
         sys.stderr.flush()
+        kept = [os.dup(number) for number in (1, 2)]
+        streams = sys.stdout, sys.stderr
+        for number in (1, 2):
+            os.dup2(log.fileno(), number)
+        sys.stdout, sys.stderr = _opened(1, "w", "utf-8", "strict"), _opened(2, "w", "utf-8", "backslashreplace")
+        try:
+            for name in PRELOADED:
+                with ExitStack() as stack:
+                    if name in OPTIONAL:
+                        stack.enter_context(suppress(ImportError))
+                    if name == "bitsandbytes":
+                        # It compiles its optimizers where it can: a second or more for what no test calls.
+                        stack.enter_context(mock.patch.object(torch, "compile", side_effect=RuntimeError("not here")))
+                    import_module(name)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            sys.stdout, sys.stderr = streams
+            for number, copy in zip((1, 2), kept, strict=True):
+                os.dup2(copy, number)
+                os.close(copy)
         log.seek(0)
         return log.read().decode()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Hashable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -17,9 +17,30 @@ def load(path: Path) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
+def weights_of(path: Path) -> dict[str, Tensor]:
+    """The weights of a plain model in float32, not to be changed: those of equal files are read once."""
+    key = _digest(path)
+    if key not in _results:
+        _results[key] = load(path).state_dict()
+    return _results[key]
+
+
+def _digest(path: Path) -> str:
+    """Of the configuration and the weights of a checkpoint."""
+    digest = sha256()
+    for file in sorted(path.glob("*")):
+        if file.suffix in (".json", ".safetensors"):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+_results: dict[Hashable, dict[str, Tensor]] = {}
+"""What was computed, by all that it depends on: tests ask for the same many times."""
+
+
 def average_weights(paths: Sequence[Path]) -> dict[str, Tensor]:
     """Mean of the experts' weights."""
-    states = [load(path).state_dict() for path in paths]
+    states = [weights_of(path) for path in paths]
     return {name: sum(state[name] for state in states) / len(states) for name in states[0]}
 
 
@@ -79,26 +100,32 @@ def mixed_model(
 
     ``paths``: base and experts, the base under the name "base"; ``weights`` may name it too.
     """
-    base = load(paths["base"]).state_dict()
-    experts = [path for name, path in paths.items() if name != "base"]
-    backbone = base if method == "base" else average_weights(experts)
     model = load(paths["base"])
-    model.load_state_dict(backbone)
-    state = deepcopy(backbone)
-    tuned = {column: load(paths[column]).state_dict() for column in weights}
-    for name, module in linear_layers(model).items():
-        for column, weight in weights.items():
-            theirs = tuned[column]
-            delta = theirs[f"{name}.weight"] - backbone[f"{name}.weight"]
-            if isinstance(module, Conv1D):
-                delta = delta.T
-            sparse = thin_out(delta, density, encoding)
-            if isinstance(module, Conv1D):
-                sparse = sparse.T
-            state[f"{name}.weight"] = state[f"{name}.weight"] + weight * sparse
-            if f"{name}.bias" in state:
-                state[f"{name}.bias"] = state[f"{name}.bias"] + weight * (
-                    theirs[f"{name}.bias"] - backbone[f"{name}.bias"]
-                )
+    experts = [path for name, path in paths.items() if name != "base"]
+    backbone = weights_of(paths["base"]) if method == "base" else average_weights(experts)
+    state = dict(backbone)
+    known = (*(_digest(path) for path in experts), density, encoding, method)
+    for column, weight in weights.items():
+        key = (*known, _digest(paths[column]))
+        if key not in _results:
+            _results[key] = _sparse_deltas(model, weights_of(paths[column]), backbone, density, encoding)
+        for name, delta in _results[key].items():
+            state[name] = state[name] + weight * delta
     model.load_state_dict(state)
     return model
+
+
+def _sparse_deltas(
+    model: nn.Module, theirs: Mapping[str, Tensor], backbone: Mapping[str, Tensor], density: float, encoding: str
+) -> dict[str, Tensor]:
+    """What one column adds to each routed weight, and to each bias."""
+    deltas = {}
+    for name, module in linear_layers(model).items():
+        delta = theirs[f"{name}.weight"] - backbone[f"{name}.weight"]
+        if isinstance(module, Conv1D):
+            deltas[f"{name}.weight"] = thin_out(delta.T, density, encoding).T
+        else:
+            deltas[f"{name}.weight"] = thin_out(delta, density, encoding)
+        if f"{name}.bias" in backbone:
+            deltas[f"{name}.bias"] = theirs[f"{name}.bias"] - backbone[f"{name}.bias"]
+    return deltas

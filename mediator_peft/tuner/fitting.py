@@ -36,11 +36,12 @@ from ..routing.hard_negatives import HARD_NEGATIVE_FORMS, hard_negatives
 from ..routing.routers import Router
 from ..routing.translation import LANGUAGES_OF_TABLE, in_other_words
 from ..routing.wording import choose_depth_by_wordings, reference_prompts, wording_basis
+from .active_adapter import ActiveAdapter
 from .chat_turns import padded, turn_contents, unwrapped, user_turns
 from .config import MediatorConfig
 from .layer import reading_weights
 from .prompt_form import PromptForm
-from .routing import ActiveAdapter, PromptRouter, Reading
+from .routing import PromptRouter, Reading
 from .sharded import check_not_sharded
 
 _MOST_UNKNOWN = 0.2

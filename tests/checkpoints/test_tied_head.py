@@ -50,10 +50,18 @@ CHANGES = {
     "one without an embedding": {"code": head_alone},
     "one without an embedding, one its own": {"code": head_alone, "math": own_head},
 }
+ALSO_OF_GPT2 = ("one repeated, one its own",)
+"""The others by slow tests."""
 
 
-@pytest.mark.parametrize("arch", ["llama_tied", "gpt2"])
-@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize(
+    ("kind", "arch"),
+    [
+        *((kind, "llama_tied") for kind in CHANGES),
+        *((kind, "gpt2") for kind in ALSO_OF_GPT2),
+        *(pytest.param(kind, "gpt2", marks=pytest.mark.slow) for kind in CHANGES if kind not in ALSO_OF_GPT2),
+    ],
+)
 def test_every_expert_comes_back_as_transformers_reads_it(kind, arch, tmp_path):
     paths = write_tiny_checkpoints(tmp_path / "in", arch=arch, only=["mlp.", "attn.", "wte", "embed"])
     for name, change in CHANGES[kind].items():

@@ -15,6 +15,10 @@ from mediator_peft.errors import AdapterError, RoutingError, UnsupportedError
 
 from .models import ARCHITECTURES, fitted_model, settings_for, write_models
 
+LIKE_LLAMA = ("mistral", "olmo2", "phi", "qwen2", "qwen3")
+SOME = [pytest.param(name, marks=pytest.mark.slow) if name in LIKE_LLAMA else name for name in ARCHITECTURES]
+"""All architectures; those whose layers are Llama's by slow tests."""
+
 INPUTS = {"input_ids": torch.tensor([[1, 1, 1], [1, 2, 1]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 1]])}
 
 
@@ -31,7 +35,7 @@ def bases(tmp_path_factory):
     return base
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", SOME)
 @torch.no_grad()
 def test_merge_unmerge_disable_generate_unload(bases, architecture):
     base = bases(architecture)
@@ -54,7 +58,7 @@ def test_merge_unmerge_disable_generate_unload(bases, architecture):
     torch.testing.assert_close(merged(**INPUTS).logits, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", SOME)
 def test_training_with_either_gradient_checkpointing(bases, architecture):
     model = fitted_model(bases(architecture)).train()
     trainable = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
@@ -74,7 +78,7 @@ def test_training_with_either_gradient_checkpointing(bases, architecture):
             torch.testing.assert_close(gradient, expected[name], atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", SOME)
 @torch.no_grad()
 def test_saved_and_loaded(bases, architecture, tmp_path):
     base = bases(architecture)

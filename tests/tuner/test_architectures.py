@@ -38,9 +38,12 @@ REPRESENTATIVE = (
     "deepseek_v3",
     "git",
 )
+SLOW = ("qwen3_5_text", "jamba", "apertus")
 
 
-@pytest.mark.parametrize("kind", REPRESENTATIVE)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in SLOW else kind for kind in REPRESENTATIVE]
+)
 def test_a_named_expert_is_the_expert(kind, tmp_path):
     outcome = round_trip(kind, tmp_path)
     assert outcome.status == "works", outcome

@@ -7,6 +7,8 @@ from tiny import ARCHITECTURES, random_prompts, tiny_model, write_tiny_checkpoin
 
 from mediator_peft import MediatorConfig, build_mediator, get_mediator_model, load_mediator
 
+from .conftest import build
+
 SOME = [
     arch if arch in ("llama", "gpt2", "gemma") else pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHITECTURES
 ]
@@ -16,9 +18,7 @@ MIXES = [{"math": 1.0}, {"math": 0.3, "code": 0.6}, {"code": 0.5, "base": 0.5}, 
 
 
 def built(tmp_path, arch, **settings):
-    paths = write_tiny_checkpoints(tmp_path / "checkpoints", arch=arch)
-    experts = {name: path for name, path in paths.items() if name != "base"}
-    build_mediator(paths["base"], experts, tmp_path / "out", MediatorConfig(**settings))
+    paths = build(tmp_path, arch, settings)
     model, _ = load_mediator(tmp_path / "out", dtype=torch.float32)
     return paths, model
 

@@ -19,6 +19,7 @@ from mediator_peft.tuner.fused_experts import RoutedExperts
 from tests.architectures import tiny_config
 
 KINDS = ("mixtral", "qwen3_moe", "gpt_oss")
+SOME = ("mixtral", pytest.param("qwen3_moe", marks=pytest.mark.slow), "gpt_oss")
 PROMPTS = torch.tensor([[7, 9, 12, 30, 22], [5, 44, 71, 13, 90], [61, 3, 18, 77, 40], [20, 21, 90, 15, 8]])
 MIXES = [{"math": 1.0}, {"math": 0.3, "code": 0.6}, {"code": 0.5, "base": 0.5}, {}]
 DENSITY = 0.3
@@ -79,7 +80,7 @@ def dense_model(family, mix):
     return model
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=SOME)
 def family(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     base = tiny(request.param)

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import pytest
 import torch
-from reference import load, thin_out
+from reference import load, thin_out, weights_of
 from tiny import ARCHITECTURES, random_prompts, write_tiny_checkpoints
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -92,8 +92,8 @@ def dense_model(folders, kind, mix):
     """A plain model with ``Q(D) + sum_k w_k S_k`` in its weights."""
     model = load(folders["out"])
     state = model.state_dict()
-    experts = {name: load(folders[name]).state_dict() for name in mix}
-    for name, backbone in load(folders["out"]).state_dict().items():
+    experts = {name: weights_of(folders[name]) for name in mix}
+    for name, backbone in weights_of(folders["out"]).items():
         if name.endswith("proj.weight"):
             total = numbers_of(backbone, kind)
             for expert, weight in mix.items():
@@ -137,7 +137,7 @@ def test_codes_laid_out_anew_for_the_cpu_are_read_back(folders, kind):
     model = quantized(folders["out"], kind, in_bfloat16=True)
     with model.disable_adapter():
         model(input_ids=random_prompts(1))
-    backbone = load(folders["out"]).state_dict()
+    backbone = weights_of(folders["out"])
     layers = model.base_model.routed_layers()
     states = [layer.base_layer.weight.quant_state for layer in layers.values()]
     if not all(getattr(state, "packing_format_for_cpu", False) for state in states):
@@ -273,16 +273,22 @@ def test_a_correction_corrects_quantization_error(folders, tmp_path, monkeypatch
     logits = model(input_ids=prompts, expert_weights=MIXES).logits
     plain = load(folders["out"])
     backbone = plain.state_dict()
-    tuned = {name: load(folders[name]).state_dict() for name in ("base", "math", "code")}
+    routed = [name for name in backbone if name.endswith("proj.weight")]
+    corrected = {}
+    for name in routed:
+        rounded = numbers_of(backbone[name], kind)
+        corrected[name] = rounded + thin_out(backbone[name] - rounded, 0.4, encoding, "mean")
+    deltas = {
+        (expert, name): thin_out(weights_of(folders[expert])[name] - backbone[name], DENSITY, encoding)
+        for expert in ("base", "math", "code")
+        for name in routed
+    }
     for row, mix in enumerate(MIXES):
         state = plain.state_dict()
-        for name in [name for name in backbone if name.endswith("proj.weight")]:
-            rounded = numbers_of(backbone[name], kind)
-            total = rounded + thin_out(backbone[name] - rounded, 0.4, encoding, "mean")
+        for name in routed:
+            state[name] = corrected[name]
             for expert, weight in mix.items():
-                theirs = tuned[expert][name]
-                total = total + weight * thin_out(theirs - backbone[name], DENSITY, encoding)
-            state[name] = total
+                state[name] = state[name] + weight * deltas[expert, name]
         by_hand = load(folders["out"])
         by_hand.load_state_dict(state)
         expected = by_hand(input_ids=prompts[row : row + 1]).logits[0]

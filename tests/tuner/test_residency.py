@@ -23,11 +23,21 @@ NUM_EXPERTS = 100
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def hundred(tmp_path_factory):
     """A tiny model with a hundred random experts."""
+    return saved(tmp_path_factory.mktemp("hundred"), NUM_EXPERTS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The same with as many as most tests need."""
+    return saved(tmp_path_factory.mktemp("ten"), 10)
+
+
+def saved(folder, num_experts):
     torch.manual_seed(0)
     backbone = tiny_model()
-    names = [f"expert {number}" for number in range(NUM_EXPERTS)]
+    names = [f"expert {number}" for number in range(num_experts)]
     layers = [name for name, module in backbone.named_modules() if name.endswith("_proj")]
     config = MediatorConfig(
         experts=dict.fromkeys(names, ""), expert_names=names, routed_modules=layers, num_blocks=3, fallback="backbone"
@@ -41,9 +51,8 @@ def folder(tmp_path_factory):
                 "scales": (torch.rand(layer.shape[0]) * 0.2).bfloat16(),
             }
             layer.bank("default").put(name, SparseDelta(layer.shape, "sign", pack_bits(kept), parts))
-    out = tmp_path_factory.mktemp("many")
-    model.save_pretrained(out)
-    return out
+    model.save_pretrained(folder)
+    return folder
 
 
 def pages_of(folder):
@@ -61,10 +70,10 @@ def pages_of(folder):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_a_hundred_experts_give_the_same_with_four_in_memory(folder, tmp_path):
+def test_a_hundred_experts_give_the_same_with_four_in_memory(hundred, tmp_path):
     prompts = random_prompts(2)
-    everything, _ = load_mediator(folder)
-    few, _ = load_mediator(folder, max_resident_experts=4, expert_folder=tmp_path / "experts")
+    everything, _ = load_mediator(hundred)
+    few, _ = load_mediator(hundred, max_resident_experts=4, expert_folder=tmp_path / "experts")
     store = few.base_model.expert_store
     assert pages_of(tmp_path / "experts") == 0, "loading leaves experts in memory"
     sizes = []
@@ -93,8 +102,8 @@ def test_one_batch_may_need_more_experts_than_the_limit(folder):
 
 
 @pytest.mark.slow
-def test_threads_that_push_each_others_experts_out_get_their_own_answers(folder):
-    few, _ = load_mediator(folder, max_resident_experts=1)
+def test_threads_that_push_each_others_experts_out_get_their_own_answers(hundred):
+    few, _ = load_mediator(hundred, max_resident_experts=1)
     prompts = random_prompts(2)
     settings = dict(max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
     names = [f"expert {number}" for number in range(0, 40, 10)]
