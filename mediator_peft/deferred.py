@@ -22,7 +22,9 @@ class _Deferred:
         while _waiting:
             with suppress(IndexError):  # another thread may be faster
                 _waiting.pop(0)()
-        return getattr(module, name)
+        # Kept, so that the next look-up is an ordinary one.
+        found = self.__dict__[name] = getattr(module, name)
+        return found
 
 
 if TYPE_CHECKING:

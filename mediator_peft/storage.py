@@ -85,3 +85,29 @@ def as_array(tensor: Array | Tensor) -> Array:
         return tensor
     plain = tensor.detach()
     return (plain.view(torch.uint16) if plain.dtype == torch.bfloat16 else plain).numpy()
+
+
+def widened(values: Array) -> NDArray[np.float32]:
+    """Numbers as float32.
+
+    Args:
+        values: (*shape) float32, float16 or uint16 (the bits of bfloat16).
+    """
+    if values.dtype == np.uint16:
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32)
+
+
+def narrowed(values: NDArray[np.float32], dtype: Any) -> Array:
+    """Float32 rounded to nearest even.
+
+    Args:
+        values: (*shape)
+        dtype: float32, float16 or uint16 (the bits of bfloat16).
+    """
+    if dtype != np.uint16:
+        with np.errstate(over="ignore"):
+            return values.astype(dtype)
+    bits = values.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from ..storage import CODES, Array, FloatType
-from .headers import Stored, lay_out, write_from
+from .digests import FileDigests
+from .fused_parts import Part
+from .headers import Stored, lay_out
 from .opening import INDEX_FILE, SINGLE_FILE
 
 SHARD_BYTES = 1 << 30
@@ -25,10 +27,17 @@ class BackboneFiles:
         shapes: tensor name → shape; with ``shard_bytes`` this fixes where each tensor goes.
         dtype: of all tensors.
         shard_bytes: size from which on a new shard is begun.
+        parts: further tensors that are written, as parts of those with a shape → where they lie.
     """
 
     def __init__(
-        self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: FloatType, shard_bytes: int = SHARD_BYTES
+        self,
+        folder: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: FloatType,
+        shard_bytes: int = SHARD_BYTES,
+        *,
+        parts: Mapping[str, Part] | None = None,
     ) -> None:
         self.folder = folder
         self.total = sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
@@ -47,7 +56,13 @@ class BackboneFiles:
         for path, tensors in zip(self.paths, shards, strict=True):
             self._heads[path], stored = lay_out(tensors)
             self._places.update({name: (path, place) for name, place in stored.items()})
+        self._weight_map = {name: path.name for name, (path, _) in sorted(self._places.items())}
+        for name, part in (parts or {}).items():
+            path, whole = self._places[part.tensor]
+            size = whole.num_bytes // whole.shape[0]
+            self._places[name] = path, Stored(whole.dtype, whole.shape[1:], whole.offset + part.number * size, size)
         self._descriptors: dict[Path, int] = {}
+        self._digests: FileDigests | None = None
 
     def create(self) -> None:
         """Write the headers and the index, and take the room for the data: a full disk shows itself here."""
@@ -58,8 +73,7 @@ class BackboneFiles:
                 file.flush()
                 _allocate(file.fileno(), max(end, len(head)))
         if len(self.paths) > 1:
-            weight_map = {name: path.name for name, (path, _) in sorted(self._places.items())}
-            index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": self.total}, "weight_map": self._weight_map}
             (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
     @property
@@ -71,21 +85,19 @@ class BackboneFiles:
         """Write a whole tensor."""
         self.write_rows(name, 0, tensor)
 
-    def write_rows(self, name: str, start: int, rows: Array) -> tuple[Path, int, memoryview]:
-        """Write rows of a tensor, the first of them being row ``start``.
+    def watch(self, digests: FileDigests) -> None:
+        """Show what is written from now on to the checksums of the files."""
+        self._digests = digests
 
-        A row is what the rows at hand say: of (E, O, I) it is a matrix where they are (r, O, I), or a row of a matrix,
-        counted over all of them, where they are (r, I).
-
-        Returns:
-            The file, the place in it, and the bytes that were written there.
-        """
+    def write_rows(self, name: str, start: int, rows: Array) -> None:
+        """Write rows (r, ...) of a tensor, the first of them being row ``start``."""
         path, place = self._places[name]
         row_bytes = prod(rows.shape[1:]) * rows.itemsize
         data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
         offset = place.offset + start * row_bytes
-        write_from(self._open(path), data, offset)
-        return path, offset, data
+        _write_at(self._open(path), data, offset)
+        if self._digests is not None:
+            self._digests.wrote(path, offset, data)
 
     def read(self, name: str) -> Array:
         """One tensor as it was written; it is mapped, so that only what is looked at is read."""
@@ -104,6 +116,13 @@ class BackboneFiles:
         if path not in self._descriptors:
             self._descriptors[path] = os.open(path, os.O_RDWR)
         return self._descriptors[path]
+
+
+def _write_at(descriptor: int, buffer: memoryview, offset: int) -> None:
+    """Write a whole buffer to a place in an open file."""
+    done = 0
+    while done < len(buffer):
+        done += os.pwritev(descriptor, [buffer[done:]], offset + done)
 
 
 def _file_name(number: int, num_shards: int) -> str:

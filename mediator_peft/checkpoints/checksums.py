@@ -8,7 +8,7 @@ import os
 import stat
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +17,8 @@ from typing import Any
 import xxhash
 
 from ..errors import AdapterError
-from ..kernels.hashing import Sha256, update_all
 from .adapter_files import CONFIG_FILE, ROUTER_PREFIX, WEIGHTS_FILE, has_adapter, read_raw_config
+from .digests import CHUNK, RunningDigest
 from .folders import INDEX_FILE, SINGLE_FILE
 from .headers import read_header
 from .output_folder import EXTRA_TEMPLATES, SIDE_FILES
@@ -29,8 +29,6 @@ CARD = "README.md"
 """The model card: the one file of an output that everybody may edit."""
 
 _QUICK = "xxh3_128"
-# Read into one buffer that stays in the core's cache: fresh memory for each piece would cost as much as the reading.
-_CHUNK = 1 << 18
 # Files up to this size are compared before anything is read from them, larger ones while weights are loaded.
 _SMALL = 32 << 20
 _LISTED = 8
@@ -38,78 +36,6 @@ _LISTED = 8
 _DECISIVE = frozenset({"config.json", SINGLE_FILE, INDEX_FILE, *SIDE_FILES})
 _ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 _RECORDS = ("provenance.json", "plan.json")
-
-
-class RunningDigest:
-    """Checksums of a file that is read or written little by little: its bytes are hashed while they are in memory.
-
-    Args:
-        path: of the file.
-        with_quick: take its XXH3 as well.
-        is_growing: the file is being written: what lies between two writes may not be there yet, and is not read
-            before the end.
-    """
-
-    def __init__(self, path: Path, with_quick: bool = False, is_growing: bool = False) -> None:
-        self.path = path
-        self._is_growing = is_growing
-        self._sha256 = Sha256()
-        self._quick = xxhash.xxh3_128() if with_quick else None
-        self._place = 0
-
-    def advance(self, stop: int | None = None) -> None:
-        """Read on to a place in the file, by default to its end; what was read is not read again."""
-        left = self.path.stat().st_size - self._place if stop is None else stop - self._place
-        if left <= 0:
-            return
-        buffer = memoryview(bytearray(min(_CHUNK, left)))
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self._place)
-            while left > 0 and (count := file.readinto(buffer[: min(_CHUNK, left)])):
-                take_all([(self, self._place, buffer[:count])])
-                left -= count
-
-    def wants(self, start: int, data: memoryview) -> bool:
-        """Whether bytes from this place on come next; a small gap before them is read first.
-
-        Where they do, they must be hashed now: they count as taken.
-        """
-        if not self._is_growing and self._place < start <= self._place + _CHUNK:
-            self.advance(start)
-        if self._place != start:
-            return False
-        if self._quick is not None:
-            self._quick.update(data)
-        self._place += len(data)
-        return True
-
-    def hexdigest(self) -> str:
-        """The SHA-256 of the whole file."""
-        self.advance()
-        return self._sha256.hexdigest()
-
-    def quick(self) -> str:
-        """The XXH3 of the whole file."""
-        assert self._quick is not None
-        self.advance()
-        return self._quick.hexdigest()
-
-    @property
-    def sha256(self) -> Sha256:
-        """Of what was taken so far."""
-        return self._sha256
-
-
-def take_all(shown: Iterable[tuple[RunningDigest, int, memoryview]]) -> None:
-    """Hash bytes of several files side by side: (digest, place in its file, bytes).
-
-    What does not follow closely on what a digest took before is ignored, and so are a digest's second bytes.
-    """
-    wanted: dict[RunningDigest, memoryview] = {}
-    for digest, start, data in shown:
-        if digest not in wanted and digest.wants(start, data):
-            wanted[digest] = data
-    update_all([(digest.sha256, data) for digest, data in wanted.items()])
 
 
 def file_sha256(path: Path) -> str:
@@ -149,7 +75,7 @@ def _check_plain(path: Path) -> None:
 
 def _checked_digest(path: Path, digest: Any) -> str:
     _check_plain(path)
-    buffer = memoryview(bytearray(_CHUNK))
+    buffer = memoryview(bytearray(CHUNK))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
@@ -165,7 +91,7 @@ def bank_sha256(path: Path) -> str:
     """
     tensors, _ = read_header(path)
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(_CHUNK))
+    buffer = memoryview(bytearray(CHUNK))
     with open(path, "rb", buffering=0) as file:
         for name in sorted(tensors):
             if name.startswith(ROUTER_PREFIX):
@@ -175,7 +101,7 @@ def bank_sha256(path: Path) -> str:
             file.seek(stored.offset)
             left = stored.num_bytes
             while left:
-                count = file.readinto(buffer[: min(_CHUNK, left)])
+                count = file.readinto(buffer[: min(CHUNK, left)])
                 if not count:
                     raise OSError(f"{path.name} was cut short while it was read")
                 digest.update(buffer[:count])

@@ -11,8 +11,7 @@ import numpy as np
 from ..deferred import torch
 from ..errors import BackboneMismatchError, CheckpointError, UnsupportedError
 from ..kernels.build_loops import rounded
-from ..kernels.numpy_kernels import widened
-from ..storage import FLOAT_TYPES, Array, FloatType, as_array, code_of
+from ..storage import FLOAT_TYPES, Array, FloatType, as_array, code_of, widened
 from .name_mapping import named_as_in_model
 from .opening import open_checkpoint
 from .tensor_inventory import Outline

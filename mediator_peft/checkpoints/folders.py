@@ -15,7 +15,7 @@ from ..deferred import torch
 from ..errors import CheckpointError
 from ..storage import FLOAT_TYPES, Array, as_array, float_type
 from .checkpoint import Checkpoint, Reader, TensorInfo
-from .headers import Stored, is_lfs_pointer, read_header, read_into
+from .headers import Stored, is_lfs_pointer, read_header
 from .tensor_inventory import is_known
 
 if TYPE_CHECKING:
@@ -360,3 +360,18 @@ class PickleCheckpoint(FolderCheckpoint):
 
     def read_part(self, name: str, number: int, groups: Sequence[tuple[int, int]]) -> Array | None:
         return None
+
+
+def read_into(descriptor: int, buffer: memoryview, offset: int) -> None:
+    """Fill a buffer from a place in an open file.
+
+    Raises:
+        OSError: the file ends before the buffer is full.
+    """
+    # Nearly always all of it comes at once, and many a piece is a single row.
+    done = os.preadv(descriptor, [buffer], offset)
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if count == 0:
+            raise OSError(f"the file ends {len(buffer) - done} bytes too early; it was cut short while in use")
+        done += count

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from math import prod
@@ -120,25 +119,3 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         return content if isinstance(content, dict) else {}
     return {}
-
-
-def read_into(descriptor: int, buffer: memoryview, offset: int) -> None:
-    """Fill a buffer from a place in an open file.
-
-    Raises:
-        OSError: the file ends before the buffer is full.
-    """
-    # Nearly always all of it comes at once, and many a piece is a single row.
-    done = os.preadv(descriptor, [buffer], offset)
-    while done < len(buffer):
-        count = os.preadv(descriptor, [buffer[done:]], offset + done)
-        if count == 0:
-            raise OSError(f"the file ends {len(buffer) - done} bytes too early; it was cut short while in use")
-        done += count
-
-
-def write_from(descriptor: int, buffer: memoryview, offset: int) -> None:
-    """Write a whole buffer to a place in an open file."""
-    done = 0
-    while done < len(buffer):
-        done += os.pwritev(descriptor, [buffer[done:]], offset + done)

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import CheckpointError
-from ..kernels.numpy_kernels import narrowed, widened
-from ..storage import Array, as_array, float_type
+from ..storage import Array, as_array, float_type, narrowed, widened
 from .checkpoint import Checkpoint, TensorInfo
 from .dequantizing import DequantizedCheckpoint
 from .folders import (

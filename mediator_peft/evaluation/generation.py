@@ -65,16 +65,30 @@ class Route(NamedTuple):
     """The expert with the best score, however little it is trusted."""
 
 
+class Compared(NamedTuple):
+    """A greedy answer as far as it agrees with a reference answer."""
+
+    loss: float
+    """Mean negative log-likelihood of the reference's tokens, end of text included, in nats."""
+
+    text: str
+    """The greedy answer up to its first token that differs from the reference's, that token included."""
+
+    is_open: bool
+    """Whether the greedy answer goes on in a way that may still spell the reference, in other tokens."""
+
+
 class Memo(NamedTuple):
     """What one model was asked before, so that no answer is computed twice. One memo belongs to one model."""
 
     answers: dict[tuple[str, WeightRow | None, int], str]
     losses: dict[tuple[str, str, WeightRow | None], float]
+    compared: dict[tuple[str, str, WeightRow | None], Compared]
 
     @classmethod
     def empty(cls) -> Memo:
         """Nothing asked so far."""
-        return cls({}, {})
+        return cls({}, {}, {})
 
 
 @dataclass(frozen=True)
@@ -121,15 +135,66 @@ class PromptedModel:
         advance: Advance = lambda: None,
     ) -> list[float]:
         """Mean negative log-likelihood of each answer's tokens; see :func:`answer_losses`."""
+
+        def measure(rows: list[tuple[list[int], list[int]]]) -> list[float]:
+            return [_loss(logits, answer) for logits, answer in _answer_logits(self.model, rows)]
+
+        return self._of_answers(self.memo.losses, prompts, answers, expert_weights, measure, advance)
+
+    def compared(
+        self,
+        prompts: Sequence[str],
+        answers: Sequence[str],
+        expert_weights: ExpertChoice = None,
+        advance: Advance = lambda: None,
+    ) -> list[Compared]:
+        """How far each greedy answer agrees with the reference answer; one pass over the texts, no generation.
+
+        The model reads prompt and reference; as long as its most probable token is the reference's, that is what it
+        would have generated: the acceptance test of speculative decoding (arXiv 2211.17192) for greedy decoding. Where
+        :func:`is_plainly_greedy` holds, answers are those of :meth:`answers`, but for rounding where two tokens are
+        equally probable.
+        """
+        stops = _stop_ids(self.model, self.tokenizer) or []
+
+        def measure(rows: list[tuple[list[int], list[int]]]) -> list[Compared]:
+            return [self._compare(logits, answer, stops) for logits, answer in _answer_logits(self.model, rows)]
+
+        return self._of_answers(self.memo.compared, prompts, answers, expert_weights, measure, advance)
+
+    def _compare(self, logits: Tensor, answer: Tensor, stops: Sequence[int]) -> Compared:
+        """One row of :meth:`compared`: logits (n, V), ids of the answer (n,)."""
+        greedy, wanted = logits.argmax(dim=-1).tolist(), answer.tolist()
+        agreed = next((place for place, token in enumerate(wanted) if greedy[place] != token), len(wanted))
+        ids = greedy[: agreed + 1]
+        is_ended = bool(ids) and ids[-1] in stops
+        text, reference = self._decoded(ids[:-1] if is_ended else ids), self._decoded(wanted)
+        # The last token may hold some of the bytes of a character alone.
+        is_open = not is_ended and reference.strip().startswith(text.strip().rstrip("\ufffd"))
+        return Compared(_loss(logits, answer), text, is_open)
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _of_answers(
+        self,
+        known: dict[tuple[str, str, WeightRow | None], Result],
+        prompts: Sequence[str],
+        answers: Sequence[str],
+        expert_weights: ExpertChoice,
+        measure: Callable[[list[tuple[list[int], list[int]]]], list[Result]],
+        advance: Advance,
+    ) -> list[Result]:
+        """What ``measure`` makes of (token ids of the prompt, of the answer), each pair once."""
         targets = [answer_ids(self.tokenizer, answer) for answer in answers]
         rows, encoded = self._weight_rows(prompts, expert_weights), self._encoded(prompts, list(map(len, targets)))
         lengths = [len(ids) + len(target) for ids, target in zip(encoded, targets, strict=True)]
         keys = list(zip(prompts, answers, rows, strict=True))
 
-        def measure(batch: list[int]) -> list[float]:
-            return _losses(self.model, [(encoded[index], targets[index]) for index in batch])
+        def work(batch: list[int]) -> list[Result]:
+            return measure([(encoded[index], targets[index]) for index in batch])
 
-        return self._remembered(self.memo.losses, keys, rows, lengths, measure, advance)
+        return self._remembered(known, keys, rows, lengths, work, advance)
 
     def _encoded(self, prompts: Sequence[str], num_new: int | Sequence[int] = 0) -> list[list[int]]:
         return prompt_rows(self.model, self.tokenizer, prompts, self.settings.use_template, num_new)
@@ -370,11 +435,28 @@ def _stop_ids(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> list[int] 
     return sorted(int(token) for token in ids | {tokenizer.eos_token_id} if token is not None) or None
 
 
-def _losses(model: AnyModel, rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+_FACTORS = ("repetition_penalty", "encoder_repetition_penalty", "guidance_scale")
+_CONSTRAINTS = (
+    *("no_repeat_ngram_size", "min_length", "min_new_tokens", "suppress_tokens", "begin_suppress_tokens"),
+    *("bad_words_ids", "forced_bos_token_id", "forced_eos_token_id", "sequence_bias"),
+    *("exponential_decay_length_penalty", "watermarking_config"),
+)
+
+
+def is_plainly_greedy(model: AnyModel) -> bool:
+    """Whether greedy decoding takes the most probable token each time, by the generation settings of the checkpoint."""
+    settings = getattr(model, "generation_config", None)
+    factors = [getattr(settings, name, None) for name in _FACTORS]
+    return all(factor in (None, 1) for factor in factors) and not any(getattr(settings, c, None) for c in _CONSTRAINTS)
+
+
+def _answer_logits(model: AnyModel, rows: Sequence[tuple[list[int], list[int]]]) -> list[tuple[Tensor, Tensor]]:
+    """(n, V) logits before each token of an answer, and the tokens (n,), of each (ids of the prompt, of the answer)."""
     batch = AnswerBatch.of(rows)
     with torch.no_grad():
         logits = answer_logits(model, batch)
-    return [
-        F.cross_entropy(predicted, answer.to(predicted.device)).item()
-        for predicted, answer in zip(logits, batch.answers, strict=True)
-    ]
+    return [(predicted, answer.to(predicted.device)) for predicted, answer in zip(logits, batch.answers, strict=True)]
+
+
+def _loss(logits: Tensor, answer: Tensor) -> float:
+    return F.cross_entropy(logits, answer).item()

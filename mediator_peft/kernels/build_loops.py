@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..methods.sparsifying import selection
-from ..storage import BFLOAT16, FLOAT64, FloatType
+from ..storage import BFLOAT16, FLOAT64, Array, FloatType, narrowed, widened
 from . import dispatch, numpy_kernels
-from .array_checks import check, check_writable
-from .numpy_kernels import Array, MarkJob, narrowed, widened
+from .native_kernels import check, check_writable
+from .numpy_kernels import MarkJob
 
 __all__ = [
     "MarkJob",

@@ -18,18 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, UnsupportedError
-from ..storage import as_array
-from .array_checks import check, check_writable, stored_as
-from .numpy_kernels import (
-    CHUNK_ROWS,
-    Array,
-    DenseChunk,
-    count_kept,
-    dense_chunks,
-    narrowed,
-    row_offsets,
-    widened,
-)
+from ..storage import Array, as_array, narrowed, widened
+from .native_kernels import DeltaArrays, check, check_writable, stored_as
+from .numpy_kernels import CHUNK_ROWS, DenseChunk, dense_chunks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +51,7 @@ SAVE, BRING_BACK = range(2)
 
 _UINT8, _UINT16, _INT32, _FLOAT32, _FLOAT16 = map(np.dtype, ("uint8", "uint16", "int32", "float32", "float16"))
 _FLOATS = (_FLOAT32, _FLOAT16, _UINT16)
+_ONES_IN_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
 
 
 @cache
@@ -104,6 +96,37 @@ def _num_threads(wanted: int | None) -> int:
     import torch
 
     return torch.get_num_threads()
+
+
+def row_offsets(mask: Array) -> NDArray[np.int32]:
+    """Number of kept entries before each chunk of 16 rows.
+
+    Args:
+        mask: (O, ceil(I / 8)) uint8
+
+    Returns:
+        (ceil(O / 16),) int32
+
+    Raises:
+        ValueError: more than 2³¹ − 1 entries are kept.
+    """
+    num_chunks = -(-len(mask) // CHUNK_ROWS)
+    counts = np.zeros(num_chunks + 1, np.int64)
+    for chunk in range(num_chunks):
+        rows = mask[chunk * CHUNK_ROWS : (chunk + 1) * CHUNK_ROWS]
+        counts[chunk + 1] = _ONES_IN_BYTE[rows].sum(dtype=np.int64)
+    ends = counts.cumsum()
+    if ends[-1] > np.iinfo(np.int32).max:
+        raise ValueError(f"one matrix keeps {ends[-1]} entries, at most 2**31 - 1 can be addressed. Lower the density.")
+    return ends[:-1].astype(np.int32)
+
+
+def count_kept(mask: Array, offsets: NDArray[np.int32]) -> int:
+    """Number of kept entries of a matrix: those before its last chunk and those in it."""
+    if not len(offsets):
+        return 0
+    last = mask[(len(offsets) - 1) * CHUNK_ROWS :]
+    return int(offsets[-1]) + int(_ONES_IN_BYTE[last].sum(dtype=np.int64))
 
 
 class PackedDelta:
@@ -181,10 +204,8 @@ class PackedDelta:
         source = self._signs if self._values is None else self._values
         return tuple(_place_of(owner) for owner in (self._mask, source, self._scales) if owner is not None)
 
-    def arrays(self) -> Any:
-        """What the native kernels read: ``native_kernels.DeltaArrays``, as it lies now."""
-        from .native_kernels import DeltaArrays
-
+    def arrays(self) -> DeltaArrays:
+        """What the native kernels read, as it lies now."""
         source = self.signs if self._values is None else self.values
         assert source is not None
         return DeltaArrays(self.mask, source, self.scales, self.offsets)

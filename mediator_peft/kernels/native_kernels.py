@@ -1,7 +1,7 @@
 """The native kernels (``native/``, C++), called through ctypes.
 
-Every array is checked here before its address is passed on: the C side receives addresses only. Addresses are
-taken anew at each call from the arrays that own the memory; none is kept.
+The C side receives addresses only: ``dispatch`` and ``build_loops`` check every array first (:func:`check`). Addresses
+are taken anew at each call from the arrays that own the memory; none is kept.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from ..storage import Array
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 SIGN = 0
 FORMS = {np.dtype("float32"): 1, np.dtype("float16"): 2, np.dtype("uint16"): 3}
@@ -220,6 +224,41 @@ def address(array: Array) -> int:
         return ctypes.addressof(_Byte.from_buffer(array))  # type: ignore[arg-type]  # an array has a buffer
     except (TypeError, ValueError):  # read-only, empty or with gaps: the same in four times the time
         return array.__array_interface__["data"][0]
+
+
+@cache
+def stored_as(dtype: torch.dtype) -> np.dtype[Any]:
+    """The dtype of :func:`as_array` for a tensor's: bfloat16 is seen as its bits."""
+    name = str(dtype).removeprefix("torch.")
+    return np.dtype(np.uint16) if name == "bfloat16" else np.dtype(name)
+
+
+def check(name: str, array: Array | Tensor, dtypes: tuple[np.dtype[Any], ...], shape: tuple[int, ...]) -> None:
+    """Refuse what the native kernels cannot read: they know nothing but an address.
+
+    Raises:
+        ValueError: dtype, shape or layout is another.
+    """
+    if isinstance(array, np.ndarray):
+        fits = array.dtype in dtypes and array.flags.c_contiguous and array.flags.aligned
+    else:
+        fits = stored_as(array.dtype) in dtypes and array.is_contiguous() and array.device.type == "cpu"
+    if not fits or tuple(array.shape) != shape:
+        names = " or ".join(dtype.name for dtype in dtypes)
+        raise ValueError(
+            f"{name} must be an aligned, contiguous {names} array {shape}, got {array.dtype} {tuple(array.shape)}."
+        )
+
+
+def check_writable(name: str, array: Array, dtypes: tuple[np.dtype[Any], ...], shape: tuple[int, ...]) -> None:
+    """The same, of what is written.
+
+    Raises:
+        ValueError: dtype, shape or layout is another, or the array is read-only.
+    """
+    check(name, array, dtypes, shape)
+    if not array.flags.writeable:
+        raise ValueError(f"{name} is read-only.")
 
 
 class DeltaArrays(NamedTuple):

@@ -132,11 +132,10 @@ def merge_in_memory(
         merge = grouped(replace(merge, method=merge.method.prepared(merge.job)))
     job = merge.job
     backbone = {name: np.empty(shape, job.dtype.array) for name, shape in job.stored.items()}
+    places = backbone | {name: backbone[part.tensor][part.number] for name, part in job.parts.items()}
 
     def write(name: str, start: int, rows: Array) -> None:
-        target = backbone[job.stored_name(name)].reshape(-1, *rows.shape[1:])
-        first = job.stored_row(name, start)
-        target[first : first + len(rows)] = rows
+        places[name].reshape(-1, *rows.shape[1:])[start : start + len(rows)] = rows
 
     work = TensorWork(job.base, job.experts, config, job.dtype, write, merge.method, merge.groups)
     bank, done = Bank(), []

@@ -56,12 +56,6 @@ class Job(NamedTuple):
         """The tensor of the backbone's files that holds a tensor to merge."""
         return self.parts[name].tensor if name in self.parts else name
 
-    def stored_row(self, name: str, row: int) -> int:
-        """Where a row of a tensor to merge lies, counted in such rows, in the tensor that holds it."""
-        if name not in self.parts:
-            return row
-        return self.parts[name].number * self.base.tensors[name].shape[0] + row
-
 
 def check_job(base: Checkpoint, experts: Mapping[str, Checkpoint], may_untie: bool = False) -> Job:
     """Compare base and experts by their headers alone.

@@ -14,9 +14,8 @@ import numpy as np
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..kernels.build_loops import rounded
-from ..kernels.numpy_kernels import widened
 from ..methods.sparsifying.selection import Floats
-from ..storage import FloatType
+from ..storage import FloatType, widened
 from .compatibility import Job
 from .distance import sampled_differences
 

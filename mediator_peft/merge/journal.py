@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from ..bank.packed_arrays import all_to_disk
 from ..checkpoints.adapter_files import bank_key
-from ..checkpoints.headers import Stored, lay_out, read_header, read_into
+from ..checkpoints.folders import read_into
+from ..checkpoints.headers import Stored, lay_out, read_header
 from ..storage import code_of
 from .signed_selection import Errors
 from .tensor_work import TensorResult

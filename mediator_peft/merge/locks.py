@@ -35,8 +35,8 @@ from ..checkpoints.fused_parts import split_checkpoint
 from ..checkpoints.opening import MeanCheckpoint
 from ..checkpoints.tensor_inventory import widths_of
 from ..errors import CheckpointMismatchError
-from ..kernels.numpy_kernels import widened
 from ..methods.sparsifying.selection import Floats
+from ..storage import widened
 from ..structure import LinearLayer
 from .compatibility import Job, split_job
 

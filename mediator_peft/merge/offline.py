@@ -16,7 +16,8 @@ from typing import Any
 
 from ..checkpoints.adapter_files import SUBFOLDER, WEIGHTS_FILE, write_config
 from ..checkpoints.backbone_files import BackboneFiles
-from ..checkpoints.checksums import CARD, RunningDigest, write_checksums
+from ..checkpoints.checksums import CARD, write_checksums
+from ..checkpoints.digests import FileDigests
 from ..checkpoints.fingerprint import sample
 from ..checkpoints.lora import LoraCheckpoint
 from ..checkpoints.opening import PLAIN, Checkpoint, MeanCheckpoint, Reading, open_checkpoints
@@ -35,7 +36,6 @@ from ..deferred import torch
 from ..errors import ConfigError
 from ..progress import bar_progress, no_progress
 from ..ranks import Ranks
-from ..storage import Array
 from .always_on import always_deltas, with_always
 from .block_plan import read_plan
 from .budget import shared_out
@@ -55,7 +55,7 @@ from .locks import check_locks
 from .memory import parse_bytes, workers_within
 from .merge_job import Merge
 from .model_card import model_card, output_card
-from .provenance import InputDigests, data_files, inputs, write_provenance
+from .provenance import data_files, inputs, write_provenance
 from .report import BuildReport, write_report
 from .size_prediction import predicted_bytes
 from .tensor_work import TensorWork
@@ -206,22 +206,13 @@ class Build:
 
     def __init__(self, merge: Merge, folder: Path, hash_inputs: bool) -> None:
         self.merge = merge
-        self.digests = InputDigests(inputs(merge).values(), hash_inputs)
         self.folder = folder
         job = merge.job
-        self.backbone = BackboneFiles(folder, job.stored, job.dtype)
-        self.written = {
-            path.name: RunningDigest(path, with_quick=True, is_growing=True) for path in self.backbone.paths
-        }
-        self._takes_written = False
+        self.backbone = BackboneFiles(folder, job.stored, job.dtype, parts=job.parts)
+        self.digests = FileDigests(inputs(merge).values(), hash_inputs, self.backbone.paths)
         self.pieces = JournalStore(folder / JOURNAL)
-        self.work = TensorWork(job.base, job.experts, merge.config, job.dtype, self._write, merge.method, merge.groups)
-
-    def _write(self, name: str, start: int, rows: Array) -> None:
-        job = self.merge.job
-        path, place, data = self.backbone.write_rows(job.stored_name(name), job.stored_row(name, start), rows)
-        if self._takes_written:
-            self.digests.take_with(self.written[path.name], place, data)
+        write = self.backbone.write_rows
+        self.work = TensorWork(job.base, job.experts, merge.config, job.dtype, write, merge.method, merge.groups)
 
     def prepare(self) -> list[int]:
         """Lay out the backbone; numbers of the tensors that are not finished yet, the longest first."""
@@ -239,10 +230,11 @@ class Build:
         progress = bar_progress if show_progress else no_progress
         merge_one = self._merge_one
         if workers == 1 and len(todo) == len(self.merge.tasks):
-            # In the order of the files, which are then read for their checksums at the same time.
+            # In the order of the files, whose checksums are then taken at the same time.
             todo, merge_one = sorted(todo, key=self._place), self._merge_and_digest
             for name, size in self.backbone.header_bytes.items():
-                self.written[name].advance(size)
+                self.digests.written[name].advance(size)
+            self.backbone.watch(self.digests)
         with single_thread(), progress("merging", len(todo)) as advance:
             if workers > 1 and self.merge.needs_torch:
                 torch.get_num_threads()  # imported once, before there are several processes
@@ -255,7 +247,6 @@ class Build:
         return str(path), end, number
 
     def _merge_and_digest(self, number: int) -> None:
-        self._takes_written = True
         with self.digests.watching():
             self._merge_one(number)
         self.digests.follow(self.merge.tasks[number].name)
@@ -307,7 +298,7 @@ class Build:
             if path.is_file() and JOURNAL not in path.parts
         }
         write_report(report, adapter / "report")
-        write_checksums(folder, adapter, self.written)
+        write_checksums(folder, adapter, self.digests.written)
         return report
 
     def _info(self, number: int) -> Finished:

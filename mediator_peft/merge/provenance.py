@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import platform
-import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checksums import RunningDigest, take_all
 from ..checkpoints.dequantizing import DequantizedCheckpoint
+from ..checkpoints.digests import FileDigests
 from ..checkpoints.opening import Checkpoint, MeanCheckpoint
 from ..checkpoints.replacing import write_replacing
 from ..config import MediatorSettings
@@ -26,72 +24,6 @@ PROVENANCE_FILE, PIPELINE_FILE, PLAN_FILE = "provenance.json", "pipeline.yaml", 
 # What is read beside the weights.
 _SETTINGS_FILES = ("config.json", "adapter_config.json")
 _PACKAGES = ("mediator_peft", "torch", "numpy", "safetensors", "transformers", "peft")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-class InputDigests:
-    """The checksums of the input files of weights, taken while these are read.
-
-    Args:
-        checkpoints: the inputs.
-        is_wanted: whether files that do not carry their checksum in their name are read for it.
-    """
-
-    def __init__(self, checkpoints: Iterable[Checkpoint], is_wanted: bool) -> None:
-        self._checkpoints = list(checkpoints)
-        self.is_wanted = is_wanted
-        self._running: dict[Path, RunningDigest] = {}
-        """By file; none for files that carry their checksum in their name."""
-        self._shown: dict[int, tuple[RunningDigest, int, memoryview]] = {}
-        """By checkpoint: what it read last, in its buffer."""
-        for path in (path for checkpoint in self._checkpoints for path in checkpoint.files):
-            if is_wanted and _named_sha256(path) is None:
-                self._of(path)
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Take what is read of the files within the block, as far as it is read in order."""
-        for checkpoint in self._checkpoints if self.is_wanted else ():
-            checkpoint.watch(self)
-        try:
-            yield
-        finally:
-            for checkpoint in self._checkpoints:
-                checkpoint.watch(None)
-            self._take_shown()
-
-    def before_reading(self, checkpoint: Checkpoint) -> None:
-        """Take what lies in a checkpoint's buffer, and what is shown of the others: they are hashed side by side."""
-        if id(checkpoint) in self._shown:
-            self._take_shown()
-
-    def show(self, checkpoint: Checkpoint, path: Path, start: int, data: memoryview) -> None:
-        """Hold bytes that a checkpoint has read until it reads the next."""
-        if path in self._running:
-            self._shown[id(checkpoint)] = self._running[path], start, data
-
-    def take_with(self, digest: RunningDigest, start: int, data: memoryview) -> None:
-        """Hash bytes that are written beside all that is shown."""
-        self._take_shown((digest, start, data))
-
-    def _take_shown(self, *others: tuple[RunningDigest, int, memoryview]) -> None:
-        shown = [*self._shown.values(), *others]
-        self._shown.clear()
-        take_all(shown)
-
-    def follow(self, name: str) -> None:
-        """Read on in every file to the end of a tensor that was just read."""
-        for checkpoint in self._checkpoints if self.is_wanted else ():
-            place = checkpoint.place(name)
-            if place is not None and _named_sha256(place[0]) is None:
-                self._of(place[0]).advance(place[1])
-
-    def sha256(self, path: Path) -> str | None:
-        """Checksum of an input file; None where it is not wanted."""
-        return _named_sha256(path) or (self._of(path).hexdigest() if self.is_wanted else None)
-
-    def _of(self, path: Path) -> RunningDigest:
-        return self._running.setdefault(path, RunningDigest(path))
 
 
 def inputs(merge: Merge) -> dict[str, Checkpoint]:
@@ -108,13 +40,7 @@ def data_files(config: MediatorSettings) -> list[Path]:
     return sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else [path]
 
 
-def _named_sha256(path: Path) -> str | None:
-    """The hub's cache names large files by their checksum."""
-    name = path.resolve().name if path.is_symlink() else ""
-    return name if _SHA256.fullmatch(name) else None
-
-
-def write_provenance(adapter: Path, merge: Merge, digests: InputDigests) -> None:
+def write_provenance(adapter: Path, merge: Merge, digests: FileDigests) -> None:
     """Write ``provenance.json`` and ``pipeline.yaml``, and ``plan.json`` where a plan was obeyed.
 
     Args:
@@ -130,7 +56,7 @@ def write_provenance(adapter: Path, merge: Merge, digests: InputDigests) -> None
     write_pipeline(adapter, {"build": build_section(merge)})
 
 
-def origins(merge: Merge, digests: InputDigests) -> dict[str, Any]:
+def origins(merge: Merge, digests: FileDigests) -> dict[str, Any]:
     """All inputs, and the packages that made the output, as plain data."""
     found: dict[str, Any] = {
         "inputs": {
@@ -188,14 +114,14 @@ def _pinned(checkpoint: Checkpoint) -> str:
     return str(folder.absolute()) if folder.is_dir() else checkpoint.source
 
 
-def _files(checkpoint: Checkpoint, digests: InputDigests) -> Iterator[tuple[str, dict[str, Any]]]:
+def _files(checkpoint: Checkpoint, digests: FileDigests) -> Iterator[tuple[str, dict[str, Any]]]:
     folder: Path | None = getattr(checkpoint, "folder", None)
     beside = [folder / name for name in _SETTINGS_FILES] if folder is not None else []
     for path in [*checkpoint.files, *(path for path in beside if path.is_file())]:
         yield path.name, dict(_sizes(path, digests))
 
 
-def _sizes(path: Path, digests: InputDigests) -> Iterator[tuple[str, Any]]:
+def _sizes(path: Path, digests: FileDigests) -> Iterator[tuple[str, Any]]:
     yield "bytes", path.stat().st_size
     sha256 = digests.sha256(path)
     if sha256 is not None:

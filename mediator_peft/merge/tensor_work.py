@@ -16,14 +16,13 @@ from ..config import CORRECTION, FALLBACK_EXPERT, MediatorSettings
 from ..deferred import torch
 from ..errors import UnsupportedError
 from ..kernels import build_loops as kernels
-from ..kernels.numpy_kernels import widened
 from ..methods.conflict import CONFLICT_SCORES
 from ..methods.conflict.statistics import Statistics
 from ..methods.encoding.base import Precision
 from ..methods.rounding import ROUNDINGS
 from ..methods.sparsifying.magnitude import largest_mask
 from ..methods.sparsifying.selection import TINY, Bracket, Floats, bitmap_shape, smallest_kept_of_tiles
-from ..storage import Array, FloatType, to_tensor
+from ..storage import Array, FloatType, to_tensor, widened
 from .delta_packing import own_factors, pack_delta
 from .family_packing import NO_GROUPS, Groups, pack_family, residual_density
 from .model_method import ModelMethod

@@ -18,13 +18,12 @@ from ..checkpoints.opening import Checkpoint
 from ..deferred import torch
 from ..errors import CheckpointError, ConfigError
 from ..kernels import build_loops as kernels
-from ..kernels.numpy_kernels import widened
 from ..methods.merging import MERGE_METHODS, TensorContext, TensorMethod
 from ..methods.merging.average import average
 from ..methods.merging.base import keep_base
 from ..methods.merging.summing import sum_in_order
 from ..methods.sparsifying.selection import Floats
-from ..storage import BFLOAT16, FLOAT32, Array, FloatType, as_array, to_tensor
+from ..storage import BFLOAT16, FLOAT32, Array, FloatType, as_array, to_tensor, widened
 
 if TYPE_CHECKING:
     from torch import Tensor

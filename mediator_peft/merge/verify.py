@@ -24,8 +24,7 @@ from ..checkpoints.tied_head import supply_head
 from ..config import MediatorSettings
 from ..deferred import torch
 from ..errors import AdapterError, BackboneMismatchError, CheckpointError, UnsupportedError
-from ..kernels.numpy_kernels import widened
-from ..storage import BFLOAT16, FLOAT_TYPES
+from ..storage import BFLOAT16, FLOAT_TYPES, widened
 from .builder import single_thread
 from .tensor_work import deltas_needed
 

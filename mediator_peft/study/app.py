@@ -109,6 +109,9 @@ def systems(
     without_base: Annotated[
         bool, typer.Option(help="Leave the base out: it takes longest where nothing ends its answers.")
     ] = False,
+    second_seeds: Annotated[
+        bool, typer.Option(help="With the second seed of experts that have one; the table is systems_seed1.")
+    ] = False,
     only: Only = None,
     threads: Threads = 1,
 ) -> None:
@@ -116,10 +119,12 @@ def systems(
     from dataclasses import replace
 
     from .comparison import score_merges
-    from .systems import build_default, score_base, score_experts, score_mediator
+    from .systems import build_default, score_base, score_experts, score_mediator, with_second_seeds
     from .tables import systems_result
 
     bench = _bench(folder, base, threads, only)
+    if second_seeds:
+        bench = with_second_seeds(bench)
     if merge:
         bench = replace(bench, settings=replace(bench.settings, answered_merges=tuple(merge)))
     lab = _lab(bench)
@@ -256,7 +261,9 @@ def page(
 def _keep(bench: Any, name: str, found: Any) -> None:
     from .tables import about, write_result
 
-    path = write_result(bench.folder.results, name + bench.folder.model.suffix, {"about": about(bench), **found})
+    path = write_result(
+        bench.folder.results, name + bench.suffix + bench.folder.model.suffix, {"about": about(bench), **found}
+    )
     say(f"written: {path}")
 
 

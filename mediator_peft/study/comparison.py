@@ -213,7 +213,7 @@ def _preset(run: Comparison, name: str) -> System:
     key = f"preset {name}"
 
     def folder() -> Path:
-        return built_model(run.bench, f"{name}-{len(run.bench.experts)}", config)
+        return built_model(run.bench, f"{name}-{len(run.bench.experts)}{run.bench.suffix}", config)
 
     def parts(task: str) -> Parts:
         def of_items(items: Sequence[Item]) -> Iterator[Part]:
@@ -243,7 +243,7 @@ def _merged(run: Comparison, name: str) -> System:
     def state() -> dict[str, torch.Tensor]:
         if name in single_model_rows():
             return merge_states(lab.base, lab.experts, row, **parameters)
-        folder = bench.folder.models / f"merged-{name}"
+        folder = bench.folder.models / f"merged-{name}{bench.suffix}"
         shutil.rmtree(folder, ignore_errors=True)
         paths = {task: expert.path for task, expert in bench.experts.items()}
         settings = MediatorSettings(merge_method=name, merge_data=_data(run, name))
@@ -274,7 +274,7 @@ def _data(run: Comparison, name: str) -> str | None:
     statistic = DATA_ROWS.get(name)
     if statistic is None:
         return None
-    folder = run.bench.folder.statistics / statistic
+    folder = run.bench.folder.statistics / f"{statistic}{run.bench.suffix}"
     folder.mkdir(parents=True, exist_ok=True)
     for task, expert in run.bench.experts.items():
         output = folder / f"{task}.safetensors"
@@ -293,7 +293,7 @@ def _equal_norms(run: Comparison) -> Path:
     """Coefficients that give every task vector the same norm: the tuned coefficient times mean norm over own norm."""
     norms = {name: task_vector_norm(run.lab.base, state) for name, state in run.lab.experts.items()}
     scale = tuned_coefficient(run.bench, run.lab) * sum(norms.values()) / len(norms)
-    path = run.bench.folder.scores / "equal-norms.json"
+    path = run.bench.folder.scores / f"equal-norms{run.bench.suffix}.json"
     coefficients = {name: scale / norm for name, norm in norms.items()}
     write_json({"coefficients_version": 1, "experts": coefficients, "about": {"norms": norms}}, path)
     return path

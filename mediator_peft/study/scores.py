@@ -12,7 +12,7 @@ from typing import Any
 
 from ..demo.tasks import Item
 from ..evaluation.batching import PromptSettings
-from ..evaluation.generation import ExpertChoice, Memo, PromptedModel
+from ..evaluation.generation import ExpertChoice, Memo, PromptedModel, is_plainly_greedy
 from ..evaluation.report import write_json
 from ..evaluation.runner import answer_room
 from ..evaluation.scoring import MATCHERS
@@ -32,7 +32,7 @@ class Scores:
     """(M,) mean negative log-likelihood of each reference answer's tokens, in nats."""
 
     answers: list[str]
-    """(N,) greedy answers."""
+    """(N,) greedy answers. With exact match, a wrong one may end with its first token that makes it wrong."""
 
     seconds: float
     """Wall-clock time; it says little where other processes ran."""
@@ -127,11 +127,28 @@ def score_items(
     """
     started = time.perf_counter()
     asked = PromptedModel(model, tokenizer, PromptSettings(batch_size), memo or Memo.empty())
-    answered, measured = items[: sizes.answers], items[: sizes.losses]
     room = answer_room(tokenizer, [item.answer for item in items])
-    prompts = [item.prompt for item in answered]
-    answers = asked.answers(prompts, expert_weights, room) if prompts else []
-    references = [item.answer for item in measured]
-    losses = asked.losses([item.prompt for item in measured], references, expert_weights)
-    right = [MATCHERS[match](answer, item.answer) for answer, item in zip(answers, answered, strict=True)]
+    if match == "exact" and is_plainly_greedy(model):
+        answers, losses = _compared(asked, items, sizes, expert_weights, room)
+    else:
+        prompts = [item.prompt for item in items[: sizes.answers]]
+        answers = asked.answers(prompts, expert_weights, room) if prompts else []
+        measured = items[: sizes.losses]
+        losses = asked.losses([item.prompt for item in measured], [item.answer for item in measured], expert_weights)
+    right = [MATCHERS[match](answer, item.answer) for answer, item in zip(answers, items, strict=False)]
     return Scores(right, losses, answers, round(time.perf_counter() - started, 1))
+
+
+def _compared(
+    asked: PromptedModel, items: Sequence[Item], sizes: Sizes, expert_weights: ExpertChoice, room: int
+) -> tuple[list[str], list[float]]:
+    """Answers as far as exact match needs them, and losses, from one pass; only open answers are generated."""
+    chosen = items[: max(sizes.answers, sizes.losses)]
+    found = asked.compared([item.prompt for item in chosen], [item.answer for item in chosen], expert_weights)
+    places = [place for place, each in enumerate(found[: sizes.answers]) if each.is_open]
+    answers = [each.text for each in found[: sizes.answers]]
+    if places:
+        whole = asked.answers([chosen[place].prompt for place in places], expert_weights, room)
+        for place, answer in zip(places, whole, strict=True):
+            answers[place] = answer
+    return answers, [each.loss for each in found[: sizes.losses]]

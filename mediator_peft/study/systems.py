@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ import torch
 from ..checkpoints.adapter_files import find_adapter
 from ..demo.tasks import Item, Task
 from ..demo.training import TrainedExpert
-from ..errors import AdapterError
+from ..errors import AdapterError, CheckpointError
 from ..evaluation.fit_and_save import fit_and_save
 from ..evaluation.generation import ROUTED, Memo, answer_losses, route_prompts
 from ..evaluation.report import write_json
 from ..merge.offline import build_mediator
 from ..methods.merging import MERGE_METHODS
 from ..tuner.config import MediatorConfig
-from .experts import StudyFolder, validation_items
+from .experts import StudyFolder, trained_experts, validation_items
 from .lab import Lab, merge_states
 from .scores import ScoreBook, Scores, Sizes, put_together, score_items
 from .settings import StudySettings
@@ -101,6 +101,8 @@ class Bench:
 
     sample: Sample
     say: Say
+    suffix: str = ""
+    """Of the names of models, statistics and result files, where other experts than those of the tables take part."""
 
     @property
     def book(self) -> ScoreBook:
@@ -226,7 +228,7 @@ def known_coefficient(bench: Bench) -> float | None:
 
 
 def _coefficient_path(bench: Bench) -> Path:
-    return bench.folder.scores / "coefficients.json"
+    return bench.folder.scores / f"coefficients{bench.suffix}.json"
 
 
 def _coefficient_key(bench: Bench) -> list[Any]:
@@ -253,7 +255,7 @@ def library_digest() -> str:
     digest = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*")):
         name = path.relative_to(_PACKAGE)
-        if path.suffix in (".py", ".cpp", ".h") and name.parts[0] not in ("evaluation", "demo", "study", "cli"):
+        if path.suffix in (".py", ".cpp", ".h", ".inl") and name.parts[0] not in ("evaluation", "demo", "study", "cli"):
             digest.update(f"{name.as_posix()}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -295,7 +297,26 @@ def build_default(bench: Bench) -> Path:
 
 def default_name(bench: Bench) -> str:
     """Its folder among the models."""
-    return f"default-{len(bench.experts)}"
+    return f"default-{len(bench.experts)}{bench.suffix}"
+
+
+def with_second_seeds(bench: Bench) -> Bench:
+    """The same study with the second seed's expert in place of the first one's, where there is one.
+
+    Raises:
+        CheckpointError: none has been trained.
+    """
+    found = trained_experts(bench.settings, bench.folder)
+    seconds = {
+        expert.task: found[name]
+        for name, expert in bench.settings.experts.items()
+        if expert.seed and expert.task in bench.experts and name in found
+    }
+    if not seconds:
+        raise CheckpointError(
+            f"{bench.folder.experts} has no expert of a second seed: run `experts` without --only first."
+        )
+    return replace(bench, experts={**bench.experts, **seconds}, suffix="_seed1")
 
 
 def load_built(folder: Path) -> tuple[Any, Any]:

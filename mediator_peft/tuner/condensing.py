@@ -18,9 +18,9 @@ from ..errors import ConfigError, UnsupportedError
 from ..merge.family_packing import MIN_COSINE, RESIDUAL_DENSITY, pack_family
 from ..merge.family_packing import residual_density as density_of_residuals
 from ..methods.encoding import ENCODINGS
+from .active_adapter import ActiveAdapter
 from .config import FALLBACK_EXPERT
 from .layer import MediatorLayer
-from .routing import ActiveAdapter
 from .saving import storage_type
 
 _SAMPLED_ROWS = 64

@@ -27,6 +27,7 @@ from ..routing.decision_rule import Negatives
 from ..routing.routers import Router, SpectralRouter
 from ..routing.wording import wording_basis
 from ..storage import FloatType, to_tensor
+from .active_adapter import ActiveAdapter
 from .condensing import find_equal, nearest_family
 from .config import FALLBACK_EXPERT, MediatorConfig, expert_name_faults
 from .fitting import (
@@ -41,9 +42,8 @@ from .fitting import (
 )
 from .fitting_from_deltas import expert_differences, router_from_deltas
 from .layer import MediatorLayer, reading_weights
-from .merged_weight import plain_weight
-from .quantized import is_plain
-from .routing import ActiveAdapter, PromptRouter, Reading
+from .merged_weight import is_plain, plain_weight
+from .routing import PromptRouter, Reading
 from .saving import backbone_state, storage_type
 from .sharded import check_not_sharded
 

@@ -1,8 +1,12 @@
-"""Three ways to compute ``(D + sum_k w_k(x) S_k) x``. Each equals the plain dense formula."""
+"""Forward passes of a routed layer: three ways to compute ``(D + sum_k w_k(x) S_k) x``, and steps that repeat one.
+
+Each way equals the plain dense formula.
+"""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +20,17 @@ from ..errors import ConfigError, UnsupportedError
 from .differentiable import mixed_output
 from .expert_weights import LayerRoute
 from .merged_weight import (
-    MergedWeight,
     MergedWeightCache,
+    WeightState,
     block_merging,
+    is_plain,
     mixed_bias,
     mixed_biases,
     mixed_delta,
     mixed_weight,
 )
 from .quantized import quantization_of, readable_weight
+from .request_board import RequestBoard
 
 EXECUTIONS = ("merged", "sparse", "dense")
 _OLD_EXECUTIONS = {"fold": "merged", "densify": "dense"}
@@ -64,7 +70,7 @@ def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear, bank: LayerBank,
     if route.is_differentiable:
         return "sparse"
     num_rows = x.numel() // x.shape[-1]
-    uniform, kind = len(route.groups) == 1, quantization_of(base_layer)
+    uniform, kind = len(route.groups) == 1, None if is_plain(base_layer) else quantization_of(base_layer)
     # A dense product with a weight of its own does not call the base layer, so what watches that would see nothing.
     is_watched = bool(base_layer._forward_hooks or base_layer._forward_pre_hooks)
     # Whole weights are more to read than packed deltas: on a CPU they pay off for one expert, or for many tokens.
@@ -106,11 +112,81 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
-def short_way(
-    x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, kept: MergedWeightCache
+class LayerSteps:
+    """Forward passes of one module, of which a step goes on as the last one went where it may.
+
+    Args:
+        state: of the weight that the module computes with.
+        board: of the model.
+    """
+
+    def __init__(self, state: WeightState, board: RequestBoard) -> None:
+        self._state, self._board = state, board
+        self.short_way: ShortWay | None = None
+        """What was kept for further steps under one route."""
+
+    def next(self, x: Tensor, base_layer: Any, route: LayerRoute) -> Tensor | None:
+        """A forward pass that goes on as the last one went; None where it cannot.
+
+        Args:
+            x: (B, ..., I), or (B * T, I) where a model flattens its batch.
+            base_layer: the backbone's layer.
+            route: of this pass.
+
+        Returns:
+            (B, ..., O) or (B * T, O)
+        """
+        state = self._state
+        with state.lock:
+            if state.merged.route is route:
+                if type(base_layer) is not nn.Linear or is_hooked(base_layer):
+                    return base_layer(x)
+                parameters = base_layer._parameters
+                return F.linear(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
+            short_way = self.short_way
+            if short_way is not None and short_way.route is route and short_way.is_for(x):
+                state.restore()
+                return short_way(x)
+        return None
+
+    def first(
+        self, x: Tensor, base_layer: Any, bank: LayerBank | None, route: LayerRoute | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """A forward pass that could not go on as the last one went; the caller holds the lock.
+
+        Args:
+            x: as in :meth:`next`.
+            base_layer: the backbone's layer.
+            bank: the active adapter's deltas of the layer; None where it has none.
+            route: of this pass; None for the backbone alone.
+            *args: for a base layer without deltas.
+            **kwargs: likewise.
+
+        Raises:
+            UnsupportedError: the deltas were offloaded.
+        """
+        state = self._state
+        if route is None or bank is None:
+            state.restore()
+            return base_layer(x, *args, **kwargs)
+        route = self._board.as_readers_allow(route)
+        if bank.device.type == "meta":
+            raise UnsupportedError(
+                "the deltas of this layer were offloaded. Offload without buffers (offload_buffers=False), and limit "
+                "their memory with load_mediator(max_resident_experts=...)."
+            )
+        way = choose(x, route, base_layer, bank, state.cached)
+        self.short_way = _short_way(way, x, base_layer, bank, route, state.cached)
+        if self.short_way is not None:
+            state.restore()
+            return self.short_way(x)
+        return _apply(way, x, base_layer, bank, route, state)
+
+
+def _short_way(
+    way: str, x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, kept: MergedWeightCache
 ) -> ShortWay | None:
     """The short way of computing such batches under this route, kept for the next step; None where it is not open."""
-    way = choose(x, route, base_layer, bank, kept)
     if way == "dense" and WholeWeight.fits(x, route, kept):
         _split_rows(x, len(route.expert_weights))
         return WholeWeight(base_layer, bank, route, kept)
@@ -125,40 +201,22 @@ def short_way(
     return None
 
 
-def apply(
-    x: Tensor,
-    base_layer: nn.Linear,
-    bank: LayerBank,
-    route: LayerRoute,
-    merged_weight: MergedWeight,
-    kept: MergedWeightCache,
+def _apply(
+    way: str, x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute, state: WeightState
 ) -> Tensor:
-    """Output of a routed layer.
-
-    Args:
-        x: (B, ..., I), or (B * T, I) where a model flattens its batch.
-        base_layer: the backbone's layer.
-        bank: deltas of this layer.
-        route: the rows' mixes.
-        merged_weight: state of the layer's weight.
-        kept: weights of hot experts.
-
-    Returns:
-        (B, ..., O) or (B * T, O)
-    """
-    way = choose(x, route, base_layer, bank, kept)
+    """Output of a routed layer by the way that was chosen; arguments as in :meth:`LayerSteps.first`."""
     if way == "merged":
         with float32_inside(x.device):
-            merged_weight.switch(bank, route.groups[0].mix)
-        merged_weight.route = route
+            state.merged.switch(bank, route.groups[0].mix)
+        state.merged.route = route
         return base_layer(x)
-    merged_weight.switch(None, ())
+    state.restore()
     has_delta = any(group.mix for group in route.groups)
     if not route.is_differentiable and not has_delta:
         return base_layer(x)
     by_row = _split_rows(x, len(route.expert_weights))
     if way == "dense":
-        result = _dense(by_row, base_layer, bank, route, kept)
+        result = _dense(by_row, base_layer, bank, route, state.cached)
     elif _can_use_kernels(by_row, bank, route):
         result = _sparse_by_kernels(by_row, base_layer, bank, route)
     else:
@@ -195,7 +253,7 @@ def _dense(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute,
     # Under autocast a product has another dtype than its inputs.
     is_autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if is_autocast else x.dtype
-    is_plain = not (torch.is_grad_enabled() or is_autocast)
+    is_ordinary = not (torch.is_grad_enabled() or is_autocast)
     result = x.new_empty(x.shape[0], x.shape[1], weight.shape[0], dtype=dtype)
     for rows, mix in route.groups:
         # Rows side by side are seen as they lie; others are gathered and scattered.
@@ -203,7 +261,7 @@ def _dense(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute,
         shift = mixed_bias(bank, mix)
         group_bias = bias if shift is None else (bias.float() + shift).to(bias.dtype)
         group_weight = kept.weight(mix)
-        if group_weight is None and is_plain and (merging := block_merging(weight, bank, mix, dtype)) is not None:
+        if group_weight is None and is_ordinary and (merging := block_merging(weight, bank, mix, dtype)) is not None:
             inputs = x[place].flatten(0, 1)
             out = result[place].flatten(0, 1) if isinstance(place, slice) else x.new_empty(len(inputs), len(weight))
             merging.product(inputs, group_bias, out)
@@ -216,7 +274,7 @@ def _dense(x: Tensor, base_layer: nn.Linear, bank: LayerBank, route: LayerRoute,
                 group_weight = mixed_weight(weight, bank, mix).to(dtype)
         if rows is None:
             return F.linear(x, group_weight, group_bias)
-        if isinstance(place, slice) and group_bias is None and is_plain:
+        if isinstance(place, slice) and group_bias is None and is_ordinary:
             torch.mm(x[place].flatten(0, 1), group_weight.T, out=result[place].flatten(0, 1))
         else:
             result[place] = F.linear(x[place], group_weight, group_bias)

@@ -36,11 +36,12 @@ from ..routing.hard_negatives import HARD_NEGATIVE_FORMS, hard_negatives
 from ..routing.routers import Router
 from ..routing.translation import LANGUAGES_OF_TABLE, in_other_words
 from ..routing.wording import choose_depth_by_wordings, reference_prompts, wording_basis
+from .active_adapter import ActiveAdapter
 from .chat_turns import padded, turn_contents, unwrapped, user_turns
 from .config import MediatorConfig
 from .layer import reading_weights
 from .prompt_form import PromptForm
-from .routing import ActiveAdapter, PromptRouter, Reading
+from .routing import PromptRouter, Reading
 from .sharded import check_not_sharded
 
 _MOST_UNKNOWN = 0.2
@@ -49,6 +50,9 @@ _FEWEST_BACKGROUND = 20
 _HARD_PER_EXPERT = 25
 _TRIED = 100
 _FEWEST_TOKENS = 512
+_BACKGROUND_TOKENS = 24
+_LONG_PROMPTS = 14
+_OF_LONG_FAMILIES = 12
 _HARD_FAMILIES = ("other questions about the same subject", "other commands about the same subject")
 RANDOM_TOKENS = "random tokens"
 NUMBERS_ALONE = "numbers alone"
@@ -225,7 +229,7 @@ def negative_rows(
         max_length: longer prompts are cut after this many tokens.
     """
     seed = config.seed
-    read = background_rows(seed, tokenizer, background, max_length)
+    read = background_rows(seed, tokenizer, background, max_length, is_reduced=True)
     hard: list[list[int]] = []
     if hard_negatives and read:
         chosen = _some_of_each(data, seed)
@@ -239,7 +243,9 @@ def negative_rows(
     return NegativeRows.of({**read, **near}, frozenset(near))
 
 
-def background_rows(seed: int, tokenizer: Any, background: Any, max_length: int) -> dict[str, list[list[int]]]:
+def background_rows(
+    seed: int, tokenizer: Any, background: Any, max_length: int, is_reduced: bool = False
+) -> dict[str, list[list[int]]]:
     """Family → token ids of its prompts, of all background families that the tokenizer can read.
 
     Args:
@@ -247,16 +253,21 @@ def background_rows(seed: int, tokenizer: Any, background: Any, max_length: int)
         tokenizer: of the backbone.
         background: the user's own, added to the library's; an empty list for none at all.
         max_length: longer prompts are cut after this many tokens.
+        is_reduced: whether fewer tokens of the library's prompts are read: none is longer than 24 tokens, and a family
+            with more than 14 tokens a prompt has at most 12 prompts. Our choice; ``docs/routing.md`` has what it costs.
     """
     own = {} if background is None else user_families(background)
     if background is not None and not own:
         return {}
     plain = unwrapped(tokenizer)
     read: dict[str, list[list[int]]] = {}
-    for name, some in {**background_families(seed), **own}.items():
-        ids = token_rows(tokenizer, some, max_length)
-        if name in own or not _are_unknown(plain, ids):
-            read[name] = ids
+    most_tokens = min(max_length, _BACKGROUND_TOKENS) if is_reduced else max_length
+    for name, some in background_families(seed).items():
+        ids = token_rows(tokenizer, some, most_tokens)
+        if not _are_unknown(plain, ids):
+            is_long = is_reduced and sum(map(len, ids)) > _LONG_PROMPTS * len(ids)
+            read[name] = ids[:_OF_LONG_FAMILIES] if is_long else ids
+    read |= {name: token_rows(tokenizer, some, max_length) for name, some in own.items()}
     if set(read) - set(own):
         read[RANDOM_TOKENS] = random_token_rows(_ordinary_tokens(plain), seed)
     return read

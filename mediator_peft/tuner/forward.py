@@ -13,11 +13,12 @@ from torch.utils.hooks import RemovableHandle
 
 from ..bank.expert_store import ExpertStore
 from ..errors import RoutingError, UnsupportedError
+from .active_adapter import ActiveAdapter
 from .cache_route import cache_tag, carried_cache, empty_cache, is_filled, returned_cache, tag_cache
 from .differentiable import anchor
 from .expert_weights import ExpertWeights, LayerRoute, as_columns, by_name, expand_rows, make_route
 from .request_board import Pending, RequestBoard
-from .routing import ActiveAdapter, PromptRouter, check_ids, check_mask
+from .routing import PromptRouter, check_ids, check_mask
 from .sharded import check_root, is_sharded
 
 
@@ -167,10 +168,13 @@ class RoutedForward:
         if spec is None and self._board.request is None and self._board.pending is None:
             self._board.warn_of_blocks_elsewhere()
         given = _named(type(module).forward, args, kwargs)
-        if self._is_plain(spec) or (spec is None and self._starts_reading(given, context)):
+        if self._is_plain(spec):
             self._post(None)
-        else:
-            self._post(self._layer_route(spec, given, context))
+            return args, kwargs
+        # Asked once a pass: it may go through all modules, and shards may come between two passes.
+        sharded = is_sharded(self._active.model)
+        starts_reading = spec is None and self._starts_reading(given, context, sharded)
+        self._post(None if starts_reading else self._layer_route(spec, given, context, sharded))
         return args, kwargs
 
     def _post(self, route: LayerRoute | None) -> None:
@@ -188,8 +192,11 @@ class RoutedForward:
         route = self._board.route
         return hidden if route is None or route.gradient is None else anchor(hidden, route)
 
-    def _starts_reading(self, given: Mapping[str, Any], context: Tensor | None) -> bool:
+    def _starts_reading(self, given: Mapping[str, Any], context: Tensor | None, sharded: bool) -> bool:
         """Have the route decided half-way, where this forward pass allows for it."""
+        # Processes that share parameters must make the same passes, whatever their own prompts are.
+        if sharded:
+            return False
         pending = self._board.pending
         inputs: Any = given.get("input_ids")
         mask = None if self._board.request is not None else _readable_mask(given, inputs)
@@ -206,8 +213,7 @@ class RoutedForward:
             return False
         # Of one fit to the end of this pass, whatever is fitted meanwhile.
         reading = self._prompts.reading()
-        # Processes that share parameters must make the same passes, whatever their own prompts are.
-        if not self._prompts.reads_in_one_pass(reading.layer) or is_sharded(self._active.model):
+        if not self._prompts.reads_in_one_pass(reading.layer):
             return False
         self._prompts.check_fitted(reading)
         prompt = prompt_mask(inputs, mask, given.get("labels"), context)
@@ -220,31 +226,24 @@ class RoutedForward:
             table, columns = self._prompts.judged_table(features, reading)
             if pending is not None:
                 self._board.settle(table, columns)
-                self._post(self._of_request(len(inputs)))
+                self._post(self._of_request(len(inputs), sharded))
             else:
-                self._post(self._made_route(table, columns, len(inputs)))
+                self._post(self._made_route(table, columns, len(inputs), sharded))
 
         self._prompts.block_hook.start(self._prompts.blocks, reading.layer, decide)
         return True
 
-    def _made_route(self, table: Tensor, columns: Sequence[str], batch_size: int) -> LayerRoute:
+    def _made_route(self, table: Tensor, columns: Sequence[str], batch_size: int, sharded: bool) -> LayerRoute:
         now = self._active.columns
-        return make_route(
-            expand_rows(by_name(table, columns, now), batch_size),
-            now,
-            False,
-            self.execution,
-            self._active.column_map(),
-            is_sharded(self._active.model),
-        )
+        rows = expand_rows(by_name(table, columns, now), batch_size)
+        return make_route(rows, now, False, self.execution, self._active.column_map(), sharded)
 
-    def _of_request(self, batch_size: int) -> LayerRoute:
+    def _of_request(self, batch_size: int, sharded: bool) -> LayerRoute:
         """The route of the request at hand, whose expert weights are known."""
         request = self._board.request
         if request is None:
             raise RuntimeError("no request is open")
         may_merge = not torch.is_grad_enabled() and self._board.may_merge(request)
-        sharded = is_sharded(self._active.model)
         making = (self._active.columns, may_merge, self.execution, self._active.column_map(), sharded)
         return self._board.request_route(request, batch_size, making)
 
@@ -253,7 +252,9 @@ class RoutedForward:
         for layer in self._active.layers.values() if experts else ():
             layer.let_go(experts)
 
-    def _layer_route(self, spec: ExpertWeights, given: Mapping[str, Any], context: Tensor | None) -> LayerRoute:
+    def _layer_route(
+        self, spec: ExpertWeights, given: Mapping[str, Any], context: Tensor | None, sharded: bool
+    ) -> LayerRoute:
         inputs = given.get("input_ids")
         self._active.check_loaded()
         rows = inputs if inputs is not None else given.get("inputs_embeds")
@@ -264,9 +265,9 @@ class RoutedForward:
             weights, columns = self._prompts.routed_table(pending.input_ids, pending.attention_mask)
             self._board.settle(weights.detach(), columns)
         if spec is None and self._board.request is not None:
-            return self._of_request(len(rows))
+            return self._of_request(len(rows), sharded)
         named = self._route_forward(inputs, given, context) if spec is None else self._active.named_table(spec)
-        return self._made_route(*named, len(rows))
+        return self._made_route(*named, len(rows), sharded)
 
     def _route_forward(
         self, input_ids: Tensor | None, given: Mapping[str, Any], context: Tensor | None
@@ -286,10 +287,12 @@ class RoutedForward:
         return self._prompts.routed_table(input_ids, mask)
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if self._prompts.block_hook.stop() and output is not None:
-            raise RuntimeError("the model ran without reaching the block at which this prompt was to be routed")
         route = self._board.route
-        if route is not None:
+        if route is None:
+            # It may still be waiting for the block at which its prompt was to be routed.
+            if self._prompts.block_hook.stop() and output is not None:
+                raise RuntimeError("the model ran without reaching the block at which this prompt was to be routed")
+        else:
             self._check_still_there(route)
             cache = returned_cache(output)
             if cache is None:

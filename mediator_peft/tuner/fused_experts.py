@@ -26,9 +26,8 @@ from ..structure import follows_interface
 from .execution import float32_inside
 from .expert_weights import LayerRoute, Mix
 from .layer import MediatorLayer
-from .merged_weight import mixed_bias, mixed_weight
+from .merged_weight import copy_if_in_use, mixed_bias, mixed_weight
 from .request_board import RequestBoard
-from .weight_state import copy_if_in_use
 
 _NOT_COPIED = ("_lock", "_route", "_mix", "_kept", "matrices")
 

@@ -17,12 +17,19 @@ from transformers.pytorch_utils import Conv1D
 from ..bank.layer_bank import LayerBank
 from ..bank.sparse_delta import SparseDelta
 from ..errors import RoutingError, UnsupportedError
-from .execution import is_hooked
+from .execution import LayerSteps, is_hooked
 from .expert_weights import LayerRoute, Mix
-from .merged_weight import mixed_bias, mixed_delta, mixed_weight, plain_weight
-from .quantized import device_of, is_plain, readable_weight
+from .merged_weight import (
+    WeightState,
+    copy_if_in_use,
+    is_plain,
+    mixed_bias,
+    mixed_delta,
+    mixed_weight,
+    plain_weight,
+)
+from .quantized import device_of, readable_weight
 from .request_board import RequestBoard
-from .weight_state import LayerSteps, WeightState, copy_if_in_use
 
 _NOT_COPIED = ("weight_state", "steps", "_snapshot")
 

@@ -1,9 +1,11 @@
-"""Writing a mix into a layer's weight for a while, and taking it out again bit for bit."""
+"""The weight that a routed layer computes with: a mix is written into it for a while, and taken out bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +13,20 @@ from transformers.pytorch_utils import Conv1D
 
 from ..bank.layer_bank import LayerBank
 from ..bank.restoring import ComputedBack, KeptEntries, Saved, free_low_bits, has_loops_for
+from ..forking import renew_after_fork
 from ..kernels import dispatch as kernels
 from ..kernels.dispatch import PackedDelta
 from .expert_weights import LayerRoute, Mix
+from .request_board import RequestBoard
+
+
+def is_plain(base_layer: nn.Module) -> bool:
+    """Whether the weight is an ordinary matrix to be read and written, and is here: not quantised nor offloaded."""
+    weight: Any = getattr(base_layer, "weight", None)
+    # Subclasses of tensors hold codes, or the part of a matrix that is on this device.
+    if type(weight) not in (Tensor, nn.Parameter) or weight.device.type == "meta":
+        return False
+    return weight.is_floating_point() and weight.ndim == 2 and weight.dtype.itemsize >= 2
 
 
 def plain_weight(base_layer: nn.Linear) -> Tensor:
@@ -268,3 +281,57 @@ class MergedWeightCache:
     def num_bytes(self) -> int:
         """Bytes of all copies."""
         return sum(weight.nbytes for weight in self._weights.values())
+
+
+class WeightState:
+    """Lock and state of one layer's weight; modules that share the weight share this.
+
+    Args:
+        base_layer: has the weight.
+    """
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        self.lock: Any = threading.RLock()
+        """Nobody computes with a weight while somebody else writes to it."""
+        self._is_lock_shared = False
+        self.merged = MergedWeight(base_layer)
+        """The mix that is written into the weight now."""
+        self.cached = MergedWeightCache()
+        """Whole weights of hot experts beside it."""
+        renew_after_fork(self)
+
+    def share_lock(self, lock: Any) -> None:
+        """Use the lock of an owner, which renews it after a fork."""
+        self.lock, self._is_lock_shared = lock, True
+
+    def locks(self) -> tuple[Any, ...]:
+        """What is held at a fork."""
+        return () if self._is_lock_shared else (self.lock,)
+
+    def renew_locks(self) -> None:
+        """In a forked child."""
+        if not self._is_lock_shared:
+            self.lock = threading.RLock()
+
+    def restore(self) -> None:
+        """Bring the weight back to the backbone's, bit for bit."""
+        self.merged.switch(None, ())
+
+
+def copy_if_in_use(
+    state: dict[str, Any], prefix: str, names: Iterable[str], board: RequestBoard, keep_vars: bool
+) -> None:
+    """In a state dict, put copies in the place of tensors that a mix may be merged into later.
+
+    Args:
+        state: key → tensor, changed in place while requests are open.
+        prefix: of the keys.
+        names: what follows it.
+        board: of the model.
+        keep_vars: the caller wants the parameters themselves.
+    """
+    if keep_vars or not board.has_requests:
+        return
+    for name in names:
+        if isinstance(state.get(prefix + name), Tensor):
+            state[prefix + name] = state[prefix + name].clone()

@@ -8,16 +8,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import convert_to_lora
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import AdapterError, RoutingError, UnsupportedError
+from .active_adapter import ActiveAdapter
 from .embedding import MediatorEmbedding
 from .expert_weights import ExpertWeights, Mix, by_name, expert_weight_rows, make_route
 from .forward import RoutedForward
 from .fused_experts import is_fused
 from .merged_weight import mixed_bias
 from .request_board import RequestBoard
-from .routing import ActiveAdapter
 from .sharded import check_not_sharded
 
 
@@ -128,8 +131,27 @@ class AdapterMerging:
             for layer in tqdm(layers.values(), disable=not progressbar, desc="merging"):
                 layer.merge_mixes(mixes)
 
+    def cache(self, experts: Sequence[str]) -> None:
+        """See :meth:`MediatorModel.cache_merged_experts`."""
+        if experts:
+            check_not_sharded(self._active.model, "cache_merged_experts")
+        adapter = self._active.name
+        mixes = tuple(self.mixes(name, [adapter], board_mix=False)[adapter] for name in experts)
+        for layer in self._active.layers.values():
+            layer.cache_merged_experts(mixes)
+
+    def as_lora(
+        self, tuner: BaseTuner, rank: int | float, spec: ExpertWeights, adapter_name: str, progressbar: bool
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """See :meth:`MediatorModel.convert_to_lora`; ``tuner`` is that model."""
+        with self._converting(spec, adapter_name):
+            # Names of layers count from the PeftModel around the tuner.
+            outer: Any = nn.Module()
+            outer.base_model, outer.peft_config = tuner, tuner.peft_config
+            return convert_to_lora(outer, rank, adapter_name, progressbar)
+
     @contextmanager
-    def converting(self, spec: ExpertWeights, adapter_name: str) -> Iterator[None]:
+    def _converting(self, spec: ExpertWeights, adapter_name: str) -> Iterator[None]:
         """Show PEFT's ``convert_to_lora`` all routed layers, with one mix, inside the block.
 
         Raises:

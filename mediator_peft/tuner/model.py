@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftConfig, convert_to_lora
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -28,6 +28,7 @@ from ..routing.calibration_data import Columns
 from ..routing.explain import Explanation
 from ..routing.gate import RouteOutput
 from ..routing.routers import Router
+from .active_adapter import ActiveAdapter
 from .build_in_memory import build_in_memory
 from .condensing import CondenseReport, condense
 from .config import FitSettings, MediatorConfig
@@ -42,9 +43,8 @@ from .injection import add_deltas, check_layers, routed, unwrap_layers, warn_of_
 from .layer import MediatorLayer, reading_weights, routed_layers
 from .merging import AdapterMerging
 from .request_board import RequestBoard
-from .routing import ActiveAdapter, PromptRouter
+from .routing import PromptRouter
 from .saving import AdapterFiles
-from .sharded import check_not_sharded
 from .tied_head import tie_head
 
 
@@ -295,12 +295,7 @@ class MediatorModel(BaseTuner):
             RoutingError: a name is unknown.
             UnsupportedError: the backbone is quantised, offloaded or sharded.
         """
-        if experts:
-            check_not_sharded(self.model, "cache_merged_experts")
-        adapter = self.active.name
-        mixes = tuple(self.merging.mixes(name, [adapter], board_mix=False)[adapter] for name in experts)
-        for layer in self.routed_layers().values():
-            layer.cache_merged_experts(mixes)
+        self.merging.cache(experts)
 
     def keep_folded(self, experts: Sequence[str]) -> None:
         """Former name of :meth:`cache_merged_experts`."""
@@ -610,11 +605,7 @@ class MediatorModel(BaseTuner):
             RoutingError: rows of the mix differ.
             UnsupportedError: deltas of biases or embeddings, which have no place in such a LoRA.
         """
-        with self.merging.converting(expert_weights, adapter_name):
-            # Names of layers count from the PeftModel around this model.
-            outer: Any = nn.Module()
-            outer.base_model, outer.peft_config = self, self.peft_config
-            return convert_to_lora(outer, rank, adapter_name, progressbar)
+        return self.merging.as_lora(self, rank, expert_weights, adapter_name, progressbar)
 
     def merge_and_unload(
         self,
@@ -674,11 +665,7 @@ class MediatorModel(BaseTuner):
         """Take over what :meth:`get_extra_state` gave, for adapters of the same names."""
         for adapter, settings in json.loads(bytes(state.tolist())).items():
             if adapter in self.peft_config:
-                fitted = FitSettings(*map(settings.get, FitSettings._fields))
-                with self.active.changes_wait():
-                    old: Any = self.mediator_router[adapter]
-                    router = self.prompt_router.of_kind(old, self.peft_config[adapter], fitted)
-                    self.active.put_settings(adapter, fitted, router)
+                self.prompt_router.put_settings(adapter, FitSettings(*map(settings.get, FitSettings._fields)))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As in torch; a router that is fitted or edited meanwhile is in it as it was, whole."""

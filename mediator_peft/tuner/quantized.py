@@ -14,16 +14,7 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from .merged_weight import plain_weight
-
-
-def is_plain(base_layer: nn.Module) -> bool:
-    """Whether the weight is an ordinary matrix to be read and written, and is here: not quantised nor offloaded."""
-    weight: Any = getattr(base_layer, "weight", None)
-    # Subclasses of tensors hold codes, or the part of a matrix that is on this device.
-    if type(weight) not in (Tensor, nn.Parameter) or weight.device.type == "meta":
-        return False
-    return weight.is_floating_point() and weight.ndim == 2 and weight.dtype.itemsize >= 2
+from .merged_weight import is_plain, plain_weight
 
 
 def quantization_of(base_layer: nn.Module) -> str | None:

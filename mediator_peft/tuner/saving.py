@@ -47,8 +47,9 @@ from ..routing.routers import Router
 from ..storage import FLOAT32, FLOAT_TYPES, Array, FloatType, as_array, to_tensor
 from .config import FitSettings, MediatorConfig
 from .layer import MediatorLayer, reading_weights, routed_layers
+from .merged_weight import is_plain
 from .offloaded import fetched
-from .quantized import device_of, is_plain, lay_out_plainly
+from .quantized import device_of, lay_out_plainly
 
 BACKBONE_FOLDER = "backbone"
 _SETTINGS_KEY = f"{ROUTER_PREFIX}fit_settings"

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from .embedding import MediatorEmbedding
-from .weight_state import LayerSteps, copy_if_in_use
+from .execution import LayerSteps
+from .merged_weight import copy_if_in_use
 
 
 class TiedHead(nn.Module):

@@ -8,18 +8,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from character_tokenizer import CHAT_TEMPLATE, character_tokenizer
+from ending_answers import ending_answer, model_of_letters
 from fake_mediator import TakesExperts
 from tiny import tiny_model
 
 from mediator_peft.errors import RoutingError
+from mediator_peft.evaluation.batching import PromptSettings
 from mediator_peft.evaluation.generation import (
     ROUTED,
     Memo,
+    PromptedModel,
     answer_losses,
     answer_prompts,
+    is_plainly_greedy,
     route_prompts,
     weight_rows,
 )
+from mediator_peft.evaluation.scoring import is_exact
 
 PROMPTS = ["a", "what is 12 + 7?", "spell it", "a", "the longest of these prompts, by far"]
 
@@ -191,3 +196,42 @@ def test_tensor_weights_are_taken_for_all_rows_or_row_by_row():
     assert weight_rows(model, torch.eye(3), 3) == [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)]
     assert weight_rows(model, None, 1) == [(0.0, 0.0, 0.0)]
     assert weight_rows(tiny_model(), None, 2) == [None, None]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS[1:])
+def test_comparing_with_a_reference_tells_what_generation_would(prompt):
+    model = model_of_letters()
+    tokenizer, answer = ending_answer(model, prompt)
+    assert answer_prompts(model, tokenizer, [prompt], max_new_tokens=40) == [answer]
+    others = [answer[:-1], answer[:-1] + answer[0], answer + answer[0], answer[0] * 5]
+    references = [answer, *(other for other in others if other != answer)]
+    asked = PromptedModel(model, tokenizer, PromptSettings(batch_size=3))
+    right, *wrong = asked.compared([prompt] * len(references), references)
+    assert right.text == answer
+    assert not any(is_exact(each.text, other) for each, other in zip(wrong, references[1:], strict=True))
+    for each in (right, *wrong):
+        assert answer.startswith(each.text)
+        assert not each.is_open
+    losses = asked.losses([prompt] * len(references), references)
+    assert [each.loss for each in (right, *wrong)] == pytest.approx(losses, abs=1e-5)
+
+
+def test_an_answer_that_may_still_spell_the_reference_is_open():
+    model = model_of_letters()
+    tokenizer, answer = ending_answer(model, "spell it")
+    asked = PromptedModel(model, tokenizer)
+    # The reference's tokens are other ones than the model's, yet its text begins as the model's does.
+    spelt = answer + " "
+    tokenizer.add_tokens([spelt[:2]])
+    found = asked.compared(["spell it"], [spelt])[0]
+    assert found.text == answer[0]
+    assert found.is_open
+    assert asked.compared(["spell it"], ["0" + spelt])[0].is_open is False
+
+
+@pytest.mark.parametrize("setting", [{"repetition_penalty": 1.2}, {"min_new_tokens": 3}, {"suppress_tokens": [5]}])
+def test_settings_that_change_greedy_decoding_are_seen(setting):
+    model = tiny_model()
+    assert is_plainly_greedy(model)
+    model.generation_config.update(**setting)
+    assert not is_plainly_greedy(model)

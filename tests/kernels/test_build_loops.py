@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from mediator_peft.kernels import build_loops, dispatch
-from mediator_peft.kernels.numpy_kernels import widened
 from mediator_peft.merge import signed_selection as signed
 from mediator_peft.merge import tiles
 from mediator_peft.methods.sparsifying.selection import chosen_ones, first_ones
-from mediator_peft.storage import BFLOAT16, FLOAT16, FLOAT32, float_type, to_tensor
+from mediator_peft.storage import BFLOAT16, FLOAT16, FLOAT32, float_type, to_tensor, widened
 from tests.merge.helpers import EXPERTS, InMemory, build, digests
 from tests.tiny import write_tiny_checkpoints
 

@@ -236,7 +236,7 @@ def test_an_output_that_cannot_be_written(place, code, paths, tmp_path, monkeypa
     target, name = {
         "mkdir": (writing.Path, "mkdir"),
         "allocate": (shards, "_allocate"),
-        "write": (shards, "write_from"),
+        "write": (shards, "_write_at"),
     }[place]
     monkeypatch.setattr(target, name, fail)
     with pytest.raises(OutputError, match=os.strerror(code)):

@@ -11,10 +11,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from mediator_peft import plan_mediator
-from mediator_peft.checkpoints.checksums import RunningDigest, take_all
+from mediator_peft.checkpoints.digests import FileDigests, RunningDigest, take_all
 from mediator_peft.cli.pipeline_file import read_pipeline
 from mediator_peft.errors import ConfigError
-from mediator_peft.merge.provenance import InputDigests, _files
+from mediator_peft.merge.provenance import _files
 from tests.merge.helpers import build, digests, experts_of
 from tests.tiny import write_tiny_checkpoints
 
@@ -127,7 +127,7 @@ def test_the_hubs_cache_is_taken_at_its_word(tmp_path):
 
     (tmp_path / ("ab" * 32)).write_bytes(b"x")
     Cached.files[0].symlink_to(tmp_path / ("ab" * 32))
-    assert dict(_files(Cached(), InputDigests([], False))) == {"model.safetensors": {"bytes": 1, "sha256": "ab" * 32}}
+    assert dict(_files(Cached(), FileDigests([], False))) == {"model.safetensors": {"bytes": 1, "sha256": "ab" * 32}}
 
 
 @pytest.mark.parametrize("settings", [{}, {"density": 0.4, "routed_layers": [0, 2], "target_modules": ["q_proj"]}])

@@ -20,6 +20,7 @@ from mediator_peft.routing.gate import GateSettings, gate
 from mediator_peft.routing.ood import Known, gate_coefficients, unknown_share
 from mediator_peft.routing.routers import ROUTERS
 from mediator_peft.routing.rule_fitting import leave_out
+from mediator_peft.tuner.fitting import RANDOM_TOKENS, background_rows
 
 
 def drawn(seed=0, size=60, num_features=12, num_families=6):
@@ -232,6 +233,38 @@ def test_digits_without_a_request_follow_from_the_seed():
     assert numbers_alone(3) == numbers_alone(3) != numbers_alone(4)
     assert len(numbers_alone(3)) > 12
     assert not any(letter.isalpha() for text in numbers_alone(3, 100) for letter in text)
+
+
+class WordTokenizer:
+    """A token a word; its number is its hash."""
+
+    all_special_ids = (0,)
+    unk_token_id = None
+
+    def __len__(self):
+        return 1000
+
+    def __call__(self, texts, truncation, max_length):
+        return {"input_ids": [[1 + hash(word) % 999 for word in text.split()][:max_length] for text in texts]}
+
+
+def test_fewer_tokens_of_long_background_prompts_are_read_and_all_of_a_users():
+    own = {"mine": ["word " * 40] * 20, "news": ["long " * 30] * 15}
+    whole = background_rows(0, WordTokenizer(), own, 512)
+    reduced = background_rows(0, WordTokenizer(), own, 512, is_reduced=True)
+    assert list(reduced) == list(whole)
+    for name in own:
+        assert reduced[name] == whole[name]
+        assert len(reduced[name]) == len(own[name])
+    library = set(whole) - set(own) - {RANDOM_TOKENS}
+    assert any(len(row) > 24 for name in library for row in whole[name])
+    cut = {name: [row[:24] for row in whole[name]] for name in library}
+    fewer = {name for name in library if sum(map(len, cut[name])) > 14 * len(cut[name])}
+    assert fewer
+    assert library - fewer
+    for name in library:
+        assert reduced[name] == (cut[name][:12] if name in fewer else cut[name])
+    assert all(len(row) <= 9 for row in background_rows(0, WordTokenizer(), None, 9, is_reduced=True)["news"])
 
 
 def test_a_user_adds_families_prompts_or_files(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from character_tokenizer import CHAT_TEMPLATE, character_tokenizer
+from ending_answers import ending_answer, model_of_letters
 from peft import PeftModel
 from tiny import write_tiny_checkpoints
 from transformers import AutoModelForCausalLM
@@ -18,12 +19,13 @@ from mediator_peft import MediatorConfig, build_mediator, load_mediator, referen
 from mediator_peft.demo.settings import FULL
 from mediator_peft.demo.tasks import Item, Task
 from mediator_peft.demo.training import train_experts
-from mediator_peft.errors import AdapterError, ConfigError
+from mediator_peft.errors import AdapterError, CheckpointError, ConfigError
 from mediator_peft.evaluation.baselines import RestoredExperts
+from mediator_peft.evaluation.generation import answer_losses
 from mediator_peft.methods.baselines import BASELINES
 from mediator_peft.methods.baselines.dynamic import sharpened, sharpness
 from mediator_peft.methods.merging import MERGE_METHODS
-from mediator_peft.study import ablation, hard
+from mediator_peft.study import ablation, hard, systems
 from mediator_peft.study import tasks as study_tasks
 from mediator_peft.study.ablation import DEFAULT, Ablation, Choice, Variant, ablate
 from mediator_peft.study.comparison import (
@@ -349,6 +351,37 @@ def test_an_extra_expert_has_its_own_calibration_and_the_test_items_of_its_task(
     assert found["own"]["tasks"]["spelling-other"]["loss"] == pytest.approx(expected.loss, abs=1e-4)
     assert all(sum(share for name, share in row.items() if name != "flagged") == pytest.approx(1)
                for row in found["routing"].values())  # fmt: skip
+
+
+@pytest.mark.parametrize("is_generated", [False, True])
+def test_exact_answers_are_right_where_generated_ones_are(monkeypatch, is_generated):
+    model = model_of_letters()
+    tokenizer, answer = ending_answer(model, "spell it")
+    items = [Item("spell it", text) for text in (answer, answer[:-1], answer + " ", "0" + answer, answer[0] * 9)]
+    if is_generated:
+        monkeypatch.setattr("mediator_peft.study.scores.is_plainly_greedy", lambda _: False)
+    found = score_items(model, tokenizer, items, "exact", Sizes(5, 2))
+    assert found.right == [True, False, True, False, False]
+    losses = answer_losses(model, tokenizer, ["spell it"] * 2, [item.answer for item in items[:2]])
+    assert found.losses == pytest.approx(losses, abs=1e-5)
+
+
+def test_second_seeds_take_the_place_of_the_first_in_models_of_their_own(bench, monkeypatch):
+    other = SimpleNamespace(path=bench.folder.experts / "second-other", losses=[1.0])
+    recipe = StudyRecipe(1)
+    experts = {"first": StudyExpert("first", recipe), "second": StudyExpert("second", recipe)}
+    seeded = replace(
+        bench,
+        settings=replace(bench.settings, experts=experts | {"second-seed1": StudyExpert("second", recipe, seed=1)}),
+    )
+    monkeypatch.setattr(systems, "trained_experts", lambda *_: {**bench.experts, "second-seed1": other})
+    found = systems.with_second_seeds(seeded)
+    assert found.experts == {"first": bench.experts["first"], "second": other}
+    assert systems.default_name(found) != systems.default_name(bench)
+    assert found.hashes != bench.hashes
+    monkeypatch.setattr(systems, "trained_experts", lambda *_: dict(bench.experts))
+    with pytest.raises(CheckpointError, match="second seed"):
+        systems.with_second_seeds(seeded)
 
 
 def test_merged_states_are_the_methods_on_each_tensor(lab):

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from mediator_peft import load_mediator
 from mediator_peft.errors import UnsupportedError
 from mediator_peft.structure import find_blocks
+from mediator_peft.tuner import forward
 from tests.architectures import PROMPT, round_trip
 
 from .conftest import build_and_fit
@@ -129,3 +130,12 @@ def test_tensor_parallelism_is_refused(tmp_path, topics, tokenizer):
     plain._tp_size = 2
     with pytest.raises(UnsupportedError, match="tensor parallelism"):
         PeftModel.from_pretrained(plain, str(tmp_path / "out" / "mediator"))
+
+
+def test_shards_are_looked_for_once_a_pass(model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(forward, "is_sharded", lambda whole: bool(asked.append(whole)))
+    with torch.no_grad():
+        for expert_weights in ("math", None):
+            model(random_prompts(2, seed=3), expert_weights=expert_weights)
+    assert asked == [model.get_base_model()] * 2
