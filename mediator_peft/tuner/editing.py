@@ -30,17 +30,9 @@ from ..storage import FloatType, to_tensor
 from .active_adapter import ActiveAdapter
 from .condensing import find_equal, nearest_family
 from .config import FALLBACK_EXPERT, MediatorConfig, expert_name_faults
-from .fitting import (
-    augmented_rows,
-    hard_negative_rows,
-    negative_rows,
-    read_texts,
-    reference_rows,
-    row_features,
-    settle,
-    token_rows,
-)
+from .fitting import read_texts, row_features, settle
 from .fitting_from_deltas import expert_differences, router_from_deltas
+from .fitting_rows import augmented_rows, hard_negative_rows, negative_rows, reference_rows, token_rows
 from .layer import MediatorLayer, reading_weights
 from .merged_weight import is_plain, plain_weight
 from .routing import PromptRouter, Reading

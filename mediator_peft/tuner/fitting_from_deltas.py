@@ -21,7 +21,8 @@ from ..routing.decision_rule import equal_weights, family_numbers
 from ..routing.ood import gate_coefficients
 from ..routing.routers import SpectralRouter
 from .config import FALLBACK_EXPERT, FitSettings, MediatorConfig
-from .fitting import NegativeRows, background_rows, row_features, settle
+from .fitting import row_features, settle
+from .fitting_rows import NegativeRows, background_rows
 from .layer import MediatorLayer, routed_layers
 from .merged_weight import mixed_delta
 from .routing import PromptRouter

@@ -34,7 +34,8 @@ from mediator_peft.routing.routers import ROUTERS
 from mediator_peft.routing.rule_fitting import fitted_rule
 from mediator_peft.routing.wording import recognised_across_wordings, wording_basis
 from mediator_peft.tuner.chat_turns import padded, turn_markers
-from mediator_peft.tuner.fitting import DEPTH_SHARES, augmented_rows, negative_rows, reference_rows, token_rows
+from mediator_peft.tuner.fitting import DEPTH_SHARES
+from mediator_peft.tuner.fitting_rows import augmented_rows, negative_rows, reference_rows, token_rows
 from mediator_peft.tuner.prompt_form import prompt_form
 
 DEFAULTS = MediatorSettings()

@@ -22,8 +22,8 @@ from mediator_peft.routing.augmentation import (
 from mediator_peft.routing.calibration import calibrate, cross_fit
 from mediator_peft.routing.routers import ROUTERS
 from mediator_peft.routing.translation import LANGUAGES_OF_TABLE, in_other_words
-from mediator_peft.tuner import fitting
-from mediator_peft.tuner.fitting import augmented_rows, our_background
+from mediator_peft.tuner import fitting_rows
+from mediator_peft.tuner.fitting_rows import augmented_rows, our_background
 
 TEXT = " ".join(f"word{number} costs {number} euros, at least;" for number in range(400))
 
@@ -84,8 +84,8 @@ def test_in_a_chat_only_the_users_words_are_altered(build, chat_tokenizer, monke
     user, answer = "w5 w6 w7 w8 w9 w10 w11 w12", "w40 w41 w42 w43 w44 w45 w46 w47"
     (row,) = chats(chat_tokenizer, (user, answer, user))
     mine, unknown = range(5, 13), chat_tokenizer.unk_token_id
-    monkeypatch.setattr(fitting, "COPIES", 4)
-    monkeypatch.setattr(fitting, "_readable_ways", lambda *_: [0, 1, 2, 3])
+    monkeypatch.setattr(fitting_rows, "COPIES", 4)
+    monkeypatch.setattr(fitting_rows, "_readable_ways", lambda *_: [0, 1, 2, 3])
     copies = augmented_rows(model.active.config, chat_tokenizer, [row], 1000)
     frame = [token for token in row if token not in mine]
     assert len(copies) == 4
@@ -97,7 +97,7 @@ def test_in_a_chat_only_the_users_words_are_altered(build, chat_tokenizer, monke
 
 
 def test_copies_of_unknown_words_are_left_out(build, monkeypatch):
-    monkeypatch.setattr(fitting, "COPIES", 4)
+    monkeypatch.setattr(fitting_rows, "COPIES", 4)
     rows = tiny_tokenizer()([f"w{number}" for number in range(5, 35)])["input_ids"]
     # With a sentence around one word, most words are unknown; a word of three letters is hardly ever mistyped.
     assert len(augmented_rows(build().active.config, tiny_tokenizer(), rows, 1000)) == 2 * len(rows)
@@ -202,7 +202,7 @@ def test_a_recombined_request_keeps_its_subject_and_words_of_its_task():
 
 
 def test_copies_beyond_those_that_are_altered_are_the_prompts_themselves(build, monkeypatch):
-    monkeypatch.setattr(fitting, "_COPIED_PER_EXPERT", 4)
+    monkeypatch.setattr(fitting_rows, "_COPIED_PER_EXPERT", 4)
     tokenizer, model = tiny_tokenizer(), build()
     rows = tokenizer([" ".join(f"w{5 + (n + k) % 80}" for n in range(12)) for k in range(20)])["input_ids"]
     labels = [k % 2 for k in range(20)]
@@ -238,7 +238,7 @@ def test_each_word_of_the_table_is_there_once_in_every_language():
 
 
 def test_every_fourth_altered_copy_is_translated(build, monkeypatch):
-    monkeypatch.setattr(fitting, "in_other_words", lambda text, words, language: f"{language}: {text}")
+    monkeypatch.setattr(fitting_rows, "in_other_words", lambda text, words, language: f"{language}: {text}")
     tokenizer, model = character_tokenizer(), build()
     rows = tokenizer([f"write {number} in words." for number in range(100, 124)])["input_ids"]
     copies = [tokenizer.decode(row) for row in augmented_rows(model.active.config, tokenizer, rows, 1000, [0] * 24)]

@@ -20,7 +20,7 @@ from mediator_peft.routing.gate import GateSettings, gate
 from mediator_peft.routing.ood import Known, gate_coefficients, unknown_share
 from mediator_peft.routing.routers import ROUTERS
 from mediator_peft.routing.rule_fitting import leave_out
-from mediator_peft.tuner.fitting import RANDOM_TOKENS, background_rows
+from mediator_peft.tuner.fitting_rows import RANDOM_TOKENS, background_rows
 
 
 def drawn(seed=0, size=60, num_features=12, num_families=6):

@@ -14,7 +14,7 @@ from mediator_peft.routing.metrics import auroc
 from mediator_peft.routing.routers import ROUTERS
 from mediator_peft.routing.routers.gaussian import GaussianRouter
 from mediator_peft.tuner.editing import extend_router
-from mediator_peft.tuner.fitting import hard_negative_rows
+from mediator_peft.tuner.fitting_rows import hard_negative_rows
 
 ANIMALS = ["ant", "bear", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "koi", "lynx"]
 TEXTS = [f"Correct the spelling: {word}" for word in ANIMALS]
