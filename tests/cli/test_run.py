@@ -115,6 +115,7 @@ def test_verifying_compares_weights_and_logits(folder):
     assert "max_logit_difference" not in without["differences"]["math"]
 
 
+@pytest.mark.slow
 def test_the_same_file_again_goes_on_with_the_finished_build(folder):
     assert run("run", folder / "all.yaml", "--only", "build").exit_code == 0
     weights = folder / "out" / "model.safetensors"
@@ -171,6 +172,7 @@ def test_all_faults_of_all_steps_are_listed_before_the_build(folder):
     assert not (folder / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_report_that_cannot_be_moved_into_place_leaves_the_old_one(folder, monkeypatch):
     done = run("run", folder / "all.yaml")
     assert done.exit_code == 0, done.stderr

@@ -62,6 +62,7 @@ def test_rows_of_one_expert_stand_together():
     assert mixed_rows(["a", "b"], 1) == ["a"]
 
 
+@pytest.mark.slow
 def test_the_command_writes_tables_json_and_a_picture(out, tmp_path):
     options = ["--prompt-tokens", "6", "--context", "4", "--batch-size", "2", "--rounds", "1"]
     picture = tmp_path / "made" / "speed.png"

@@ -118,7 +118,7 @@ def test_the_files_meet_the_budget(scope, settings, budget, larger, tmp_path):
     "settings",
     [
         MODEL,
-        {"budget": "1.48x"},
+        pytest.param({"budget": "1.48x"}, marks=pytest.mark.slow),
         pytest.param({**MODEL, "budget": "2.2x", "encoding": "float"}, marks=pytest.mark.slow),
     ],
 )

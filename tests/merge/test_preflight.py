@@ -44,6 +44,7 @@ def test_predicted_scores_and_decisions_are_those_of_the_build(paths, tmp_path, 
     assert [entry["block"] for entry in plan.blocks if entry["routed"]] == report.routed_blocks
 
 
+@pytest.mark.slow
 def test_predicted_bytes_hold_for_matrices_of_real_size(tmp_path):
     paths = write_larger(tmp_path, {"e0": 0.05, "e1": 0.05}, vocab_size=500)
     experts = experts_of(paths)

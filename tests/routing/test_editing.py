@@ -137,6 +137,7 @@ def test_faults_change_nothing(build, checkpoints, topics, tokenizer, tmp_path):
     assert all(torch.equal(after[key], before[key]) for key in before)
 
 
+@pytest.mark.slow
 def test_a_router_that_cannot_grow_says_so_or_is_left_unfitted(build, checkpoints, topics, tokenizer):
     model, quick = build(router="mlp"), {"background": [], "augmented": False, "hard_negatives": False}
     model.fit_router(two(topics), tokenizer, **quick)

@@ -131,7 +131,13 @@ def hasty():
     sys.setswitchinterval(before)
 
 
-@pytest.mark.parametrize("settings", [ABOVE, ABOVE | {"routed_layers": "all"}], ids=["in passing", "second look"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(ABOVE, id="in passing"),
+        pytest.param(ABOVE | {"routed_layers": "all"}, id="second look", marks=pytest.mark.slow),
+    ],
+)
 def test_threads_decide_each_for_itself(build, chat_tokenizer, two, asked, hasty, settings):
     model = build(**settings)
     fit_once(model, two, chat_tokenizer)

@@ -38,7 +38,7 @@ REPRESENTATIVE = (
     "deepseek_v3",
     "git",
 )
-SLOW = ("qwen3_5_text", "jamba", "apertus")
+SLOW = ("qwen3_5_text", "jamba", "apertus", "gemma4_text", "git", "falcon")
 
 
 @pytest.mark.parametrize(

@@ -384,6 +384,7 @@ def test_a_mask_by_position_counts(model):
     torch.testing.assert_close(model(padded, mask).logits, model(input_ids=padded, attention_mask=mask).logits)
 
 
+@pytest.mark.slow
 def test_edits_beside_requests_give_the_right_expert_or_our_error(tmp_path, model):
     """Threads ask by name and by route while an expert comes and goes."""
     prompts, path = random_prompts(1), extra_expert(tmp_path)

@@ -159,7 +159,7 @@ def test_many_tokens_and_few_agree(folders, kind):
     torch.testing.assert_close(chosen, sparse, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_save_load_route_and_generate(folders, tmp_path, topics, tokenizer, kind):
     model = quantized(folders["out"], kind)
     model.fit_router(topics, tokenizer)
