@@ -52,14 +52,19 @@ def losses_table(results: Results, base: str = "") -> str:
 
 
 def comparison_table(results: Results, base: str = "") -> str:
-    """Baselines of other papers and merge methods: accuracy of each task, what is kept, loss, bytes."""
+    """Baselines of other papers and merge methods, the best first: accuracy of each task, what is kept, loss, bytes."""
     found = results["comparison" + base]
+
+    def rank(named: tuple[str, dict[str, Any]]) -> tuple[float, str]:
+        name, row = named
+        return (-row["kept"]["mean"]["value"] if row.get("kept") else float("inf"), name)
+
     answered: list[str] = next(
         (row["answered_tasks"] for row in found["systems"].values() if "answered_tasks" in row), []
     )
     header = ["system", *answered, "mean kept", "worst kept", "mean loss", "bytes, models"]
     rows = []
-    for name, row in found["systems"].items():
+    for name, row in sorted(found["systems"].items(), key=rank):
         cells = ["–"] * (len(answered) + 2)
         if row.get("kept") is not None:
             cells = [*(share(row["tasks"][task]["accuracy"]) for task in answered), *_kept_cells(row)]
