@@ -15,6 +15,7 @@ from mediator_peft.study.page import (
     loose_numbers,
     read_results,
 )
+from mediator_peft.study.page_tables import TABLES
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "evidence.md"
@@ -70,6 +71,19 @@ def test_a_table_of_another_base_is_that_of_its_own_file(tmp_path):
     assert filled.startswith("<!-- table: ablation gemma3 -->")
     assert [line.split(" | ")[1] for line in filled.splitlines() if line.startswith("| sign")] == ["3.000", "2.000"]
     assert fill_page(filled, tmp_path) == filled
+
+
+def test_compared_systems_stand_in_the_order_of_what_they_keep():
+    def row(kept):
+        estimate = {"value": kept, "low": kept, "high": kept}
+        found = {"mean": estimate, "worst": estimate, "worst_task": "t"}
+        tasks = {"t": {"accuracy": kept}}
+        return {"kept": found, "answered_tasks": ["t"], "tasks": tasks, "mean_loss": 1.0, "bytes": 2}
+
+    systems = {"low": row(0.2), "unanswered": {**row(0.0), "kept": None}, "high": row(0.9), "middle": row(0.5)}
+    table = TABLES["comparison"]({"comparison": {"systems": systems, "bytes_of_one_model": 1}}, "")
+    names = [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]]
+    assert names == ["high", "middle", "low", "unanswered"]
 
 
 def test_figures_are_drawn_from_results(tmp_path):
