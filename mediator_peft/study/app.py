@@ -106,9 +106,7 @@ def systems(
     merge: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Single-model merge; repeatable. By default the study's.")
     ] = None,
-    without_base: Annotated[
-        bool, typer.Option(help="Leave the base out: it takes longest where nothing ends its answers.")
-    ] = False,
+    without_base: Annotated[bool, typer.Option(help="Leave the base out of the table.")] = False,
     second_seeds: Annotated[
         bool, typer.Option(help="With the second seed of experts that have one; the table is systems_seed1.")
     ] = False,

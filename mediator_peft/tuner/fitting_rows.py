@@ -11,14 +11,7 @@ import torch
 from torch import Tensor
 
 from ..routing.augmentation import augment, recombine, shared_words, vary_in_turn
-from ..routing.background import (
-    BACKGROUND_PROMPTS,
-    background_families,
-    kind_numbers,
-    numbers_alone,
-    random_token_rows,
-    user_families,
-)
+from ..routing.background import background_families, kind_numbers, numbers_alone, random_token_rows, user_families
 from ..routing.calibration_data import LabelledTexts, content_hash
 from ..routing.decision_rule import Negatives, family_numbers
 from ..routing.hard_negatives import HARD_NEGATIVE_FORMS, hard_negatives
@@ -187,7 +180,7 @@ def hard_negative_rows(
     asked = [request for way in hard_negatives(texts, labels, config.seed) for request in way]
     if _are_unknown(plain, plain(asked)["input_ids"]):
         return []
-    return token_rows(tokenizer, in_the_form_of(config, tokenizer, rows[0], asked), max_length)
+    return token_rows(tokenizer, _in_the_form_of(config, tokenizer, rows[0], asked), max_length)
 
 
 def augmented_rows(
@@ -296,7 +289,7 @@ def _ordinary_tokens(tokenizer: Any) -> list[int]:
     return [number for number in range(len(tokenizer)) if number not in special]
 
 
-def in_the_form_of(config: MediatorConfig, tokenizer: Any, row: list[int], prompts: list[str]) -> list[str]:
+def _in_the_form_of(config: MediatorConfig, tokenizer: Any, row: list[int], prompts: list[str]) -> list[str]:
     """Prompts as chats, if the tokens of a calibration text are a chat's."""
     markers = config.turn_markers
     if markers is None or not user_turns(row, markers):
@@ -304,12 +297,6 @@ def in_the_form_of(config: MediatorConfig, tokenizer: Any, row: list[int], promp
     template = unwrapped(tokenizer).apply_chat_template
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     return [template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
-
-
-def our_background(tokenizer: Any) -> list[str]:
-    """The background prompts of the library; none where the tokenizer does not know their words."""
-    prompts = list(BACKGROUND_PROMPTS)
-    return [] if _are_unknown(tokenizer, tokenizer(prompts)["input_ids"]) else prompts
 
 
 def _are_unknown(tokenizer: Any, rows: Sequence[Sequence[int]]) -> bool:

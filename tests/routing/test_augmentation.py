@@ -23,7 +23,7 @@ from mediator_peft.routing.calibration import calibrate, cross_fit
 from mediator_peft.routing.routers import ROUTERS
 from mediator_peft.routing.translation import LANGUAGES_OF_TABLE, in_other_words
 from mediator_peft.tuner import fitting_rows
-from mediator_peft.tuner.fitting_rows import augmented_rows, our_background
+from mediator_peft.tuner.fitting_rows import augmented_rows, background_rows
 
 TEXT = " ".join(f"word{number} costs {number} euros, at least;" for number in range(400))
 
@@ -179,7 +179,7 @@ def test_ordinary_prompts_of_unknown_words_stay_away_with_answers_too(build, top
     model = build(folder="answers")
     texts = {name: topics[name] for name in ("math", "code")}
     items = [TaskItem("w5 w6 w7", "w8"), TaskItem("w40 w41", "w42")]
-    assert our_background(tokenizer) == []
+    assert background_rows(0, tokenizer, None, 512) == {}
     fit_and_save(model, tokenizer, texts, tmp_path / "answers" / "mediator", answered=items)
     assert len(model.router.known_novelty) >= 80
     assert len(model.router.background_novelty) == 0

@@ -134,8 +134,8 @@ def hasty():
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param(ABOVE, id="in passing"),
-        pytest.param(ABOVE | {"routed_layers": "all"}, id="second look", marks=pytest.mark.slow),
+        pytest.param(ABOVE, id="single pass"),
+        pytest.param(ABOVE | {"routed_layers": "all"}, id="two passes", marks=pytest.mark.slow),
     ],
 )
 def test_threads_decide_each_for_itself(build, chat_tokenizer, two, asked, hasty, settings):
