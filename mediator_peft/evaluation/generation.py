@@ -133,13 +133,26 @@ class PromptedModel:
         answers: Sequence[str],
         expert_weights: ExpertChoice = None,
         advance: Advance = lambda: None,
+        *,
+        is_ended: bool = True,
     ) -> list[float]:
-        """Mean negative log-likelihood of each answer's tokens; see :func:`answer_losses`."""
+        """Mean negative log-likelihood of each answer's tokens; see :func:`answer_losses`.
+
+        Args:
+            prompts: texts.
+            answers: reference answers.
+            expert_weights: which experts answer.
+            advance: called once for every prompt done.
+            is_ended: False leaves the end of text out, for answers that were cut off; these are not remembered.
+        """
+        num_left_out = 0 if is_ended or self.tokenizer.eos_token_id is None else 1
 
         def measure(rows: list[tuple[list[int], list[int]]]) -> list[float]:
-            return [_loss(logits, answer) for logits, answer in _answer_logits(self.model, rows)]
+            found = _answer_logits(self.model, rows)
+            return [_loss(*(part[: len(part) - num_left_out] for part in each)) for each in found]
 
-        return self._of_answers(self.memo.losses, prompts, answers, expert_weights, measure, advance)
+        known = self.memo.losses if is_ended else {}
+        return self._of_answers(known, prompts, answers, expert_weights, measure, advance)
 
     def compared(
         self,

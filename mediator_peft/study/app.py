@@ -59,6 +59,8 @@ def _bench(folder: Path, base: str, threads: int, only: list[str] | None) -> Any
     from .bases import find_base
     from .cost import count_cost
     from .experts import StudyFolder, load_tasks, settings_for, trained_experts
+    from .general import general_task
+    from .scores import GENERAL
     from .settings import FULL_STUDY
     from .systems import Bench, make_sample
 
@@ -75,6 +77,7 @@ def _bench(folder: Path, base: str, threads: int, only: list[str] | None) -> Any
             say(f"left out, not trained: {name}")
     drawn = make_tasks(FULL, place.materials)
     unknown = {name: model.formed_task(task) for name, task in drawn.items() if name not in FULL.recipes}
+    unknown[GENERAL] = general_task(place, settings.seed)
     return Bench(
         settings,
         place,
@@ -172,7 +175,8 @@ def compare(
     Systems that were scored before, by this or another run, are in the table as well; with fewer answers than the
     study's, it is a table of its own, on the first items of each task.
     """
-    from .comparison import ORDER, Comparison
+    from .compared_system import Comparison
+    from .comparison import ORDER
     from .comparison import compare as compare_systems
     from .scores import Sizes
 
@@ -184,6 +188,22 @@ def compare(
     is_short = answers is not None and answers < bench.settings.num_answers
     name = f"comparison_first{answers}" if is_short else "comparison"
     _keep(bench, name, compare_systems(run, system or ORDER))
+
+
+@app.command()
+def runtime(
+    folder: Root,
+    base: Base = "smollm2",
+    rounds: Annotated[int, typer.Option(min=1, help="How often each system is made and asked, by turns.")] = 3,
+    only: Only = None,
+    threads: Threads = 1,
+) -> None:
+    """Time what every system takes to make, and how fast the Mediator model answers; best on a quiet machine."""
+    from .compared_system import Comparison
+    from .runtime import runtime as measured
+
+    bench = _bench(folder, base, threads, only)
+    _keep(bench, "runtime", measured(Comparison(bench, _lab(bench)), rounds))
 
 
 @app.command()

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from ..methods.merging import MERGE_METHODS
 from ..presets import PRESETS, preset_settings
 from ..tables import unknown_name
 from ..tuner.config import MediatorConfig
+from .compared_system import Comparison, System
 from .dynamic import dynamic_parts
 from .lab import (
     Lab,
@@ -47,30 +48,37 @@ from .lab import (
     task_vector_norm,
     tensors_with_contexts,
 )
-from .scores import Scores, Sizes
+from .quantized import QUANTIZED, quantized_system
+from .scores import GENERAL, Scores
 from .systems import (
+    BASE,
     NAMED,
     ROUTED_SYSTEM,
     Bench,
     Part,
     Parts,
     Table,
-    build_default,
     built_model,
     default_name,
     is_built,
     known_coefficient,
     load_built,
     model_key,
-    score_alone,
+    score_experts,
+    score_general,
     tuned_coefficient,
 )
-from .tables import paired_tests, system_row
+from .tables import forgets, paired_tests, system_row
+
+DYNAMIC = "dynamic"
+"""Per-layer dynamic averaging of the bank's deltas."""
 
 ORDER = (
+    *("Mediator, routed, nf4 corrected", "Mediator, routed, int8"),
     *("experts@router", "emr", "t-switch", "twin", "twin, routed", "t-switch, routed", "tall", "bitdelta"),
     *("dare_ties", "widen", "pcb", "tsv", "regmean", "fisher", "dare", "weighted", "consensus", "consensus_ties"),
-    *("delta-come", "dynamic", "experts@random", "karcher", "opcm", "ota"),
+    *("delta-come", DYNAMIC, "experts@random", "karcher", "opcm", "ota"),
+    *("Mediator, routed, nf4", "experts, int8", "experts, nf4"),
     *("average", "task_arithmetic", "ties", "slerp", "doge"),
 )
 """The most important first, the slowest last. Whole experts, named, are what all of them are compared with."""
@@ -82,62 +90,8 @@ DATA_ROWS = {"regmean": "gram", "fisher": "fisher", "ota": "fisher"}
 """Merge methods that need a statistic."""
 
 
-@dataclass
-class Comparison:
-    """What all systems share."""
-
-    bench: Bench
-    lab: Lab
-    limit: Sizes | None = None
-    """Most answers and losses of a task; None takes those of the table of systems."""
-
-    memory: dict[str, Any] = field(default_factory=dict)
-    """What is loaded once."""
-
-    def sizes(self, task: str) -> Sizes:
-        """Items of a task."""
-        wanted = self.bench.sample.sizes[task]
-        if self.limit is None:
-            return wanted
-        return Sizes(min(wanted.answers, self.limit.answers), min(wanted.losses, self.limit.losses))
-
-    def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """``make()``, or what it gave before."""
-        if name not in self.memory:
-            self.memory[name] = make()
-        return self.memory[name]
-
-    @property
-    def default(self) -> Path:
-        """The Mediator model whose router and bank are used."""
-        folder: Path = self.once("default", lambda: build_default(self.bench))
-        return folder
-
-    def default_model(self) -> tuple[Any, Any]:
-        """It, loaded."""
-        found: tuple[Any, Any] = self.once("default model", lambda: load_built(self.default))
-        return found
-
-
-@dataclass(frozen=True)
-class System:
-    """One system to be scored."""
-
-    depends: Any
-    """What its figures depend on, known without any work."""
-
-    parts: Callable[[str], Parts]
-    """Task → items → parts."""
-
-    num_bytes: Callable[[], int | None]
-    """Of its weights; None for one model."""
-
-    answers_unknown: bool = True
-    """Whether it answers tasks without an expert."""
-
-
 def check_system(name: str) -> None:
-    """Refuse a name that is no baseline with its route, preset with its router, merge method, or ``dynamic``.
+    """Refuse a name that is no baseline with its route, preset with its router, merge method, or one of this module's.
 
     Raises:
         ConfigError: it is none of them.
@@ -145,7 +99,7 @@ def check_system(name: str) -> None:
     own, _ = parse_baseline(name)
     preset, _, rest = name.partition(", ")
     is_preset = preset in PRESETS and rest == "routed"
-    if not (own in BASELINES or is_preset or name == "dynamic" or name in MERGE_METHODS):
+    if not (own in BASELINES or is_preset or name in (DYNAMIC, *QUANTIZED, *MERGE_METHODS)):
         raise ConfigError(unknown_name(name, ORDER, kind="system"))
 
 
@@ -159,7 +113,9 @@ def find_system(run: Comparison, name: str) -> System:
     own, route = parse_baseline(name)
     if own in BASELINES:
         return _restored(run, own, route)
-    if name == "dynamic":
+    if name in QUANTIZED:
+        return quantized_system(run, name)
+    if name == DYNAMIC:
         key = model_key(run.bench, MediatorConfig())
         return System(key, lambda task: dynamic_parts(run.lab, run.default, run.default_model), lambda: None, False)
     return _merged(run, name) if name in MERGE_METHODS else _preset(run, name.partition(", ")[0])
@@ -246,7 +202,7 @@ def _merged(run: Comparison, name: str) -> System:
         folder = bench.folder.models / f"merged-{name}{bench.suffix}"
         shutil.rmtree(folder, ignore_errors=True)
         paths = {task: expert.path for task, expert in bench.experts.items()}
-        settings = MediatorSettings(merge_method=name, merge_data=_data(run, name))
+        settings = MediatorSettings(merge_method=name, merge_data=merge_data(run, name))
         merge_models(bench.folder.base, paths, folder, settings, hash_inputs=False)
         found = read_state(folder)
         shutil.rmtree(folder)
@@ -267,7 +223,7 @@ def _merged(run: Comparison, name: str) -> System:
     return System(depends, parts, lambda: None)
 
 
-def _data(run: Comparison, name: str) -> str | None:
+def merge_data(run: Comparison, name: str) -> str | None:
     """What a merge method reads beside the weights, measured once."""
     if name == "weighted":
         return str(_equal_norms(run))
@@ -350,8 +306,8 @@ def compare(run: Comparison, names: Sequence[str]) -> dict[str, Any]:
         names: those to score, in this order.
 
     Returns:
-        ``systems``: name → accuracy, loss, shares kept, bytes; ``tests``: p-values against the whole experts;
-        ``left_out``: name → why.
+        ``systems``: name → accuracy, loss, shares kept, what is forgotten, bytes, p-values against the whole experts;
+        ``left_out``: name → why; ``experts_forget``: expert → what it forgets on its own.
 
     Raises:
         ConfigError: a name is unknown; nothing has been scored then.
@@ -360,8 +316,9 @@ def compare(run: Comparison, names: Sequence[str]) -> dict[str, Any]:
         check_system(name)
     bench = run.bench
     known, left_out, table = bench.sample.known, {}, {}
-    alone = score_alone(bench, run.lab)
+    alone = score_experts(bench, run.lab)
     own = {task: alone[f"expert {task}"][task].first(run.sizes(task)) for task in known}
+    general = score_general(bench, run.lab)
     one = sum(path.stat().st_size for path in bench.folder.base.glob("*.safetensors"))
     for name in dict.fromkeys([*names, *ORDER]):
         reason = why_unsuited(run, name)
@@ -371,18 +328,27 @@ def compare(run: Comparison, names: Sequence[str]) -> dict[str, Any]:
         if found is None:
             left_out[name] = reason or "not scored"
             continue
-        table[name] = system_row(known, found, own, find_system(run, name).num_bytes() or one)
-        table[name]["against_experts"] = paired_tests(own, found)
+        table[name] = _row(run, found, own, general, find_system(run, name).num_bytes() or one)
     for name, (found, num_bytes) in _mediator_scores(run).items():
-        table[name] = system_row(known, found, own, num_bytes)
-        table[name]["against_experts"] = paired_tests(own, found)
+        table[name] = _row(run, found, own, general, num_bytes)
     return {
         "tasks": list(known),
         "num_items": {task: asdict(run.sizes(task)) for task in known},
         "systems": table,
         "left_out": left_out,
+        "experts_forget": {name: forgets(scores, general[BASE]) for name, scores in general.items() if name != BASE},
         "bytes_of_one_model": one,
     }
+
+
+def _row(
+    run: Comparison, found: dict[str, Scores], own: dict[str, Scores], general: dict[str, Scores], num_bytes: int
+) -> dict[str, Any]:
+    row = system_row(run.bench.sample.known, found, own, num_bytes)
+    row["against_experts"] = paired_tests(own, found)
+    if GENERAL in found and general:
+        row["forgets"] = forgets(found[GENERAL], general[BASE])
+    return row
 
 
 def _mediator_scores(run: Comparison) -> dict[str, tuple[dict[str, Scores], int]]:
@@ -391,9 +357,9 @@ def _mediator_scores(run: Comparison) -> dict[str, tuple[dict[str, Scores], int]
     folder = run.bench.folder.models / default_name(run.bench)
     rows = {}
     for name in (NAMED, ROUTED_SYSTEM):
-        scores = {task: _known(run, name, task, depends) for task in run.bench.sample.known}
+        scores = {task: _known(run, name, task, depends) for task in run.bench.sample.tasks}
         found = {task: each for task, each in scores.items() if each is not None}
-        if len(found) == len(scores) and is_built(folder, depends):
+        if set(found) >= set(run.bench.sample.known) and is_built(folder, depends):
             info = read_adapter_info(folder)
             rows[name] = found, (info.backbone_bytes or 0) + info.adapter_bytes
     return rows

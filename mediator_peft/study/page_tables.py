@@ -62,14 +62,37 @@ def comparison_table(results: Results, base: str = "") -> str:
     answered: list[str] = next(
         (row["answered_tasks"] for row in found["systems"].values() if "answered_tasks" in row), []
     )
-    header = ["system", *answered, "mean kept", "worst kept", "mean loss", "bytes, models"]
+    header = ["system", *answered, "mean kept", "worst kept", "mean loss", "forgets, nats", "bytes, models"]
     rows = []
     for name, row in sorted(found["systems"].items(), key=rank):
         cells = ["–"] * (len(answered) + 2)
         if row.get("kept") is not None:
             cells = [*(share(row["tasks"][task]["accuracy"]) for task in answered), *_kept_cells(row)]
-        rows.append([name, *cells, f"{row['mean_loss']:.3f}", f"{row['bytes'] / found['bytes_of_one_model']:.2f}"])
+        forgets = with_signs(row["forgets"]) if "forgets" in row else "–"
+        models = f"{row['bytes'] / found['bytes_of_one_model']:.2f}"
+        rows.append([name, *cells, f"{row['mean_loss']:.3f}", forgets, models])
     return markdown_table(header, rows)
+
+
+def build_table(results: Results, base: str = "") -> str:
+    """What each system takes to make, beside the plain average."""
+    found = results["runtime" + base]["build"]
+    rows = [
+        [name, f"{row['cpu_seconds']:.1f}", _ratio(row)]
+        for name, row in sorted(found.items(), key=lambda pair: pair[1]["cpu_seconds"])
+    ]
+    return markdown_table(["system", "CPU seconds", "times the average's"], rows)
+
+
+def decode_table(results: Results, base: str = "") -> str:
+    """Tokens a second, beside one plain model."""
+    found = results["runtime" + base]["decode"]
+    rows = [[name, f"{row['tokens_per_second']:.1f}", _ratio(row)] for name, row in found.items()]
+    return markdown_table(["system", "tokens a second", "times one plain model's"], rows)
+
+
+def _ratio(row: Results) -> str:
+    return f"{row['ratio']:.2f} ({row['low']:.2f}–{row['high']:.2f})"
 
 
 def routing_table(results: Results, base: str = "") -> str:
@@ -263,6 +286,8 @@ TABLES: dict[str, Callable[[Results, str], str]] = {
     "losses": losses_table,
     "comparison": comparison_table,
     "tests": p_values_table,
+    "build": build_table,
+    "decode": decode_table,
     "routing": routing_table,
     "conflict": conflict_table,
     "conflict-by-matrix": kinds_table,

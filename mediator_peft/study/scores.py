@@ -17,6 +17,12 @@ from ..evaluation.report import write_json
 from ..evaluation.runner import answer_room
 from ..evaluation.scoring import MATCHERS
 
+GENERAL = "general"
+"""The task of the base's own answers to general questions."""
+
+CONTINUATION = "continuation"
+"""How answers that were cut off are judged: by the loss of their tokens, the end of text left out."""
+
 SCORE_VERSION = 1
 """To be raised when scoring changes, so that older files are not used."""
 
@@ -128,7 +134,12 @@ def score_items(
     started = time.perf_counter()
     asked = PromptedModel(model, tokenizer, PromptSettings(batch_size), memo or Memo.empty())
     room = answer_room(tokenizer, [item.answer for item in items])
-    if match == "exact" and is_plainly_greedy(model):
+    answers: list[str] = []
+    if match == CONTINUATION:
+        measured = items[: sizes.losses]
+        texts = [item.prompt for item in measured], [item.answer for item in measured]
+        losses = asked.losses(*texts, expert_weights, is_ended=False)
+    elif match == "exact" and is_plainly_greedy(model):
         answers, losses = _compared(asked, items, sizes, expert_weights, room)
     else:
         prompts = [item.prompt for item in items[: sizes.answers]]

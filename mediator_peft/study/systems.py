@@ -25,8 +25,8 @@ from ..merge.offline import build_mediator
 from ..methods.merging import MERGE_METHODS
 from ..tuner.config import MediatorConfig
 from .experts import StudyFolder, trained_experts, validation_items
-from .lab import Lab, merge_states
-from .scores import ScoreBook, Scores, Sizes, put_together, score_items
+from .lab import Lab, State, merge_states
+from .scores import CONTINUATION, GENERAL, ScoreBook, Scores, Sizes, put_together, score_items
 from .settings import StudySettings
 
 BASE, NAMED, ROUTED_SYSTEM = "base", "Mediator, expert named", "Mediator, routed"
@@ -78,13 +78,15 @@ def make_sample(
         known: those that have one.
         unknown: tasks without an expert.
         num_answers: greedy answers a task.
-        num_losses: answer losses a task; half of them for word problems, which are long, and for unknown tasks.
+        num_losses: answer losses a task; half of them for word problems, which are long, and for unknown tasks; the
+            base's own answers are all measured.
     """
 
     def sizes(answers: int, losses: int) -> dict[str, Sizes]:
         # Word problems are long: their losses are measured, their answers are not generated.
         known_sizes = {name: Sizes(0, losses // 2) if name == "maths" else Sizes(answers, losses) for name in known}
-        return known_sizes | {name: Sizes(0, losses // 2) for name in unknown}
+        whole = {name: len(task.test) for name, task in unknown.items() if task.match == CONTINUATION}
+        return known_sizes | {name: Sizes(0, whole.get(name, losses // 2)) for name in unknown}
 
     chosen = {name: tasks[name] for name in known}
     return Sample(chosen | dict(unknown), list(known), sizes(num_answers, num_losses))
@@ -197,6 +199,26 @@ def score_experts(bench: Bench, lab: Lab) -> Table:
         system = f"expert {name}"
         table[system] = {name: bench.scored(system, name, bench.sample.sizes[name], expert.path.name, own)}
     return table
+
+
+def score_general(bench: Bench, lab: Lab) -> dict[str, Scores]:
+    """The base and each expert on the base's own answers to general questions; empty where the sample has none."""
+    if GENERAL not in bench.sample.tasks:
+        return {}
+    sizes = bench.sample.sizes[GENERAL]
+    sources = {BASE: (bench.folder.model.identity, lab.base)} | {
+        name: (expert.path.name, lab.experts[name]) for name, expert in bench.experts.items()
+    }
+    found = {}
+    for name, (identity, state) in sources.items():
+
+        def ready(state: State = state) -> dict[str, Any]:
+            with lab.holding(state) as model:
+                return {"model": model, "tokenizer": lab.tokenizer}
+
+        system = name if name == BASE else f"expert {name}"
+        found[name] = bench.scored(system, GENERAL, sizes, identity, ready)
+    return found
 
 
 def tuned_coefficient(bench: Bench, lab: Lab) -> float:

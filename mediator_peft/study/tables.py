@@ -141,6 +141,12 @@ def system_row(known: Any, scores: Mapping[str, Scores], own: Mapping[str, Score
     return row
 
 
+def forgets(found: Scores, base: Scores) -> dict[str, float]:
+    """How much less likely a system makes the base's own answers to general questions: nats a token, with interval."""
+    differences = [ours - theirs for ours, theirs in zip(found.losses, base.losses, strict=False)]
+    return bootstrap_mean(differences)._asdict()
+
+
 def paired_tests(routed: Mapping[str, Scores], other: Mapping[str, Scores]) -> dict[str, dict[str, float]]:
     """p-values of answers and losses of the tasks that both answered, on the same items."""
     found: dict[str, dict[str, float]] = {}

@@ -28,9 +28,9 @@ from mediator_peft.methods.merging import MERGE_METHODS
 from mediator_peft.study import ablation, hard, systems
 from mediator_peft.study import tasks as study_tasks
 from mediator_peft.study.ablation import DEFAULT, Ablation, Choice, Variant, ablate
+from mediator_peft.study.compared_system import Comparison
 from mediator_peft.study.comparison import (
     ORDER,
-    Comparison,
     check_system,
     compare,
     score_merges,

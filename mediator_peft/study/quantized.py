@@ -1,0 +1,149 @@
+"""The Mediator model, and whole experts, with weights in 4 or 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoints.adapter_sizes import read_adapter_info
+from ..demo.tasks import Item
+from ..evaluation.generation import ROUTED, Memo
+from ..tuner.config import MediatorConfig
+from .compared_system import Comparison, System
+from .systems import Part, Parts, built_model, model_key
+
+_FLOAT_BYTES = 2
+"""Of a parameter that is not quantised, in bfloat16."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """How the weights are held."""
+
+    kind: str
+    """``nf4`` or ``int8``, by bitsandbytes."""
+
+    is_corrected: bool = False
+    """Whether one more delta corrects the quantization error."""
+
+    is_expert: bool = False
+    """A whole expert, named, instead of the routed Mediator model."""
+
+
+QUANTIZED = {
+    "Mediator, routed, nf4 corrected": Quantized("nf4", is_corrected=True),
+    "Mediator, routed, int8": Quantized("int8"),
+    "Mediator, routed, nf4": Quantized("nf4"),
+    "experts, int8": Quantized("int8", is_expert=True),
+    "experts, nf4": Quantized("nf4", is_expert=True),
+}
+"""Name of a system → how its weights are held."""
+
+
+def quantized_system(run: Comparison, name: str) -> System:
+    """One of :data:`QUANTIZED`."""
+    how = QUANTIZED[name]
+    return _whole_experts(run, how.kind) if how.is_expert else _mediator(run, how)
+
+
+def _mediator(run: Comparison, how: Quantized) -> System:
+    def loaded() -> tuple[Any, Any]:
+        return load_quantized(run, how)
+
+    key = f"quantized {how}"
+
+    def parts(task: str) -> Parts:
+        def of_items(items: Sequence[Item]) -> Iterator[Part]:
+            model, tokenizer = run.once(key, loaded)
+            memo = run.once(f"{key} memo", Memo.empty)
+            arguments = {"model": model, "tokenizer": tokenizer, "expert_weights": ROUTED, "memo": memo}
+            yield list(range(len(items))), arguments
+
+        return of_items
+
+    def num_bytes() -> int:
+        return backbone_bytes(run.once(key, loaded)[0]) + read_adapter_info(_folder(run, how)).adapter_bytes
+
+    return System([model_key(run.bench, _config(how)), how.kind], parts, num_bytes)
+
+
+def load_quantized(run: Comparison, how: Quantized) -> tuple[Any, Any]:
+    """The Mediator model and its tokenizer."""
+    from ..tuner.loading import load_mediator
+
+    settings = quantization_settings(how.kind)
+    return load_mediator(_folder(run, how), dtype=torch.float32, quantization_config=settings, device_map="cpu")
+
+
+def _config(how: Quantized) -> MediatorConfig:
+    return MediatorConfig(for_quantization=how.kind if how.is_corrected else None)
+
+
+def _folder(run: Comparison, how: Quantized) -> Path:
+    if not how.is_corrected:
+        return run.default
+    bench = run.bench
+    return built_model(bench, f"{how.kind}-{len(bench.experts)}{bench.suffix}", _config(how))
+
+
+def _whole_experts(run: Comparison, kind: str) -> System:
+    """Each expert as it was trained, on its own task."""
+    experts = run.bench.experts
+
+    def loaded(task: str) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        settings = quantization_settings(kind)
+        path = experts[task].path
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, quantization_config=settings, device_map="cpu"
+        ).eval()
+
+    def parts(task: str) -> Parts:
+        def of_items(items: Sequence[Item]) -> Iterator[Part]:
+            yield list(range(len(items))), {"model": loaded(task), "tokenizer": run.lab.tokenizer}
+
+        return of_items
+
+    def num_bytes() -> int:
+        return len(experts) * backbone_bytes(loaded(next(iter(experts))))
+
+    return System([run.bench.hashes, kind], parts, num_bytes, answers_unknown=False)
+
+
+def quantization_settings(kind: str) -> Any:
+    """Of a load by transformers: 4 bits compute in float32."""
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=torch.float32)
+
+
+def backbone_bytes(model: nn.Module) -> int:
+    """Of a model's weights, each once: codes with their scales, and what is not quantised in bfloat16.
+
+    Deltas and routers are not counted; a tied head is counted once.
+    """
+    total, seen = 0, set[int]()
+    for name, weight in model.named_parameters():
+        if "mediator" in name or id(weight) in seen:
+            continue
+        seen.add(id(weight))
+        total += _bytes_of(weight)
+    return total
+
+
+def _bytes_of(weight: nn.Parameter) -> int:
+    """Of one weight; a row of int8 codes has one float32 scale."""
+    if weight.dtype == torch.int8:
+        return weight.numel() + 4 * weight.shape[0]
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        return weight.numel() + state.absmax.numel() * state.absmax.element_size()
+    return weight.numel() * _FLOAT_BYTES
