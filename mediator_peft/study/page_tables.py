@@ -95,6 +95,17 @@ def _ratio(row: Results) -> str:
     return f"{row['ratio']:.2f} ({row['low']:.2f}–{row['high']:.2f})"
 
 
+def experts_forget_table(results: Results, base: str = "") -> str:
+    """What each expert forgets on its own, on every base."""
+    found = {name: results[f"comparison{name}"] for name in _TITLES if f"comparison{name}" in results}
+    names = dict.fromkeys(name for table in found.values() for name in table["experts_forget"])
+    rows = []
+    for name in names:
+        cells = [table["experts_forget"].get(name) for table in found.values()]
+        rows.append([name, *("–" if cell is None else with_signs(cell) for cell in cells)])
+    return markdown_table(["expert", *(_TITLES[name] for name in found)], rows)
+
+
 def routing_table(results: Results, base: str = "") -> str:
     """Where test prompts were sent."""
     found = results["systems" + base]["routing"]
@@ -286,6 +297,7 @@ TABLES: dict[str, Callable[[Results, str], str]] = {
     "losses": losses_table,
     "comparison": comparison_table,
     "tests": p_values_table,
+    "experts-forget": experts_forget_table,
     "build": build_table,
     "decode": decode_table,
     "routing": routing_table,

@@ -22,7 +22,7 @@ from mediator_peft.study.comparison import check_system, compare
 from mediator_peft.study.experts import StudyFolder
 from mediator_peft.study.general import general_questions, general_task
 from mediator_peft.study.lab import Lab
-from mediator_peft.study.page_tables import build_table, comparison_table, decode_table
+from mediator_peft.study.page_tables import build_table, comparison_table, decode_table, experts_forget_table
 from mediator_peft.study.quantized import backbone_bytes
 from mediator_peft.study.runtime import PLAIN, runtime
 from mediator_peft.study.scores import CONTINUATION, GENERAL, Scores, Sizes, score_items
@@ -127,6 +127,10 @@ def test_quantised_systems_are_compared_with_the_others(bench, lab):
     assert found["systems"]["experts, int8"]["bytes"] < 2 * found["bytes_of_one_model"]
     lines = comparison_table({"comparison": found}).splitlines()
     assert "forgets, nats" in lines[0]
+    lines = experts_forget_table({"comparison": found, "comparison_gemma3": {"experts_forget": {}}}).splitlines()
+    assert lines[0] == "| expert | SmolLM2 | Gemma 3 |"
+    assert lines[2].startswith("| first | ")
+    assert lines[2].endswith(" | – |")
     with pytest.raises(ConfigError, match="unknown system"):
         check_system("Mediator, routed, nf3")
 
