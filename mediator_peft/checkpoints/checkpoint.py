@@ -92,8 +92,11 @@ class Checkpoint(ABC):
         """Rows of one tensor, in its own dtype: (stop - start, *rest). Not to be kept."""
 
     def read_groups(self, name: str, groups: Sequence[tuple[int, int]]) -> Array:
-        """Rows of one tensor from several places, (start, stop) each, one below the other. Not to be kept."""
-        return np.concatenate([self.read_rows(name, start, stop).copy() for start, stop in groups])
+        """Rows of one tensor from several places, (start, stop) each, one below the other; no places give no rows.
+
+        Not to be kept.
+        """
+        return np.concatenate([self.read_rows(name, start, stop).copy() for start, stop in groups or [(0, 0)]])
 
     def read_part(self, name: str, number: int, groups: Sequence[tuple[int, int]]) -> Array | None:
         """Groups of rows of one matrix of a tensor (E, O, I), without reading more: (rows, I). Not to be kept.

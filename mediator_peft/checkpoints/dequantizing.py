@@ -126,7 +126,7 @@ class DequantizedCheckpoint(FolderCheckpoint):
             return super().read_groups(name, groups)
         if self._last is None or self._last[0] != name:
             self._last = name, self._dequantized(name)
-        return as_array(torch.cat([self._last[1][start:stop] for start, stop in groups]))
+        return as_array(torch.cat([self._last[1][start:stop] for start, stop in groups or [(0, 0)]]))
 
     def take_as(self, name: str, source: str) -> None:
         if source in self._parts:

@@ -114,7 +114,7 @@ class SplitCheckpoint(Checkpoint):
             rows = self._whole.read_part(*self._parts[name], groups)
             if rows is not None:
                 return rows
-        return np.concatenate([self._matrix(name)[start:stop] for start, stop in groups])
+        return np.concatenate([self._matrix(name)[start:stop] for start, stop in groups or [(0, 0)]])
 
     def _matrix(self, name: str) -> Array:
         """One part, which is held until another is read: it is asked for some rows at a time."""

@@ -108,7 +108,7 @@ class NamedCheckpoint(Checkpoint):
             return self.stored.read_groups(self._names[name], groups)
         tensor = self._converted(name)
         tensor = tensor.reshape(1) if tensor.ndim == 0 else tensor
-        return as_array(torch.cat([tensor[start:stop] for start, stop in groups]))
+        return as_array(torch.cat([tensor[start:stop] for start, stop in groups or [(0, 0)]]))
 
     def read_part(self, name: str, number: int, groups: Sequence[tuple[int, int]]) -> Array | None:
         if name not in self._names:

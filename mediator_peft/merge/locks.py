@@ -408,6 +408,8 @@ def _test_neurons(base: Checkpoint, expert: Checkpoint, module: _Neurons) -> Ite
     change = _norms_of(columns[1] - columns[0]) / np.maximum(_norms_of(columns[0]), 1e-30)
     suspects = np.flatnonzero(change > MOVED)
     suspects = suspects[_spread(len(suspects), _NEURONS)]
+    if not len(suspects):
+        return
     theirs = _Pairs(up.read(expert, suspects), columns[1][suspects])
     ours = _Pairs(up.read(base, suspects), columns[0][suspects])
     moved, differs = ours.change(theirs), ours.product_change(theirs)

@@ -176,6 +176,7 @@ def test_codes_are_read_as_what_they_stand_for(kind, paths):
         groups = [(0, 2), (5, 6)] if expected.ndim > 1 else [(0, 2)]
         rows = torch.cat([expected[start:stop] for start, stop in groups])
         torch.testing.assert_close(to_tensor(ours.read_groups(name, groups)), rows, rtol=1e-6, atol=1e-7)
+        assert ours.read_groups(name, []).shape == (0, *expected.shape[1:])
 
 
 @pytest.mark.parametrize("kind", ["gptq", "fp8 by blocks", "bitsandbytes nf4, nested"])
