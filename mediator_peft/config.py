@@ -211,6 +211,10 @@ class MediatorSettings:
     """A key of ``DELTA_ROUTERS`` where the router was made from the experts' deltas, without texts. ``None``: it is, or
     will be, the one of ``router``, fitted on texts. Written when the router is fitted."""
 
+    fitted_quantization: str | None = None
+    """Quantisation of the weights that prompts were read with when the router was fitted. ``None``: plain weights,
+    quantised ones with their correction, or an adapter of an earlier version. Written when the router is fitted."""
+
     backbone_fingerprint: dict[str, Any] | None = None
     """Shapes and sampled values of the backbone the deltas belong to. Written by the build."""
 

@@ -22,7 +22,7 @@ from .common import (
     print_json,
     say,
 )
-from .loading import LOADING, PROMPTING, Loading, Prompting, load
+from .loading import LOADING, PROMPTING, Loading, Prompting, Quantize, load
 from .option_groups import takes_groups
 
 
@@ -70,13 +70,14 @@ def fit_router(
     ] = None,
     prompting: Prompting = PROMPTING,
     loading: Loading = LOADING,
+    quantize: Quantize = None,
     as_json: AsJson = False,
 ) -> None:
     """Fit the router of OUT on prompts of each expert, preferably 50 or more, and save it in OUT.
 
     Near-OOD prompts that an expert answers worse than the base are found with --answered only. Without prompts,
     --from-deltas makes a router that is a start: it routes fewer wordings to their expert. A later fit on prompts takes
-    its place.
+    its place. A model that will be loaded with --quantize nf4 and has no correction for it is fitted with it as well.
 
     Example:
       mediator-peft fit-router out --data math=math.jsonl --data cron=cron.jsonl --answered others.jsonl
@@ -85,7 +86,8 @@ def fit_router(
     if not (from_deltas or data):
         raise typer.BadParameter("give prompts of each expert, or --from-deltas.", param_hint="--data")
     if from_deltas:
-        report = made_from_deltas(out, prompting, loading, None if background is None else str(background))
+        made_by = prompting, loading, None if background is None else str(background)
+        report = made_from_deltas(out, *made_by, quantize)
         if as_json:
             print_json(report)
         else:
@@ -93,7 +95,7 @@ def fit_router(
         return
     files = None if answered is None else str(answered)
     prompts = RouterPrompts(parse_pairs(data or [], "--data"), text_column, files, match)
-    report = calibrated(out, prompts, prompting, loading, None if background is None else str(background))
+    report = calibrated(out, prompts, prompting, loading, None if background is None else str(background), quantize)
     if as_json:
         print_json(report)
         return
@@ -125,12 +127,16 @@ def fit_router(
 
 
 def made_from_deltas(
-    out: Path, prompting: Prompting = PROMPTING, loading: Loading = LOADING, background: str | None = None
+    out: Path,
+    prompting: Prompting = PROMPTING,
+    loading: Loading = LOADING,
+    background: str | None = None,
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     """Make the router of ``out`` from its deltas and save it there; see :func:`make_and_save`."""
     from ..evaluation.fit_and_save import make_and_save
 
-    model, tokenizer = load(out, loading)
+    model, tokenizer = load(out, loading, quantize)
     return make_and_save(model, tokenizer, find_adapter(out), prompting.settings(), background)
 
 
@@ -147,7 +153,12 @@ def say_made(out: Path, report: Mapping[str, Any]) -> None:
 
 
 def calibrated(
-    out: Path, prompts: RouterPrompts, prompting: Prompting, loading: Loading, background: str | None = None
+    out: Path,
+    prompts: RouterPrompts,
+    prompting: Prompting,
+    loading: Loading,
+    background: str | None = None,
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     """Read prompts, fit the router of ``out`` on them and save it there; see :func:`fit_and_save`."""
     from ..evaluation.fit_and_save import fit_and_save
@@ -156,7 +167,7 @@ def calibrated(
     texts = {name: read_prompts(Path(path), prompts.text_column) for name, path in prompts.data.items()}
     items = [] if prompts.answered is None else read_task(prompts.answered, prompts.match, prompts.text_column)
     check_prompts(texts, saved_experts(out))
-    model, tokenizer = load(out, loading)
+    model, tokenizer = load(out, loading, quantize)
     return fit_and_save(
         model, tokenizer, texts, find_adapter(out), prompting.settings(), answered=items, background=background
     )

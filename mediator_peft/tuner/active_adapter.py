@@ -18,6 +18,7 @@ from ..routing.routers import Router
 from .config import FALLBACK_EXPERT, FitSettings, MediatorConfig
 from .expert_weights import Columns, ExpertWeights, expert_weight_rows
 from .layer import MediatorLayer, routed_layers
+from .quantized import quantization_of_layers
 
 
 class ActiveAdapter:
@@ -166,15 +167,23 @@ class ActiveAdapter:
         if known is None or known[0] is not config.column_map or known[1] != config.columns:
             rows = identity_rows(config.columns) if config.column_map is None else dict(config.column_map)
             # Where no layer is quantised for it, there is nothing to correct.
-            if config.for_quantization is not None and self._has_corrected_layers(name):
+            if self.has_corrected_layers(name):
                 rows[CORRECTION] = {ALWAYS: 1.0}
             known = self._maps[name] = (config.column_map, config.columns, ColumnMap.of(rows, config.columns))
         made = known[2]
         return None if made.columns == made.inputs else made
 
-    def _has_corrected_layers(self, name: str) -> bool:
+    def has_corrected_layers(self, adapter_name: str | None = None) -> bool:
+        """Whether quantised layers of an adapter, by default the active one, have their error corrected."""
+        name = self.name if adapter_name is None else adapter_name
+        if self.configs[name].for_quantization is None:
+            return False
         banks = [layer.bank(name) for layer in self.layers.values() if name in layer.mediator_bank]
         return any(bank.is_corrected for bank in banks)
+
+    def uncorrected_quantization(self) -> str | None:
+        """In what quantisation prompts are read; None for plain weights, and for those whose error is corrected."""
+        return None if self.has_corrected_layers() else quantization_of_layers(self.layers.values())
 
     def put_router(
         self,

@@ -28,6 +28,7 @@ class FitSettings(NamedTuple):
     prompt_form: dict[str, list[int]] | None
     fitted_router_layer: int | None
     fitted_router: str | None = None
+    fitted_quantization: str | None = None
 
     @classmethod
     def of(cls, config: MediatorSettings) -> FitSettings:

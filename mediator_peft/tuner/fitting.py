@@ -63,7 +63,8 @@ def fit_router(
     config = shallow_copy(live)
     data = read_texts(dataset, names, tokenizer, columns, max_samples, config.seed, split)
     # Whoever routes meanwhile goes on by the last fit's settings.
-    settings = prompts.learned(tokenizer)._replace(fitted_router=None)
+    quantization = prompts.active.uncorrected_quantization()
+    settings = prompts.learned(tokenizer)._replace(fitted_router=None, fitted_quantization=quantization)
     settings.write_to(config)
     reading = prompts.reading(settings)
     reading = reading._replace(router=prompts.of_kind(reading.router, live, settings))
@@ -284,6 +285,7 @@ def _cache(
     weight = next(prompts.active.model.parameters())
     in_place = reading.prompt_form is None and prompts.reads_in_one_pass(reading.layer)
     form: list[Any] = [reading.routing_turn, in_place, reading.turn_markers, reading.prompt_form]
+    form.append(prompts.active.has_corrected_layers())
     form += [hashlib.sha256(part.cpu().numpy().tobytes()).hexdigest() for part in reading.router.pools_by]
     settings = [config.backbone_fingerprint, list(layers), form, str(weight.dtype), str(weight.device)]
     settings.append(_read_weights(prompts, max(layers)))

@@ -129,7 +129,11 @@ def router_from_deltas(
             "read none of the library's, or background=[] leaves them out. Give 20 or more: background=[...]."
         )
     block = _block(prompts)
-    settings = prompts.learned(tokenizer)._replace(fitted_router_layer=block, fitted_router=KIND)
+    settings = prompts.learned(tokenizer)._replace(
+        fitted_router_layer=block,
+        fitted_router=KIND,
+        fitted_quantization=active.uncorrected_quantization(),
+    )
     readers = _first_readers(prompts, block, against.rows[0])
     router = SpectralRouter(len(names), active.model.config.get_text_config().hidden_size, config.seed)
     router.is_trainable = active.router.is_trainable

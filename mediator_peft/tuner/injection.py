@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -16,7 +16,7 @@ from .config import MediatorConfig
 from .embedding import MediatorEmbedding, check_embedding
 from .fused_experts import check_experts, is_expert_matrix, unwrap_experts
 from .layer import MediatorLayer, routed_layers
-from .quantized import quantization_of
+from .quantized import quantization_of, quantization_of_layers
 from .request_board import RequestBoard
 from .sharded import check_not_split
 from .tied_head import check_tie, untie_head
@@ -96,6 +96,24 @@ def warn_of_other_quantization(layers: Iterable[MediatorLayer], config: Mediator
             f"with for_quantization={others[0]!r}.",
             stacklevel=3,
         )
+
+
+def warn_of_other_reading(layers: Collection[MediatorLayer], adapter_name: str, config: MediatorConfig) -> None:
+    """Say where a router was fitted on weights of another quantisation than those that prompts are read with now."""
+    if config.fitted_router_layer is None or any(layer.bank(adapter_name).is_corrected for layer in layers):
+        return
+    fitted, now = config.fitted_quantization, quantization_of_layers(layers)
+    if fitted != now and {fitted, now} != {None, "int8"}:
+        warnings.warn(
+            f"the router was fitted on {_weights_in(fitted)}, and the backbone has {_weights_in(now)}: in-distribution "
+            "prompts may go to the fallback. Fit it on the backbone as it is loaded now (fit_router, or `mediator-peft "
+            "fit-router OUT --quantize ...`), or build with for_quantization, whose correction applies to routing too.",
+            stacklevel=3,
+        )
+
+
+def _weights_in(quantization: str | None) -> str:
+    return "plain weights" if quantization is None else f"weights in {quantization}"
 
 
 def unwrap_layers(model: Any) -> None:

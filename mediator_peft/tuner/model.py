@@ -39,7 +39,14 @@ from .fitting import fit_router
 from .fitting_from_deltas import DeltaReport, fit_router_from_deltas
 from .forward import RoutedForward
 from .fused_experts import wrap_experts
-from .injection import add_deltas, check_layers, routed, unwrap_layers, warn_of_other_quantization
+from .injection import (
+    add_deltas,
+    check_layers,
+    routed,
+    unwrap_layers,
+    warn_of_other_quantization,
+    warn_of_other_reading,
+)
 from .layer import MediatorLayer, reading_weights, routed_layers
 from .merging import AdapterMerging
 from .request_board import RequestBoard
@@ -120,6 +127,7 @@ class MediatorModel(BaseTuner):
         tie_head(model)
         self._built.pop(adapter_name, None)
         warn_of_other_quantization(self.routed_layers().values(), config)
+        warn_of_other_reading(self.routed_layers().values(), adapter_name, config)
         self.mediator_router[adapter_name] = self.prompt_router.new_router(config)
         config.bind(self.adapter_files.before_saving)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

@@ -6,6 +6,7 @@ called as it is, and the deltas' product is added to its output.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import copy
 from itertools import chain
 from typing import Any
@@ -28,6 +29,12 @@ def quantization_of(base_layer: nn.Module) -> str | None:
     if kind == "Params4bit":
         return weight.quant_type
     return "int8" if kind == "Int8Params" else "other"
+
+
+def quantization_of_layers(layers: Iterable[Any]) -> str | None:
+    """That of routed layers, several ones joined by ``+``; None where all are plain."""
+    kinds = {kind for layer in layers if (kind := quantization_of(layer.base_layer))}
+    return "+".join(sorted(kinds)) or None
 
 
 def device_of(base_layer: nn.Module) -> torch.device:

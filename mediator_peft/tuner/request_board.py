@@ -315,10 +315,14 @@ class RequestBoard:
             yield
 
     @contextmanager
-    def no_route(self) -> Iterator[None]:
-        """The backbone alone, for the forward passes inside the block."""
+    def no_route(self, correction: LayerRoute | None = None) -> Iterator[None]:
+        """The backbone alone, for the forward passes inside the block.
+
+        Args:
+            correction: what is added to a quantised backbone; None for nothing.
+        """
         before, was_unrouted = self._route.get(), self._unrouted.get()
-        self._route.set((None,))
+        self._route.set((correction,))
         self._unrouted.set(True)
         try:
             yield

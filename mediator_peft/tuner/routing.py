@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 
+from ..config import CORRECTION
 from ..context_length import table_of_positions
 from ..data_files import surrogate_fault
 from ..errors import RouterNotFittedError, RoutingError, UnsupportedError
@@ -26,7 +27,7 @@ from .active_adapter import ActiveAdapter
 from .chat_turns import padded, routing_rows, turn_markers, turn_mask
 from .config import FitSettings, MediatorConfig
 from .execution import float32_inside
-from .expert_weights import Columns
+from .expert_weights import Columns, LayerRoute, make_route
 from .layer import MediatorLayer
 from .prompt_form import FormedPrompts, PromptForm, formed, prompt_form
 from .request_board import RequestBoard
@@ -202,11 +203,17 @@ class PromptRouter:
 
     def states_at(self, layers: Sequence[int], rows: Tensor, mask: Tensor) -> list[Tensor]:
         """Hidden states of the backbone at several depths, (B, T, H) each; see :func:`hidden_states`."""
-        with self._board.no_route():
+        with self._board.no_route(self._correction(len(rows))):
             model, sharded = self.active.model, is_sharded(self.active.model)
             # Only the root gathers what lies outside of the blocks.
             inner = model if sharded and not is_gathered(model) else model.base_model
             return hidden_states(inner, self.blocks, self.block_hook, layers, rows, mask, stops=not sharded)
+
+    def _correction(self, batch_size: int) -> LayerRoute | None:
+        """The correction of quantised weights, added while prompts are read: they are read nearly as by plain ones."""
+        if not self.active.has_corrected_layers():
+            return None
+        return make_route(torch.ones(batch_size, 1), (CORRECTION,), False, None, None, is_sharded(self.active.model))
 
     def pooled(self, hidden: Tensor, mask: Tensor, router: Router) -> Tensor:
         """What a router sees of prompts; see :meth:`Router.pool`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 
 import pytest
@@ -318,6 +319,58 @@ def test_a_correction_is_left_out_where_it_does_not_belong(folders, tmp_path):
         other = quantized(tmp_path / "corrected", "int8")
     ours = other(input_ids=prompts, expert_weights=MIXES).logits
     assert torch.equal(ours, quantized(folders["out"], "int8")(input_ids=prompts, expert_weights=MIXES).logits)
+
+
+@torch.no_grad()
+def test_prompts_are_read_with_the_correction(folders, tmp_path):
+    experts = {name: folders[name] for name in ("math", "code")}
+    settings = MediatorConfig(density=DENSITY, for_quantization="nf4", correction_density=0.4)
+    build_mediator(folders["base"], experts, tmp_path / "corrected", settings)
+    by_hand = load(folders["out"])
+    state = by_hand.state_dict()
+    for name in [name for name in state if name.endswith("proj.weight")]:
+        rounded = numbers_of(state[name], "nf4")
+        state[name] = rounded + thin_out(state[name] - rounded, 0.4, "sign", "mean")
+    by_hand.load_state_dict(state)
+    model, prompts = quantized(tmp_path / "corrected", "nf4").base_model, random_prompts(3)
+    layer = model.prompt_router.router_layer
+    expected = by_hand(input_ids=prompts, output_hidden_states=True).hidden_states[layer].mean(dim=1)
+    torch.testing.assert_close(model.prompt_router.features(prompts, None), expected, rtol=2e-3, atol=2e-3)
+    # A correction is all that is added: no expert's delta, and nothing where the codes are others.
+    plain = load_mediator(tmp_path / "corrected", dtype=torch.float32)[0].base_model
+    exact = load(folders["out"])(input_ids=prompts, output_hidden_states=True).hidden_states[layer].mean(dim=1)
+    torch.testing.assert_close(plain.prompt_router.features(prompts, None), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_router_fitted_on_other_weights_is_not_used_without_a_word(folders, tmp_path, topics, tokenizer):
+    def fitted(model, name):
+        model.fit_router(topics, tokenizer, background=[])
+        model.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    def said(load, *of):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            load(*of)
+        return [str(each.message) for each in found if "the router was fitted on" in str(each.message)]
+
+    def plain(folder):
+        return load_mediator(folder, dtype=torch.float32)[0]
+
+    on_plain, on_codes = fitted(plain(folders["out"]), "plain"), fitted(quantized(folders["out"], "nf4"), "codes")
+    (message,) = said(quantized, on_plain, "nf4")
+    assert "fitted on plain weights, and the backbone has weights in nf4" in message
+    (message,) = said(plain, on_codes)
+    assert "fitted on weights in nf4, and the backbone has plain weights" in message
+    assert not said(quantized, on_codes, "nf4")
+    assert not said(plain, on_plain)
+    assert not said(quantized, on_plain, "int8")
+    assert not said(quantized, folders["out"], "nf4"), "there is no fitted router yet"
+    experts = {name: folders[name] for name in ("math", "code")}
+    build_mediator(folders["base"], experts, tmp_path / "corrected", MediatorConfig(for_quantization="nf4"))
+    corrected = fitted(plain(tmp_path / "corrected"), "with correction")
+    assert not said(quantized, corrected, "nf4")
+    assert not said(plain, fitted(quantized(tmp_path / "corrected", "nf4"), "with correction on codes"))
 
 
 def test_what_cannot_be_done_is_refused(folders):
