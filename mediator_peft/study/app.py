@@ -195,15 +195,21 @@ def runtime(
     folder: Root,
     base: Base = "smollm2",
     rounds: Annotated[int, typer.Option(min=1, help="How often each system is made and asked, by turns.")] = 3,
+    system: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only this merge or baseline; repeatable. By default all.")
+    ] = None,
     only: Only = None,
     threads: Threads = 1,
 ) -> None:
     """Time what every system takes to make, and how fast the Mediator model answers; best on a quiet machine."""
     from .compared_system import Comparison
+    from .comparison import ORDER, check_system
     from .runtime import runtime as measured
 
+    for name in system or ():
+        check_system(name)
     bench = _bench(folder, base, threads, only)
-    _keep(bench, "runtime", measured(Comparison(bench, _lab(bench)), rounds))
+    _keep(bench, "runtime", measured(Comparison(bench, _lab(bench)), rounds, system or ORDER))
 
 
 @app.command()

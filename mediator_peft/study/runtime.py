@@ -39,8 +39,13 @@ NUM_NEW, NUM_PROMPTS = 32, 5
 _Make = Callable[[], None]
 
 
-def runtime(run: Comparison, rounds: int) -> dict[str, Any]:
+def runtime(run: Comparison, rounds: int, names: Sequence[str] = ORDER) -> dict[str, Any]:
     """Both tables.
+
+    Args:
+        run: what is measured.
+        rounds: how often each system is made and asked, by turns.
+        names: merges and baselines that are made, beside the average and the Mediator build.
 
     Returns:
         ``build``: name → ``cpu_seconds`` (median), ``ratio`` to the average (median over rounds); ``decode``: name →
@@ -50,19 +55,19 @@ def runtime(run: Comparison, rounds: int) -> dict[str, Any]:
     return {
         "rounds": rounds,
         "threads": torch.get_num_threads(),
-        "build": build_costs(run, rounds),
+        "build": build_costs(run, rounds, names),
         "decode": decode_paces(run, rounds),
     }
 
 
-def build_costs(run: Comparison, rounds: int) -> dict[str, dict[str, float]]:
+def build_costs(run: Comparison, rounds: int, names: Sequence[str] = ORDER) -> dict[str, dict[str, float]]:
     """Processor seconds of every merge, of the Mediator build, and of one expert's weights of each baseline.
 
     Merges and the build read checkpoints and write one, with the checks of the command line but for hashing inputs.
     Statistics that a merge reads are measured before. A baseline makes its weights in memory.
     """
     taken: dict[str, list[float]] = {}
-    makes = _makes(run)
+    makes = _makes(run, names)
     for _ in range(rounds):
         for name, make in makes.items():
             started = cpu_seconds()
@@ -78,7 +83,7 @@ def _beside(values: Sequence[float], one: Sequence[float], label: str) -> dict[s
     return {label: median(values), "ratio": median(ratios), "low": min(ratios), "high": max(ratios)}
 
 
-def _makes(run: Comparison) -> dict[str, _Make]:
+def _makes(run: Comparison, names: Sequence[str]) -> dict[str, _Make]:
     bench, lab = run.bench, run.lab
     folder = bench.folder.models / f"timed{bench.suffix}"
     paths = {task: expert.path for task, expert in bench.experts.items()}
@@ -104,12 +109,14 @@ def _makes(run: Comparison) -> dict[str, _Make]:
 
         return make
 
-    merges = [name for name in ORDER if name in MERGE_METHODS and why_unsuited(run, name) is None]
+    merges = [
+        name for name in dict.fromkeys((*names, AVERAGE)) if name in MERGE_METHODS and not why_unsuited(run, name)
+    ]
     settings = {name: MediatorSettings(merge_method=name, merge_data=merge_data(run, name)) for name in merges}
     return {
         **{name: merged(each) for name, each in settings.items()},
         MEDIATOR: built,
-        **{f"{name}, one expert": restored(name) for name in ORDER if name in BASELINES},
+        **{f"{name}, one expert": restored(name) for name in names if name in BASELINES},
     }
 
 
