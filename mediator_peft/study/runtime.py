@@ -104,8 +104,8 @@ def _makes(run: Comparison, names: Sequence[str]) -> dict[str, _Make]:
     def restored(name: str) -> _Make:
         def make() -> None:
             tensors, contexts = (lambda: tensors_with_contexts(lab.base, lab.experts)), contexts_of(lab.base, paths)
-            names = sorted(lab.experts)
-            RestoredExperts(BASELINES[name], tensors, contexts, names, torch.bfloat16).state(names[0])
+            experts = sorted(lab.experts)
+            RestoredExperts(BASELINES[name], tensors, contexts, experts, torch.bfloat16).state(experts[0])
 
         return make
 
