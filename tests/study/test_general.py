@@ -70,6 +70,7 @@ def test_general_answers_are_the_base_s_own_and_come_back_from_the_file(bench, m
     assert task.match == CONTINUATION
     assert bench.sample.sizes[GENERAL] == Sizes(0, 2)
     monkeypatch.setattr(general, "_base_answers", None)
+    monkeypatch.setattr(general, "general_questions", lambda seed: QUESTIONS)
     assert general_task(bench.folder, 0) == task
     kept = json.loads((bench.folder.home / "general.json").read_text())
     assert kept["about"] == {"package": "chatterbot_corpus 1"}
@@ -147,10 +148,9 @@ def test_bytes_are_those_of_codes_scales_and_the_rest_in_16_bits():
 
 @pytest.mark.slow
 def test_times_of_every_system_stand_beside_the_average_s(bench, lab, monkeypatch):
-    monkeypatch.setattr("mediator_peft.study.runtime.ORDER", ("average", "ties", "emr", "doge"))
     monkeypatch.setattr("mediator_peft.study.runtime.QUANTIZED", {})
-    found = runtime(Comparison(bench, lab), 2)
-    assert set(found["build"]) == {"average", "ties", "doge", "Mediator", "emr, one expert"}
+    found = runtime(Comparison(bench, lab), 2, ["ties", "emr", "slerp", "doge", "dynamic"])
+    assert set(found["build"]) == {"average", "ties", "slerp", "doge", "Mediator", "emr, one expert"}
     assert found["build"]["average"]["ratio"] == 1
     assert set(found["decode"]) == {PLAIN, NAMED, ROUTED_SYSTEM}
     assert found["decode"][PLAIN]["ratio"] == 1
