@@ -18,7 +18,7 @@ from ..routing.routers import Router
 from .config import FALLBACK_EXPERT, FitSettings, MediatorConfig
 from .expert_weights import Columns, ExpertWeights, expert_weight_rows
 from .layer import MediatorLayer, routed_layers
-from .quantized import quantization_of_layers
+from .quantized import are_corrected, uncorrected_quantization
 
 
 class ActiveAdapter:
@@ -176,14 +176,11 @@ class ActiveAdapter:
     def has_corrected_layers(self, adapter_name: str | None = None) -> bool:
         """Whether quantised layers of an adapter, by default the active one, have their error corrected."""
         name = self.name if adapter_name is None else adapter_name
-        if self.configs[name].for_quantization is None:
-            return False
-        banks = [layer.bank(name) for layer in self.layers.values() if name in layer.mediator_bank]
-        return any(bank.is_corrected for bank in banks)
+        return self.configs[name].for_quantization is not None and are_corrected(self.layers.values(), name)
 
     def uncorrected_quantization(self) -> str | None:
         """In what quantisation prompts are read; None for plain weights, and for those whose error is corrected."""
-        return None if self.has_corrected_layers() else quantization_of_layers(self.layers.values())
+        return uncorrected_quantization(self.layers.values(), self.name)
 
     def put_router(
         self,

@@ -16,7 +16,7 @@ from .config import MediatorConfig
 from .embedding import MediatorEmbedding, check_embedding
 from .fused_experts import check_experts, is_expert_matrix, unwrap_experts
 from .layer import MediatorLayer, routed_layers
-from .quantized import quantization_of, quantization_of_layers
+from .quantized import are_corrected, quantization_of, quantizations_of, uncorrected_quantization
 from .request_board import RequestBoard
 from .sharded import check_not_split
 from .tied_head import check_tie, untie_head
@@ -87,8 +87,7 @@ def add_deltas(
 
 def warn_of_other_quantization(layers: Iterable[MediatorLayer], config: MediatorConfig) -> None:
     """Say where a correction of quantization error was built for another quantization than the backbone's."""
-    kinds = {kind for layer in layers if (kind := quantization_of(layer.base_layer))}
-    others = sorted(kinds & set(ROUNDINGS) - {config.for_quantization})
+    others = sorted(quantizations_of(layers) & set(ROUNDINGS) - {config.for_quantization})
     if others and config.for_quantization is not None:
         warnings.warn(
             f"the adapter's correction is for a backbone in {config.for_quantization}, this one is in "
@@ -100,9 +99,9 @@ def warn_of_other_quantization(layers: Iterable[MediatorLayer], config: Mediator
 
 def warn_of_other_reading(layers: Collection[MediatorLayer], adapter_name: str, config: MediatorConfig) -> None:
     """Say where a router was fitted on weights of another quantisation than those that prompts are read with now."""
-    if config.fitted_router_layer is None or any(layer.bank(adapter_name).is_corrected for layer in layers):
+    if config.fitted_router_layer is None or are_corrected(layers, adapter_name):
         return
-    fitted, now = config.fitted_quantization, quantization_of_layers(layers)
+    fitted, now = config.fitted_quantization, uncorrected_quantization(layers, adapter_name)
     if fitted != now and {fitted, now} != {None, "int8"}:
         warnings.warn(
             f"the router was fitted on {_weights_in(fitted)}, and the backbone has {_weights_in(now)}: in-distribution "

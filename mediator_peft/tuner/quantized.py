@@ -6,7 +6,7 @@ called as it is, and the deltas' product is added to its output.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from copy import copy
 from itertools import chain
 from typing import Any
@@ -31,10 +31,19 @@ def quantization_of(base_layer: nn.Module) -> str | None:
     return "int8" if kind == "Int8Params" else "other"
 
 
-def quantization_of_layers(layers: Iterable[Any]) -> str | None:
-    """That of routed layers, several ones joined by ``+``; None where all are plain."""
-    kinds = {kind for layer in layers if (kind := quantization_of(layer.base_layer))}
-    return "+".join(sorted(kinds)) or None
+def quantizations_of(layers: Iterable[Any]) -> set[str]:
+    """Those of routed layers; empty where all are plain."""
+    return {kind for layer in layers if (kind := quantization_of(layer.base_layer))}
+
+
+def are_corrected(layers: Iterable[Any], adapter_name: str) -> bool:
+    """Whether quantised layers have their error corrected by an adapter, which may route some of them only."""
+    return any(layer.bank(adapter_name).is_corrected for layer in layers if adapter_name in layer.mediator_bank)
+
+
+def uncorrected_quantization(layers: Collection[Any], adapter_name: str) -> str | None:
+    """In what quantisation prompts are read, several joined by ``+``; None for plain and for corrected weights."""
+    return None if are_corrected(layers, adapter_name) else "+".join(sorted(quantizations_of(layers))) or None
 
 
 def device_of(base_layer: nn.Module) -> torch.device:
