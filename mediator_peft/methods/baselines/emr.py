@@ -26,7 +26,11 @@ def unify(task_vectors: Tensor) -> Tensor:
         (*shape)
     """
     sign = torch.where(task_vectors.sum(dim=0) > 0, 1.0, -1.0)
-    return sign * (task_vectors * sign).clamp(min=0).amax(dim=0)
+    # One expert at a time: K copies of a large embedding would be gigabytes.
+    largest = torch.zeros_like(sign)
+    for task_vector in task_vectors:
+        torch.maximum(largest, task_vector * sign, out=largest)
+    return sign * largest
 
 
 def masked(unified: Tensor, task_vector: Tensor) -> Tensor:
