@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from transformers import (
@@ -78,6 +79,12 @@ def fine_tuned(
                 noise = torch.randn(parameter.shape, generator=generator) * scale
                 parameter.copy_((parameter.float() + noise).to(parameter.dtype))
     return model
+
+
+def of_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``llama`` have the sizes that bitsandbytes' 4-bit kernels of a CPU take."""
+    for name, size in dict(hidden_size=64, intermediate_size=128, head_dim=16, num_key_value_heads=4).items():
+        monkeypatch.setattr(ARCHITECTURES["llama"], name, size)
 
 
 def write_tiny_checkpoints(

@@ -22,7 +22,7 @@ from .common import (
     say,
 )
 from .evaluate_harness import HarnessTasks, evaluate_harness
-from .loading import LOADING, PROMPTING, Loading, Prompting, Quantize, load, load_plain
+from .loading import MODEL_LOADING, PROMPTING, ModelLoading, Prompting, load, load_plain
 from .option_groups import takes_groups
 
 if TYPE_CHECKING:
@@ -115,8 +115,7 @@ def evaluate(
         Path | None, typer.Option(help="Write results, answers and a figure to this folder.", show_default=False)
     ] = None,
     prompting: Prompting = PROMPTING,
-    loading: Loading = LOADING,
-    quantize: Quantize = None,
+    loading: ModelLoading = MODEL_LOADING,
     as_json: AsJson = False,
 ) -> None:
     """Measure the accuracy of OUT per task, against the averaged backbone and the named experts, and its routing.
@@ -133,11 +132,9 @@ def evaluate(
         if systems.published:
             name = systems.published[0]
             raise typer.BadParameter(f"with --lm-eval, give a checkpoint: --baseline {name}=CHECKPOINT.")
-        evaluate_harness(
-            out, harness, systems.checkpoints, systems.only_routed, (loading, quantize), prompting, report, as_json
-        )
+        evaluate_harness(out, harness, systems.checkpoints, systems.only_routed, loading, prompting, report, as_json)
         return
-    result = _scored(out, files, systems, prompting, loading, quantize, report)
+    result = _scored(out, files, systems, prompting, loading, report)
     if as_json:
         print_json(result.to_dict())
     else:
@@ -149,8 +146,7 @@ def _scored(
     files: TaskFiles,
     systems: Systems,
     prompting: Prompting,
-    loading: Loading,
-    quantize: str | None,
+    loading: ModelLoading,
     report: Path | None,
 ) -> EvaluationReport:
     """Every system's answers to the items, and where their prompts go."""
@@ -165,13 +161,13 @@ def _scored(
     check_names(systems.published)
     # Read before the model is loaded, so that faults are reported at once.
     items, plain = files.read(), systems.checkpoints
-    model, tokenizer = load(out, loading, quantize)
+    model, tokenizer = load(out, loading)
     tasks = [
         EvalTask.of_items(name, items[name], model.expert_names, tokenizer, files.max_new_tokens) for name in items
     ]
     result = EvaluationReport(tasks)
     scoring = Scoring(prompting.settings(Ranks()), progress=bar_progress)
-    store = None if report is None else _store(report, tasks, out, [loading.dtype, quantize, not prompting.raw])
+    store = None if report is None else _store(report, tasks, out, [loading.dtype, loading.quantize, not prompting.raw])
     # The cheap part first: it fails at once where the router has not been fitted.
     result.routing, routes = route_tasks(model, tokenizer, tasks, scoring)
     for name, path in plain.items():

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from .common import console, print_json, say
-from .loading import Loading, Prompting, load, load_plain
+from .loading import ModelLoading, Prompting, load, load_plain
 
 _STDERR = "_stderr"
 
@@ -48,7 +48,7 @@ def evaluate_harness(
     tasks: HarnessTasks,
     baselines: Mapping[str, str],
     only_routed: bool,
-    how: tuple[Loading, str | None],
+    loading: ModelLoading,
     prompting: Prompting,
     report: Path | None,
     as_json: bool,
@@ -60,7 +60,7 @@ def evaluate_harness(
         tasks: which, and how much of them.
         baselines: name → checkpoint, measured beside the output.
         only_routed: leave out backbone and named experts.
-        how: models are loaded; quantisation of the output.
+        loading: how models are loaded; the quantisation is that of the output alone.
         prompting: batch size and template.
         report: folder for ``lm_eval.json``.
         as_json: print JSON in place of the table.
@@ -79,9 +79,9 @@ def evaluate_harness(
     )
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name, path in baselines.items():
-        model, tokenizer = load_plain(Path(path), how[0])
+        model, tokenizer = load_plain(Path(path), loading)
         found[name] = run(model, tokenizer)
-    model, tokenizer = load(out, *how)
+    model, tokenizer = load(out, loading)
     routed: dict[str, str | None] = {"routed": None}
     others = {} if only_routed else {BACKBONE: BACKBONE, **{f"expert {name}": name for name in model.expert_names}}
     # The routed model first: it fails at once where the router has not been fitted.

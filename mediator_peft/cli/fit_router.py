@@ -22,7 +22,7 @@ from .common import (
     print_json,
     say,
 )
-from .loading import LOADING, PROMPTING, Loading, Prompting, Quantize, load
+from .loading import MODEL_LOADING, PROMPTING, ModelLoading, Prompting, load
 from .option_groups import takes_groups
 
 
@@ -69,8 +69,7 @@ def fit_router(
         typer.Option(help="A JSONL or text file of prompts that belong to no expert, added to the library's families."),
     ] = None,
     prompting: Prompting = PROMPTING,
-    loading: Loading = LOADING,
-    quantize: Quantize = None,
+    loading: ModelLoading = MODEL_LOADING,
     as_json: AsJson = False,
 ) -> None:
     """Fit the router of OUT on prompts of each expert, preferably 50 or more, and save it in OUT.
@@ -86,8 +85,7 @@ def fit_router(
     if not (from_deltas or data):
         raise typer.BadParameter("give prompts of each expert, or --from-deltas.", param_hint="--data")
     if from_deltas:
-        made_by = prompting, loading, None if background is None else str(background)
-        report = made_from_deltas(out, *made_by, quantize)
+        report = made_from_deltas(out, prompting, loading, None if background is None else str(background))
         if as_json:
             print_json(report)
         else:
@@ -95,7 +93,7 @@ def fit_router(
         return
     files = None if answered is None else str(answered)
     prompts = RouterPrompts(parse_pairs(data or [], "--data"), text_column, files, match)
-    report = calibrated(out, prompts, prompting, loading, None if background is None else str(background), quantize)
+    report = calibrated(out, prompts, prompting, loading, None if background is None else str(background))
     if as_json:
         print_json(report)
         return
@@ -129,14 +127,13 @@ def fit_router(
 def made_from_deltas(
     out: Path,
     prompting: Prompting = PROMPTING,
-    loading: Loading = LOADING,
+    loading: ModelLoading = MODEL_LOADING,
     background: str | None = None,
-    quantize: str | None = None,
 ) -> dict[str, Any]:
     """Make the router of ``out`` from its deltas and save it there; see :func:`make_and_save`."""
     from ..evaluation.fit_and_save import make_and_save
 
-    model, tokenizer = load(out, loading, quantize)
+    model, tokenizer = load(out, loading)
     return make_and_save(model, tokenizer, find_adapter(out), prompting.settings(), background)
 
 
@@ -156,9 +153,8 @@ def calibrated(
     out: Path,
     prompts: RouterPrompts,
     prompting: Prompting,
-    loading: Loading,
+    loading: ModelLoading,
     background: str | None = None,
-    quantize: str | None = None,
 ) -> dict[str, Any]:
     """Read prompts, fit the router of ``out`` on them and save it there; see :func:`fit_and_save`."""
     from ..evaluation.fit_and_save import fit_and_save
@@ -167,7 +163,7 @@ def calibrated(
     texts = {name: read_prompts(Path(path), prompts.text_column) for name, path in prompts.data.items()}
     items = [] if prompts.answered is None else read_task(prompts.answered, prompts.match, prompts.text_column)
     check_prompts(texts, saved_experts(out))
-    model, tokenizer = load(out, loading, quantize)
+    model, tokenizer = load(out, loading)
     return fit_and_save(
         model, tokenizer, texts, find_adapter(out), prompting.settings(), answered=items, background=background
     )

@@ -18,7 +18,7 @@ from .common import (
     print_json,
     say,
 )
-from .loading import LOADING, PROMPTING, Loading, Prompting, Quantize, load
+from .loading import MODEL_LOADING, PROMPTING, ModelLoading, Prompting, load
 from .option_groups import takes_groups
 
 _LONGEST_PROMPT = 1 << 24
@@ -43,8 +43,7 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Most tokens of an answer.")] = 128,
     prompting: Prompting = PROMPTING,
-    loading: Loading = LOADING,
-    quantize: Quantize = None,
+    loading: ModelLoading = MODEL_LOADING,
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt, or a file of prompts, by greedy decoding; print the expert and the router's uncertainty.
@@ -60,7 +59,7 @@ def generate(
 
     numbered = _prompts(prompt, file)
     prompts = [text for _, text in numbered]
-    model, tokenizer = load(out, loading, quantize)
+    model, tokenizer = load(out, loading)
     asked = PromptedModel(model, tokenizer, prompting.settings())
     if expert is None and model.active_peft_config.fitted_router is not None:
         say(

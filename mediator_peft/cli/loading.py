@@ -47,6 +47,24 @@ class Loading:
 
 
 @dataclass(frozen=True)
+class ModelLoading(Loading):
+    """Options of every command that loads a built model to answer or to fit its router."""
+
+    quantize: Quantize = None
+
+    def how(self) -> dict[str, Any]:
+        """Keywords of :func:`load_mediator`.
+
+        Raises:
+            typer.BadParameter: device, dtype or quantisation is unknown, or not there.
+        """
+        place, kind = self.picked()
+        if self.quantize is None:
+            return {"dtype": kind}
+        return {"dtype": kind, "quantization_config": _quantization(self.quantize, kind), "device_map": place}
+
+
+@dataclass(frozen=True)
 class Prompting:
     """Options of every command that puts prompts to a model."""
 
@@ -60,11 +78,11 @@ class Prompting:
         return PromptSettings(self.batch_size, not self.raw, ranks)
 
 
-LOADING, PROMPTING = Loading(), Prompting()
+LOADING, MODEL_LOADING, PROMPTING = Loading(), ModelLoading(), Prompting()
 """What is taken where nothing is said."""
 
 
-def load(path: Path, loading: Loading, quantize: str | None = None) -> tuple[Any, Any]:
+def load(path: Path, loading: ModelLoading) -> tuple[Any, Any]:
     """Model and tokenizer of an output folder, ready to generate.
 
     Raises:
@@ -75,19 +93,18 @@ def load(path: Path, loading: Loading, quantize: str | None = None) -> tuple[Any
     from ..tuner.loading import load_mediator
 
     quiet_transformers()
-    place, kind = loading.picked()
-    how = {} if quantize is None else {"quantization_config": _quantization(quantize, kind), "device_map": place}
+    how = loading.how()
     check_output(path)
     say(f"loading {path}")
     with reading_output(path):
-        model, tokenizer = load_mediator(path, dtype=kind, **how)
+        model, tokenizer = load_mediator(path, **how)
     if tokenizer is None:
         raise MissingTokenizerError(
             f"the backbone of {str(path)!r} has no tokenizer files, or damaged ones. Save the base model's tokenizer "
             "there: tokenizer.save_pretrained(folder)."
         )
     check_template(tokenizer)
-    return (model.to(place) if quantize is None else model), tokenizer
+    return (model.to(pick_device(loading.device)) if loading.quantize is None else model), tokenizer
 
 
 def load_plain(path: Path, loading: Loading) -> tuple[Any, Any]:
@@ -156,14 +173,11 @@ def pick_dtype(name: str, device_type: str) -> Any:
 
 def _quantization(name: str, dtype: Any) -> Any:
     import torch
-    from transformers import BitsAndBytesConfig
 
     from ..methods.rounding import ROUNDINGS
+    from ..tuner.loading import bitsandbytes_settings
 
     if name not in ROUNDINGS:
         raise typer.BadParameter(unknown_name(name, ROUNDINGS, "quantisation"), param_hint="--quantize")
     bitsandbytes_functional("--quantize")
-    if name == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    computes_in = torch.bfloat16 if dtype == "auto" else dtype
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=name, bnb_4bit_compute_dtype=computes_in)
+    return bitsandbytes_settings(name, torch.bfloat16 if dtype == "auto" else dtype)

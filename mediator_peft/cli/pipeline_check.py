@@ -14,7 +14,7 @@ from ..data_files import DataFileError, MalformedJsonError, parse_json, read_tex
 from ..errors import AdapterError, ConfigError, MediatorError, OutputExistsError
 from .bounded_yaml import MalformedYamlError, parse_yaml
 from .common import check_folder, check_match, check_output, reading_output
-from .loading import Loading
+from .loading import ModelLoading
 
 if TYPE_CHECKING:
     from ..merge.merge_job import Merge
@@ -98,6 +98,7 @@ def _has_router(output: Path) -> bool:
 
 def _calibration_faults(section: Any, experts: Sequence[str]) -> list[str]:
     from ..evaluation.prompts import read_prompts, read_task
+    from ..routing.background import user_families
     from .fit_router import check_prompts
 
     faults: list[str] = []
@@ -112,6 +113,8 @@ def _calibration_faults(section: Any, experts: Sequence[str]) -> list[str]:
         )
     if not faults:
         _collect(faults, "calibrate.data", lambda: check_prompts(prompts, experts))
+    if section.background is not None:
+        _collect(faults, "calibrate.background", lambda: user_families(section.background))
     if section.answered is not None:
         how = section.match if not any("calibrate.match" in fault for fault in faults) else "exact"
         _collect(faults, "calibrate.answered", lambda: read_task(section.answered, how, section.text_column))
@@ -136,7 +139,8 @@ def _evaluation_faults(section: EvalSection) -> list[str]:
 
 
 def _check_machine(faults: list[str], name: str, section: Any) -> None:
-    _collect(faults, f"{name}.device or {name}.dtype", Loading(section.dtype, section.device).picked)
+    loading = ModelLoading(section.dtype, section.device, section.quantize)
+    _collect(faults, f"{name}.device, {name}.dtype or {name}.quantize", loading.how)
 
 
 def _is_built(pipeline: Pipeline, output: Path) -> bool:

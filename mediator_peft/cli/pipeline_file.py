@@ -19,7 +19,7 @@ from ..tables import unknown_name
 from .bounded_yaml import LARGEST_FILE, MalformedYamlError, parse_yaml
 from .common import MOST_ROWS, MOST_TOKENS, MOST_WORKERS
 from .fit_router import RouterPrompts
-from .loading import Loading, Prompting
+from .loading import ModelLoading, Prompting
 from .merge_options import WorkOptions
 from .option_needs import NEEDS, idle_options, idle_settings
 
@@ -35,6 +35,7 @@ _PATHS = (
     "build.plan",
     "build.config.merge_data",
     "calibrate.answered",
+    "calibrate.background",
     "eval.report",
     "eval.include_path",
 )
@@ -56,8 +57,11 @@ class BuildSection(WorkOptions):
 
 
 @dataclass(frozen=True)
-class CalibrateSection(Loading, Prompting, RouterPrompts):
+class CalibrateSection(ModelLoading, Prompting, RouterPrompts):
     """Options of ``mediator-peft fit-router``."""
+
+    background: str | None = None
+    """File of prompts that belong to no expert."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class EvalItems:
 
 
 @dataclass(frozen=True)
-class EvalSection(Loading, Prompting, EvalItems):
+class EvalSection(ModelLoading, Prompting, EvalItems):
     """Options of ``mediator-peft eval``."""
 
 
@@ -154,7 +158,7 @@ def read_pipeline(path: str | os.PathLike[str], overrides: Mapping[str, Any] | N
 def _located(section: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What a section says, its files and checkpoints counted from the pipeline's folder."""
     found = _given(section)
-    for name in ("output", "plan", "answered", "report", "include_path"):
+    for name in ("output", "plan", "answered", "background", "report", "include_path"):
         if name in found:
             found[name] = str(folder / Path(found[name]).expanduser())
     for name in ("experts", "data", "baselines"):

@@ -74,9 +74,9 @@ def _mediator(run: Comparison, how: Quantized) -> System:
 
 def load_quantized(run: Comparison, how: Quantized) -> tuple[Any, Any]:
     """The Mediator model and its tokenizer."""
-    from ..tuner.loading import load_mediator
+    from ..tuner.loading import bitsandbytes_settings, load_mediator
 
-    settings = quantization_settings(how.kind)
+    settings = bitsandbytes_settings(how.kind, torch.float32)
     return load_mediator(_folder(run, how), dtype=torch.float32, quantization_config=settings, device_map="cpu")
 
 
@@ -98,7 +98,9 @@ def _whole_experts(run: Comparison, kind: str) -> System:
     def loaded(task: str) -> Any:
         from transformers import AutoModelForCausalLM
 
-        settings = quantization_settings(kind)
+        from ..tuner.loading import bitsandbytes_settings
+
+        settings = bitsandbytes_settings(kind, torch.float32)
         path = experts[task].path
         return AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, quantization_config=settings, device_map="cpu"
@@ -114,15 +116,6 @@ def _whole_experts(run: Comparison, kind: str) -> System:
         return len(experts) * backbone_bytes(loaded(next(iter(experts))))
 
     return System([run.bench.hashes, kind], parts, num_bytes, answers_unknown=False)
-
-
-def quantization_settings(kind: str) -> Any:
-    """Of a load by transformers: 4 bits compute in float32."""
-    from transformers import BitsAndBytesConfig
-
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=torch.float32)
 
 
 def backbone_bytes(model: nn.Module) -> int:

@@ -43,6 +43,20 @@ def get_mediator_model(model: nn.Module, config: MediatorConfig, adapter_name: s
     return get_peft_model(model, config, adapter_name=adapter_name)
 
 
+def bitsandbytes_settings(kind: str, compute_dtype: torch.dtype) -> Any:
+    """``quantization_config`` of a load by transformers.
+
+    Args:
+        kind: ``int8``, or ``nf4`` or ``fp4``.
+        compute_dtype: of the multiplications by 4-bit weights.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=compute_dtype)
+
+
 def load_mediator(
     path: str | os.PathLike[str],
     is_trainable: bool = False,

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from character_tokenizer import CHAT_TEMPLATE, character_tokenizer
-from tiny import write_tiny_checkpoints
+from tiny import of_whole_blocks, write_tiny_checkpoints
 from typer.testing import CliRunner
 
 from mediator_peft import load_mediator
@@ -36,6 +36,10 @@ def run(*arguments):
 
 @pytest.fixture
 def folder(tmp_path):
+    return filled(tmp_path)
+
+
+def filled(tmp_path):
     write_tiny_checkpoints(tmp_path, ["base", "math", "code"], dtype=torch.bfloat16, only=["q_proj", "up_proj"])
     character_tokenizer(CHAT_TEMPLATE, adds_bos=True).save_pretrained(tmp_path / "base")
     for expert, start in (("math", "7 + "), ("code", "def f")):
@@ -58,6 +62,25 @@ def test_one_file_builds_calibrates_and_evaluates(folder):
     assert kept["calibrate"]["batch_size"] == 4
     mode = stat.S_IMODE((folder / "out" / "mediator" / "adapter_model.safetensors").stat().st_mode)
     assert mode == stat.S_IMODE((folder / "out" / "mediator" / "README.md").stat().st_mode)
+
+
+def test_a_file_says_how_the_model_is_loaded_and_what_belongs_to_no_expert(tmp_path, monkeypatch):
+    of_whole_blocks(monkeypatch)
+    folder = filled(tmp_path)
+    (folder / "other.txt").write_text("".join(f"zebra number {number}\n" for number in range(9)))
+    sections = yaml.safe_load(ALL)
+    sections["calibrate"] |= {"quantize": "nf4", "background": "other.txt"}
+    sections["eval"] |= {"quantize": "nf4"}
+    (folder / "all.yaml").write_text(yaml.safe_dump(sections))
+    plain = run("run", folder / "all.yaml", "--set", "calibrate.quantize=null", "--set", "eval.quantize=null")
+    assert plain.exit_code == 0, plain.stderr
+    assert load_mediator(folder / "out")[0].peft_config["default"].fitted_quantization is None
+    done = run("run", folder / "all.yaml")
+    assert done.exit_code == 0, done.stderr
+    model, _ = load_mediator(folder / "out")
+    assert model.peft_config["default"].fitted_quantization == "nf4"
+    report = json.loads((folder / "out" / "mediator" / "report" / "routing.json").read_text())
+    assert any(name.startswith("yours") for name in report["base_weight_by_family"])
 
 
 def test_a_single_step(folder, monkeypatch):
@@ -163,11 +186,15 @@ def test_all_faults_of_all_steps_are_listed_before_the_build(folder):
         "--set",
         "eval.match=nope",
         "--set",
+        "calibrate.quantize=nf5",
+        "--set",
+        "calibrate.background=nowhere.txt",
+        "--set",
         f"eval.report={folder / 'all.yaml'}",
     ]
     refused = run("run", folder / "all.yaml", *faults)
     assert refused.exit_code == 3
-    for word in ("eval.device", "eval.match", "eval.report", "eval.data.math: "):
+    for word in ("eval.device", "eval.match", "eval.report", "eval.data.math: ", "nf5", "calibrate.background"):
         assert word in refused.stderr
     assert not (folder / "out").exists()
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 import pytest
 import torch
 from reference import load, thin_out, weights_of
-from tiny import ARCHITECTURES, random_prompts, write_tiny_checkpoints
+from tiny import of_whole_blocks, random_prompts, write_tiny_checkpoints
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from mediator_peft import MediatorConfig, build_mediator, get_mediator_model, load_mediator
@@ -36,11 +36,8 @@ MIXES = [{"math": 1.0}, {"math": 0.3, "code": 0.6}, {"code": 0.5, "base": 0.5}, 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("quantized")
-    sizes = dict(hidden_size=64, intermediate_size=128, head_dim=16, num_key_value_heads=4)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        # bitsandbytes' CPU kernels take shapes of whole blocks only.
-        for name, size in sizes.items():
-            monkeypatch.setattr(ARCHITECTURES["llama"], name, size)
+        of_whole_blocks(monkeypatch)
         paths = write_tiny_checkpoints(tmp_path / "checkpoints")
     experts = {name: path for name, path in paths.items() if name != "base"}
     build_mediator(paths["base"], experts, tmp_path / "out", MediatorConfig(density=DENSITY))
