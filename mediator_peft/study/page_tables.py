@@ -12,6 +12,9 @@ from ..evaluation.statistics import Estimate
 _TITLES = {"": "SmolLM2", "_gemma3": "Gemma 3"}
 """End of a base's result files → its name in tables."""
 
+SECOND = " ²"
+"""Marks what is known of a second run alone: everything trained, built and measured anew."""
+
 Results = Mapping[str, Any]
 
 
@@ -52,19 +55,31 @@ def losses_table(results: Results, base: str = "") -> str:
 
 
 def comparison_table(results: Results, base: str = "") -> str:
-    """Baselines of other papers and merge methods, the best first: accuracy of each task, what is kept, loss, bytes."""
-    found = results["comparison" + base]
+    """Baselines of other papers and merge methods, the best first: accuracy of each task, what is kept, loss, bytes.
+
+    Systems that only the second run has are marked.
+    """
+    first, second = results["comparison" + base], results.get(f"comparison_again{base}", {"systems": {}})
+    systems = {name + SECOND: row for name, row in second["systems"].items() if name not in first["systems"]}
+    return _compared(first, {**systems, **first["systems"]})
+
+
+def second_comparison_table(results: Results, base: str = "") -> str:
+    """The same of the second run: all that it measured."""
+    found = results["comparison_again" + base]
+    return _compared(found, found["systems"])
+
+
+def _compared(found: Results, systems: Mapping[str, Any]) -> str:
 
     def rank(named: tuple[str, dict[str, Any]]) -> tuple[float, str]:
         name, row = named
         return (-row["kept"]["mean"]["value"] if row.get("kept") else float("inf"), name)
 
-    answered: list[str] = next(
-        (row["answered_tasks"] for row in found["systems"].values() if "answered_tasks" in row), []
-    )
+    answered: list[str] = next((row["answered_tasks"] for row in systems.values() if "answered_tasks" in row), [])
     header = ["system", *answered, "mean kept", "worst kept", "mean loss", "forgets, nats", "bytes, models"]
     rows = []
-    for name, row in sorted(found["systems"].items(), key=rank):
+    for name, row in sorted(systems.items(), key=rank):
         cells = ["–"] * (len(answered) + 2)
         if row.get("kept") is not None:
             cells = [*(share(row["tasks"][task]["accuracy"]) for task in answered), *_kept_cells(row)]
@@ -164,7 +179,7 @@ def ablation_table(results: Results, base: str = "") -> str:
 
 
 def verdict_table(results: Results, base: str = "") -> str:
-    """What every system of both bases keeps, the best first."""
+    """What every system of both bases keeps, the best first; what only the second run has is marked."""
     bases = {name: _kept_of(results, name) for name in _TITLES if f"systems{name}" in results}
     order = {name: row["kept"]["mean"]["value"] for rows in reversed(bases.values()) for name, row in rows.items()}
     cells = []
@@ -172,7 +187,9 @@ def verdict_table(results: Results, base: str = "") -> str:
         line = [name]
         for rows in bases.values():
             row = rows.get(name)
-            line += ["–"] * 3 if row is None else [*_kept_cells(row), f"{row['models']:.2f}"]
+            cell = ["–"] * 3 if row is None else [*_kept_cells(row), f"{row['models']:.2f}"]
+            cell[0] += SECOND if row is not None and row["is_second"] else ""
+            line += cell
         cells.append(line)
     columns = ("mean kept", "worst kept", "bytes, models")
     header = [f"{_TITLES[name]}: {column}" if not n else column
@@ -181,14 +198,40 @@ def verdict_table(results: Results, base: str = "") -> str:
 
 
 def _kept_of(results: Results, base: str) -> dict[str, dict[str, Any]]:
-    """System → its row with the number of models that its bytes are, of both tables of a base."""
+    """System → its row with the number of models that its bytes are, of both tables of a base and of both runs."""
     found: dict[str, dict[str, Any]] = {}
-    for table in (results.get(f"comparison{base}"), results[f"systems{base}"]):
-        if table is None:
-            continue
+    for kind in ("comparison_again", "comparison", "systems"):
+        table = results.get(f"{kind}{base}", {"systems": {}})
         for name, row in table["systems"].items():
             if row.get("kept") is not None and name != "experts":
-                found[name] = {**row, "models": row["bytes"] / table["bytes_of_one_model"]}
+                models = row["bytes"] / table["bytes_of_one_model"]
+                found[name] = {**row, "models": models, "is_second": kind == "comparison_again"}
+    return found
+
+
+def both_runs_table(results: Results, base: str = "") -> str:
+    """What systems keep in the first and in the second run, those that both have."""
+    bases = {name: _runs(results, name) for name in _TITLES if f"comparison_again{name}" in results}
+    order = {name: value for rows in reversed(bases.values()) for name, (value, _) in rows.items()}
+    empty = (0.0, ["–"] * 4)
+    rows = [
+        [name, *(cell for found in bases.values() for cell in found.get(name, empty)[1])]
+        for name in sorted(order, key=lambda system: (-order[system], system))
+    ]
+    columns = ("mean kept", "second run", "worst kept", "second run")
+    header = [f"{_TITLES[name]}: {column}" if not n else column
+              for name in bases for n, column in enumerate(columns)]  # fmt: skip
+    return markdown_table(["system", *header], rows)
+
+
+def _runs(results: Results, base: str) -> dict[str, tuple[float, list[str]]]:
+    """System → the first run's mean share, and the cells of both runs."""
+    first, second = results[f"comparison{base}"]["systems"], results[f"comparison_again{base}"]["systems"]
+    found = {}
+    for name in first:
+        if first[name].get("kept") is not None and second.get(name, {}).get("kept") is not None:
+            pairs = zip(_kept_cells(first[name]), _kept_cells(second[name]), strict=True)
+            found[name] = first[name]["kept"]["mean"]["value"], [cell for pair in pairs for cell in pair]
     return found
 
 
@@ -296,6 +339,8 @@ TABLES: dict[str, Callable[[Results, str], str]] = {
     "systems": systems_table,
     "losses": losses_table,
     "comparison": comparison_table,
+    "second-comparison": second_comparison_table,
+    "both-runs": both_runs_table,
     "tests": p_values_table,
     "experts-forget": experts_forget_table,
     "build": build_table,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.adapter_sizes import read_adapter_info
+from ..demo.finetune import fast_bfloat16
 from ..evaluation.comparison import kept_as_dict
 from ..evaluation.report import write_json
 from ..evaluation.scoring import wilson_interval
@@ -33,6 +34,11 @@ def about(bench: Bench) -> dict[str, Any]:
         "base": bench.folder.model.name,
         "versions": {name: _version(name) for name in _PACKAGES},
         "threads": torch.get_num_threads(),
+        "processor": {
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            # Fine-tuning on it: experts of another processor are others, with the same data and seeds.
+            "trains_in": "bfloat16" if fast_bfloat16() else "float32",
+        },
         "seed": bench.settings.seed,
         "experts": {
             task: {

@@ -73,17 +73,42 @@ def test_a_table_of_another_base_is_that_of_its_own_file(tmp_path):
     assert fill_page(filled, tmp_path) == filled
 
 
-def test_compared_systems_stand_in_the_order_of_what_they_keep():
-    def row(kept):
-        estimate = {"value": kept, "low": kept, "high": kept}
-        found = {"mean": estimate, "worst": estimate, "worst_task": "t"}
-        tasks = {"t": {"accuracy": kept}}
-        return {"kept": found, "answered_tasks": ["t"], "tasks": tasks, "mean_loss": 1.0, "bytes": 2}
+def compared(**kept):
+    """A comparison's result file: system → share kept, None where nothing was answered."""
+    systems = {}
+    for name, value in kept.items():
+        estimate = {"value": value, "low": value, "high": value}
+        found = None if value is None else {"mean": estimate, "worst": estimate, "worst_task": "t"}
+        tasks = {"t": {"accuracy": value}}
+        systems[name] = {"kept": found, "answered_tasks": ["t"], "tasks": tasks, "mean_loss": 1.0, "bytes": 2}
+    return {"systems": systems, "bytes_of_one_model": 1}
 
-    systems = {"low": row(0.2), "unanswered": {**row(0.0), "kept": None}, "high": row(0.9), "middle": row(0.5)}
-    table = TABLES["comparison"]({"comparison": {"systems": systems, "bytes_of_one_model": 1}}, "")
-    names = [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]]
-    assert names == ["high", "middle", "low", "unanswered"]
+
+def first_cells(table):
+    return [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]]
+
+
+def test_compared_systems_stand_in_the_order_of_what_they_keep():
+    found = {"comparison": compared(low=0.2, unanswered=None, high=0.9, middle=0.5)}
+    assert first_cells(TABLES["comparison"](found, "")) == ["high", "middle", "low", "unanswered"]
+
+
+def test_what_only_a_second_run_has_is_marked():
+    found = {
+        "comparison": compared(low=0.2, high=0.9),
+        "comparison_again": compared(low=0.3, middle=0.5),
+        "systems": {"systems": {}},
+    }
+    assert first_cells(TABLES["comparison"](found, "")) == ["high", "middle ²", "low"]
+    assert first_cells(TABLES["second-comparison"](found, "")) == ["middle", "low"]
+    verdict = TABLES["verdict"](found, "").splitlines()
+    assert [line.split(" | ")[1] for line in verdict[2:]] == [
+        ".900 (.900–.900)",
+        ".500 (.500–.500) ²",
+        ".200 (.200–.200)",
+    ]
+    both = TABLES["both-runs"](found, "").splitlines()
+    assert both[2:] == ["| low | .200 (.200–.200) | .300 (.300–.300) | .200 (.200–.200) t | .300 (.300–.300) t |"]
 
 
 def test_figures_are_drawn_from_results(tmp_path):
