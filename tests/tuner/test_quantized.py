@@ -363,6 +363,10 @@ def test_a_router_fitted_on_other_weights_is_not_used_without_a_word(folders, tm
     assert not said(plain, on_plain)
     assert not said(quantized, on_plain, "int8")
     assert not said(quantized, folders["out"], "nf4"), "there is no fitted router yet"
+    both = quantized(on_codes, "nf4")
+    (message,) = said(both.load_adapter, str(on_plain), "second")
+    assert "fitted on plain weights" in message
+    assert not said(both.load_adapter, str(on_codes), "third")
     experts = {name: folders[name] for name in ("math", "code")}
     build_mediator(folders["base"], experts, tmp_path / "corrected", MediatorConfig(for_quantization="nf4"))
     corrected = fitted(plain(tmp_path / "corrected"), "with correction")
