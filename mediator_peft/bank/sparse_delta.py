@@ -84,11 +84,12 @@ class SparseDelta:
 
     def dense(self) -> Tensor:
         """The delta as a plain matrix: (O, I) float32. The clear reference for all faster ways of applying it."""
+        encoding = ENCODINGS[self.coding]
+        if not encoding.has_positions:
+            return encoding.matrix(self.parts, self.shape)
         kept = self.kept
-        if not ENCODINGS[self.coding].has_positions:
-            return ENCODINGS[self.coding].decode(self.parts, kept).reshape(self.shape)
         matrix = torch.zeros(self.shape, device=self.mask.device)
-        matrix[kept] = ENCODINGS[self.coding].decode(self.parts, kept)
+        matrix[kept] = encoding.decode(self.parts, kept)
         return matrix
 
     def product(self, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from ..bank.layer_bank import LayerBank
 from ..bank.sparse_delta import SparseDelta
 from ..config import warn_of_old_name
 from ..errors import ConfigError, UnsupportedError
+from ..methods.encoding import ENCODINGS
 from .differentiable import mixed_output
 from .expert_weights import LayerRoute
 from .merged_weight import (
@@ -96,9 +97,11 @@ def choose(x: Tensor, route: LayerRoute, base_layer: nn.Linear, bank: LayerBank,
         # Unpacking is what costs: each mix once, or each expert once.
         return "sparse" if len(route.groups) > len(route.columns) else "dense"
     tokens_a_group = num_rows / len(route.groups)
-    compiled = x.device.type == "cpu" and bank.has_loops
-    pays_off_from = DENSE_TOKENS if kind is None else DENSE_CODE_TOKENS
-    return "sparse" if compiled and tokens_a_group < pays_off_from else "dense"
+    if x.device.type == "cpu" and bank.has_loops:
+        pays_off_from = DENSE_TOKENS if kind is None else DENSE_CODE_TOKENS
+    else:
+        pays_off_from = ENCODINGS[bank.coding].product_tokens
+    return "sparse" if tokens_a_group < pays_off_from else "dense"
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -62,6 +62,30 @@ def test_every_way_equals_the_dense_formula_in_every_dtype(paths, dtype, toleran
         assert (alone - expected).norm() < tolerance * change
 
 
+@pytest.mark.parametrize(
+    "settings", [dict(sparsifier="svd", rank=3), dict(encoding="factors_sign", density=0.1)], ids=str
+)
+@torch.no_grad()
+def test_few_tokens_of_a_mixed_batch_are_multiplied_by_the_factors(paths, tmp_path, monkeypatch, settings):
+    """A whole matrix for each step would cost many times the product."""
+    experts = {name: paths[name] for name in ("math", "code")}
+    build_mediator(paths["base"], experts, tmp_path / "out", MediatorConfig(**settings))
+    model, _ = load_mediator(tmp_path / "out", dtype=torch.float32)
+    prompts = random_prompts(len(MIXES), 1)
+    model.set_execution("dense")
+    expected = model(input_ids=prompts, expert_weights=MIXES).logits
+    model.set_execution(None)
+    many = model(input_ids=random_prompts(len(MIXES), 140), expert_weights=MIXES).logits
+
+    def refuse(delta):
+        raise AssertionError("a whole matrix")
+
+    monkeypatch.setattr(SparseDelta, "dense", refuse)
+    found = model(input_ids=prompts, expert_weights=MIXES).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert many.isfinite().all()
+
+
 @torch.no_grad()
 def test_steps_of_one_request_go_on_as_the_first_until_something_changes(model):
     """What is kept from step to step must not outlive its route."""

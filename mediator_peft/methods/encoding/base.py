@@ -54,6 +54,9 @@ class Encoding(ABC):
     has_scales: bool = False
     """Whether :meth:`scaled` works."""
 
+    product_tokens: int = 0
+    """Below so many vectors at once, :meth:`product` takes less time than the whole matrix and a dense product."""
+
     @abstractmethod
     def encode(self, delta: Tensor, kept: Tensor, precision: Precision) -> Parts:
         """Kept entries → parts.
@@ -72,6 +75,11 @@ class Encoding(ABC):
             parts: what ``encode`` gave.
             kept: (O, I) bool
         """
+
+    def matrix(self, parts: Parts, shape: tuple[int, int]) -> Tensor:
+        """The whole delta, (O, I) float32, of an encoding without positions."""
+        device = next(iter(parts.values())).device
+        return self.decode(parts, torch.ones(shape, dtype=torch.bool, device=device)).reshape(shape)
 
     @abstractmethod
     def value_bytes(self, num_kept: float, num_rows: int, number_size: int) -> float:

@@ -17,6 +17,7 @@ class FactorsEncoding(Encoding):
 
     part_names = ("left", "right")
     has_positions = False
+    product_tokens = 128
 
     def encode(self, delta: Tensor, kept: Tensor, precision: Precision) -> Parts:
         """Factors of the kept entries, with all singular values that float32 tells from 0; r is 1 or more.
@@ -32,8 +33,11 @@ class FactorsEncoding(Encoding):
 
     def decode(self, parts: Parts, kept: Tensor) -> Tensor:
         """The product's entries."""
-        left, right = factor_matrices(parts, (kept.shape[0], kept.shape[1]))
-        return (left @ right)[kept]
+        return self.matrix(parts, (kept.shape[0], kept.shape[1]))[kept]
+
+    def matrix(self, parts: Parts, shape: tuple[int, int]) -> Tensor:
+        left, right = factor_matrices(parts, shape)
+        return left @ right
 
     def value_bytes(self, num_kept: float, num_rows: int, number_size: int) -> float:
         # Entries of a matrix of full rank; builds predict low-rank deltas from their rank.

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from math import log2
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ...deferred import torch
 from ...storage import as_array, to_tensor
 from ..sparsifying.magnitude import largest_mask
@@ -41,6 +43,7 @@ class FactorsSignEncoding(Encoding):
     part_names = ("left_codes", "right_codes", "sizes", "positions", "signs", "scale")
     has_positions = False
     has_scales = True
+    product_tokens = 8
 
     def encode(self, delta: Tensor, kept: Tensor, precision: Precision) -> Parts:
         """Factors, and signs of the rest.
@@ -69,13 +72,14 @@ class FactorsSignEncoding(Encoding):
 
     def decode(self, parts: Parts, kept: Tensor) -> Tensor:
         """Entries of the sum."""
-        shape = (kept.shape[0], kept.shape[1])
+        return self.matrix(parts, (kept.shape[0], kept.shape[1]))[kept]
+
+    def matrix(self, parts: Parts, shape: tuple[int, int]) -> Tensor:
         left, right = _factors(parts, shape)
         matrix = left @ right
-        places = torch.nonzero(_places(parts, shape).flatten()).flatten()
-        matrix.view(-1)[places] += _signed(parts, len(places))
-        # Looking entries up takes longer than all the rest.
-        return matrix.flatten() if bool(kept.all()) else matrix[kept]
+        entries = _entries(parts, shape)
+        matrix.view(-1)[entries] += _signed(parts, len(entries))
+        return matrix
 
     def scaled(self, parts: Parts, factor: float) -> Parts:
         return {**parts, **{name: parts[name] * factor for name in ("sizes", "scale")}}
@@ -103,9 +107,9 @@ class FactorsSignEncoding(Encoding):
     def product(self, parts: Parts, shape: tuple[int, int], x: Tensor) -> Tensor:
         left, right = _factors(parts, shape)
         result = torch.nn.functional.linear(torch.nn.functional.linear(x, right), left)
-        places = _places(parts, shape)
-        rows, columns = torch.nonzero(places, as_tuple=True)
-        return result.index_add(-1, rows, x[..., columns] * _signed(parts, len(rows)))
+        entries = _entries(parts, shape)
+        rows = entries.div(shape[1], rounding_mode="floor")
+        return result.index_add(-1, rows, x[..., entries - rows * shape[1]] * _signed(parts, len(rows)))
 
     def row_reader(self, parts: Parts, shape: tuple[int, int]) -> Callable[[Tensor], Tensor]:
         left, right = _factors(parts, shape)
@@ -165,6 +169,14 @@ def _places(parts: Parts, shape: tuple[int, int]) -> Tensor:
     stored = parts["positions"]
     bitmap = to_tensor(decompress_mask(as_array(stored.cpu()), (shape[0], -(-shape[1] // 8)), "positions"))
     return unpack_bits(bitmap, shape[1]).to(stored.device)
+
+
+def _entries(parts: Parts, shape: tuple[int, int]) -> Tensor:
+    """Numbers of the entries with signs, row by row: (n,) int64."""
+    places = _places(parts, shape)
+    if places.device.type == "cpu":  # numpy finds them three times faster
+        return torch.from_numpy(np.flatnonzero(places.numpy()))
+    return torch.nonzero(places.flatten()).flatten()
 
 
 def _signed(parts: Parts, number: int) -> Tensor:
