@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.adapter_sizes import read_adapter_info
 from ..checkpoints.replacing import write_replacing
 from ..config import MediatorSettings
 from ..demo.tasks import Item
@@ -59,6 +58,7 @@ from .systems import (
     Parts,
     Table,
     built_model,
+    bytes_of_built,
     default_name,
     is_built,
     known_coefficient,
@@ -117,7 +117,12 @@ def find_system(run: Comparison, name: str) -> System:
         return quantized_system(run, name)
     if name == DYNAMIC:
         key = model_key(run.bench, MediatorConfig())
-        return System(key, lambda task: dynamic_parts(run.lab, run.default, run.default_model), lambda: None, False)
+        return System(
+            key,
+            lambda task: dynamic_parts(run.lab, run.default, run.default_model),
+            lambda: bytes_of_built(run.default),
+            answers_unknown=False,
+        )
     return _merged(run, name) if name in MERGE_METHODS else _preset(run, name.partition(", ")[0])
 
 
@@ -182,11 +187,7 @@ def _preset(run: Comparison, name: str) -> System:
 
         return of_items
 
-    def num_bytes() -> int:
-        info = read_adapter_info(folder())
-        return (info.backbone_bytes or 0) + info.adapter_bytes
-
-    return System(model_key(run.bench, config), parts, num_bytes)
+    return System(model_key(run.bench, config), parts, lambda: bytes_of_built(folder()))
 
 
 def _merged(run: Comparison, name: str) -> System:
@@ -360,6 +361,5 @@ def _mediator_scores(run: Comparison) -> dict[str, tuple[dict[str, Scores], int]
         scores = {task: _known(run, name, task, depends) for task in run.bench.sample.tasks}
         found = {task: each for task, each in scores.items() if each is not None}
         if set(found) >= set(run.bench.sample.known) and is_built(folder, depends):
-            info = read_adapter_info(folder)
-            rows[name] = found, (info.backbone_bytes or 0) + info.adapter_bytes
+            rows[name] = found, bytes_of_built(folder)
     return rows

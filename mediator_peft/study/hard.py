@@ -25,7 +25,7 @@ from .dynamic import expert_probabilities
 from .experts import load_tasks, trained_experts, training_items
 from .lab import Lab
 from .scores import Scores, Sizes
-from .systems import Bench, Sample, built_model, load_built, routing_shares
+from .systems import MARKER, Bench, Sample, built_model, load_built, routing_shares
 from .tables import system_row
 
 EXTRA = ("spelling-other", "spelling-large-step", "wordnet-lora")
@@ -85,7 +85,7 @@ def related_experts(bench: Bench, lab: Lab) -> dict[str, Any]:
     }
     found: dict[str, dict[str, Scores]] = {"own": own, "named": {}, "routed": {}}
     loaded, memo = load_built(folder), Memo.empty()
-    key = [wide.hashes, (folder / "study.json").read_text(encoding="utf-8")]
+    key = [wide.hashes, (folder / MARKER).read_text(encoding="utf-8")]
     for name in names:
         for kind, weights in (("named", name), ("routed", ROUTED)):
             arguments = {"model": loaded[0], "tokenizer": loaded[1], "expert_weights": weights, "memo": memo}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoints.adapter_files import find_adapter
 from ..checkpoints.adapter_sizes import read_adapter_info
 from ..demo.tasks import Item
+from ..evaluation.fit_and_save import fit_and_save
 from ..evaluation.generation import ROUTED, Memo
+from ..evaluation.report import write_json
 from ..tuner.config import MediatorConfig
 from .compared_system import Comparison, System
-from .systems import Part, Parts, built_model, model_key
+from .systems import MARKER, Part, Parts, built_model, calibration_prompts, is_built, model_key
 
 _FLOAT_BYTES = 2
 """Of a parameter that is not quantised, in bfloat16."""
@@ -69,15 +73,22 @@ def _mediator(run: Comparison, how: Quantized) -> System:
     def num_bytes() -> int:
         return backbone_bytes(run.once(key, loaded)[0]) + read_adapter_info(_folder(run, how)).adapter_bytes
 
-    return System([model_key(run.bench, _config(how)), how.kind], parts, num_bytes)
+    depends = [model_key(run.bench, _config(how)), how.kind]
+    if how.kind != "int8" and not how.is_corrected:
+        depends.append("router fitted on codes")
+    return System(depends, parts, num_bytes)
 
 
 def load_quantized(run: Comparison, how: Quantized) -> tuple[Any, Any]:
     """The Mediator model and its tokenizer."""
+    return _loaded(_folder(run, how), how.kind)
+
+
+def _loaded(folder: Path, kind: str) -> tuple[Any, Any]:
     from ..tuner.loading import bitsandbytes_settings, load_mediator
 
-    settings = bitsandbytes_settings(how.kind, torch.float32)
-    return load_mediator(_folder(run, how), dtype=torch.float32, quantization_config=settings, device_map="cpu")
+    settings = bitsandbytes_settings(kind, torch.float32)
+    return load_mediator(folder, dtype=torch.float32, quantization_config=settings, device_map="cpu")
 
 
 def _config(how: Quantized) -> MediatorConfig:
@@ -85,10 +96,25 @@ def _config(how: Quantized) -> MediatorConfig:
 
 
 def _folder(run: Comparison, how: Quantized) -> Path:
-    if not how.is_corrected:
-        return run.default
     bench = run.bench
-    return built_model(bench, f"{how.kind}-{len(bench.experts)}{bench.suffix}", _config(how))
+    if how.is_corrected:
+        return built_model(bench, f"{how.kind}-{len(bench.experts)}{bench.suffix}", _config(how))
+    # Without a correction, 4-bit codes move what the router sees: it is fitted on them, as users are told to.
+    return run.default if how.kind == "int8" else _fitted_on_codes(run, how.kind)
+
+
+def _fitted_on_codes(run: Comparison, kind: str) -> Path:
+    """The default model with a router that was fitted on the backbone's codes."""
+    folder = run.bench.folder.models / f"{run.default.name}-fitted-{kind}"
+    key = model_key(run.bench, MediatorConfig())
+    if not is_built(folder, key):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(run.default, folder)
+        (folder / MARKER).unlink()
+        model, tokenizer = _loaded(folder, kind)
+        fit_and_save(model, tokenizer, calibration_prompts(run.bench), find_adapter(folder))
+        write_json({"key": key}, folder / MARKER)
+    return folder
 
 
 def _whole_experts(run: Comparison, kind: str) -> System:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.adapter_files import find_adapter
+from ..checkpoints.adapter_sizes import read_adapter_info
 from ..demo.tasks import Item, Task
 from ..demo.training import TrainedExpert
 from ..errors import AdapterError, CheckpointError
@@ -38,6 +39,9 @@ NUM_ROUTED = 100
 
 NUM_VALIDATION = 10
 """Validation items a task."""
+
+MARKER = "study.json"
+"""File in a built model's folder: what the model depends on."""
 
 _ROUTES = "study-routes.json"
 _PACKAGE = Path(__file__).parents[1]
@@ -285,7 +289,7 @@ def library_digest() -> str:
 def built_model(bench: Bench, name: str, config: MediatorConfig) -> Path:
     """The Mediator model of all experts with these settings, built and fitted once."""
     folder = bench.folder.models / name
-    marker = folder / "study.json"
+    marker = folder / MARKER
     text = model_key(bench, config)
     if is_built(folder, text):
         return folder
@@ -295,20 +299,30 @@ def built_model(bench: Bench, name: str, config: MediatorConfig) -> Path:
     report = build_mediator(bench.folder.base, paths, folder, config)
     built = time.perf_counter()
     model, tokenizer = load_built(folder)
-    prompts = {
-        task: [item.prompt for item in bench.sample.tasks[task].calibration[: bench.settings.num_calibration]]
-        for task in bench.experts
-    }
-    fit_and_save(model, tokenizer, prompts, find_adapter(folder))
+    fit_and_save(model, tokenizer, calibration_prompts(bench), find_adapter(folder))
     seconds = {"build": round(built - started, 1), "fit router": round(time.perf_counter() - built, 1)}
     write_json({"key": text, "report": report.to_dict(), "seconds": seconds}, marker)
     bench.say(f"built {name}: {seconds}")
     return folder
 
 
+def calibration_prompts(bench: Bench) -> dict[str, list[str]]:
+    """Task → prompts that its router is fitted on."""
+    return {
+        task: [item.prompt for item in bench.sample.tasks[task].calibration[: bench.settings.num_calibration]]
+        for task in bench.experts
+    }
+
+
+def bytes_of_built(folder: Path) -> int:
+    """Of a built model on disk: backbone and deltas."""
+    info = read_adapter_info(folder)
+    return (info.backbone_bytes or 0) + info.adapter_bytes
+
+
 def is_built(folder: Path, key: str) -> bool:
     """Whether the model of this key is in the folder."""
-    marker = folder / "study.json"
+    marker = folder / MARKER
     return marker.exists() and bool(json.loads(marker.read_text(encoding="utf-8"))["key"] == key)
 
 
@@ -361,7 +375,7 @@ def score_mediator(bench: Bench, folder: Path, suffix: str = "") -> Table:
 
         return ready
 
-    depends = json.loads((folder / "study.json").read_text(encoding="utf-8"))["key"]
+    depends = json.loads((folder / MARKER).read_text(encoding="utf-8"))["key"]
     named, routed = NAMED + suffix, ROUTED_SYSTEM + suffix
     table: Table = {named: {}, routed: {}}
     for task in bench.sample.known:
@@ -381,7 +395,7 @@ def rerouted(bench: Bench) -> dict[str, dict[str, float]]:
         AdapterError: nothing has been built.
     """
     folder = bench.folder.models / default_name(bench)
-    if not (folder / "study.json").exists():
+    if not (folder / MARKER).exists():
         raise AdapterError(f"{folder} has no model yet: run the sub-command `systems` first.")
     (folder / _ROUTES).unlink(missing_ok=True)
     return routing_shares(bench, folder)

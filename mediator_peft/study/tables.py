@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.adapter_sizes import read_adapter_info
 from ..demo.finetune import fast_bfloat16
 from ..evaluation.comparison import kept_as_dict
 from ..evaluation.report import write_json
@@ -22,7 +21,7 @@ from .conflict import conflict_table, pairwise_cosines
 from .experts import trained_experts
 from .lab import State, read_state, task_vector_norm
 from .scores import Scores
-from .systems import NAMED, ROUTED_SYSTEM, Bench, Table, routing_shares
+from .systems import NAMED, ROUTED_SYSTEM, Bench, Table, bytes_of_built, routing_shares
 
 _PACKAGES = ("torch", "transformers", "peft", "numpy", "num2words", "lemminflect", "codespell", "cron-descriptor")
 
@@ -95,9 +94,8 @@ def systems_result(bench: Bench, table: Table, model: Path) -> dict[str, Any]:
     """
     known = bench.sample.known
     own = {task: table[f"expert {task}"][task] for task in known}
-    info = read_adapter_info(model)
     one = sum(path.stat().st_size for path in bench.folder.base.glob("*.safetensors"))
-    sizes = {NAMED: (info.backbone_bytes or 0) + info.adapter_bytes}
+    sizes = {NAMED: bytes_of_built(model)}
     sizes[ROUTED_SYSTEM] = sizes[NAMED]
     experts: dict[str, Scores] = dict(own)
     rows = {"experts": system_row(known, experts, own, one * len(known))}

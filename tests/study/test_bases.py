@@ -81,8 +81,10 @@ def test_costs_are_added_up_over_runs(tmp_path):
     assert 0 < cpu_seconds() < 1e6
 
 
-def test_fine_tuning_reads_prompts_as_scoring_does(tmp_path):
+def test_fine_tuning_reads_prompts_as_scoring_does(tmp_path, monkeypatch):
     """Both begin a prompt without a template with the tokenizer's first token: the first loss is that of scoring."""
+    # Some processors train in bfloat16, and the loss is rounded there.
+    monkeypatch.setattr("mediator_peft.demo.finetune.fast_bfloat16", lambda: False)
     path = write_tiny_checkpoints(tmp_path, ["base"])["base"]
     tokenizer = character_tokenizer(None, adds_bos=True)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
