@@ -8,7 +8,7 @@ import pytest
 import torch
 from character_tokenizer import CHAT_TEMPLATE, character_tokenizer
 from ending_answers import model_of_letters
-from tiny import write_tiny_checkpoints
+from tiny import of_whole_blocks, write_tiny_checkpoints
 from transformers import AutoModelForCausalLM
 
 from mediator_peft.demo.tasks import Item, Task
@@ -37,8 +37,10 @@ QUESTIONS = [("small talk", "how are you"), ("trivia", "who was first")]
 def bench(tmp_path_factory):
     """A study of two tiny experts, with the base's answers to two questions."""
     root = tmp_path_factory.mktemp("general")
-    paths = write_tiny_checkpoints(root, ["base", "first", "second"], dtype=torch.bfloat16)
-    model_of_letters().bfloat16().save_pretrained(paths["base"])
+    with pytest.MonkeyPatch.context() as patch:
+        of_whole_blocks(patch)
+        paths = write_tiny_checkpoints(root, ["base", "first", "second"], dtype=torch.bfloat16)
+        model_of_letters().bfloat16().save_pretrained(paths["base"])
     for path in paths.values():
         character_tokenizer(CHAT_TEMPLATE, adds_bos=True).save_pretrained(path)
     with pytest.MonkeyPatch.context() as patch:
