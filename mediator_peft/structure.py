@@ -84,6 +84,9 @@ class Structure(NamedTuple):
     gate_layers: tuple[LinearLayer, ...] = ()
     """Those of the gates that are linear layers; they are not among ``layers``."""
 
+    scaled_embedding: tuple[str, str] | None = None
+    """Name and class of a token embedding that does more than look rows up, and so cannot be routed."""
+
     towers: frozenset[str] = frozenset()
     """Tensors outside of the language model of a multimodal model: vision and audio encoders, projectors."""
 
@@ -97,6 +100,11 @@ class Structure(NamedTuple):
 def is_linear(module: nn.Module) -> bool:
     """Whether a module multiplies by one weight matrix: ``nn.Linear``, its quantised kin, or ``Conv1D``."""
     return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def only_looks_up(embedding: nn.Embedding) -> bool:
+    """Whether an embedding's ``forward`` is torch's, without renormalising rows."""
+    return type(embedding).forward is nn.Embedding.forward and embedding.max_norm is None
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -151,6 +159,7 @@ def find_structure(model: nn.Module, tied: Container[str] = ()) -> Structure:
         tuple(f"{blocks}.{name}" for name in fused),
         gate_names,
         tuple(layer for layer in linear if f"{layer.name}.weight" in gate_names),
+        _scaled_embedding(model),
         _towers_of(model),
     )
 
@@ -315,6 +324,15 @@ def _outer_layers(model: nn.Module, tied: Container[str]) -> tuple[tuple[LinearL
     return tuple(found), tied_head
 
 
+def _scaled_embedding(model: nn.Module) -> tuple[str, str] | None:
+    """Name and class of a token embedding that does more than look rows up."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if not isinstance(embedding, nn.Embedding) or only_looks_up(embedding):
+        return None
+    name = next((name for name, module in model.named_modules() if module is embedding), None)
+    return None if name is None else (name, type(embedding).__name__)
+
+
 def find_blocks(model: nn.Module) -> nn.ModuleList:
     """The repeated blocks themselves; see :func:`find_structure`."""
     return _blocks_of(model)[1]
@@ -348,6 +366,7 @@ def select_layers(structure: Structure, target_modules: Iterable[str] | str | No
 
     Raises:
         ConfigError: a name matches nothing.
+        UnsupportedError: one is an embedding that does more than look rows up.
     """
     if target_modules is None:
         return structure.layers
@@ -365,11 +384,22 @@ def select_layers(structure: Structure, target_modules: Iterable[str] | str | No
             f"{[*kinds, ALL_LINEAR]}, and outside of the blocks {outer}."
         )
     in_blocks = {id(layer) for layer in structure.layers}
-    return [
+    selected = [
         layer
         for layer in (*structure.layers, *structure.gate_layers, *structure.outer)
         if (ALL_LINEAR in wanted and id(layer) in in_blocks) or any(_is_called(layer, name) for name in names)
     ]
+    if structure.scaled_embedding is not None and structure.scaled_embedding[0] in {layer.name for layer in selected}:
+        raise UnsupportedError(unroutable(structure.scaled_embedding[1]))
+    return selected
+
+
+def unroutable(kind: str) -> str:
+    """What is said of an embedding that does more than look rows up."""
+    return (
+        f"an embedding of type {kind} does more than look rows up, so it cannot be routed. Leave it out of "
+        "target_modules and build again."
+    )
 
 
 def gates_named(structure: Structure, target_modules: Iterable[str] | str | None) -> set[str]:

@@ -34,6 +34,7 @@ from ..merge.plain_merge import merge_models
 from ..methods.baselines import BASELINES
 from ..methods.merging import MERGE_METHODS
 from ..presets import PRESETS, preset_settings
+from ..structure import only_looks_up
 from ..tables import unknown_name
 from ..tuner.config import MediatorConfig
 from .compared_system import Comparison, System
@@ -170,7 +171,9 @@ def _choices(run: Comparison, task: str, route: str, items: Sequence[Item]) -> l
 def _preset(run: Comparison, name: str) -> System:
     """A system that is a configuration of the library, with its own router."""
     hidden = int(run.lab.model.config.hidden_size)
-    config = MediatorConfig(**preset_settings(name, hidden), target_modules=["all-linear", "embed_tokens"])
+    # Gemma's embedding multiplies its rows, and stays that of the preset's backbone.
+    outside = ["embed_tokens"] if only_looks_up(run.lab.model.get_input_embeddings()) else []
+    config = MediatorConfig(**preset_settings(name, hidden), target_modules=["all-linear", *outside])
     key = f"preset {name}"
 
     def folder() -> Path:

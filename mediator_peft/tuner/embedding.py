@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..bank.delta_rows import DeltaRows
 from ..bank.layer_bank import LayerBank
 from ..errors import UnsupportedError
+from ..structure import only_looks_up, unroutable
 from . import execution
 from .expert_weights import LayerRoute
 from .layer import MediatorLayer
@@ -105,11 +106,8 @@ def check_embedding(embedding: nn.Embedding) -> None:
     Raises:
         UnsupportedError: its ``forward`` is not torch's, or it renormalises rows.
     """
-    if type(embedding).forward is not nn.Embedding.forward or embedding.max_norm is not None:
-        raise UnsupportedError(
-            f"an embedding of type {type(embedding).__name__} does more than look rows up, so it cannot be "
-            "routed. Leave it out of target_modules and build again."
-        )
+    if not only_looks_up(embedding):
+        raise UnsupportedError(unroutable(type(embedding).__name__))
 
 
 def _check_rows(ids: Tensor, route: LayerRoute) -> None:

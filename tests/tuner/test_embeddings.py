@@ -16,6 +16,7 @@ from mediator_peft.bank.delta_rows import DeltaRows
 from mediator_peft.bank.sparse_delta import SparseDelta
 from mediator_peft.errors import ConfigError, UnsupportedError
 from mediator_peft.tuner.tied_head import TiedHead
+from tests.architectures import tiny_architecture
 
 from .conftest import build_and_fit
 
@@ -219,6 +220,18 @@ def test_an_embedding_that_scales_is_refused(tmp_path, monkeypatch):
     config = MediatorConfig(target_modules=TARGETS, routed_layers="all", experts={"math": paths["math"]})
     with pytest.raises(UnsupportedError, match="Scaled does more than look rows up"):
         get_mediator_model(backbone, config)
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_a_build_with_an_embedding_that_scales_is_refused_before_it_starts(tmp_path, target):
+    """Gemma 3 multiplies its rows: such a build could not be loaded. ``lm_head`` is tied to it."""
+    model = tiny_architecture("gemma3_text")
+    for name in ("base", "math"):
+        model.save_pretrained(tmp_path / name)
+    config = MediatorConfig(target_modules=["all-linear", target])
+    with pytest.raises(UnsupportedError, match="Gemma3TextScaledWordEmbedding does more than look rows up"):
+        build_mediator(tmp_path / "base", {"math": tmp_path / "math"}, tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
 
 
 @torch.no_grad()
