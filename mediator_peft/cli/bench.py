@@ -17,7 +17,7 @@ from .common import (
     print_json,
     usable_cpus,
 )
-from .loading import LOADING, Loading, ModelLoading, load
+from .loading import LOADING, Loading, load
 from .option_groups import takes_groups
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def bench(
         raise typer.BadParameter(f"this process may use {usable_cpus()} CPUs, not {threads}.", param_hint="--threads")
     torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cpus()))
     settings = SpeedSettings(prompt_tokens, context, batch_size, num_experts, rounds)
-    model, _ = load(out, ModelLoading(loading.dtype, loading.device))
+    model, _ = load(out, loading)
     with bar_progress("timing", num_rounds(settings)) as advance:
         report = measure_speed(model, settings, advance)
     if plot is not None:

@@ -38,6 +38,8 @@ class RouterPrompts:
     """File of other prompts, with answers."""
 
     match: str = "exact"
+    background: str | None = None
+    """File of prompts that belong to no expert."""
 
 
 @takes_groups
@@ -84,16 +86,17 @@ def fit_router(
     """
     if not (from_deltas or data):
         raise typer.BadParameter("give prompts of each expert, or --from-deltas.", param_hint="--data")
+    others = None if background is None else str(background)
     if from_deltas:
-        report = made_from_deltas(out, prompting, loading, None if background is None else str(background))
+        report = made_from_deltas(out, prompting, loading, others)
         if as_json:
             print_json(report)
         else:
             say_made(out, report)
         return
     files = None if answered is None else str(answered)
-    prompts = RouterPrompts(parse_pairs(data or [], "--data"), text_column, files, match)
-    report = calibrated(out, prompts, prompting, loading, None if background is None else str(background))
+    prompts = RouterPrompts(parse_pairs(data or [], "--data"), text_column, files, match, others)
+    report = calibrated(out, prompts, prompting, loading)
     if as_json:
         print_json(report)
         return
@@ -154,7 +157,6 @@ def calibrated(
     prompts: RouterPrompts,
     prompting: Prompting,
     loading: ModelLoading,
-    background: str | None = None,
 ) -> dict[str, Any]:
     """Read prompts, fit the router of ``out`` on them and save it there; see :func:`fit_and_save`."""
     from ..evaluation.fit_and_save import fit_and_save
@@ -165,7 +167,7 @@ def calibrated(
     check_prompts(texts, saved_experts(out))
     model, tokenizer = load(out, loading)
     return fit_and_save(
-        model, tokenizer, texts, find_adapter(out), prompting.settings(), answered=items, background=background
+        model, tokenizer, texts, find_adapter(out), prompting.settings(), answered=items, background=prompts.background
     )
 
 

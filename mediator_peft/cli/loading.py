@@ -45,6 +45,15 @@ class Loading:
         place = pick_device(self.device)
         return place, pick_dtype(self.dtype, place.type)
 
+    def how(self) -> tuple[Any, dict[str, Any]]:
+        """Device, and keywords of :func:`load_mediator`; a ``device_map`` among them puts the model there.
+
+        Raises:
+            typer.BadParameter: as :meth:`picked`.
+        """
+        place, kind = self.picked()
+        return place, {"dtype": kind}
+
 
 @dataclass(frozen=True)
 class ModelLoading(Loading):
@@ -52,16 +61,16 @@ class ModelLoading(Loading):
 
     quantize: Quantize = None
 
-    def how(self) -> dict[str, Any]:
-        """Keywords of :func:`load_mediator`.
+    def how(self) -> tuple[Any, dict[str, Any]]:
+        """The same, with the quantisation.
 
         Raises:
             typer.BadParameter: device, dtype or quantisation is unknown, or not there.
         """
-        place, kind = self.picked()
-        if self.quantize is None:
-            return {"dtype": kind}
-        return {"dtype": kind, "quantization_config": _quantization(self.quantize, kind), "device_map": place}
+        place, how = super().how()
+        if self.quantize is not None:
+            how |= {"quantization_config": _quantization(self.quantize, how["dtype"]), "device_map": place}
+        return place, how
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,7 @@ LOADING, MODEL_LOADING, PROMPTING = Loading(), ModelLoading(), Prompting()
 """What is taken where nothing is said."""
 
 
-def load(path: Path, loading: ModelLoading) -> tuple[Any, Any]:
+def load(path: Path, loading: Loading) -> tuple[Any, Any]:
     """Model and tokenizer of an output folder, ready to generate.
 
     Raises:
@@ -93,7 +102,7 @@ def load(path: Path, loading: ModelLoading) -> tuple[Any, Any]:
     from ..tuner.loading import load_mediator
 
     quiet_transformers()
-    how = loading.how()
+    place, how = loading.how()
     check_output(path)
     say(f"loading {path}")
     with reading_output(path):
@@ -104,7 +113,7 @@ def load(path: Path, loading: ModelLoading) -> tuple[Any, Any]:
             "there: tokenizer.save_pretrained(folder)."
         )
     check_template(tokenizer)
-    return (model.to(pick_device(loading.device)) if loading.quantize is None else model), tokenizer
+    return (model if "device_map" in how else model.to(place)), tokenizer
 
 
 def load_plain(path: Path, loading: Loading) -> tuple[Any, Any]:

@@ -60,9 +60,6 @@ class BuildSection(WorkOptions):
 class CalibrateSection(ModelLoading, Prompting, RouterPrompts):
     """Options of ``mediator-peft fit-router``."""
 
-    background: str | None = None
-    """File of prompts that belong to no expert."""
-
 
 @dataclass(frozen=True)
 class EvalItems:

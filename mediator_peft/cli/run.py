@@ -145,7 +145,7 @@ def _report_of(output: Path) -> dict[str, Any]:
 def _calibrate(section: CalibrateSection, output: Path) -> dict[str, Any]:
     from .fit_router import calibrated
 
-    report = calibrated(output, prompts=section, prompting=section, loading=section, background=section.background)
+    report = calibrated(output, prompts=section, prompting=section, loading=section)
     say(f"router fitted and saved; {report['accuracy']:.1%} of held-out prompts are routed to their expert")
     return report
 

@@ -181,20 +181,32 @@ def ablation_table(results: Results, base: str = "") -> str:
 def verdict_table(results: Results, base: str = "") -> str:
     """What every system of both bases keeps, the best first; what only the second run has is marked."""
     bases = {name: _kept_of(results, name) for name in _TITLES if f"systems{name}" in results}
-    order = {name: row["kept"]["mean"]["value"] for rows in reversed(bases.values()) for name, row in rows.items()}
-    cells = []
-    for name in sorted(order, key=lambda system: (-order[system], system)):
-        line = [name]
-        for rows in bases.values():
-            row = rows.get(name)
-            cell = ["–"] * 3 if row is None else [*_kept_cells(row), f"{row['models']:.2f}"]
-            cell[0] += SECOND if row is not None and row["is_second"] else ""
-            line += cell
-        cells.append(line)
-    columns = ("mean kept", "worst kept", "bytes, models")
+    cells = {base: {name: _verdict(row) for name, row in rows.items()} for base, rows in bases.items()}
+    return _side_by_side(cells, ("mean kept", "worst kept", "bytes, models"))
+
+
+def _verdict(row: Results) -> tuple[float, list[str]]:
+    """The mean share, and the cells."""
+    mean, worst = _kept_cells(row)
+    return row["kept"]["mean"]["value"], [mean + SECOND * row["is_second"], worst, f"{row['models']:.2f}"]
+
+
+def _side_by_side(bases: dict[str, dict[str, tuple[float, list[str]]]], columns: tuple[str, ...]) -> str:
+    """Systems of all bases, the best of the first base first.
+
+    Args:
+        bases: end of result files → system → what it is ordered by, and its cells.
+        columns: of each base.
+    """
+    order = {name: value for rows in reversed(bases.values()) for name, (value, _) in rows.items()}
+    absent = (0.0, ["–"] * len(columns))
+    lines = [
+        [name, *(cell for rows in bases.values() for cell in rows.get(name, absent)[1])]
+        for name in sorted(order, key=lambda system: (-order[system], system))
+    ]
     header = [f"{_TITLES[name]}: {column}" if not n else column
               for name in bases for n, column in enumerate(columns)]  # fmt: skip
-    return markdown_table(["system", *header], cells)
+    return markdown_table(["system", *header], lines)
 
 
 def _kept_of(results: Results, base: str) -> dict[str, dict[str, Any]]:
@@ -212,16 +224,7 @@ def _kept_of(results: Results, base: str) -> dict[str, dict[str, Any]]:
 def both_runs_table(results: Results, base: str = "") -> str:
     """What systems keep in the first and in the second run, those that both have."""
     bases = {name: _runs(results, name) for name in _TITLES if f"comparison_again{name}" in results}
-    order = {name: value for rows in reversed(bases.values()) for name, (value, _) in rows.items()}
-    empty = (0.0, ["–"] * 4)
-    rows = [
-        [name, *(cell for found in bases.values() for cell in found.get(name, empty)[1])]
-        for name in sorted(order, key=lambda system: (-order[system], system))
-    ]
-    columns = ("mean kept", "second run", "worst kept", "second run")
-    header = [f"{_TITLES[name]}: {column}" if not n else column
-              for name in bases for n, column in enumerate(columns)]  # fmt: skip
-    return markdown_table(["system", *header], rows)
+    return _side_by_side(bases, ("mean kept", "second run", "worst kept", "second run"))
 
 
 def _runs(results: Results, base: str) -> dict[str, tuple[float, list[str]]]:

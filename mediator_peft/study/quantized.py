@@ -38,6 +38,11 @@ class Quantized:
     is_expert: bool = False
     """A whole expert, named, instead of the routed Mediator model."""
 
+    @property
+    def is_fitted_on_codes(self) -> bool:
+        """Whether the router is: without a correction, 4-bit codes move what it sees, and users are told to."""
+        return self.kind != "int8" and not self.is_corrected
+
 
 QUANTIZED = {
     "Mediator, routed, nf4 corrected": Quantized("nf4", is_corrected=True),
@@ -74,7 +79,7 @@ def _mediator(run: Comparison, how: Quantized) -> System:
         return backbone_bytes(run.once(key, loaded)[0]) + read_adapter_info(_folder(run, how)).adapter_bytes
 
     depends = [model_key(run.bench, _config(how)), how.kind]
-    if how.kind != "int8" and not how.is_corrected:
+    if how.is_fitted_on_codes:
         depends.append("router fitted on codes")
     return System(depends, parts, num_bytes)
 
@@ -99,8 +104,7 @@ def _folder(run: Comparison, how: Quantized) -> Path:
     bench = run.bench
     if how.is_corrected:
         return built_model(bench, f"{how.kind}-{len(bench.experts)}{bench.suffix}", _config(how))
-    # Without a correction, 4-bit codes move what the router sees: it is fitted on them, as users are told to.
-    return run.default if how.kind == "int8" else _fitted_on_codes(run, how.kind)
+    return _fitted_on_codes(run, how.kind) if how.is_fitted_on_codes else run.default
 
 
 def _fitted_on_codes(run: Comparison, kind: str) -> Path:

@@ -109,7 +109,7 @@ class FactorsSignEncoding(Encoding):
         result = torch.nn.functional.linear(torch.nn.functional.linear(x, right), left)
         entries = _entries(parts, shape)
         rows = entries.div(shape[1], rounding_mode="floor")
-        return result.index_add(-1, rows, x[..., entries - rows * shape[1]] * _signed(parts, len(rows)))
+        return result.index_add(-1, rows, x[..., entries % shape[1]] * _signed(parts, len(rows)))
 
     def row_reader(self, parts: Parts, shape: tuple[int, int]) -> Callable[[Tensor], Tensor]:
         left, right = _factors(parts, shape)
